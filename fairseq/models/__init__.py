@@ -1,0 +1,1 @@
+"""Whole models: the Vision Transformer quantizer."""

@@ -1,0 +1,1 @@
+"""Building blocks that compute on tensors and single layers."""

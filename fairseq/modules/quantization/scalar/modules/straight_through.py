@@ -1,0 +1,57 @@
+"""Fake quantization with a straight-through gradient, and Quant-Noise on top of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq.modules.quantization.scalar import ops
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: ops.quantize. Backward: 1 where the input is inside the representable range, 0 outside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int) -> Tensor:
+        low, high = ops.representable_range(*ops.broadcast_qparams(scale, zero_point, x, axis), bits)
+        ctx.save_for_backward((x >= low) & (x <= high))
+        return ops.quantize(x, scale, zero_point, bits, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (inside,) = ctx.saved_tensors
+        return grad_outputs[0] * inside, None, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int = 0) -> Tensor:
+    """:func:`ops.quantize <fairseq.modules.quantization.scalar.ops.quantize>` that lets gradients through.
+
+    The gradient is that of clamp(x, low, high), low and high being the ends of the grid: the piecewise-linear
+    function that the staircase follows. Bengio et al., 2013, https://arxiv.org/abs/1308.3432.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return ops.quantize(x, scale, zero_point, bits, axis)
+    result: Tensor = _StraightThrough.apply(x, scale, zero_point, bits, axis)
+    return result
+
+
+def quant_noise(x: Tensor, quantized: Tensor, p: float) -> Tensor:
+    """Each element of ``quantized`` with probability ``p``, otherwise that of ``x``: same shape, gradients of both.
+
+    Fan et al., 2021, Training with Quantization Noise, https://arxiv.org/abs/2004.07320.
+    """
+    if p >= 1:
+        return quantized
+    if p <= 0:
+        return x
+    return torch.where(torch.rand(x.shape, device=x.device) < p, quantized, x)
+
+
+def check_noise(p: float, update_step: int) -> None:
+    """ValueError unless ``p`` is a probability and ``update_step`` a positive int."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"p is the probability that an element is quantized in training, from 0 to 1; got {p}")
+    if isinstance(update_step, bool) or not isinstance(update_step, int) or update_step < 1:
+        raise ValueError(f"update_step is a number of training forwards, an int of at least 1; got {update_step!r}")

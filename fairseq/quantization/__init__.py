@@ -1,0 +1,1 @@
+"""Acting on a whole model: which layers, which settings, swap, report, compare."""

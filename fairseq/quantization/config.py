@@ -1,0 +1,110 @@
+"""QuantizationConfig: which layers get how many bits by which method, validated once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from fairseq.modules.quantization.scalar.ops import check_bits, check_method
+
+COMPONENTS = ("attention", "mlp", "classifier")
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """How one Linear is quantized; ``skip`` leaves it in float."""
+
+    bits: int = 8
+    method: str = "tensor"
+    skip: bool = False
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        check_method(self.method)
+        if not isinstance(self.skip, bool):
+            raise TypeError(f"skip must be True or False, got {self.skip!r}")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """The settings of one quantization.
+
+    Attributes:
+        bits: 2 to 8.
+        method: "tensor", "channel" or "histogram".
+        p: share of the selected layers that is quantized, 0 to 1.
+        quantize_attention, quantize_mlp, quantize_classifier: the components that are selected.
+        seed: chooses the layers when ``p`` is below 1; the same seed, the same layers.
+        overrides: glob of layer names -> any of ``bits``, ``method``, ``skip``; the first glob that matches a layer
+            replaces those settings for it.
+
+    Raises:
+        TypeError, ValueError: what came and what is accepted.
+    """
+
+    bits: int = 8
+    method: str = "tensor"
+    p: float = 1.0
+    quantize_attention: bool = True
+    quantize_mlp: bool = True
+    quantize_classifier: bool = True
+    seed: int = 0
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        check_method(self.method)
+        if isinstance(self.p, bool) or not isinstance(self.p, int | float):
+            raise TypeError(f"p must be a number from 0 to 1, got {self.p!r}")
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"p is the share of layers to quantize, from 0 to 1; got {self.p}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an int, got {self.seed!r}")
+        flags = {f"quantize_{c}": getattr(self, f"quantize_{c}") for c in COMPONENTS}
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        if not any(flags.values()):
+            raise ValueError(f"nothing is selected: at least one of {', '.join(flags)} must be True")
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(f"overrides must map globs to settings, got {self.overrides!r}")
+        for glob, settings in self.overrides.items():
+            self._override(glob, settings)
+
+    def selects(self, component: str) -> bool:
+        """Whether layers of this component ("attention", "mlp" or "classifier") are to be quantized."""
+        return bool(getattr(self, f"quantize_{component}"))
+
+    def for_layer(self, name: str) -> LayerConfig:
+        """The settings of the layer called ``name``, overrides included."""
+        for glob, settings in self.overrides.items():
+            if fnmatchcase(name, glob):
+                return self._override(glob, settings)
+        return LayerConfig(self.bits, self.method)
+
+    def unmatched_overrides(self, names: Iterable[str]) -> list[str]:
+        """The globs that match none of ``names``."""
+        names = list(names)
+        return [glob for glob in self.overrides if not any(fnmatchcase(name, glob) for name in names)]
+
+    def sample(self, names: Iterable[str]) -> set[str]:
+        """The share ``p`` of ``names``: those with the smallest hash of seed and name, the same on every machine."""
+        names = list(names)
+        rank = {name: hashlib.sha256(f"{self.seed}:{name}".encode()).hexdigest() for name in names}
+        count = round(self.p * len(names)) if self.p == 0 else max(1, round(self.p * len(names)))
+        return set(sorted(names, key=rank.__getitem__)[:count])
+
+    def _override(self, glob: str, settings: Mapping[str, Any]) -> LayerConfig:
+        accepted = {"bits", "method", "skip"}
+        if not isinstance(glob, str) or not isinstance(settings, Mapping) or not set(settings) <= accepted:
+            raise ValueError(
+                f"an override maps a glob to any of {', '.join(sorted(accepted))}, "
+                f'such as {{"*classifier": {{"bits": 8}}}}; got {glob!r}: {settings!r}'
+            )
+        try:
+            return LayerConfig(**{"bits": self.bits, "method": self.method, **settings})
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"override {glob!r}: {error}") from None
