@@ -100,7 +100,8 @@ def histogram_range(w: Tensor, bits: int, axis: int | None = None) -> tuple[Tens
     The values are counted in :data:`HISTOGRAM_BINS` equal bins over their full range. Candidate ranges, the full one
     among them, are compared by the squared error that the ``bits`` wide grid over them makes on the histogram; the
     winner is then measured against the full range on the values themselves, so that the result is **never worse in
-    squared error than min-max**. First both ends shrink together, then each end alone is refined, twice.
+    squared error than min-max**. First both ends are cut at one distance
+    from 0, then each end alone is refined, twice.
 
     Args:
         w: floating tensor of any shape, finite.
@@ -151,11 +152,13 @@ def _search_clipping(rows: Tensor, full: tuple[Tensor, Tensor], bits: int) -> tu
     low, high = full
     moments = _Histogram(rows, low, high)
     candidates = 32
-    # Geometric, because a tensor with outliers wants a range far below its maximum: 1, ..., 0.02.
-    joint = torch.logspace(0, -1.7, 2 * candidates, dtype=rows.dtype, device=rows.device)
-    fraction = torch.stack([joint, joint])[:, None].expand(2, len(low), -1)  # (2, R, K): of low, of high
+    # Geometric, because a tensor with outliers wants a range far below its maximum: 1, ..., 0.02 of it.
+    cut = torch.logspace(0, -1.7, 2 * candidates, dtype=rows.dtype, device=rows.device)
+    largest = torch.maximum(-low, high).unsqueeze(-1)
+    ends = torch.stack([-low, high]).unsqueeze(-1)  # (2, R, 1), each >= 0
+    fraction = torch.where(ends > 0, largest / ends * cut, 1).clamp(max=1)  # (2, R, K): both ends within +-cut * largest
     best = moments.best(fraction, bits)  # (2, R)
-    width = float(joint[0] / joint[1]) ** 1.5
+    width = float(cut[0] / cut[1]) ** 1.5
     for _ in range(2):
         around = torch.logspace(-1, 1, candidates, base=width, dtype=rows.dtype, device=rows.device)
         for end in (0, 1):

@@ -1,0 +1,205 @@
+"""What the scripts share: finding a model, reading pictures, measuring accuracy and time, and short error messages."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import os
+import statistics
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import torch
+import transformers
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+HERE = Path(__file__).resolve().parent
+EMBEDDED = HERE / "cifar10-vit"
+TEST_IMAGES = HERE / "assets" / "cifar10_test_500.zip"
+SAMPLE_IMAGE = HERE / "assets" / "chelsea.jpg"
+DEFAULT_MODEL = "google/vit-base-patch16-224"
+SECONDS_TO_REACH_HUB = 3.0
+
+CONFIGURATIONS = [(bits, method) for bits in (8, 4) for method in ("tensor", "channel", "histogram")]
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend; shown without a traceback."""
+
+
+def run(main: Callable[[], int]) -> None:
+    """Call ``main`` and exit with its code; a :class:`UserError` becomes one line and exit code 2."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+class Loaded(NamedTuple):
+    """A float model in eval mode, its image processor, and what it is called."""
+
+    model: nn.Module
+    processor: Any
+    name: str
+
+
+def load_model(source: str | None) -> Loaded:
+    """Load a classifier from a hub id or a folder; by default ViT-Base if it can be had, else the embedded model."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if source is not None:
+        if not Path(source).is_dir():
+            if Path(source).exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
+                raise UserError(f"--model {source}: no such folder")
+            reason = hub_problem(source)
+            if reason:
+                raise UserError(f"--model {source}: no such folder, and as a hub id it cannot be loaded: {reason}")
+        return _from_pretrained(source, source)
+    reason = hub_problem(DEFAULT_MODEL)
+    if reason is None:
+        try:
+            return _from_pretrained(DEFAULT_MODEL, DEFAULT_MODEL)
+        except UserError as error:
+            reason = str(error)
+    print(f"{DEFAULT_MODEL} cannot be loaded ({reason}).")
+    print("Using the embedded model instead: a small ViT trained on CIFAR-10 (10 classes, 32x32 pixels).\n")
+    return _from_pretrained(str(EMBEDDED), "the embedded CIFAR-10 ViT")
+
+
+def hub_problem(model_id: str) -> str | None:
+    """Why a hub id cannot be loaded, found out within seconds; None if it can (or is in the local cache)."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model_id, "config.json"), str):
+        return None
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set and it is not in the local cache"
+    try:
+        HfApi().model_info(model_id, timeout=SECONDS_TO_REACH_HUB)
+    except Exception as error:  # the hub client's transport errors have no common base across its versions
+        return f"the HuggingFace hub did not answer: {first_line(error)}"
+    return None
+
+
+def _from_pretrained(source: str, name: str) -> Loaded:
+    try:
+        model = AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)
+        return Loaded(model.eval(), AutoImageProcessor.from_pretrained(source), name)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"cannot load the model {source}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def read_image(source: Any, name: str) -> Image.Image:
+    """Decode one picture to RGB; ``source`` is a path or an open file."""
+    try:
+        return Image.open(source).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such file") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{name}: not a readable picture ({first_line(error)})") from None
+
+
+def embedded_images() -> tuple[list[Callable[[], Image.Image]], list[str]]:
+    """The 500 CIFAR-10 test pictures, each as a function that decodes it, and their class names."""
+    archive = zipfile.ZipFile(TEST_IMAGES)
+    names = archive.namelist()
+    return [functools.partial(_read_from, archive, name) for name in names], [n.split("/")[0] for n in names]
+
+
+def _read_from(archive: zipfile.ZipFile, name: str) -> Image.Image:
+    with archive.open(name) as opened:
+        return read_image(opened, name)
+
+
+def labelled_images(folder: Path, table: Path, classes: int) -> tuple[list[Callable[[], Image.Image]], Tensor]:
+    """Pictures named in a CSV with the columns file and class_index, and their labels, int64 of shape (N,)."""
+    if not folder.is_dir():
+        raise UserError(f"--images {folder}: no such folder")
+    try:
+        with table.open(newline="") as opened:
+            rows = list(csv.DictReader(opened))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--labels {table}: {first_line(error)}") from None
+    if not rows or not {"file", "class_index"} <= set(rows[0]):
+        raise UserError(f"--labels {table}: needs the columns file and class_index, and at least one row")
+    labels = []
+    for number, row in enumerate(rows, start=2):
+        text = row["class_index"] or ""
+        if not text.isdigit() or int(text) >= classes:
+            raise UserError(f"--labels {table}, line {number}: class_index must be from 0 to {classes - 1}, got {text!r}")
+        labels.append(int(text))
+        if not (folder / row["file"]).is_file():
+            raise UserError(f"--labels {table}, line {number}: {folder / row['file']} does not exist")
+    files = [folder / row["file"] for row in rows]
+    return [functools.partial(read_image, file, str(file)) for file in files], torch.tensor(labels)
+
+
+def batches(images: list[Callable[[], Image.Image]], processor: Any, size: int) -> Iterator[Tensor]:
+    """Decode, preprocess and stack: pixel_values of shape (B, 3, H, W), float32, B at most ``size``."""
+    for start in range(0, len(images), size):
+        pictures = [read() for read in images[start : start + size]]
+        yield processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, classes) on the CPU, float32."""
+    device = next(model.parameters()).device
+    return model(pixel_values=pixel_values.to(device)).logits.float().cpu()
+
+
+def milliseconds_per_image(models: dict[str, nn.Module], pixel_values: Tensor, turns: int = 9) -> dict[str, float]:
+    """Median time of one forward of one picture; the models take turns, so that a drifting machine slows all alike."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(turns + 2):
+        for name, model in models.items():
+            started = time.perf_counter()
+            logits(model, pixel_values[:1])
+            if turn >= 2:  # the first two warm up
+                times[name].append(1000 * (time.perf_counter() - started))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Plain text columns, which are also a reStructuredText table; the first to the left, numbers to the right."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    rule = "  ".join("=" * width for width in widths)
+
+    def line(cells: list[str]) -> str:
+        first, *others = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
+        return "  ".join([first, *others])
+
+    return "\n".join([rule, line(header), rule, *map(line, rows), rule])
+
+
+def parse_configuration(text: str) -> tuple[int, str]:
+    """"4:histogram" -> (4, "histogram"), for argparse."""
+    bits, _, method = text.partition(":")
+    if not bits.isdigit() or (int(bits), method) not in {(b, m) for b in range(2, 9) for _, m in CONFIGURATIONS}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not BITS:METHOD, such as 4:histogram (2 to 8 bits; tensor, channel, histogram)")
+    return int(bits), method
+
+
+def positive(text: str) -> int:
+    """An int of at least 1, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)

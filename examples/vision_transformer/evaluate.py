@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Accuracy of a ViT before and after quantization, over a folder of labelled pictures.
+
+    python examples/vision_transformer/evaluate.py --model DIR --images DIR --labels labels.csv
+    python examples/vision_transformer/evaluate.py --model DIR --images DIR --labels labels.csv --configs 4:tensor 3:histogram
+
+The CSV has the columns ``file`` (in the folder) and ``class_index``. Columns of the result: top-1 and top-5 accuracy;
+"kept", top-1 as a share of the float model's; "agreement", the share of pictures with the float model's top-1 class;
+and the mean squared error of the logits. All models see each batch in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from common import CONFIGURATIONS, batches, labelled_images, load_model, logits, parse_configuration, positive, run, table
+from torch import Tensor
+from tqdm import tqdm
+
+from fairseq.models.vit_quantization import ViTQuantizer
+
+
+class Score:
+    """Running sums of one model's results."""
+
+    def __init__(self) -> None:
+        self.top1 = self.top5 = self.agree = self.count = 0
+        self.squared_error, self.values = 0.0, 0
+
+    def add(self, got: Tensor, expected: Tensor, labels: Tensor) -> None:
+        """Logits of this model and of the float model, (B, classes), and labels, (B,)."""
+        first = got.argmax(-1)
+        self.top1 += int((first == labels).sum())
+        self.top5 += int((got.topk(min(5, got.shape[-1])).indices == labels[:, None]).any(-1).sum())
+        self.agree += int((first == expected.argmax(-1)).sum())
+        self.squared_error += float((got - expected).double().square().sum())
+        self.values += got.numel()
+        self.count += len(labels)
+
+    def row(self, name: str, reference: Score, seconds: float | None) -> list[str]:
+        kept = self.top1 / reference.top1 if reference.top1 else float("nan")
+        return [
+            name, f"{self.top1 / self.count:.1%}", f"{self.top5 / self.count:.1%}", f"{kept:.1%}",
+            f"{self.agree / self.count:.1%}", f"{self.squared_error / self.values:.2e}",
+            "" if seconds is None else f"{seconds:.1f}",
+        ]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or hub id of an image classifier")
+    parser.add_argument("--images", type=Path, required=True, help="folder of pictures")
+    parser.add_argument("--labels", type=Path, required=True, help="CSV with the columns file and class_index")
+    parser.add_argument(
+        "--configs", type=parse_configuration, nargs="+", default=CONFIGURATIONS, metavar="BITS:METHOD",
+        help="default: 8 and 4 bits with each of tensor, channel, histogram",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=positive, default=16)
+    parser.add_argument("--limit", type=positive, default=None, help="only the first so many pictures")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    args = parser.parse_args()
+
+    model, processor, name = load_model(args.model)
+    images, labels = labelled_images(args.images, args.labels, model.config.num_labels)
+    images, labels = images[: args.limit], labels[: args.limit]
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    models, seconds = {"float": model.to(device)}, {}
+    for bits, method in args.configs:
+        key, started = f"{bits}-bit {method}", time.perf_counter()
+        models[key] = ViTQuantizer(bits=bits, method=method).quantize_model(model)
+        seconds[key] = time.perf_counter() - started
+
+    scores = {key: Score() for key in models}
+    with tqdm(total=len(images), desc="Evaluating", unit="image") as bar:
+        for pixel_values in batches(images, processor, args.batch_size):
+            expected, truth = None, labels[bar.n : bar.n + len(pixel_values)]
+            for key, candidate in models.items():
+                got = logits(candidate, pixel_values)
+                expected = got if expected is None else expected
+                scores[key].add(got, expected, truth)
+            bar.update(len(pixel_values))
+
+    print(f"{name}, {len(images)} pictures, weights of all Linear layers quantized, on {device}\n")
+    header = ["configuration", "top-1", "top-5", "kept", "agreement", "logit MSE", "quantized in s"]
+    print(table(header, [score.row(key, scores["float"], seconds.get(key)) for key, score in scores.items()]))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,49 @@
+"""Fixtures: every device present, tiny ViTs with random weights, and no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import ViTConfig, ViTForImageClassification
+
+settings.register_profile("house", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("house")
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Each device of this machine in turn."""
+    return torch.device(request.param)
+
+
+def vit_config(**changes):
+    settings = {
+        "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40, "image_size": 16,
+        "patch_size": 4, "encoder_stride": 4, "num_labels": 7, "hidden_dropout_prob": 0.1,
+    }  # fmt: skip
+    return ViTConfig(**{**settings, **changes})
+
+
+@pytest.fixture
+def tiny_vit():
+    """A classifier with 13 Linear layers, dropout, and biases that are not zero; in eval mode."""
+    torch.manual_seed(0)
+    model = ViTForImageClassification(vit_config())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.ndim == 2:
+                parameter.normal_(std=0.15)
+    return model.eval()
+
+
+@pytest.fixture
+def pixels():
+    """Five pictures for the tiny models: (5, 3, 16, 16)."""
+    return torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,107 @@
+"""ActivationQuantizer: the hook, its range, and where it is kept."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq.modules.quantization.scalar import ops
+from fairseq.modules.quantization.scalar.modules import ActivationQuantizer
+
+
+def test_eval_output_lies_on_the_grid_of_the_first_batch(device):
+    module = nn.Linear(4, 6).to(device).eval()
+    x = torch.randn(50, 4, device=device)
+    exact = module(x).detach()
+    ActivationQuantizer(module, bits=4, method="tensor", clamp_threshold=None)
+    expected, scale, zero_point = ops.emulate_int(exact, 4, "tensor")
+    assert torch.equal(module(x), expected)
+    assert torch.equal(module(3 * x), ops.quantize(nn.functional.linear(3 * x, module.weight, module.bias), scale, zero_point, 4))
+    assert torch.equal(module.activation_scale, scale)
+
+
+def test_channel_is_the_feature_dimension():
+    linear, conv = nn.Linear(4, 6).eval(), nn.Conv2d(3, 5, 1).eval()
+    for module, x, channels in ((linear, torch.randn(2, 7, 4), 6), (conv, torch.randn(2, 3, 4, 4), 5)):
+        ActivationQuantizer(module, bits=8, method="channel")
+        module(x)
+        assert module.activation_scale.shape == (channels,)
+
+
+def test_clamp_threshold_keeps_an_outlier_out_of_the_range():
+    x = torch.randn(10_000)
+    x[0] = 1000.0
+    ranges = {}
+    for threshold in (5, None):
+        module = nn.Identity().eval()
+        ActivationQuantizer(module, bits=8, method="tensor", clamp_threshold=threshold)
+        module(x)
+        ranges[threshold] = float(ops.representable_range(module.activation_scale, module.activation_zero_point, 8)[1])
+    assert ranges[None] == pytest.approx(1000, rel=0.01)
+    assert ranges[5] == pytest.approx(5 * float(x.std()), rel=0.1)
+
+
+def test_training_follows_p_and_update_step():
+    module = nn.Identity().train()
+    ActivationQuantizer(module, p=0, update_step=2, bits=4, method="tensor")
+    x = torch.randn(100)
+    assert module(x) is x
+    first = float(module.activation_scale)
+    module(10 * x)
+    assert float(module.activation_scale) == first
+    module(10 * x)
+    assert float(module.activation_scale) == pytest.approx(10 * first)
+    module.eval()(x)
+    assert float(module.activation_scale) == pytest.approx(10 * first)
+
+
+def test_gradient_passes_inside_the_range_only():
+    module = nn.Identity().train()
+    ActivationQuantizer(module, p=1, update_step=100, bits=8, method="tensor", clamp_threshold=None)
+    module(torch.tensor([-1.0, 1.0]))
+    x = torch.tensor([-2.0, -0.5, 0.5, 2.0], requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad.tolist() == [0, 1, 1, 0]
+
+
+def test_range_is_saved_moved_and_copied_with_the_module(tmp_path, device):
+    module = nn.Sequential(nn.Linear(4, 6)).to(device).eval()
+    ActivationQuantizer(module[0], bits=4)
+    x = torch.randn(5, 4, device=device)
+    expected = module(x)
+    torch.save(module.state_dict(), tmp_path / "m.pt")
+    fresh = nn.Sequential(nn.Linear(4, 6)).eval()
+    ActivationQuantizer(fresh[0], bits=4)
+    fresh.load_state_dict(torch.load(tmp_path / "m.pt", map_location="cpu"))
+    assert torch.equal(fresh.to(device)(x), expected)
+    twin = copy.deepcopy(module)
+    assert torch.equal(twin(x), expected)
+    twin[0].activation_scale.mul_(2)
+    assert torch.equal(module(x), expected)
+    fresh.load_state_dict({k: v for k, v in fresh.state_dict().items() if "activation" not in k})
+    assert fresh[0].activation_scale is None
+
+
+def test_remove_ends_it_and_a_second_one_is_refused():
+    module = nn.Linear(4, 6).eval()
+    x = torch.randn(5, 4)
+    exact = module(x)
+    quantizer = ActivationQuantizer(module, bits=2)
+    assert not torch.equal(module(x), exact)
+    with pytest.raises(ValueError, match="already"):
+        ActivationQuantizer(module)
+    quantizer.handle.remove()
+    assert torch.equal(module(x), exact)
+    ActivationQuantizer(module, bits=2)
+    assert not torch.equal(module(x), exact)
+
+
+def test_errors():
+    for settings in ({"p": 2}, {"bits": 1}, {"method": "foo"}, {"clamp_threshold": 0}, {"update_step": 0}):
+        with pytest.raises(ValueError, match="|".join(settings)):
+            ActivationQuantizer(nn.Identity(), **settings)
+    module = nn.LSTM(2, 2)
+    ActivationQuantizer(module)
+    with pytest.raises(TypeError, match="got tuple"):
+        module(torch.ones(1, 1, 2))

@@ -1,0 +1,61 @@
+"""QuantizationConfig: validation, overrides, the seeded share."""
+
+import pytest
+
+from fairseq.quantization.config import LayerConfig, QuantizationConfig
+
+NAMES = [f"vit.layers.{i}.{n}" for i in range(12) for n in ("q_proj", "k_proj", "fc1")] + ["classifier"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"bits": 16}, ValueError, "bits must be from 2 to 8, got 16"),
+        ({"bits": "4"}, TypeError, "bits must be an int from 2 to 8, got '4'"),
+        ({"method": "foo"}, ValueError, "method must be one of tensor, channel, histogram, got 'foo'"),
+        ({"p": 1.5}, ValueError, "from 0 to 1; got 1.5"),
+        ({"p": float("nan")}, ValueError, "from 0 to 1; got nan"),
+        ({"p": "half"}, TypeError, "p must be a number"),
+        ({"seed": 0.5}, TypeError, "seed must be an int"),
+        ({"quantize_mlp": "yes"}, TypeError, "quantize_mlp must be True or False"),
+        (
+            {"quantize_attention": False, "quantize_mlp": False, "quantize_classifier": False},
+            ValueError,
+            "nothing is selected",
+        ),
+        ({"overrides": ["*"]}, TypeError, "overrides must map"),
+        ({"overrides": {"*": {"bit": 4}}}, ValueError, "bits, method, skip.*got '\\*': {'bit': 4}"),
+        ({"overrides": {"*": 4}}, ValueError, "an override maps a glob"),
+        ({"overrides": {"*fc1": {"bits": 1}}}, ValueError, "override '\\*fc1': bits must be from 2 to 8, got 1"),
+        ({"overrides": {"*": {"skip": 1}}}, TypeError, "skip must be True or False"),
+    ],
+)
+def test_errors(settings, error, message):
+    with pytest.raises(error, match=message):
+        QuantizationConfig(**settings)
+
+
+def test_first_matching_override_wins():
+    config = QuantizationConfig(
+        bits=4, method="channel", overrides={"*.0.*": {"bits": 8}, "*fc1": {"method": "tensor"}, "clas*": {"skip": True}}
+    )
+    assert config.for_layer("vit.layers.0.fc1") == LayerConfig(8, "channel")
+    assert config.for_layer("vit.layers.1.fc1") == LayerConfig(4, "tensor")
+    assert config.for_layer("vit.layers.1.q_proj") == LayerConfig(4, "channel")
+    assert config.for_layer("classifier").skip
+    assert config.unmatched_overrides(["vit.layers.0.fc1"]) == ["clas*"]
+
+
+def test_sample_is_the_same_every_time_and_grows():
+    samples = {p: QuantizationConfig(p=p).sample(NAMES) for p in (0, 0.01, 0.25, 0.5, 1)}
+    assert {p: len(s) for p, s in samples.items()} == {0: 0, 0.01: 1, 0.25: 9, 0.5: 18, 1: 37}
+    assert samples[0.01] < samples[0.25] < samples[0.5] < samples[1] == set(NAMES)
+    assert QuantizationConfig(p=0.5).sample(reversed(NAMES)) == samples[0.5]
+    assert QuantizationConfig(p=0.5, seed=1).sample(NAMES) != samples[0.5]
+    # Fixed for good: a checkpoint of today must load into the same layers tomorrow.
+    assert sorted(QuantizationConfig(p=0.1).sample(NAMES)) == [
+        "vit.layers.2.k_proj",
+        "vit.layers.3.k_proj",
+        "vit.layers.6.k_proj",
+        "vit.layers.8.q_proj",
+    ]

@@ -1,0 +1,68 @@
+"""Which way imports may run, and what importing the package costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fairseq
+
+ROOT = Path(fairseq.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# A file of the first folder that matches may import the house's modules that start with one of these.
+SCALAR, INTEGER = "fairseq.modules.quantization.scalar", "fairseq.modules.quantization.integer"
+ALLOWED = {
+    "modules/quantization/scalar/ops.py": (),
+    "modules/quantization/scalar": (SCALAR,),
+    "modules/quantization/integer": (f"{SCALAR}.ops", INTEGER),
+    "modules": (),
+    "quantization/utils": (INTEGER,),
+    "quantization/config.py": (f"{SCALAR}.ops",),
+    "quantization": (SCALAR, "fairseq.quantization"),
+    "models": ("fairseq.quantization",),
+    "__init__.py": (),
+}
+
+
+def imports(path):
+    """Every module that a file imports, at any depth in the code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    relative = path.relative_to(ROOT).as_posix()
+    allowed = next(names for start, names in ALLOWED.items() if relative.startswith(start))
+    for name in imports(path):
+        if name.split(".")[0] == "fairseq":
+            assert any(name == a or name.startswith(a + ".") or a.startswith(name + ".") for a in allowed), name
+        assert name.split(".")[0] not in ("transformers", "matplotlib", "onnx", "onnxruntime"), name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_file_says_what_lives_there(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_the_package_loads_nothing_else():
+    assert run_python("import sys, fairseq; print(fairseq.__version__, 'torch' in sys.modules)") == (
+        f"{fairseq.__version__} False"
+    )
+
+
+def test_importing_the_quantizer_does_not_load_transformers():
+    code = "import sys, fairseq.models.vit_quantization; print('transformers' in sys.modules)"
+    assert run_python(code) == "False"
