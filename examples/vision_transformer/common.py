@@ -144,7 +144,9 @@ def labelled_images(folder: Path, table: Path, classes: int) -> tuple[list[Calla
     for number, row in enumerate(rows, start=2):
         text = row["class_index"] or ""
         if not text.isdigit() or int(text) >= classes:
-            raise UserError(f"--labels {table}, line {number}: class_index must be from 0 to {classes - 1}, got {text!r}")
+            raise UserError(
+                f"--labels {table}, line {number}: class_index must be from 0 to {classes - 1}, got {text!r}"
+            )
         labels.append(int(text))
         if not (folder / row["file"]).is_file():
             raise UserError(f"--labels {table}, line {number}: {folder / row['file']} does not exist")
@@ -191,10 +193,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def parse_configuration(text: str) -> tuple[int, str]:
-    """"4:histogram" -> (4, "histogram"), for argparse."""
+    """ "4:histogram" -> (4, "histogram"), for argparse."""
     bits, _, method = text.partition(":")
     if not bits.isdigit() or (int(bits), method) not in {(b, m) for b in range(2, 9) for _, m in CONFIGURATIONS}:
-        raise argparse.ArgumentTypeError(f"{text!r} is not BITS:METHOD, such as 4:histogram (2 to 8 bits; tensor, channel, histogram)")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not BITS:METHOD, such as 4:histogram (2 to 8 bits; tensor, channel, histogram)"
+        )
     return int(bits), method
 
 

@@ -2,7 +2,7 @@
 """Accuracy of a ViT before and after quantization, over a folder of labelled pictures.
 
     python examples/vision_transformer/evaluate.py --model DIR --images DIR --labels labels.csv
-    python examples/vision_transformer/evaluate.py --model DIR --images DIR --labels labels.csv --configs 4:tensor 3:histogram
+    python examples/vision_transformer/evaluate.py ... --configs 4:tensor 3:histogram
 
 The CSV has the columns ``file`` (in the folder) and ``class_index``. Columns of the result: top-1 and top-5 accuracy;
 "kept", top-1 as a share of the float model's; "agreement", the share of pictures with the float model's top-1 class;
@@ -16,7 +16,17 @@ import time
 from pathlib import Path
 
 import torch
-from common import CONFIGURATIONS, batches, labelled_images, load_model, logits, parse_configuration, positive, run, table
+from common import (
+    CONFIGURATIONS,
+    batches,
+    labelled_images,
+    load_model,
+    logits,
+    parse_configuration,
+    positive,
+    run,
+    table,
+)
 from torch import Tensor
 from tqdm import tqdm
 

@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 import zipfile
@@ -115,16 +116,21 @@ def initialize_mimetic(model: ViTForImageClassification) -> None:
         root = s[:rank].sqrt()[:, None]
         return u[:, :rank].T * root, vh[:rank] * root
 
-    for name, module in model.named_modules():
-        q, k, v, o = (getattr(module, f"{n}_proj", None) for n in "qkvo")
-        if q is None:
-            continue
+    for q, k, v, o in attention_projections(model):
         for start in range(0, hidden, head_dim):
             rows = slice(start, start + head_dim)
             q.weight[rows], k.weight[rows] = factor(0.7, 0.7, head_dim)
         left, right = factor(0.4, -0.4, hidden)
         o.weight.copy_(left.T)
         v.weight.copy_(right)
+
+
+def attention_projections(model: ViTForImageClassification) -> list[list[nn.Linear]]:
+    """Query, key, value and output of each layer, by the names of any version of transformers."""
+    endings = (r"(query|q_proj)$", r"(key|k_proj)$", r"(value|v_proj)$", r"attention\.(output\.dense|o_proj)$")
+    found = [[m for n, m in model.named_modules() if re.search(ending, n)] for ending in endings]
+    assert all(len(kind) == model.config.num_hidden_layers for kind in found)
+    return [list(layer) for layer in zip(*found)]
 
 
 class PatchDropout:

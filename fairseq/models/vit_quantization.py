@@ -1,9 +1,9 @@
 """ViTQuantizer and compare_models: the front door.
 
-    from fairseq.models.vit_quantization import ViTQuantizer, compare_models
+from fairseq.models.vit_quantization import ViTQuantizer, compare_models
 
-    quantized_model = ViTQuantizer(bits=4, method="tensor").quantize_model(model)
-    mse_loss, mae_loss, top1_match = compare_models(model, quantized_model, inputs, top_k=1)
+quantized_model = ViTQuantizer(bits=4, method="tensor").quantize_model(model)
+mse_loss, mae_loss, top1_match = compare_models(model, quantized_model, inputs, top_k=1)
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def convert(model: nn.Module, config: QuantizationConfig) -> tuple[nn.Module, Qu
     chosen = [(name, layer) for name, layer in plan.items() if isinstance(layer, LayerConfig)]
     for name, layer in tqdm(chosen, desc="Quantizing", unit="layer", delay=1, leave=False):
         linear = copies[name]
-        quantized = FakeQuantizedLinear.from_float(linear, layer.bits, layer.method, name)  # type: ignore[arg-type]
+        quantized = FakeQuantizedLinear.from_float(linear, layer.bits, layer.method, name)
         _carry_hooks(linear, quantized)
         for alias in _names_of(result, linear):
             result.set_submodule(alias, quantized)
@@ -42,7 +42,9 @@ def convert(model: nn.Module, config: QuantizationConfig) -> tuple[nn.Module, Qu
 def check_model(model: nn.Module) -> None:
     """Raise unless ``model`` is a module with weights that no house layer has quantized yet."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, such as a ViTForImageClassification; got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a torch.nn.Module, such as a ViTForImageClassification; got {type(model).__name__}"
+        )
     done = [name for name, module in model.named_modules() if isinstance(module, FakeQuantizedLinear | QuantizedWeight)]
     if done:
         raise ValueError(
@@ -78,14 +80,19 @@ def make_plan(layers: dict[str, nn.Module], config: QuantizationConfig) -> dict[
     selected = [name for name, decision in plan.items() if isinstance(decision, LayerConfig)]
     unmatched = config.unmatched_overrides(n for n in plan if n in selected or plan[n] == "skipped by an override")
     if unmatched:
-        raise ValueError(f"override {unmatched[0]!r} matches no selected layer; there are {', '.join(selected[:8])}, ...")
+        raise ValueError(
+            f"override {unmatched[0]!r} matches no selected layer; there are {', '.join(selected[:8])}, ..."
+        )
     sampled = config.sample(selected)
-    return {n: f"not among the share p={config.p}" if n in selected and n not in sampled else d for n, d in plan.items()}
+    return {
+        n: f"not among the share p={config.p}" if n in selected and n not in sampled else d for n, d in plan.items()
+    }
 
 
 def tuple_while_tracing(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook: HuggingFace's outputs are dictionaries, which torch.jit.trace refuses; give it a tuple."""
-    return output.to_tuple() if torch.jit.is_tracing() and hasattr(output, "to_tuple") else output
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return output.to_tuple() if tracing and hasattr(output, "to_tuple") else output
 
 
 def _names_of(model: nn.Module, module: nn.Module) -> list[str]:

@@ -16,7 +16,7 @@ PATTERNS: dict[str, str] = {
 
 
 def component_of(name: str) -> str | None:
-    """"attention", "mlp", "classifier" (the pooler of a bare model included), or None for another layer."""
+    """ "attention", "mlp", "classifier" (the pooler of a bare model included), or None for another layer."""
     for component, pattern in PATTERNS.items():
         if re.search(pattern, f".{name}"):
             return component

@@ -70,7 +70,7 @@ def test_training_flags_are_restored_one_by_one_also_after_an_error(tiny_vit, pi
     first = compare_models(tiny_vit, copy.deepcopy(tiny_vit), pixels)
     assert first.mse_loss == 0  # dropout was off
     assert [m.training for m in tiny_vit.modules()] == flags
-    with pytest.raises(Exception, match="size|channel|match"):
+    with pytest.raises(Exception, match=r"size|channel|match"):
         compare_models(tiny_vit, tiny_vit, torch.zeros(1, 3, 5, 5))
     assert [m.training for m in tiny_vit.modules()] == flags
 

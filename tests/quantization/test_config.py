@@ -37,7 +37,9 @@ def test_errors(settings, error, message):
 
 def test_first_matching_override_wins():
     config = QuantizationConfig(
-        bits=4, method="channel", overrides={"*.0.*": {"bits": 8}, "*fc1": {"method": "tensor"}, "clas*": {"skip": True}}
+        bits=4,
+        method="channel",
+        overrides={"*.0.*": {"bits": 8}, "*fc1": {"method": "tensor"}, "clas*": {"skip": True}},
     )
     assert config.for_layer("vit.layers.0.fc1") == LayerConfig(8, "channel")
     assert config.for_layer("vit.layers.1.fc1") == LayerConfig(4, "tensor")

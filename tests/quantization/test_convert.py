@@ -53,7 +53,9 @@ def test_share_p_is_seeded(tiny_vit):
 
 
 def test_overrides(tiny_vit):
-    config = QuantizationConfig(bits=4, overrides={"classifier": {"skip": True}, "*layer*.0.*": {"bits": 8, "method": "channel"}})
+    config = QuantizationConfig(
+        bits=4, overrides={"classifier": {"skip": True}, "*layer*.0.*": {"bits": 8, "method": "channel"}}
+    )
     result, report = convert(tiny_vit, config)
     assert type(result.classifier) is nn.Linear
     settings = {layer.name: (layer.bits, layer.method) for layer in report.quantized}
@@ -151,9 +153,18 @@ def test_errors_leave_the_model_alone(tiny_vit):
     with torch.device("meta"):
         fails(ViTModel(tiny_vit.config), ValueError, "meta device")
     fails(nn.Sequential(nn.Linear(2, 2)), ValueError, "its Linear layers are 0")
-    fails(nn.Sequential(*[nn.Linear(2, 2)] * 1, *[nn.Linear(2, 2) for _ in range(20)]), ValueError, r"7, \.\.\. \(21 in all\)")
+    fails(
+        nn.Sequential(*[nn.Linear(2, 2)] * 1, *[nn.Linear(2, 2) for _ in range(20)]),
+        ValueError,
+        r"7, \.\.\. \(21 in all\)",
+    )
     fails(nn.Conv2d(1, 1, 1), ValueError, "it has no Linear layer")
-    fails(tiny_vit, ValueError, "override '\\*fc9' matches no selected layer; there are vit", overrides={"*fc9": {"bits": 8}})
+    fails(
+        tiny_vit,
+        ValueError,
+        "override '\\*fc9' matches no selected layer; there are vit",
+        overrides={"*fc9": {"bits": 8}},
+    )
     assert all(torch.equal(v, state[k]) for k, v in tiny_vit.state_dict().items())
     name = list(linear_layers(tiny_vit))[4]
     tiny_vit.get_submodule(name).weight.data[0, 0] = float("nan")

@@ -42,9 +42,7 @@ def components(model):
     return Counter(component_of(name) for name in linear_layers(model))
 
 
-@pytest.mark.parametrize(
-    ("layers", "hidden", "total"), [(12, 768, 73), (24, 1024, 145)], ids=["ViT-Base", "ViT-Large"]
-)
+@pytest.mark.parametrize(("layers", "hidden", "total"), [(12, 768, 73), (24, 1024, 145)], ids=["ViT-Base", "ViT-Large"])
 def test_real_sizes(layers, hidden, total):
     with torch.device("meta"):
         config = ViTConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=16, num_labels=1000)

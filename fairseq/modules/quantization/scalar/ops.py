@@ -156,7 +156,9 @@ def _search_clipping(rows: Tensor, full: tuple[Tensor, Tensor], bits: int) -> tu
     cut = torch.logspace(0, -1.7, 2 * candidates, dtype=rows.dtype, device=rows.device)
     largest = torch.maximum(-low, high).unsqueeze(-1)
     ends = torch.stack([-low, high]).unsqueeze(-1)  # (2, R, 1), each >= 0
-    fraction = torch.where(ends > 0, largest / ends * cut, 1).clamp(max=1)  # (2, R, K): both ends within +-cut * largest
+    fraction = torch.where(ends > 0, largest / ends * cut, 1).clamp(
+        max=1
+    )  # (2, R, K): both ends within +-cut * largest
     best = moments.best(fraction, bits)  # (2, R)
     width = float(cut[0] / cut[1]) ** 1.5
     for _ in range(2):
@@ -171,7 +173,7 @@ def _search_clipping(rows: Tensor, full: tuple[Tensor, Tensor], bits: int) -> tu
 
 
 class _Histogram:
-    """Each row's values, counted; the squared error of any grid over them follows from running sums, without the values.
+    """Each row's values, counted; the squared error of any grid over them follows from running sums alone.
 
     Bin centres c stand for the values. S0, S1 and S2 are the sums of 1, c and c**2 over the bins below an edge.
     """
@@ -192,7 +194,7 @@ class _Histogram:
             counts *= centres
 
     def best(self, fraction: Tensor, bits: int) -> Tensor:
-        """Of the candidate fractions of (low, high), (2, R, K), the pair with the smallest error on each row: (2, R)."""
+        """Of the candidate fractions of (low, high), (2, R, K), each row's pair with the smallest error: (2, R)."""
         low, high, top = self.low * fraction[0], self.high * fraction[1], quantized_range(bits)[1]  # (R, K)
         scale = ((high - low) / top).clamp(min=torch.finfo(low.dtype).tiny)  # as range_to_qparams makes them
         zero_point = (-low / scale).round()

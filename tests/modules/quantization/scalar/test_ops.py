@@ -39,7 +39,9 @@ def tensors(draw):
 
 def step(scale, axis, w):
     """The scale, shaped to broadcast against w."""
-    return scale.double() if scale.numel() == 1 else scale.double().view([-1 if i == axis else 1 for i in range(w.ndim)])
+    return (
+        scale.double() if scale.numel() == 1 else scale.double().view([-1 if i == axis else 1 for i in range(w.ndim)])
+    )
 
 
 @given(w=tensors(), bits=st.integers(2, 8), method=st.sampled_from(["tensor", "channel"]))

@@ -1,4 +1,4 @@
-"""Layers that emulate n-bit integers: trainable (``Int*``, ``ActivationQuantizer``) and frozen (``FakeQuantizedLinear``)."""
+"""Layers that emulate n-bit integers: for training (Int*, ActivationQuantizer), for inference (FakeQuantizedLinear)."""
 
 from fairseq.modules.quantization.scalar.modules.activation import ActivationQuantizer
 from fairseq.modules.quantization.scalar.modules.fake_linear import FakeQuantizedLinear

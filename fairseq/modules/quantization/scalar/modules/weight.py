@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class QuantizedWeight(nn.Module):
     keep their dtype in ``.half()``. Loading a state dict without them (a float layer's) forgets them.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     scale: Tensor | None
     zero_point: Tensor | None
 
@@ -43,20 +43,23 @@ class QuantizedWeight(nn.Module):
             TypeError: ``module`` is not exactly an nn.Linear, nn.Conv2d or nn.Embedding.
         """
         with torch.device("meta"):
-            new = cls(**_settings(module), p=p, update_step=update_step, bits=bits, method=method)  # type: ignore[call-arg]
+            new = cls(**_settings(module), p=p, update_step=update_step, bits=bits, method=method)
         for name, parameter in module.named_parameters(recurse=False):
             setattr(new, name, parameter)
         return new.train(module.training)
 
     def observe_weight(self) -> None:
         """Set ``scale`` and ``zero_point`` from the weight as it is now."""
-        self.scale, self.zero_point = ops.observe(self.weight, self.bits, self.method, name=f"{type(self).__name__}.weight")
+        self.scale, self.zero_point = ops.observe(
+            self.weight, self.bits, self.method, name=f"{type(self).__name__}.weight"
+        )
 
     def quantized_weight(self) -> Tensor:
-        """The weight, every element on the n-bit grid, with straight-through gradients; shape and dtype of ``weight``."""
+        """The weight, every element on the n-bit grid, with straight-through gradients: shape of ``weight``."""
         if self.scale is None or self.zero_point is None:
             self.observe_weight()
-        assert self.scale is not None and self.zero_point is not None
+        assert self.scale is not None
+        assert self.zero_point is not None
         return fake_quantize(self.weight, self.scale, self.zero_point, self.bits)
 
     def noisy_weight(self) -> Tensor:
@@ -129,7 +132,7 @@ class IntConv2d(QuantizedWeight, nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         p: float = 0,
         bits: int = 8,
         method: str = "histogram",
@@ -167,7 +170,9 @@ class IntEmbedding(QuantizedWeight, nn.Embedding):
         method: str = "histogram",
     ):
         if sparse:
-            raise ValueError("IntEmbedding has no sparse gradients, since the whole table is quantized; use sparse=False")
+            raise ValueError(
+                "IntEmbedding has no sparse gradients, since the whole table is quantized; use sparse=False"
+            )
         nn.Embedding.__init__(
             self, num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight
         )  # fmt: skip

@@ -21,6 +21,7 @@ def test_holds_the_quantized_weight(bits, method, bias, device):
     expected, scale, zero_point = ops.emulate_int(linear.weight, bits, method, axis=axis)
     assert torch.equal(layer.weight, expected)
     assert torch.equal(layer.scale, scale)
+    assert torch.equal(layer.zero_point, zero_point)
     assert scale.numel() == (1 if method == "tensor" else 4)
     x = torch.randn(3, 9, device=device)
     assert torch.equal(layer(x), nn.functional.linear(x, expected, linear.bias))

@@ -26,7 +26,9 @@ def make(kind, **settings):
     if kind is IntLinear:
         return IntLinear(6, 5, **settings), torch.randn(3, 6)
     if kind is IntConv2d:
-        return IntConv2d(4, 6, 3, stride=2, padding=1, groups=2, padding_mode="reflect", **settings), torch.randn(2, 4, 8, 8)
+        return IntConv2d(4, 6, 3, stride=2, padding=1, groups=2, padding_mode="reflect", **settings), torch.randn(
+            2, 4, 8, 8
+        )
     return IntEmbedding(9, 5, padding_idx=0, **settings), torch.tensor([[1, 2, 0], [8, 1, 1]])
 
 
@@ -151,9 +153,7 @@ def test_embedding_max_norm_is_applied_to_the_float_table():
     assert layer.weight[1].norm().item() > 5
 
 
-@pytest.mark.parametrize(
-    ("kind", "arguments"), [(IntLinear, (3, 4)), (IntConv2d, (3, 4, 3)), (IntEmbedding, (3, 4))]
-)
+@pytest.mark.parametrize(("kind", "arguments"), [(IntLinear, (3, 4)), (IntConv2d, (3, 4, 3)), (IntEmbedding, (3, 4))])
 def test_bad_settings(kind, arguments):
     for settings, message in (({"bits": 9}, "bits must"), ({"method": "foo"}, "method must"), ({"p": 2}, "p is the")):
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,46 @@
+"""The guide: every python block of every page runs, in order, as it is written but for the hub id."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ViTImageProcessor
+
+ROOT = Path(__file__).parent.parent
+HUB_ID = "google/vit-base-patch16-224"
+PAGES = [
+    p for p in [ROOT / "README.rst", *sorted((ROOT / "docs").glob("*.rst"))] if "code-block:: python" in p.read_text()
+]
+
+
+def python_blocks(text):
+    """The bodies of `.. code-block:: python`, dedented."""
+    for match in re.finditer(r"^\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text, re.MULTILINE):
+        yield re.sub(r"^   ", "", match[1], flags=re.MULTILINE)
+
+
+@pytest.fixture
+def model_folder(tiny_vit, tmp_path):
+    folder = tmp_path / "vit"
+    tiny_vit.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    shutil.copy(ROOT / "examples" / "vision_transformer" / "assets" / "chelsea.jpg", tmp_path / "cat.jpg")
+    return folder
+
+
+def test_there_are_pages_with_code():
+    assert {p.name for p in PAGES} >= {"README.rst", "index.rst", "usage.rst", "saving.rst"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_block_runs(page, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace = {}
+    blocks = list(python_blocks(page.read_text()))
+    assert len(blocks) == page.read_text().count("code-block:: python\n")
+    for block in blocks:
+        code = block.replace(f'"{HUB_ID}"', repr(str(model_folder)))
+        exec(compile(code, str(page), "exec"), namespace)
