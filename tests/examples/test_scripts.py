@@ -1,0 +1,230 @@
+"""The scripts as a person runs them: what they print, their exit codes, and one line for a mistake."""
+
+import csv
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, ViTForImageClassification, ViTImageProcessor
+
+FOLDER = Path(__file__).parents[2] / "examples" / "vision_transformer"
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run a script in this process: (exit code, standard output, standard error)."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def call(name, *arguments, before=lambda module: None):
+        spec = importlib.util.spec_from_file_location(f"script_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        before(module)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        run = module.run if hasattr(module, "run") else lambda main: sys.exit(main())
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run(module.main)
+        captured = capsys.readouterr()
+        return stopped.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def model(tiny_vit, tmp_path):
+    folder = tmp_path / "vit"
+    tiny_vit.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["test_ibert", "test_vit_quantization", "test_with_image", "evaluate", "train_cifar10"]
+)
+def test_help(script, name):
+    code, out, _ = script(name, "--help")
+    assert code == 0
+    assert "usage:" in out
+
+
+def test_demo_on_a_given_model(script, model):
+    code, out, err = script("test_with_image", "--model", model)
+    assert (code, err) == (0, "")
+    assert out.count("Quantized 13 linear layers in ") == 2
+    for text in ("4-bit tensor", "8-bit histogram", "MSE: ", "MAE: ", "Top-1 Match: ✓", "ms per image", "Size: "):
+        assert text in out
+    assert "accuracy" not in out  # the 500 pictures are not of this model's classes
+    code, out, _ = script("test_with_image", "--all", "--model", model)
+    assert code == 0
+    assert out.count("Quantized 13 linear layers") == 6
+
+
+def test_demo_without_network_uses_the_embedded_model_and_says_why(script, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to host\nand more")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
+    started = time.perf_counter()
+    code, out, _ = script("test_with_image")
+    assert code == 0
+    assert time.perf_counter() - started < 60
+    assert "google/vit-base-patch16-224 cannot be loaded (the HuggingFace hub did not answer: no route to host)" in out
+    assert "Using the embedded model" in out
+    assert "Original prediction: cat (" in out
+    rows = {" ".join(line.split()[:-1]): line.split()[-1] for line in out.splitlines() if line.endswith("%")}
+    accuracy = {name.split("  ")[0][:13]: float(value.strip("%")) for name, value in rows.items()}
+    assert len(accuracy) == 3
+    assert all(value >= 75 for value in accuracy.values())
+
+
+def test_embedded_model_is_what_its_card_says():
+    model = ViTForImageClassification.from_pretrained(FOLDER / "cifar10-vit")
+    assert sum(p.numel() for p in model.parameters()) <= 3_000_000
+    assert model.config.image_size == 32
+    assert model.config.patch_size == 4
+    assert sum(f.stat().st_size for f in (FOLDER / "cifar10-vit").iterdir()) <= 6_000_000
+    assert (FOLDER / "assets" / "cifar10_test_500.zip").stat().st_size <= 1_000_000
+    result = json.loads((FOLDER / "cifar10-vit" / "training.json").read_text())
+    assert f"{result['test_accuracy']:.2%}" in (FOLDER / "cifar10-vit" / "README.md").read_text()
+    assert AutoImageProcessor.from_pretrained(FOLDER / "cifar10-vit").size == {"height": 32, "width": 32}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "missing.jpg"], "error: --image missing.jpg: no such file"),
+        (["--image", str(FOLDER / "common.py")], "not a readable picture"),
+        (["--model", "./missing"], "error: --model ./missing: no such folder"),
+        (["--model", "someone/some-vit"], "as a hub id it cannot be loaded: HF_HUB_OFFLINE is set"),
+        (["--model", str(FOLDER)], "cannot load the model"),
+    ],
+)
+def test_mistakes_are_one_line(script, model, arguments, message):
+    given = arguments if "--model" in arguments else ["--model", str(model), *arguments]
+    code, _, err = script("test_with_image", *given)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1
+
+
+def test_explorer(script, model, tiny_vit):
+    code, out, _ = script("test_vit_quantization", "--model", model, "--layers")
+    assert code == 0
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+    assert rows["attention"][1] == "8"
+    assert rows["mlp"][1] == "4"
+    assert rows["all"][1:3] == ["13", f"{sum(p.numel() for p in tiny_vit.parameters()):,}"]
+    assert len([line for line in out.splitlines() if line.startswith(("8-bit", "4-bit"))]) == 6
+
+
+@pytest.fixture
+def pictures(tmp_path, model):
+    """Twelve noise pictures with the float model's own predictions as labels, save one: 11 of 12 are right."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    network = ViTForImageClassification.from_pretrained(model).eval()
+    processor = AutoImageProcessor.from_pretrained(model)
+    rows = []
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        inputs = processor(images=Image.open(folder / f"{i}.png"), return_tensors="pt")
+        with torch.no_grad():
+            label = int(network(**inputs).logits.argmax())
+        rows.append([f"{i}.png", (label + 1) % 7 if i == 0 else label])
+    write_labels(tmp_path / "labels.csv", rows)
+    return folder
+
+
+def write_labels(path, rows, header=("file", "class_index")):
+    with path.open("w", newline="") as opened:
+        csv.writer(opened).writerows([header, *rows])
+
+
+def test_evaluate(script, model, pictures, tmp_path):
+    arguments = ["--model", model, "--images", pictures, "--labels", tmp_path / "labels.csv", "--batch-size", 5]
+    code, out, _ = script("evaluate", *arguments, "--configs", "8:channel", "2:tensor", "--device", "cpu")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert ["float", "91.7%", "100.0%", "100.0%", "0.00e+00"] == [
+        c for r in rows if r[:1] == ["float"] for c in r[:1] + r[1:2] + r[3:6]
+    ]
+    eight, two = (next(r for r in rows if r[:1] == [name]) for name in ("8-bit", "2-bit"))
+    assert float(eight[6]) < float(two[6])
+    code, out, _ = script("evaluate", *arguments, "--configs", "8:tensor", "--limit", 4)
+    assert "4 pictures" in out
+    assert "75.0%" in out
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "message"),
+    [
+        ([["0.png", 1]], ("name", "label"), "needs the columns file and class_index"),
+        ([["0.png", 7]], ("file", "class_index"), "line 2: class_index must be from 0 to 6, got '7'"),
+        ([["0.png", 1], ["1.png", "x"]], ("file", "class_index"), "line 3: class_index"),
+        ([["99.png", 1]], ("file", "class_index"), "99.png does not exist"),
+        ([], ("file", "class_index"), "at least one row"),
+    ],
+)
+def test_evaluate_mistakes(script, model, pictures, tmp_path, rows, header, message):
+    write_labels(tmp_path / "bad.csv", rows, header)
+    code, _, err = script("evaluate", "--model", model, "--images", pictures, "--labels", tmp_path / "bad.csv")
+    assert code == 2
+    assert message in err
+    code, _, err = script(
+        "evaluate", "--model", model, "--images", tmp_path / "no", "--labels", tmp_path / "labels.csv"
+    )
+    assert (code, "no: no such folder" in err) == (2, True)
+
+
+@pytest.mark.parametrize("text", ["9:tensor", "4:foo", "tensor", "x:channel"])
+def test_evaluate_refuses_a_configuration(script, text):
+    code, _, err = script("evaluate", "--model", "m", "--images", "i", "--labels", "l", "--configs", text)
+    assert code == 2
+    assert "is not BITS:METHOD" in err
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """A data set of two easy classes in CIFAR-10's layout."""
+    for split, count in (("train", 1100), ("test", 20)):
+        for name, brightness in (("bright", 200), ("dark", 50)):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count // 2):
+                pixels = np.random.default_rng(i).integers(-40, 40, (32, 32, 3)) + brightness
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg", quality=50)
+    return tmp_path / "data"
+
+
+def test_training_resumes_and_writes_a_folder_that_loads(script, cifar, tmp_path):
+    arguments = ["--data", cifar, "--output", tmp_path / "run", "--hidden", 64, "--layers", 2, "--mlp", 64]
+    arguments += ["--batch-size", 20]
+    code, out, _ = script("train_cifar10", *arguments, "--epochs", 1)
+    assert code == 0
+    code, out, _ = script("train_cifar10", *arguments, "--epochs", 2)
+    assert code == 0
+    assert "after 1 epochs" in out
+    result = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert result["epochs"] == 2
+    assert result["test_accuracy"] == 1.0
+    model = ViTForImageClassification.from_pretrained(tmp_path / "run")
+    assert model.dtype == torch.float16
+    assert model.config.label2id == {"bright": 0, "dark": 1}
+    assert AutoImageProcessor.from_pretrained(tmp_path / "run").size == {"height": 32, "width": 32}
+
+
+def test_training_without_data(script, tmp_path):
+    code, _, _ = script("train_cifar10", "--data", tmp_path, "--output", tmp_path / "run")
+    assert "--data must hold one of them" in str(code)
