@@ -15,7 +15,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A file of the first folder that matches may import the house's modules that start with one of these.
 SCALAR, INTEGER = "fairseq.modules.quantization.scalar", "fairseq.modules.quantization.integer"
 ALLOWED = {
-    "modules/quantization/scalar/ops.py": (),
+    "modules/quantization/scalar/grid.py": (),
+    "modules/quantization/scalar/ranges.py": (f"{SCALAR}.grid",),
+    "modules/quantization/scalar/ops.py": (f"{SCALAR}.grid", f"{SCALAR}.ranges"),
     "modules/quantization/scalar": (SCALAR,),
     "modules/quantization/integer": (f"{SCALAR}.ops", INTEGER),
     "modules": (),

@@ -54,6 +54,26 @@ def test_help(script, name):
     assert "usage:" in out
 
 
+def test_installation_check(script, monkeypatch):
+    code, out, _ = script("test_ibert")
+    assert code == 0
+    lines = out.splitlines()
+    assert sum(line.startswith("✓") for line in lines) == len(lines) - 1 == 19
+    assert lines[-1].startswith("19 of 19 checks passed")
+
+
+def test_installation_check_fails_on_a_broken_kernel(script):
+    def break_two(module):
+        module.CHECKS["i-sqrt"] = lambda: (1.0, 0.0)
+        module.CHECKS["i-exp"] = lambda: 1 / 0
+
+    code, out, _ = script("test_ibert", before=break_two)
+    assert code == 1
+    assert "✗ i-sqrt" in out
+    assert "ZeroDivisionError" in out
+    assert "17 of 19 checks passed" in out
+
+
 def test_demo_on_a_given_model(script, model):
     code, out, err = script("test_with_image", "--model", model)
     assert (code, err) == (0, "")
@@ -157,8 +177,12 @@ def test_evaluate(script, model, pictures, tmp_path):
     code, out, _ = script("evaluate", *arguments, "--configs", "8:channel", "2:tensor", "--device", "cpu")
     assert code == 0
     rows = [line.split() for line in out.splitlines()]
-    assert ["float", "91.7%", "100.0%", "100.0%", "0.00e+00"] == [
-        c for r in rows if r[:1] == ["float"] for c in r[:1] + r[1:2] + r[3:6]
+    assert [c for r in rows if r[:1] == ["float"] for c in r[:1] + r[1:2] + r[3:6]] == [
+        "float",
+        "91.7%",
+        "100.0%",
+        "100.0%",
+        "0.00e+00",
     ]
     eight, two = (next(r for r in rows if r[:1] == [name]) for name in ("8-bit", "2-bit"))
     assert float(eight[6]) < float(two[6])
