@@ -1,7 +1,6 @@
 """The clip search, against min-max and against a dense search."""
 
 import itertools
-import time
 
 import hypothesis.strategies as st
 import pytest
@@ -49,11 +48,13 @@ def test_histogram_removes_an_outlier_that_ruins_min_max():
     assert error["histogram"] < 0.1 * error["tensor"]
 
 
-def test_histogram_per_channel_of_a_vit_base_weight_is_fast():
+@pytest.mark.parametrize("bits", [4, 8])
+def test_histogram_per_channel_of_a_vit_base_weight_is_fast(benchmark, bits):
     w = torch.randn(3072, 768, generator=torch.Generator().manual_seed(0))
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        ops.histogram_range(w, 4, axis=0)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 2  # 0.3 s on two free cores; the margin is for a busy machine
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several threads wait for one another on a busy machine, and the figure means nothing
+    try:
+        benchmark.pedantic(ops.histogram_range, args=(w, bits, 0), rounds=3, warmup_rounds=1)
+    finally:
+        torch.set_num_threads(threads)
+    assert benchmark.stats["min"] < 2  # 0.3 s with two free cores, twice that with one; the rest is for a busy machine
