@@ -6,8 +6,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fairseq" / "__init__.py").read_text()).group(1)
-REQUIREMENTS = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fairseq" / "__init__.py").read_text(encoding="utf-8")).group(1)
+REQUIREMENTS = [
+    line for line in (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"
+]
 
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 TEST = ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", *ONNX]
@@ -18,7 +20,7 @@ setup(
     name="fairseq",
     version=VERSION,
     description="Quantization of HuggingFace Vision Transformers to 8 and 4 bits, in the lineage of I-BERT",
-    long_description=(HERE / "README.rst").read_text(),
+    long_description=(HERE / "README.rst").read_text(encoding="utf-8"),
     long_description_content_type="text/x-rst",
     license="MIT",
     license_files=["LICENSE"],

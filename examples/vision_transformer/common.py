@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import numpy as np
 import torch
 import transformers
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from fairseq.models.vit_quantization import ViTQuantizer
 
 HERE = Path(__file__).resolve().parent
 EMBEDDED = HERE / "cifar10-vit"
@@ -83,13 +86,19 @@ def load_model(source: str | None) -> Loaded:
 def hub_problem(model_id: str) -> str | None:
     """Why a hub id cannot be loaded, found out within seconds; None if it can (or is in the local cache)."""
     from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    if isinstance(try_to_load_from_cache(model_id, "config.json"), str):
-        return None
+    try:
+        if isinstance(try_to_load_from_cache(model_id, "config.json"), str):
+            return None
+    except HFValidationError as error:
+        return first_line(error)
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set and it is not in the local cache"
     try:
         HfApi().model_info(model_id, timeout=SECONDS_TO_REACH_HUB)
+    except HfHubHTTPError as error:
+        return f"the HuggingFace hub refused: {first_line(error)}"
     except Exception as error:  # the hub client's transport errors have no common base across its versions
         return f"the HuggingFace hub did not answer: {first_line(error)}"
     return None
@@ -97,10 +106,24 @@ def hub_problem(model_id: str) -> str | None:
 
 def _from_pretrained(source: str, name: str) -> Loaded:
     try:
-        model = AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)
-        return Loaded(model.eval(), AutoImageProcessor.from_pretrained(source), name)
+        model, loading = AutoModelForImageClassification.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+        processor = AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"cannot load the model {source}: {first_line(error)}") from error
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise UserError(f"{source} is not a whole image classifier: it has no weights for {missing}")
+    return Loaded(model.eval(), processor, name)
+
+
+def quantize(quantizer: ViTQuantizer, model: nn.Module) -> nn.Module:
+    """``quantizer.quantize_model``, its refusal of a model being a mistake of the person at the keyboard."""
+    try:
+        return quantizer.quantize_model(model)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def first_line(error: BaseException) -> str:
@@ -110,10 +133,13 @@ def first_line(error: BaseException) -> str:
 def read_image(source: Any, name: str) -> Image.Image:
     """Decode one picture to RGB; ``source`` is a path or an open file."""
     try:
-        return Image.open(source).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(source))  # a phone's picture, upright
+        if image.mode.startswith("I"):  # 16 bits a pixel
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{name}: no such file") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{name}: not a readable picture ({first_line(error)})") from None
 
 
@@ -134,22 +160,26 @@ def labelled_images(folder: Path, table: Path, classes: int) -> tuple[list[Calla
     if not folder.is_dir():
         raise UserError(f"--images {folder}: no such folder")
     try:
-        with table.open(newline="") as opened:
-            rows = list(csv.DictReader(opened))
+        with table.open(newline="", encoding="utf-8-sig") as opened:  # with or without a byte order mark
+            reader = csv.DictReader(opened, skipinitialspace=True)
+            columns, rows = reader.fieldnames or [], list(reader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--labels {table}: {first_line(error)}") from None
-    if not rows or not {"file", "class_index"} <= set(rows[0]):
-        raise UserError(f"--labels {table}: needs the columns file and class_index, and at least one row")
+    if not rows or not {"file", "class_index"} <= set(columns):
+        raise UserError(
+            f"--labels {table}: needs the columns file and class_index, and at least one row; "
+            f"it has {', '.join(columns) or 'no columns'} and {len(rows)} rows"
+        )
     labels = []
     for number, row in enumerate(rows, start=2):
-        text = row["class_index"] or ""
-        if not text.isdigit() or int(text) >= classes:
+        text, file = (row["class_index"] or "").strip(), row["file"] or ""
+        if not text.isdecimal() or int(text) >= classes:
             raise UserError(
                 f"--labels {table}, line {number}: class_index must be from 0 to {classes - 1}, got {text!r}"
             )
         labels.append(int(text))
-        if not (folder / row["file"]).is_file():
-            raise UserError(f"--labels {table}, line {number}: {folder / row['file']} does not exist")
+        if not (folder / file).is_file():
+            raise UserError(f"--labels {table}, line {number}: {folder / file} is not a file")
     files = [folder / row["file"] for row in rows]
     return [functools.partial(read_image, file, str(file)) for file in files], torch.tensor(labels)
 
@@ -195,7 +225,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def parse_configuration(text: str) -> tuple[int, str]:
     """ "4:histogram" -> (4, "histogram"), for argparse."""
     bits, _, method = text.partition(":")
-    if not bits.isdigit() or (int(bits), method) not in {(b, m) for b in range(2, 9) for _, m in CONFIGURATIONS}:
+    if not bits.isdecimal() or (int(bits), method) not in {(b, m) for b in range(2, 9) for _, m in CONFIGURATIONS}:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not BITS:METHOD, such as 4:histogram (2 to 8 bits; tensor, channel, histogram)"
         )
@@ -204,6 +234,6 @@ def parse_configuration(text: str) -> tuple[int, str]:
 
 def positive(text: str) -> int:
     """An int of at least 1, for argparse."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)

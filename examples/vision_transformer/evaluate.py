@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 from common import (
     CONFIGURATIONS,
+    UserError,
     batches,
     labelled_images,
     load_model,
     logits,
     parse_configuration,
     positive,
+    quantize,
     run,
     table,
 )
@@ -73,6 +75,8 @@ def main() -> int:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = parser.parse_args()
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
     model, processor, name = load_model(args.model)
     images, labels = labelled_images(args.images, args.labels, model.config.num_labels)
     images, labels = images[: args.limit], labels[: args.limit]
@@ -80,7 +84,7 @@ def main() -> int:
     models, seconds = {"float": model.to(device)}, {}
     for bits, method in args.configs:
         key, started = f"{bits}-bit {method}", time.perf_counter()
-        models[key] = ViTQuantizer(bits=bits, method=method).quantize_model(model)
+        models[key] = quantize(ViTQuantizer(bits=bits, method=method), model)
         seconds[key] = time.perf_counter() - started
 
     scores = {key: Score() for key in models}

@@ -11,7 +11,7 @@ import argparse
 import time
 
 import torch
-from common import CONFIGURATIONS, load_model, run, table
+from common import CONFIGURATIONS, load_model, quantize, run, table
 from torch import nn
 
 from fairseq.models.vit_quantization import ViTQuantizer, compare_models
@@ -45,7 +45,7 @@ def main() -> int:
 
     model, _, name = load_model(args.model)
     config = model.config
-    print(f"{name}: {type(model).__name__}, {config.num_hidden_layers} layers, width {config.hidden_size}")
+    print(f"{name}: {type(model).__name__}, {model.num_parameters():,} parameters")
     print(explore(model))
     if args.layers:
         rows = [
@@ -60,7 +60,7 @@ def main() -> int:
     rows = []
     for bits, method in CONFIGURATIONS:
         quantizer, started = ViTQuantizer(bits=bits, method=method), time.perf_counter()
-        quantized = quantizer.quantize_model(model)
+        quantized = quantize(quantizer, model)
         seconds = time.perf_counter() - started
         mse, mae, _ = compare_models(model, quantized, pixels)
         report = quantizer.report

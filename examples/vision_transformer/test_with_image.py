@@ -24,6 +24,7 @@ from common import (
     load_model,
     logits,
     milliseconds_per_image,
+    quantize,
     read_image,
     run,
     table,
@@ -77,7 +78,7 @@ def main() -> int:
     for bits, method in CONFIGURATIONS if args.all else SHORT:
         title = f"{bits}-bit {method}"
         quantizer, started = ViTQuantizer(bits=bits, method=method), time.perf_counter()
-        models[title] = quantizer.quantize_model(model)
+        models[title] = quantize(quantizer, model)
         seconds = time.perf_counter() - started
         mse, mae, match = compare_models(model, models[title], inputs)
         report = quantizer.report

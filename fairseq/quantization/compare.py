@@ -56,7 +56,8 @@ def compare_models(
         if top_k > expected.shape[-1]:
             raise ValueError(f"top_k must be at most the number of classes, {expected.shape[-1]}; got {top_k}")
         best = expected.argmax(-1, keepdim=True)  # (B, 1)
-        match = (got.topk(top_k, dim=-1).indices == best).any(-1).float().mean().item()
+        finite = torch.isfinite(expected).all(-1) & torch.isfinite(got).all(-1)  # NaN has no top class
+        match = ((got.topk(top_k, dim=-1).indices == best).any(-1) & finite).float().mean().item()
     return ModelComparison(difference.square().mean().item(), difference.abs().mean().item(), match)
 
 

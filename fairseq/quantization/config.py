@@ -91,9 +91,12 @@ class QuantizationConfig:
         return [glob for glob in self.overrides if not any(fnmatchcase(name, glob) for name in names)]
 
     def sample(self, names: Iterable[str]) -> set[str]:
-        """The share ``p`` of ``names``: those with the smallest hash of seed and name, the same on every machine."""
+        """The share ``p`` of ``names``: those with the smallest hash of seed and place in the order of ``names``.
+
+        The place and not the name, which differs between versions of transformers; their order does not.
+        """
         names = list(names)
-        rank = {name: hashlib.sha256(f"{self.seed}:{name}".encode()).hexdigest() for name in names}
+        rank = {name: hashlib.sha256(f"{self.seed}:{place}".encode()).hexdigest() for place, name in enumerate(names)}
         count = round(self.p * len(names)) if self.p == 0 else max(1, round(self.p * len(names)))
         return set(sorted(names, key=rank.__getitem__)[:count])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from torch import nn
 from tqdm import tqdm
 
 from fairseq.modules.quantization.scalar.modules import FakeQuantizedLinear, QuantizedWeight
-from fairseq.quantization.config import LayerConfig, QuantizationConfig
+from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, obstacle
+from fairseq.modules.quantization.scalar.ops import check_tensor
+from fairseq.quantization.config import COMPONENTS, LayerConfig, QuantizationConfig
 from fairseq.quantization.report import LayerReport, QuantizationReport, packed_bytes
 from fairseq.quantization.vit_layers import component_of, linear_layers
+
+SKIPPED = "skipped by an override"
 
 
 def convert(model: nn.Module, config: QuantizationConfig) -> tuple[nn.Module, QuantizationReport]:
@@ -29,10 +34,13 @@ def convert(model: nn.Module, config: QuantizationConfig) -> tuple[nn.Module, Qu
     result = copy.deepcopy(model)
     copies = dict(result.named_modules())
     chosen = [(name, layer) for name, layer in plan.items() if isinstance(layer, LayerConfig)]
+    tied: dict[tuple[int, int, str], nn.Parameter] = {}
     for name, layer in tqdm(chosen, desc="Quantizing", unit="layer", delay=1, leave=False):
         linear = copies[name]
         quantized = FakeQuantizedLinear.from_float(linear, layer.bits, layer.method, name)
-        _carry_hooks(linear, quantized)
+        carry_hooks(linear, quantized)
+        key = (id(linear.weight), layer.bits, layer.method)
+        quantized.weight = tied.setdefault(key, quantized.weight)  # a weight that layers share stays shared
         for alias in _names_of(result, linear):
             result.set_submodule(alias, quantized)
     result.register_forward_hook(tuple_while_tracing)
@@ -53,40 +61,50 @@ def check_model(model: nn.Module) -> None:
     meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if meta:
         raise ValueError(f"the model is on the meta device and holds no weights ({meta[0]!r}); load them first")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.numel():
+            check_tensor(parameter, name)
 
 
 def make_plan(layers: dict[str, nn.Module], config: QuantizationConfig) -> dict[str, LayerConfig | str]:
     """For each Linear by name, its settings, or in words why it stays in float."""
     components = {name: component_of(name) for name in layers}
-    if not any(components.values()):
+    found = set(components.values())
+    missing = [c for c in ("attention", "mlp") if config.selects(c) and c not in found]
+    if missing or not found & set(COMPONENTS):
         seen = ", ".join(layers) if len(layers) <= 8 else f"{', '.join(list(layers)[:8])}, ... ({len(layers)} in all)"
         raise ValueError(
-            "found no attention, MLP or classifier layer of a HuggingFace ViT in this model; "
+            f"found no {' and no '.join(missing or COMPONENTS)} layer of a HuggingFace ViT in this model; "
             + (f"its Linear layers are {seen}" if layers else "it has no Linear layer")
         )
-    plan: dict[str, LayerConfig | str] = {}
-    for name, component in components.items():
-        settings = config.for_layer(name)
-        if component is None:
-            plan[name] = "not an attention, MLP or classifier layer"
-        elif type(layers[name]) is not nn.Linear:
-            plan[name] = f"a {type(layers[name]).__name__}, not a plain nn.Linear"
-        elif not config.selects(component):
-            plan[name] = f"quantize_{component}=False"
-        elif settings.skip:
-            plan[name] = "skipped by an override"
-        else:
-            plan[name] = settings
+    plan = {name: _decide(name, layers[name], component, config) for name, component in components.items()}
     selected = [name for name, decision in plan.items() if isinstance(decision, LayerConfig)]
-    unmatched = config.unmatched_overrides(n for n in plan if n in selected or plan[n] == "skipped by an override")
+    candidates = [name for name, decision in plan.items() if name in selected or decision == SKIPPED]
+    if not candidates:
+        reasons = "; ".join(sorted({str(decision) for decision in plan.values()}))
+        raise ValueError(f"no layer is left to quantize: {reasons}")
+    unmatched = config.unmatched_overrides(candidates)
     if unmatched:
         raise ValueError(
-            f"override {unmatched[0]!r} matches no selected layer; there are {', '.join(selected[:8])}, ..."
+            f"override {unmatched[0]!r} matches no selected layer; there are {', '.join(candidates[:8])}, ..."
         )
     sampled = config.sample(selected)
     return {
-        n: f"not among the share p={config.p}" if n in selected and n not in sampled else d for n, d in plan.items()
+        name: f"not among the share p={config.p}" if name in selected and name not in sampled else decision
+        for name, decision in plan.items()
     }
+
+
+def _decide(name: str, layer: nn.Module, component: str | None, config: QuantizationConfig) -> LayerConfig | str:
+    """The settings of one layer, or why it stays in float, before the share ``p`` is drawn."""
+    if component is None:
+        return "not an attention, MLP or classifier layer"
+    if type(layer) is not nn.Linear:
+        return f"a {type(layer).__name__}, not a plain nn.Linear"
+    if not config.selects(component):
+        return f"quantize_{component}=False"
+    settings = config.for_layer(name)
+    return SKIPPED if settings.skip else obstacle(layer) or settings
 
 
 def tuple_while_tracing(module: nn.Module, args: Any, output: Any) -> Any:
@@ -99,11 +117,6 @@ def _names_of(model: nn.Module, module: nn.Module) -> list[str]:
     return [name for name, other in model.named_modules(remove_duplicate=False) if other is module]
 
 
-def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """The replacement keeps the hooks that its user put on the layer."""
-    new.__dict__.update({name: hooks for name, hooks in vars(old).items() if name.endswith("_hooks")})
-
-
 def _bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
@@ -112,17 +125,16 @@ def _make_report(
     model: nn.Module, result: nn.Module, layers: dict[str, nn.Module], plan: dict[str, LayerConfig | str]
 ) -> QuantizationReport:
     records = []
+    before, savings = _bytes(model), {}
     for name, decision in plan.items():
         linear, done = layers[name], result.get_submodule(name)
-        common: dict[str, Any] = {
-            "name": name, "component": component_of(name), "shape": (linear.out_features, linear.in_features),
-            "bytes_before": _bytes(linear),
-        }  # fmt: skip
-        if isinstance(done, FakeQuantizedLinear):
-            after = packed_bytes(common["shape"], done.bits, done.scale.numel())
-            after += 0 if done.bias is None else done.bias.numel() * done.bias.element_size()
-            records.append(LayerReport(**common, bytes_after=after, bits=done.bits, method=done.method))
-        else:
-            records.append(LayerReport(**common, bytes_after=_bytes(linear), skipped=str(decision)))
-    before, saved = _bytes(model), sum(r.bytes_before - r.bytes_after for r in records)
-    return QuantizationReport(tuple(records), before, before - saved, _bytes(result))
+        assert isinstance(linear, nn.Linear)
+        record = LayerReport(name, component_of(name), (linear.out_features, linear.in_features), _bytes(linear), 0)
+        if not isinstance(done, FakeQuantizedLinear):
+            records.append(replace(record, bytes_after=record.bytes_before, skipped=str(decision)))
+            continue
+        packed = packed_bytes(record.shape, done.bits, done.scale.numel())
+        saved = linear.weight.numel() * linear.weight.element_size() - packed
+        savings[id(done.weight)] = saved  # once for a weight that layers share
+        records.append(replace(record, bytes_after=record.bytes_before - saved, bits=done.bits, method=done.method))
+    return QuantizationReport(tuple(records), before, before - sum(savings.values()), _bytes(result))

@@ -127,6 +127,7 @@ def test_embedded_model_is_what_its_card_says():
         (["--model", "./missing"], "error: --model ./missing: no such folder"),
         (["--model", "someone/some-vit"], "as a hub id it cannot be loaded: HF_HUB_OFFLINE is set"),
         (["--model", str(FOLDER)], "cannot load the model"),
+        (["--model", "foo bar"], "cannot be loaded"),
     ],
 )
 def test_mistakes_are_one_line(script, model, arguments, message):
@@ -197,7 +198,7 @@ def test_evaluate(script, model, pictures, tmp_path):
         ([["0.png", 1]], ("name", "label"), "needs the columns file and class_index"),
         ([["0.png", 7]], ("file", "class_index"), "line 2: class_index must be from 0 to 6, got '7'"),
         ([["0.png", 1], ["1.png", "x"]], ("file", "class_index"), "line 3: class_index"),
-        ([["99.png", 1]], ("file", "class_index"), "99.png does not exist"),
+        ([["99.png", 1]], ("file", "class_index"), "99.png is not a file"),
         ([], ("file", "class_index"), "at least one row"),
     ],
 )
@@ -217,6 +218,51 @@ def test_evaluate_refuses_a_configuration(script, text):
     code, _, err = script("evaluate", "--model", "m", "--images", "i", "--labels", "l", "--configs", text)
     assert code == 2
     assert "is not BITS:METHOD" in err
+
+
+def test_evaluate_without_cuda(script, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["--model", "m", "--images", "i", "--labels", "l", "--device", "cuda"]
+    code, _, err = script("evaluate", *arguments)
+    assert (code, "no CUDA device" in err) == (2, True)
+
+
+def test_evaluate_reads_a_spreadsheet_file(script, model, pictures, tmp_path):
+    text = (tmp_path / "labels.csv").read_text().replace(",", ", ")
+    (tmp_path / "labels.csv").write_text(text, encoding="utf-8-sig")
+    arguments = ["--model", model, "--images", pictures, "--labels", tmp_path / "labels.csv", "--configs", "8:tensor"]
+    code, out, _ = script("evaluate", *arguments)
+    assert code == 0
+    assert "91.7%" in out
+
+
+def test_pictures_of_every_kind(script, tmp_path):
+    script("evaluate", "--help")  # puts the folder on the path
+    from common import UserError, read_image
+
+    upright = np.zeros((4, 6, 3), np.uint8)
+    upright[0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter
+    Image.fromarray(upright).save(tmp_path / "turned.png", exif=exif)
+    assert read_image(tmp_path / "turned.png", "").size == (4, 6)
+    Image.fromarray(np.full((2, 2), 96 * 257, np.uint16)).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png", "").getpixel((0, 0)) == (96, 96, 96)
+    for mode in ("L", "RGBA", "P", "CMYK"):
+        Image.new(mode, (3, 3)).save(tmp_path / "m.tiff")
+        assert read_image(tmp_path / "m.tiff", "").mode == "RGB"
+    data = (tmp_path / "turned.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[:60])
+    with pytest.raises(UserError, match="not a readable picture"):
+        read_image(tmp_path / "cut.png", "cut.png")
+
+
+def test_a_checkpoint_without_a_classifier_is_refused(script, tiny_vit, tmp_path):
+    tiny_vit.vit.save_pretrained(tmp_path / "bare")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "bare")
+    code, _, err = script("test_with_image", "--model", tmp_path / "bare")
+    assert code == 2
+    assert "not a whole image classifier: it has no weights for classifier" in err
 
 
 @pytest.fixture

@@ -40,6 +40,14 @@ def test_known_numbers():
     assert compare_models(ONE, third, PICTURE, top_k=2).top_k_match == pytest.approx(1 / 3)
 
 
+def test_nan_matches_nothing():
+    nan = Fixed([[0.0, math.nan, 2.0], [5.0, 0.0, 0.0], [0.0, 3.0, 1.0]])
+    for pair in ((ONE, nan), (nan, ONE), (nan, nan)):
+        result = compare_models(*pair, PICTURE)
+        assert result.top_k_match == pytest.approx(2 / 3)
+        assert math.isnan(result.mse_loss)
+
+
 def test_identical_models(tiny_vit, pixels):
     assert compare_models(tiny_vit, copy.deepcopy(tiny_vit), pixels) == (0, 0, 1)
 

@@ -115,6 +115,18 @@ def test_a_shared_layer_stays_shared(tiny_vit):
     assert len(report.quantized) == 12
 
 
+def test_a_shared_weight_stays_shared_and_is_counted_once(tiny_vit):
+    layers = linear_layers(tiny_vit)
+    first, second = (n for n in layers if n.endswith(("fc1", "intermediate.dense")))
+    layers[second].weight = layers[first].weight
+    result, report = convert(tiny_vit, QuantizationConfig(bits=4))
+    assert result.get_submodule(first).weight is result.get_submodule(second).weight
+    assert report.bytes_before == sum(p.numel() * 4 for p in tiny_vit.parameters())
+    weights = [m.weight for n, m in layers.items() if n != second]
+    saved = sum(w.numel() * 4 - len(w) * -(-w.shape[1] // 2) - 5 for w in weights)
+    assert report.bytes_after == report.bytes_before - saved
+
+
 def test_report_counts_bytes(tiny_vit):
     _, report = convert(tiny_vit, QuantizationConfig(bits=4, method="channel"))
     weights = [m.weight for m in linear_layers(tiny_vit).values()]
@@ -159,6 +171,11 @@ def test_errors_leave_the_model_alone(tiny_vit):
         r"7, \.\.\. \(21 in all\)",
     )
     fails(nn.Conv2d(1, 1, 1), ValueError, "it has no Linear layer")
+    only = {f"quantize_{c}": False for c in ("attention", "mlp")}
+    masked = ViTForMaskedImageModeling(tiny_vit.config)
+    fails(masked, ValueError, "no layer is left to quantize: quantize_attention=False; quantize_mlp=False", **only)
+    half = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": nn.Linear(2, 2)})})])})
+    fails(half, ValueError, "found no attention layer of a HuggingFace ViT.*layers.0.mlp.fc1")
     fails(
         tiny_vit,
         ValueError,
@@ -169,4 +186,7 @@ def test_errors_leave_the_model_alone(tiny_vit):
     name = list(linear_layers(tiny_vit))[4]
     tiny_vit.get_submodule(name).weight.data[0, 0] = float("nan")
     fails(tiny_vit, ValueError, f"{name}.weight has 1 NaN or Inf")
+    tiny_vit.get_submodule(name).weight.data[0, 0] = 0
+    tiny_vit.vit.layernorm.bias.data[1] = float("inf")
+    fails(tiny_vit, ValueError, "vit.layernorm.bias has 1 NaN or Inf")
     assert quantized_names(tiny_vit) == []

@@ -74,6 +74,7 @@ def check_method(method: str) -> str:
     return method
 
 
+@torch.no_grad()
 def observe(w: Tensor, bits: int, method: str, axis: int | None = None, name: str = "w") -> QParams:
     """The scale and zero point that ``method`` gives for ``w``.
 

@@ -34,7 +34,8 @@ def quantize_model_(
         The names of the replaced layers, in order.
 
     Raises:
-        ValueError: nothing to replace, ``model`` itself is such a layer, or it was quantized already.
+        ValueError: nothing to replace, ``model`` itself is such a layer, it was quantized already, or a layer cannot
+            be replaced; the model is then as it was.
     """
     if type(model) in EMULATIONS:
         raise ValueError(f"a {type(model).__name__} cannot be replaced inside itself; pass the module that contains it")
@@ -50,7 +51,11 @@ def quantize_model_(
     new: dict[nn.Module, QuantizedWeight] = {}
     for name, module in found:
         if module not in new:
-            new[module] = EMULATIONS[type(module)].from_float(module, p, update_step, bits, method)
-            ActivationQuantizer(new[module], p=0, update_step=update_step, bits=bits, method=method)
+            try:
+                new[module] = EMULATIONS[type(module)].from_float(module, p, update_step, bits, method)
+                ActivationQuantizer(new[module], p=0, update_step=update_step, bits=bits, method=method)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    for name, module in found:  # only now, so that an error leaves the model as it was
         model.set_submodule(name, new[module])
     return [name for name, _ in found]

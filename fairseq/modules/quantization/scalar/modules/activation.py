@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
 
 from fairseq.modules.quantization.scalar import ops
 from fairseq.modules.quantization.scalar.modules.straight_through import check_noise, fake_quantize, quant_noise
@@ -13,15 +15,29 @@ from fairseq.modules.quantization.scalar.modules.straight_through import check_n
 SCALE, ZERO_POINT = "activation_scale", "activation_zero_point"
 
 
+class Handle:
+    """Takes an ActivationQuantizer off its module again: hooks and buffers."""
+
+    def __init__(self, module: nn.Module, hooks: tuple[RemovableHandle, ...]):
+        self.module, self.hooks = module, hooks
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        for name in (SCALE, ZERO_POINT):
+            self.module._buffers.pop(name, None)
+
+
 class ActivationQuantizer:
-    """Quantize the output of ``module`` from now on; ``.handle.remove()`` ends it.
+    """Quantize the output of ``module`` from now on; ``.handle.remove()`` undoes it.
 
     In training an element is quantized with probability ``p``, and the range is observed from the batch every
     ``update_step`` training forwards; in eval every element is quantized with the last range (that of the first batch
     if there was no training). Gradients are straight-through.
 
     The scale and zero point are the buffers ``activation_scale`` and ``activation_zero_point`` of ``module``, so they
-    move, save, load and copy with it: of shape (1,), or (C,) for "channel".
+    move, save, load and copy with it: of shape (1,), or (C,) for "channel". As any buffer of any module, the scale is
+    rounded by the module's ``.half()``.
 
     Args:
         module: any module that returns one tensor.
@@ -29,7 +45,7 @@ class ActivationQuantizer:
         update_step: at least 1.
         bits: 2 to 8.
         method: "tensor", "histogram" (least squared error), or "channel": one scale per feature, the last dimension
-            of the output (dimension 1 after a convolution).
+            of the output (the channels after a convolution).
         clamp_threshold: before the range is observed, values further than this many standard deviations from the
             mean are clamped to that distance; None observes all of them. The output itself is clipped to the range.
 
@@ -57,8 +73,11 @@ class ActivationQuantizer:
         self.steps = 0
         module.register_buffer(SCALE, None)
         module.register_buffer(ZERO_POINT, None)
-        self.handle = module.register_forward_hook(self.quantize_output)
-        self.load_handle = module.register_load_state_dict_pre_hook(self.prepare_buffers)
+        hooks = (
+            module.register_forward_hook(self.quantize_output),
+            module.register_load_state_dict_pre_hook(self.prepare_buffers),
+        )
+        self.handle = Handle(module, hooks)
 
     def __repr__(self) -> str:
         return f"ActivationQuantizer(bits={self.bits}, method={self.method}, p={self.p})"
@@ -94,7 +113,7 @@ class ActivationQuantizer:
     @staticmethod
     def axis(module: nn.Module) -> int:
         """The dimension of the output's features."""
-        return 1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
+        return -(len(module.kernel_size) + 1) if isinstance(module, _ConvNd) else -1
 
     @staticmethod
     def prepare_buffers(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

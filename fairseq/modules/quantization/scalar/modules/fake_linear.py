@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.scalar import ops
+from fairseq.modules.quantization.scalar.modules.replace import moved
 
 
 class FakeQuantizedLinear(nn.Module):
@@ -50,7 +51,7 @@ class FakeQuantizedLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> FakeQuantizedLinear:
         kept = self.scale
         super()._apply(fn, recurse)
-        self.scale = kept.to(self.scale.device)  # moved, but never rounded to half precision
+        self.scale = moved(kept, self.scale.device)
         return self
 
     def extra_repr(self) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.scalar import ops
+from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, moved, obstacle
 from fairseq.modules.quantization.scalar.modules.straight_through import check_noise, fake_quantize, quant_noise
 
 
@@ -17,7 +18,8 @@ class QuantizedWeight(nn.Module):
 
     In training an element is quantized with probability ``p`` (Quant-Noise); in eval every one is, and the output is
     that of the float layer with :meth:`quantized_weight`. Gradients are straight-through. The range is observed at
-    the first forward and in training every ``update_step`` forwards.
+    the first forward, in training every ``update_step`` forwards (one that gradient checkpointing repeats counts
+    again), and when a layer that was trained goes to eval mode.
 
     ``scale`` (float32) and ``zero_point`` (int32), of shape (1,) or (out,), are buffers: None until observed. They
     keep their dtype in ``.half()``. Loading a state dict without them (a float layer's) forgets them.
@@ -41,12 +43,23 @@ class QuantizedWeight(nn.Module):
 
         Raises:
             TypeError: ``module`` is not exactly an nn.Linear, nn.Conv2d or nn.Embedding.
+            ValueError: its weight is computed (pruned, weight_norm) or moved by accelerate.
         """
+        settings = _settings(module)
+        if reason := obstacle(module):
+            raise ValueError(f"a {type(module).__name__} cannot be replaced: {reason}")
         with torch.device("meta"):
-            new = cls(**_settings(module), p=p, update_step=update_step, bits=bits, method=method)
+            new = cls(**settings, p=p, update_step=update_step, bits=bits, method=method)
         for name, parameter in module.named_parameters(recurse=False):
             setattr(new, name, parameter)
+        carry_hooks(module, new)
         return new.train(module.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module; leaving training for eval observes the weight, so that eval never uses an older range."""
+        if self.training and not mode and self.steps > 0:
+            self.observe_weight()
+        return super().train(mode)
 
     def observe_weight(self) -> None:
         """Set ``scale`` and ``zero_point`` from the weight as it is now."""
@@ -75,13 +88,21 @@ class QuantizedWeight(nn.Module):
         kept = self.scale
         super()._apply(fn, recurse)
         if kept is not None and self.scale is not None:
-            self.scale = kept.to(self.scale.device)  # moved, but never rounded to half precision
+            self.scale = moved(kept, self.scale.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("scale", "zero_point"):
             saved = state_dict.get(prefix + name)
             setattr(self, name, None if saved is None else torch.empty_like(saved, device=self.weight.device))
+        scale, zero_point = state_dict.get(prefix + "scale"), state_dict.get(prefix + "zero_point")
+        if scale is not None and zero_point is not None:
+            expected = len(self.weight) if self.method == "channel" else 1
+            if scale.numel() != expected or bool((zero_point >= 2**self.bits).any()):
+                raise ValueError(
+                    f"{prefix}scale and {prefix}zero_point were saved by a layer with other settings than this one's "
+                    f"bits={self.bits}, method={self.method!r}"
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

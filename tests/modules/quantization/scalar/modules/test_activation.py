@@ -24,10 +24,14 @@ def test_eval_output_lies_on_the_grid_of_the_first_batch(device):
 
 
 def test_channel_is_the_feature_dimension():
-    linear, conv = nn.Linear(4, 6).eval(), nn.Conv2d(3, 5, 1).eval()
-    for module, x, channels in ((linear, torch.randn(2, 7, 4), 6), (conv, torch.randn(2, 3, 4, 4), 5)):
-        ActivationQuantizer(module, bits=8, method="channel")
-        module(x)
+    for module, shape, channels in (
+        (nn.Linear(4, 6), (2, 7, 4), 6),
+        (nn.Conv2d(3, 5, 1), (2, 3, 4, 4), 5),
+        (nn.Conv2d(3, 5, 1), (3, 7, 4), 5),
+        (nn.ConvTranspose1d(3, 5, 1), (2, 3, 4), 5),
+    ):
+        ActivationQuantizer(module.eval(), bits=8, method="channel")
+        module(torch.randn(shape))
         assert module.activation_scale.shape == (channels,)
 
 
@@ -85,6 +89,16 @@ def test_range_is_saved_moved_and_copied_with_the_module(tmp_path, device):
     assert fresh[0].activation_scale is None
 
 
+def test_half_precision():
+    module = nn.Linear(4, 6).eval()
+    ActivationQuantizer(module, bits=8, method="tensor")
+    x = torch.randn(20, 4)
+    expected = module(x)
+    got = module.half()(x.half())
+    assert got.dtype == torch.float16
+    assert torch.allclose(got.float(), expected, atol=2 * float(module.activation_scale))
+
+
 def test_remove_ends_it_and_a_second_one_is_refused():
     module = nn.Linear(4, 6).eval()
     x = torch.randn(5, 4)
@@ -95,6 +109,7 @@ def test_remove_ends_it_and_a_second_one_is_refused():
         ActivationQuantizer(module)
     quantizer.handle.remove()
     assert torch.equal(module(x), exact)
+    nn.Linear(4, 6).load_state_dict(module.state_dict())  # nothing is left in it
     ActivationQuantizer(module, bits=2)
     assert not torch.equal(module(x), exact)
 

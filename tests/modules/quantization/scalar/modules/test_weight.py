@@ -1,15 +1,18 @@
 """IntLinear, IntConv2d and IntEmbedding: outputs, range updates, gradients, and state that survives everything."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
-from fairseq.modules.quantization.scalar import ops
-from fairseq.modules.quantization.scalar.modules import IntConv2d, IntEmbedding, IntLinear
+from fairseq.modules.quantization.scalar import ops, quantize_model_
+from fairseq.modules.quantization.scalar.modules import ActivationQuantizer, IntConv2d, IntEmbedding, IntLinear
 from fairseq.modules.quantization.scalar.modules.weight import QuantizedWeight
 
 FLOAT_OUTPUT = {
@@ -74,8 +77,12 @@ def test_range_is_observed_every_update_step_training_forwards():
     assert scales[0] == scales[1] == scales[2]
     assert scales[3] == scales[4] == scales[5] == pytest.approx(8 * scales[0])
     assert scales[6] == pytest.approx(64 * scales[0])
-    layer.eval()(x)
-    assert float(layer.scale) == scales[6]  # eval does not look again
+    layer.eval()  # the range of the weight as it is now
+    assert float(layer.scale) == pytest.approx(128 * scales[0])
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    layer(x)
+    assert float(layer.scale) == pytest.approx(128 * scales[0])  # eval forwards do not look again
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,6 +151,73 @@ def test_half_precision_keeps_the_scale_in_float32():
     assert torch.equal(layer.scale, before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_moves_through_the_meta_device(kind):
+    layer, x = make(kind, bits=4)
+    layer.eval()(x)
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    expected = layer(x)
+    assert layer.to("meta").scale.is_meta
+    layer.to_empty(device="cpu").load_state_dict(state)
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("settings", [{"bits": 4, "method": "tensor"}, {"bits": 8, "method": "channel"}])
+def test_state_of_other_settings_is_refused(settings):
+    saved = IntLinear(6, 5, bits=8, method="tensor").eval()
+    torch.nn.init.uniform_(saved.weight, -1, 1)
+    saved(torch.randn(1, 6))
+    with pytest.raises(
+        ValueError, match=r"linear\.scale and linear\.zero_point were saved by a layer with other settings"
+    ):
+        nn.ModuleDict({"linear": IntLinear(6, 5, **settings)}).load_state_dict(
+            nn.ModuleDict({"linear": saved}).state_dict()
+        )
+
+
+def test_gradient_checkpointing():
+    layer, x = IntLinear(4, 4, p=1, bits=4, method="tensor").train(), torch.randn(3, 4)
+    checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+    got, layer.weight.grad = layer.weight.grad, None
+    layer(x).square().sum().backward()
+    assert torch.equal(got, layer.weight.grad)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"scale_grad_by_freq": True}, {"padding_idx": 2}, {"max_norm": 0.5, "norm_type": 1.0}]
+)
+def test_embedding_settings_act_as_in_the_float_layer(settings):
+    torch.manual_seed(0)
+    layer, ids = IntEmbedding(6, 3, p=1, bits=8, method="tensor", **settings).train(), torch.tensor([1, 1, 2, 5])
+    twin = nn.Embedding(6, 3, **settings)
+    twin.load_state_dict({"weight": layer.weight.detach().clone()})
+    for module in (layer, twin):
+        module(ids).sum().backward()
+    low, high = ops.representable_range(layer.scale, layer.zero_point, 8)  # the grid may end inside the range
+    inside = (layer.weight >= low) & (layer.weight <= high)
+    assert int(inside.sum()) >= 16
+    assert torch.equal(layer.weight.grad, twin.weight.grad * inside)
+    assert torch.equal(layer.weight, twin.weight)
+
+
+SIGNATURES = {
+    IntLinear: "in_features, out_features, bias=True, p=0, update_step=3000, bits=8, method='histogram'",
+    IntConv2d: "in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, "
+    "padding_mode='zeros', p=0, bits=8, method='histogram', update_step=1000",
+    IntEmbedding: "num_embeddings, embedding_dim, padding_idx=None, max_norm=None, norm_type=2.0, "
+    "scale_grad_by_freq=False, sparse=False, _weight=None, p=0, update_step=1000, bits=8, method='histogram'",
+    ActivationQuantizer: "module, p=1, update_step=1000, bits=8, method='histogram', clamp_threshold=5",
+    quantize_model_: "model, p=0.2, bits=8, update_step=3000, method='histogram'",
+}
+
+
+@pytest.mark.parametrize("entry", SIGNATURES, ids=lambda e: e.__name__)
+def test_signatures_are_those_of_fairseq(entry):
+    parameters = inspect.signature(entry).parameters.values()
+    shown = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
+    assert ", ".join(shown) == SIGNATURES[entry]
+
+
 def test_embedding_max_norm_is_applied_to_the_float_table():
     layer = IntEmbedding(4, 3, max_norm=1.0, bits=8).eval()
     with torch.no_grad():
@@ -184,3 +258,9 @@ def test_from_float_takes_over_everything():
     assert (new.stride, new.padding, new.dilation, new.groups, new.training) == ((2, 2), "valid", (2, 2), 2, False)
     assert (new.p, new.update_step, new.bits, new.method) == (0.1, 5, 4, "channel")
     assert "bits=4, method=channel" in repr(new)
+
+
+def test_a_layer_whose_weight_is_computed_is_refused():
+    pruned = prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
+    with pytest.raises(ValueError, match="Linear cannot be replaced: its weight is computed"):
+        IntLinear.from_float(pruned, 0, 1, 8, "tensor")

@@ -1,0 +1,30 @@
+"""Replacing a layer: which ones cannot be, what the new one takes over, and how scales move with it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why ``module`` cannot be replaced, or None if it can."""
+    if module._parameters.get("weight") is None:
+        return "its weight is computed, as pruning or weight_norm do; make that permanent first (prune.remove, ...)"
+    if hasattr(module, "_hf_hook"):
+        return "accelerate moves its weights; load the model without device_map or offloading"
+    return None
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Put every hook that was registered on ``old`` on ``new``, too: forward and backward, with their options."""
+    names = [name for name in vars(old) if "_hooks" in name or name == "_is_full_backward_hook"]
+    new.__dict__.update({name: copy.copy(vars(old)[name]) for name in names})
+
+
+def moved(scale: Tensor, device: torch.device) -> Tensor:
+    """``scale`` on ``device``, in its own dtype: a module's ``.half()`` moves a scale but never rounds it."""
+    if scale.is_meta or device.type == "meta":
+        return torch.empty_like(scale, device=device)
+    return scale.to(device)
