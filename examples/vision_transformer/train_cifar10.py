@@ -197,7 +197,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         epoch, elapsed = state["epoch"], state["elapsed"]
         print(f"resumed {checkpoint} after {epoch} epochs and {elapsed / 60:.1f} minutes")
 
-    steps, progress = len(chosen) // args.batch_size, 0.0
+    steps, progress = len(chosen) // args.batch_size, epoch / args.epochs
+    if args.max_minutes:
+        progress = max(progress, elapsed / (60 * args.max_minutes))
     while epoch < args.epochs and progress < 1:
         generator = torch.Generator().manual_seed(args.seed + 1 + epoch)  # a resumed epoch sees the same pictures
         order = chosen[torch.randperm(len(chosen), generator=generator)]
@@ -247,7 +249,7 @@ def finish(model: ViTForImageClassification, args, epoch: int, elapsed: float, d
         "test_accuracy": accuracy(model.eval(), test.pixels, test.labels, device),
         "parameters": sum(p.numel() for p in model.parameters()),
         "epochs": epoch, "minutes": round(elapsed / 60, 1), "device": device.type, "torch": torch.__version__,
-        **{k: v for k, v in vars(args).items() if k not in ("data", "output")},
+        "settings": {k: v for k, v in vars(args).items() if k not in ("data", "output")},
     }  # fmt: skip
     model.half().save_pretrained(args.output)
     processor = ViTImageProcessor(size={"height": 32, "width": 32}, resample=3, image_mean=MEAN, image_std=STD)
