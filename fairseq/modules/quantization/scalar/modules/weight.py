@@ -92,9 +92,6 @@ class QuantizedWeight(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("scale", "zero_point"):
-            saved = state_dict.get(prefix + name)
-            setattr(self, name, None if saved is None else torch.empty_like(saved, device=self.weight.device))
         scale, zero_point = state_dict.get(prefix + "scale"), state_dict.get(prefix + "zero_point")
         if scale is not None and zero_point is not None:
             expected = len(self.weight) if self.method == "channel" else 1
@@ -103,6 +100,9 @@ class QuantizedWeight(nn.Module):
                     f"{prefix}scale and {prefix}zero_point were saved by a layer with other settings than this one's "
                     f"bits={self.bits}, method={self.method!r}"
                 )
+        for name in ("scale", "zero_point"):
+            saved = state_dict.get(prefix + name)
+            setattr(self, name, None if saved is None else torch.empty_like(saved, device=self.weight.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
