@@ -92,14 +92,13 @@ def observe(w: Tensor, bits: int, method: str, axis: int | None = None, name: st
     check_bits(bits)
     check_method(method)
     check_tensor(w, name)
+    _check_axis(method, axis)
     if method == "channel":
         if w.ndim == 0:
             raise ValueError(f"{name} has no dimensions, so no channels; use method 'tensor' or 'histogram'")
         return range_to_qparams(*channel_range(w, 0 if axis is None else axis), bits)
     if method == "histogram":
         return range_to_qparams(*histogram_range(w, bits, axis), bits)
-    if axis is not None:
-        raise ValueError(f"method 'tensor' has one scale for everything and takes no axis, got axis={axis}")
     return range_to_qparams(*tensor_range(w), bits)
 
 
@@ -143,8 +142,14 @@ def emulate_int(
         check_bits(bits)
         check_method(method)
         check_tensor(w, name)
+        _check_axis(method, axis)
         _check_qparams(scale, zero_point, bits, one=method == "tensor" or (method == "histogram" and axis is None))
     return quantize(w, scale, zero_point, bits, 0 if axis is None else axis), scale, zero_point
+
+
+def _check_axis(method: str, axis: int | None) -> None:
+    if method == "tensor" and axis is not None:
+        raise ValueError(f"method 'tensor' has one scale for everything and takes no axis, got axis={axis}")
 
 
 def _check_qparams(scale: Tensor, zero_point: Tensor, bits: int, one: bool) -> None:

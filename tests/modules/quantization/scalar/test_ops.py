@@ -132,6 +132,8 @@ def test_errors_say_what_came_and_what_is_accepted(arguments, error, message):
 def test_errors_of_axis_and_name():
     with pytest.raises(ValueError, match="takes no axis"):
         ops.emulate_int(GOOD, 8, "tensor", axis=0)
+    with pytest.raises(ValueError, match="takes no axis"):
+        ops.emulate_int(GOOD, 8, "tensor", torch.ones(1), torch.zeros(1), axis=0)
     with pytest.raises(ValueError, match="axis must be from -2 to 1"):
         ops.emulate_int(GOOD, 8, "channel", axis=2)
     with pytest.raises(ValueError, match=r"layer\.7\.weight has 1 NaN"):
