@@ -84,6 +84,17 @@ def range_to_qparams(low: Tensor, high: Tensor, bits: int) -> QParams:
     return scale, zero_point.to(torch.int32)
 
 
+def symmetric_qparams(low: Tensor, high: Tensor, bits: int) -> QParams:
+    """The same with the zero point in the middle, 2**(bits - 1), so that no product needs a correction for it.
+
+    scale is the smallest one that keeps both ends: max(high / (2**(bits-1) - 1), -low / 2**(bits-1)).
+    """
+    half = 2 ** (check_bits(bits) - 1)
+    range_to_qparams(low, high, bits)  # its checks
+    scale = torch.maximum(high / (half - 1), -low / half).clamp(min=torch.finfo(low.dtype).tiny)
+    return scale, torch.full_like(scale, half, dtype=torch.int32)
+
+
 def quantize_to_int(w: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int = 0) -> Tensor:
     """Round ``w`` to integers: clamp(round(w / scale) + zero_point, 0, 2**bits - 1).
 

@@ -32,6 +32,7 @@ from fairseq.modules.quantization.scalar.grid import (
     quantized_range,
     range_to_qparams,
     representable_range,
+    symmetric_qparams,
 )
 from fairseq.modules.quantization.scalar.ranges import channel_range, histogram_range, tensor_range
 
@@ -61,6 +62,7 @@ __all__ = [
     "quantized_range",
     "range_to_qparams",
     "representable_range",
+    "symmetric_qparams",
     "tensor_range",
 ]
 
@@ -75,7 +77,9 @@ def check_method(method: str) -> str:
 
 
 @torch.no_grad()
-def observe(w: Tensor, bits: int, method: str, axis: int | None = None, name: str = "w") -> QParams:
+def observe(
+    w: Tensor, bits: int, method: str, axis: int | None = None, name: str = "w", *, symmetric: bool = False
+) -> QParams:
     """The scale and zero point that ``method`` gives for ``w``.
 
     Args:
@@ -85,6 +89,7 @@ def observe(w: Tensor, bits: int, method: str, axis: int | None = None, name: st
             "histogram" (the clip with the smallest squared error; of everything, or of each slice along ``axis``).
         axis: None for the method's default. "tensor" takes none.
         name: how errors call the tensor.
+        symmetric: put the zero point in the middle of the grid; see :func:`symmetric_qparams`.
 
     Raises:
         TypeError, ValueError: what came and what is accepted.
@@ -93,13 +98,14 @@ def observe(w: Tensor, bits: int, method: str, axis: int | None = None, name: st
     check_method(method)
     check_tensor(w, name)
     _check_axis(method, axis)
+    to_qparams = symmetric_qparams if symmetric else range_to_qparams
     if method == "channel":
         if w.ndim == 0:
             raise ValueError(f"{name} has no dimensions, so no channels; use method 'tensor' or 'histogram'")
-        return range_to_qparams(*channel_range(w, 0 if axis is None else axis), bits)
+        return to_qparams(*channel_range(w, 0 if axis is None else axis), bits)
     if method == "histogram":
-        return range_to_qparams(*histogram_range(w, bits, axis), bits)
-    return range_to_qparams(*tensor_range(w), bits)
+        return to_qparams(*histogram_range(w, bits, axis), bits)
+    return to_qparams(*tensor_range(w), bits)
 
 
 def emulate_int(

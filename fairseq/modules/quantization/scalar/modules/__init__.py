@@ -1,7 +1,6 @@
-"""Layers that emulate n-bit integers: for training (Int*, ActivationQuantizer), for inference (FakeQuantizedLinear)."""
+"""Layers that emulate n-bit integers and can be trained: IntLinear, IntConv2d, IntEmbedding, ActivationQuantizer."""
 
 from fairseq.modules.quantization.scalar.modules.activation import ActivationQuantizer
-from fairseq.modules.quantization.scalar.modules.fake_linear import FakeQuantizedLinear
 from fairseq.modules.quantization.scalar.modules.weight import IntConv2d, IntEmbedding, IntLinear, QuantizedWeight
 
-__all__ = ["ActivationQuantizer", "FakeQuantizedLinear", "IntConv2d", "IntEmbedding", "IntLinear", "QuantizedWeight"]
+__all__ = ["ActivationQuantizer", "IntConv2d", "IntEmbedding", "IntLinear", "QuantizedWeight"]

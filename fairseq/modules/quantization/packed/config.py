@@ -1,0 +1,62 @@
+"""LinearConfig: how one Linear becomes integers and runs on them, validated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fairseq.modules.quantization.scalar.ops import check_bits, check_method
+from fairseq.modules.quantization.scalar.weights import check_group_size
+
+ACTIVATIONS = ("dynamic", None)
+RESIDENT = ("packed", "unpacked")
+BACKENDS = ("auto", "reference", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """The settings of one layer.
+
+    Attributes:
+        bits: 2 to 8.
+        method: "tensor" (one scale for the weight), "channel" (one per output channel) or "histogram" (one per output
+            channel, clipped where the squared error is smallest).
+        activations: "dynamic" (8 bits, one scale per token, computed on the fly; integer products) or None (the weight
+            is dequantized and multiplied in the model's dtype).
+        group_size: input channels that share a scale within an output channel, 32 to 128 in steps of 8; None for all.
+        symmetric: the weight's zero point is in the middle of the grid.
+        resident: "packed" keeps the weight's bits in memory and unpacks at each call; "unpacked" keeps a byte each,
+            for speed. What is saved is the same.
+        backend: "auto", or the kernels that must run: "reference", "cpu" or "cuda".
+
+    Raises:
+        TypeError, ValueError: what came and what is accepted.
+    """
+
+    bits: int = 8
+    method: str = "tensor"
+    activations: str | None = "dynamic"
+    group_size: int | None = None
+    symmetric: bool = False
+    resident: str = "packed"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        check_method(self.method)
+        check_group_size(self.group_size, self.method)
+        check_one_of("activations", self.activations, ACTIVATIONS)
+        check_one_of("resident", self.resident, RESIDENT)
+        check_one_of("backend", self.backend, BACKENDS)
+        check_flag("symmetric", self.symmetric)
+
+
+def check_one_of(name: str, value: object, accepted: tuple[str | None, ...]) -> None:
+    """ValueError unless ``value`` is one of ``accepted``."""
+    if not (value is None or isinstance(value, str)) or value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")

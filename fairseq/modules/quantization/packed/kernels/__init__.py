@@ -1,0 +1,120 @@
+"""Which kernels run a packed layer: one table, and the one function that chooses from it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fairseq.modules.quantization.packed.config import BACKENDS
+from fairseq.modules.quantization.packed.kernels import cpu, cuda, functional, reference
+from fairseq.modules.quantization.packed.weight import PackedWeight, pack_codes, to_codes
+from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int
+
+ENVIRONMENT = "FAIRSEQ_QUANTIZATION_BACKEND"
+
+
+class Kernels(NamedTuple):
+    """One backend.
+
+    Attributes:
+        name: as it is forced.
+        device: the type of device that it runs on, or None for any.
+        product: int8 (M, K), int8 (N, K) -> int32 (M, N), exact.
+        dynamic: x (M, in), weight, bias -> (M, out), activations quantized per token.
+        weight_only: the same with the weight dequantized.
+    """
+
+    name: str
+    device: str | None
+    product: Callable[[Tensor, Tensor], Tensor]
+    dynamic: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
+    weight_only: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
+
+
+TABLE = {
+    "reference": Kernels("reference", None, reference.product, reference.dynamic, reference.weight_only),
+    "cpu": Kernels("cpu", "cpu", cpu.product, cpu.dynamic, cpu.weight_only),
+    "cuda": Kernels("cuda", "cuda", cuda.product, cuda.dynamic, cuda.weight_only),
+}
+
+_checked: dict[tuple[str, str], str | None] = {}
+_lock = threading.Lock()
+
+
+def choose(device: torch.device, backend: str = "auto") -> Kernels:
+    """The kernels for tensors on ``device``.
+
+    Args:
+        device: where the layer is.
+        backend: "auto" takes what the environment variable ``FAIRSEQ_QUANTIZATION_BACKEND`` says, and else the
+            kernels for this type of device if they agree with the reference, which is checked once per process. A name
+            is taken at its word.
+
+    Raises:
+        ValueError: an unknown name, or kernels of another type of device.
+        RuntimeError: the kernels asked for disagree with the reference.
+    """
+    wanted, origin = backend, "backend"
+    if backend == "auto":
+        wanted, origin = os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT
+    if wanted == "auto":
+        kernels = TABLE.get(device.type, TABLE["reference"])
+        return kernels if disagreement(kernels, device) is None else TABLE["reference"]
+    if wanted not in BACKENDS:
+        raise ValueError(f"{origin} must be one of {', '.join(BACKENDS)}; got {wanted!r}")
+    kernels = TABLE[wanted]
+    if kernels.device not in (None, device.type):
+        raise ValueError(f"{origin}={wanted!r} runs on {kernels.device}, but the layer is on {device}")
+    problem = disagreement(kernels, device)
+    if problem:
+        raise RuntimeError(f"{origin}={wanted!r} cannot be used: {problem}")
+    return kernels
+
+
+def disagreement(kernels: Kernels, device: torch.device) -> str | None:
+    """How ``kernels`` differ from the reference on a small case, or None; found out once, with one warning."""
+    key = (kernels.name, device.type)
+    if key in _checked or kernels.name == "reference" or functional.capturing():
+        return _checked.get(key)
+    with _lock:
+        if key not in _checked:
+            try:
+                _checked[key] = _compare(kernels, device)
+            except (RuntimeError, NotImplementedError, TypeError) as error:
+                _checked[key] = f"they fail with {type(error).__name__}: {error}"
+            if _checked[key]:
+                warnings.warn(
+                    f"the {kernels.name} kernels of packed layers are not used: {_checked[key]}", stacklevel=3
+                )
+    return _checked[key]
+
+
+@torch.no_grad()
+def _compare(kernels: Kernels, device: torch.device) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    q, codes = (torch.randint(-128, 128, shape, generator=generator).to(torch.int8) for shape in ((19, 70), (40, 70)))
+    q[0], codes[0] = 127, -128  # the largest products, which saturate where sums are kept in 16 bits
+    q, codes = q.to(device), codes.to(device)
+    if not torch.equal(kernels.product(q, codes), reference.product(q, codes)):
+        return "their integer product differs from the reference's"
+    x, w, bias = (torch.randn(shape, generator=generator) for shape in ((19, 70), (40, 70), (40,)))
+    w[3] += 2
+    for bits, method in ((8, "channel"), (4, "tensor")):
+        scale, zero_point = observe_weight(w, bits, method)
+        codes = to_codes(weight_to_int(w, scale, zero_point, bits), bits)
+        weight = PackedWeight(
+            pack_codes(codes, bits).to(device) if bits < 8 else codes.to(device),
+            scale.to(device), zero_point.to(device), bits, 70, None, False,
+        )  # fmt: skip
+        for form in ("dynamic", "weight_only"):
+            got, expected = (getattr(k, form)(x.to(device), weight, bias.to(device)) for k in (kernels, TABLE["reference"]))
+            if not torch.allclose(got, expected, rtol=1e-4, atol=1e-3):
+                error = (got - expected).abs().max().item()
+                return f"at {bits} bits, {form}, they are off by {error:.2g}"
+    return None

@@ -1,0 +1,54 @@
+"""The same layer as a few pure operations, for tracing, compiling, exporting, and as the base of the CUDA kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fairseq.modules.quantization.packed.weight import PackedWeight
+from fairseq.modules.quantization.scalar.tokens import quantize_tokens
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def capturing() -> bool:
+    """Whether the operations are being recorded, so that nothing may depend on values or write into shared memory."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def dynamic(x: Tensor, weight: PackedWeight, bias: Tensor | None, product: Product) -> Tensor:
+    """(M, in) -> (M, out), dtype of ``x``; ``product`` is int8 (M, K), int8 (N, K) -> int32 (M, N)."""
+    compute = weight.scale.dtype
+    rounded, token_scale = quantize_tokens(x.to(compute))  # (M, in), (M, 1)
+    q, codes, zero_point = rounded.to(torch.int8), weight.unpacked(), weight.code_zero_point()
+    y: Tensor | None = None
+    for group, (start, stop) in enumerate(weight.columns()):
+        grouped = weight.scale.ndim == 2
+        scale, zero = (weight.scale[:, group], zero_point[:, group]) if grouped else (weight.scale, zero_point)
+        part, columns = (q[:, start:stop], codes[:, start:stop]) if grouped else (q, codes)
+        accumulator = product(part, columns)  # (M, N)
+        if not weight.centred:
+            sums = rounded[:, start:stop].sum(-1, keepdim=True).to(torch.int32)
+            accumulator = accumulator - sums * zero
+        term = accumulator.to(compute) * scale
+        y = term if y is None else y + term
+    assert y is not None
+    y = y * token_scale
+    return (y if bias is None else y + bias.to(compute)).to(x.dtype)
+
+
+def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """x times the dequantized weight in the dtype of ``x``: (M, in) -> (M, out)."""
+    return F.linear(x, weight.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def int_product(q: Tensor, codes: Tensor) -> Tensor:
+    """torch._int_mm, or ONNX's MatMulInteger while exporting to ONNX."""
+    if torch.onnx.is_in_onnx_export():
+        shape = (q.shape[0], codes.shape[0])
+        result: Tensor = torch.onnx.ops.symbolic("MatMulInteger", (q, codes.t()), dtype=torch.int32, shape=shape)
+        return result
+    return torch._int_mm(q, codes.t())

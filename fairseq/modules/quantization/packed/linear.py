@@ -1,0 +1,199 @@
+"""PackedLinear: a Linear that holds n-bit integers and runs on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.modules.quantization.packed import kernels
+from fairseq.modules.quantization.packed.config import LinearConfig
+from fairseq.modules.quantization.packed.kernels import cpu, functional
+from fairseq.modules.quantization.packed.packing import STORED_BITS
+from fairseq.modules.quantization.packed.weight import PackedWeight, pack_codes, to_codes, unpack_codes
+from fairseq.modules.quantization.scalar.modules.replace import moved, obstacle
+from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int
+
+MAX_IN_FEATURES = 2**16
+"""Above it a sum of products may not fit int32: 2**16 * 127 * 255 < 2**31."""
+
+
+class PackedLinear(nn.Module):
+    """``y = x @ W.T + b``, W = scale * (q - zero_point) held as integers q of ``config.bits`` bits; for inference.
+
+    With ``activations="dynamic"`` each token of x is rounded to 8 bits by its own scale and multiplied in integers;
+    with None the weight is dequantized and multiplied in the dtype of x. The output has the dtype of x.
+
+    Buffers, all of them in the state dict:
+        weight_codes: the packed integers, uint8 (out_features, bytes per row).
+        scale: float32 (float64 if made from a float64 layer), (1,), (out_features,) or (out_features, groups).
+        zero_point: int32, the shape of ``scale``.
+        settings: int32 (4,): bits, in_features, group_size (0 for none), 1 if symmetric.
+        bias: (out_features,) or None.
+
+    A scale keeps its dtype in ``.half()``. There is no gradient: RuntimeError in the backward pass.
+    """
+
+    weight_codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    settings: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, config: LinearConfig, name: str
+    ):
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        if self.in_features >= MAX_IN_FEATURES:
+            raise ValueError(f"{name} has {self.in_features} inputs; integer sums are exact below {MAX_IN_FEATURES}")
+        self.config, self.name = config, name
+        self.shares_input = False
+        self.register_buffer("weight_codes", codes if self._bytewise else pack_codes(codes, config.bits))
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        settings = [config.bits, self.in_features, config.group_size or 0, int(config.symmetric)]
+        self.register_buffer("settings", torch.tensor(settings, dtype=torch.int32, device=codes.device))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, config: LinearConfig, name: str = "linear") -> PackedLinear:
+        """Quantize ``linear``, which is not changed; no memory is shared with it.
+
+        Args:
+            linear: an ``nn.Linear``, its weight finite.
+            config: bits, method, activations and so on.
+            name: how errors call the layer.
+
+        Raises:
+            TypeError: not an nn.Linear.
+            ValueError: the weight is not finite, empty, computed by pruning, or on the meta device.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{name} must be an nn.Linear, got {type(linear).__name__}")
+        if reason := obstacle(linear):
+            raise ValueError(f"{name} cannot be packed: {reason}")
+        weight, bits = linear.weight.detach(), config.bits
+        scale, zero_point = observe_weight(
+            weight, bits, config.method, config.group_size, config.symmetric, f"{name}.weight"
+        )
+        codes = to_codes(weight_to_int(weight, scale, zero_point, bits, config.group_size), bits)
+        layer = cls(codes, scale, zero_point, linear.bias, config, name).train(linear.training)
+        kernels.choose(codes.device, config.backend)  # a backend that cannot run is found out here
+        return layer
+
+    @property
+    def weight_matrix(self) -> PackedWeight:
+        """The integers and their meaning, for a kernel."""
+        centred = self.config.symmetric and self.config.bits == 8
+        return PackedWeight(
+            self.weight_codes, self.scale, self.zero_point, self.config.bits, self.in_features,
+            self.config.group_size, centred,
+        )  # fmt: skip
+
+    @property
+    def backend(self) -> str:
+        """The kernels that run this layer where it is now: "reference", "cpu" or "cuda"."""
+        return kernels.choose(self.scale.device, self.config.backend).name
+
+    def integers(self) -> Tensor:
+        """The weight's integers, uint8 of shape (out_features, in_features)."""
+        return self.weight_matrix.integers()
+
+    def dequantize(self) -> Tensor:
+        """The weight as real numbers, (out_features, in_features), in the dtype of ``scale``."""
+        return self.weight_matrix.dequantize()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features), floating -> (..., out_features), the same dtype."""
+        if not input.is_floating_point() or input.ndim == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{self.name} takes a floating tensor of shape (..., {self.in_features}), "
+                f"got {input.dtype} of shape {tuple(input.shape)}"
+            )
+        if torch.is_grad_enabled() and input.requires_grad:
+            if not functional.capturing():
+                result: Tensor = _NoGradient.apply(input, self)
+                return result
+            input = input.detach()
+        return self._run(input)
+
+    def _run(self, input: Tensor) -> Tensor:
+        chosen = kernels.choose(self.scale.device, self.config.backend)
+        rows = input.reshape(-1, self.in_features)  # (M, in)
+        if self.config.activations is None:
+            y = chosen.weight_only(rows, self.weight_matrix, self.bias)
+        elif chosen.name == "cpu" and self.shares_input and not self._forward_pre_hooks:
+            y = cpu.dynamic(rows, self.weight_matrix, self.bias, cpu.Source(input, id(self)))
+        else:
+            y = chosen.dynamic(rows, self.weight_matrix, self.bias)
+        return y.reshape(*input.shape[:-1], self.out_features)
+
+    @property
+    def _bytewise(self) -> bool:
+        """Whether each code takes a byte in memory."""
+        return STORED_BITS[self.config.bits] == 8 or self.config.resident == "unpacked"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        kept = self.scale
+        super()._apply(fn, recurse)
+        self.scale = moved(kept, self.scale.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._bytewise:
+            destination[prefix + "weight_codes"] = pack_codes(self.weight_codes, self.config.bits)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = self.state_dict()
+        saved = {key: state_dict.get(prefix + key) for key in own}
+        if prefix + "weight" in state_dict:
+            raise ValueError(
+                f"{prefix}weight: this state dict is of a float model, or of one quantized with execution='emulated'; "
+                f"{self.name} is packed. Load it into such a model, then quantize that"
+            )
+        if saved["settings"] is not None and not torch.equal(saved["settings"].cpu(), own["settings"].cpu()):
+            raise ValueError(
+                f"{prefix[:-1]} was saved with {_settings_text(saved['settings'])}, "
+                f"but this layer has {_settings_text(own['settings'])}"
+            )
+        if self._bytewise and saved["weight_codes"] is not None:
+            packed = saved["weight_codes"]
+            if packed.shape == own["weight_codes"].shape:  # else the error that every module gives for a shape
+                codes = unpack_codes(packed, self.config.bits, self.in_features)
+                state_dict = {**state_dict, prefix + "weight_codes": codes}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        config = self.config
+        parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
+        parts.append(f"bits={config.bits}, method={config.method}, activations={config.activations}")
+        if config.group_size is not None:
+            parts.append(f"group_size={config.group_size}")
+        if config.symmetric:
+            parts.append("symmetric")
+        return ", ".join([*parts, f"backend={self.backend}"])
+
+
+class _NoGradient(torch.autograd.Function):
+    """Runs the layer; the backward pass is an error that says what to do instead."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer_name = layer.name
+        return layer._run(input)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.layer_name} holds packed integers and has no gradient; to train or to differentiate, quantize with "
+            "ViTQuantizer(..., execution='emulated')"
+        )
+
+
+def _settings_text(settings: Tensor) -> str:
+    bits, inputs, group, symmetric = settings.tolist()
+    kind = "symmetric" if symmetric else "affine"
+    return f"{bits} bits, {inputs} inputs, {f'groups of {group}' if group else 'no groups'}, {kind}"

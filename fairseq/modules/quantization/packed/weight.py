@@ -1,0 +1,91 @@
+"""PackedWeight: the integers of one Linear as they lie in memory, and what every kernel needs to know of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fairseq.modules.quantization.packed.packing import pack, unpack
+from fairseq.modules.quantization.scalar.weights import weight_to_real
+
+SPLIT = 128
+
+
+class PackedWeight(NamedTuple):
+    """real = scale * (q - zero_point), q unsigned integers of ``bits`` bits, held as ``codes``.
+
+    A code is an integer that fits int8, as the products take it: q itself up to 7 bits, q - 128 at 8.
+
+    Attributes:
+        codes: int8 (out, in), a byte per code; or uint8 (out, packed_length(in, bits)), see ``packing``.
+        scale: float32 or float64, shape (1,), (out,) or (out, groups).
+        zero_point: int32 in [0, 2**bits - 1], the shape of ``scale``.
+        bits: 2 to 8.
+        in_features: length of a row.
+        group_size: columns that share a scale, or None.
+        centred: the zero point is the code 0 everywhere, so products need no correction.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    in_features: int
+    group_size: int | None
+    centred: bool
+
+    @property
+    def offset(self) -> int:
+        """q - code."""
+        return code_offset(self.bits)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether several codes share a byte."""
+        return self.codes.dtype == torch.uint8
+
+    def unpacked(self) -> Tensor:
+        """The codes, int8 of shape (out, in)."""
+        return unpack_codes(self.codes, self.bits, self.in_features) if self.is_packed else self.codes
+
+    def code_zero_point(self) -> Tensor:
+        """The code that stands for 0.0: int32, the shape of ``scale``."""
+        return self.zero_point - self.offset if self.offset else self.zero_point
+
+    def integers(self) -> Tensor:
+        """q, uint8 of shape (out, in)."""
+        codes = self.unpacked().view(torch.uint8)
+        return codes ^ SPLIT if self.offset else codes
+
+    def dequantize(self) -> Tensor:
+        """The weight as real numbers, (out, in), in the dtype of ``scale``."""
+        return weight_to_real(self.integers(), self.scale, self.zero_point, self.group_size, self.scale.dtype)
+
+    def columns(self) -> list[tuple[int, int]]:
+        """(first, past the last) column of each group."""
+        step = self.group_size or max(self.in_features, 1)
+        return [(start, min(start + step, self.in_features)) for start in range(0, self.in_features, step)]
+
+
+def code_offset(bits: int) -> int:
+    """q - code: 128 at 8 bits, where q does not fit int8, else 0."""
+    return SPLIT if bits == 8 else 0
+
+
+def to_codes(q: Tensor, bits: int) -> Tensor:
+    """Unsigned integers (uint8) to codes (int8)."""
+    return (q ^ SPLIT if code_offset(bits) else q).view(torch.int8)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes (int8, (out, in)) to the bytes that are saved: uint8 (out, packed_length(in, bits))."""
+    return codes.contiguous().view(torch.uint8) if bits > 4 else pack(codes.view(torch.uint8), bits)
+
+
+def unpack_codes(packed: Tensor, bits: int, length: int, out: Tensor | None = None) -> Tensor:
+    """Undoes :func:`pack_codes`: int8 (out, in); into ``out`` (uint8) if given."""
+    if bits > 4:
+        return packed.view(torch.int8)
+    return unpack(packed, bits, length, out=out).view(torch.int8)
