@@ -14,16 +14,22 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # A file of the first folder that matches may import the house's modules that start with one of these.
 SCALAR, INTEGER = "fairseq.modules.quantization.scalar", "fairseq.modules.quantization.integer"
+PACKED = "fairseq.modules.quantization.packed"
+KERNELS = tuple(f"{SCALAR}.{leaf}" for leaf in ("ops", "weights", "tokens", "modules.replace"))
 ALLOWED = {
     "modules/quantization/scalar/grid.py": (),
     "modules/quantization/scalar/ranges.py": (f"{SCALAR}.grid",),
     "modules/quantization/scalar/ops.py": (f"{SCALAR}.grid", f"{SCALAR}.ranges"),
+    "modules/quantization/scalar/tokens.py": (),
+    "modules/quantization/scalar/weights.py": (f"{SCALAR}.ops", f"{SCALAR}.grid"),
     "modules/quantization/scalar": (SCALAR,),
+    "modules/quantization/packed/packing.py": (f"{SCALAR}.ops",),
+    "modules/quantization/packed": (*KERNELS, PACKED),
     "modules/quantization/integer": (f"{SCALAR}.ops", INTEGER),
     "modules": (),
     "quantization/utils": (INTEGER,),
-    "quantization/config.py": (f"{SCALAR}.ops",),
-    "quantization": (SCALAR, "fairseq.quantization"),
+    "quantization/config.py": (f"{PACKED}.config",),
+    "quantization": (SCALAR, PACKED, "fairseq.quantization"),
     "models": ("fairseq.quantization",),
     "__init__.py": (),
 }

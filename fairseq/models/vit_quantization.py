@@ -38,8 +38,17 @@ class ViTQuantizer:
         quantize_mlp: the two layers of each MLP.
         quantize_classifier: the classifier, and the pooler of a bare model.
         seed: the same seed chooses the same layers, every time and everywhere.
-        overrides: glob of layer names -> any of ``bits``, ``method``, ``skip`` for those layers; the first glob that
-            matches wins. ``{"*classifier": {"bits": 8}, "vit.layers.0.*": {"skip": True}}``
+        overrides: glob of layer names -> ``skip`` or any of ``bits``, ``method``, ``activations``, ``group_size``,
+            ``symmetric``, ``resident``, ``backend`` for those layers; the first glob that matches wins.
+            ``{"*classifier": {"bits": 8}, "vit.layers.0.*": {"skip": True}}``
+        execution: "packed" holds the integers in memory and runs on them, for inference; "emulated" keeps float
+            weights that are seen through the same integers, with gradients, for training.
+        activations: "dynamic" rounds each token to 8 bits by its own scale, for integer products; None leaves them,
+            and dequantizes the weight to multiply.
+        group_size: input channels that share a scale, 32 to 128 in steps of 8; None for all of an output channel.
+        symmetric: put the weights' zero point in the middle of the grid.
+        resident: "packed" or, for more speed below 5 bits and more memory, "unpacked".
+        backend: "auto", or the kernels that must run: "reference", "cpu", "cuda".
 
     Attributes:
         config: the settings, a frozen :class:`~fairseq.quantization.config.QuantizationConfig`.
@@ -60,10 +69,19 @@ class ViTQuantizer:
         *,
         seed: int = 0,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        execution: str = "packed",
+        activations: str | None = "dynamic",
+        group_size: int | None = None,
+        symmetric: bool = False,
+        resident: str = "packed",
+        backend: str = "auto",
     ):
         self.config = QuantizationConfig(
-            bits, method, p, quantize_attention, quantize_mlp, quantize_classifier, seed, dict(overrides or {})
-        )
+            bits=bits, method=method, activations=activations, group_size=group_size, symmetric=symmetric,
+            resident=resident, backend=backend, p=p, quantize_attention=quantize_attention,
+            quantize_mlp=quantize_mlp, quantize_classifier=quantize_classifier, seed=seed, execution=execution,
+            overrides=dict(overrides or {}),
+        )  # fmt: skip
         self.report: QuantizationReport | None = None
 
     def __repr__(self) -> str:

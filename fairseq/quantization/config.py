@@ -4,59 +4,55 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-from fairseq.modules.quantization.scalar.ops import check_bits, check_method
+from fairseq.modules.quantization.packed.config import LinearConfig, check_flag, check_one_of
 
 COMPONENTS = ("attention", "mlp", "classifier")
+EXECUTIONS = ("packed", "emulated")
 
 
 @dataclass(frozen=True)
-class LayerConfig:
+class LayerConfig(LinearConfig):
     """How one Linear is quantized; ``skip`` leaves it in float."""
 
-    bits: int = 8
-    method: str = "tensor"
     skip: bool = False
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
-        check_method(self.method)
-        if not isinstance(self.skip, bool):
-            raise TypeError(f"skip must be True or False, got {self.skip!r}")
+        super().__post_init__()
+        check_flag("skip", self.skip)
 
 
 @dataclass(frozen=True)
-class QuantizationConfig:
-    """The settings of one quantization.
+class QuantizationConfig(LinearConfig):
+    """The settings of one quantization: those of every layer (see :class:`LinearConfig`), and of the model.
 
     Attributes:
-        bits: 2 to 8.
-        method: "tensor", "channel" or "histogram".
         p: share of the selected layers that is quantized, 0 to 1.
         quantize_attention, quantize_mlp, quantize_classifier: the components that are selected.
         seed: chooses the layers when ``p`` is below 1; the same seed, the same layers.
-        overrides: glob of layer names -> any of ``bits``, ``method``, ``skip``; the first glob that matches a layer
+        execution: "packed" (integers in memory, for inference) or "emulated" (float weights seen through the same
+            integers, for training).
+        overrides: glob of layer names -> ``skip`` or any of a layer's settings; the first glob that matches a layer
             replaces those settings for it.
 
     Raises:
         TypeError, ValueError: what came and what is accepted.
     """
 
-    bits: int = 8
-    method: str = "tensor"
     p: float = 1.0
     quantize_attention: bool = True
     quantize_mlp: bool = True
     quantize_classifier: bool = True
     seed: int = 0
+    execution: str = "packed"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
-        check_method(self.method)
+        super().__post_init__()
+        check_one_of("execution", self.execution, EXECUTIONS)
         if isinstance(self.p, bool) or not isinstance(self.p, int | float):
             raise TypeError(f"p must be a number from 0 to 1, got {self.p!r}")
         if not 0 <= self.p <= 1:
@@ -65,8 +61,7 @@ class QuantizationConfig:
             raise TypeError(f"seed must be an int, got {self.seed!r}")
         flags = {f"quantize_{c}": getattr(self, f"quantize_{c}") for c in COMPONENTS}
         for name, value in flags.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
+            check_flag(name, value)
         if not any(flags.values()):
             raise ValueError(f"nothing is selected: at least one of {', '.join(flags)} must be True")
         if not isinstance(self.overrides, Mapping):
@@ -83,7 +78,7 @@ class QuantizationConfig:
         for glob, settings in self.overrides.items():
             if fnmatchcase(name, glob):
                 return self._override(glob, settings)
-        return LayerConfig(self.bits, self.method)
+        return LayerConfig(**self._of_a_layer())
 
     def unmatched_overrides(self, names: Iterable[str]) -> list[str]:
         """The globs that match none of ``names``."""
@@ -100,14 +95,17 @@ class QuantizationConfig:
         count = round(self.p * len(names)) if self.p == 0 else max(1, round(self.p * len(names)))
         return set(sorted(names, key=rank.__getitem__)[:count])
 
+    def _of_a_layer(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(LinearConfig)}
+
     def _override(self, glob: str, settings: Mapping[str, Any]) -> LayerConfig:
-        accepted = {"bits", "method", "skip"}
+        accepted = {f.name for f in fields(LayerConfig)}
         if not isinstance(glob, str) or not isinstance(settings, Mapping) or not set(settings) <= accepted:
             raise ValueError(
                 f"an override maps a glob to any of {', '.join(sorted(accepted))}, "
                 f'such as {{"*classifier": {{"bits": 8}}}}; got {glob!r}: {settings!r}'
             )
         try:
-            return LayerConfig(**{"bits": self.bits, "method": self.method, **settings})
+            return LayerConfig(**{**self._of_a_layer(), **settings})
         except (TypeError, ValueError) as error:
             raise type(error)(f"override {glob!r}: {error}") from None

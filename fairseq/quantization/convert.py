@@ -10,18 +10,22 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fairseq.modules.quantization.scalar.modules import FakeQuantizedLinear, QuantizedWeight
+from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.scalar.modules import EmulatedLinear, QuantizedWeight
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, obstacle
 from fairseq.modules.quantization.scalar.ops import check_tensor
 from fairseq.quantization.config import COMPONENTS, LayerConfig, QuantizationConfig
-from fairseq.quantization.report import LayerReport, QuantizationReport, packed_bytes
-from fairseq.quantization.vit_layers import component_of, linear_layers
+from fairseq.quantization.report import LayerReport, QuantizationReport
+from fairseq.quantization.vit_layers import component_of, linear_layers, reads_shared_input
 
 SKIPPED = "skipped by an override"
 
 
 def convert(model: nn.Module, config: QuantizationConfig) -> tuple[nn.Module, QuantizationReport]:
     """Quantize a deep copy of ``model``: (the copy, what was done). ``model`` stays as it is.
+
+    The float weights that become packed integers are never copied: at its peak, memory holds the float model, the
+    quantized one, and what quantizing one layer takes.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -31,20 +35,45 @@ def convert(model: nn.Module, config: QuantizationConfig) -> tuple[nn.Module, Qu
     check_model(model)
     layers = linear_layers(model)
     plan = make_plan(layers, config)
-    result = copy.deepcopy(model)
-    copies = dict(result.named_modules())
-    chosen = [(name, layer) for name, layer in plan.items() if isinstance(layer, LayerConfig)]
-    tied: dict[tuple[int, int, str], nn.Parameter] = {}
-    for name, layer in tqdm(chosen, desc="Quantizing", unit="layer", delay=1, leave=False):
-        linear = copies[name]
-        quantized = FakeQuantizedLinear.from_float(linear, layer.bits, layer.method, name)
-        carry_hooks(linear, quantized)
-        key = (id(linear.weight), layer.bits, layer.method)
-        quantized.weight = tied.setdefault(key, quantized.weight)  # a weight that layers share stays shared
-        for alias in _names_of(result, linear):
-            result.set_submodule(alias, quantized)
+    chosen = {name: layer for name, layer in plan.items() if isinstance(layer, LayerConfig)}
+    packed = config.execution == "packed"
+    result = copy.deepcopy(model, _without_weights(model, [layers[name] for name in chosen]) if packed else None)
+    packed_before: dict[tuple[int, LayerConfig], PackedLinear] = {}
+    for name, settings in tqdm(chosen.items(), desc="Quantizing", unit="layer", delay=1, leave=False):
+        old = result.get_submodule(name)
+        new = _pack(layers[name], settings, name, packed_before) if packed else _emulate(old, settings, name)
+        carry_hooks(old, new)
+        for alias in _names_of(result, old):
+            result.set_submodule(alias, new)
     result.register_forward_hook(tuple_while_tracing)
-    return result, _make_report(model, result, layers, plan)
+    return result, _make_report(model, result, layers, plan, config.execution)
+
+
+def _pack(
+    linear: nn.Module, settings: LayerConfig, name: str, before: dict[tuple[int, LayerConfig], PackedLinear]
+) -> PackedLinear:
+    """The packed layer for a Linear of the float model; a weight that layers share stays shared."""
+    assert isinstance(linear, nn.Linear)
+    layer = PackedLinear.from_float(linear, settings, name)
+    layer.shares_input = reads_shared_input(name)
+    first = before.setdefault((id(linear.weight), settings), layer)
+    layer.weight_codes, layer.scale, layer.zero_point = first.weight_codes, first.scale, first.zero_point
+    return layer
+
+
+def _emulate(linear: nn.Module, settings: LayerConfig, name: str) -> EmulatedLinear:
+    """The trainable layer with the parameters of a Linear of the copy."""
+    assert isinstance(linear, nn.Linear)
+    return EmulatedLinear.from_linear(
+        linear, settings.bits, settings.method, settings.group_size, settings.symmetric, settings.activations, name
+    )
+
+
+def _without_weights(model: nn.Module, chosen: list[nn.Module]) -> dict[int, Any]:
+    """A memo for deepcopy that leaves out the weights of the ``chosen`` layers, unless another module uses them."""
+    kept = {id(p) for module in model.modules() if module not in chosen for p in module._parameters.values()}
+    weights = [w for layer in chosen if isinstance(w := layer.weight, nn.Parameter) and id(w) not in kept]
+    return {id(w): nn.Parameter(w.new_empty(0), requires_grad=w.requires_grad) for w in weights}
 
 
 def check_model(model: nn.Module) -> None:
@@ -53,7 +82,7 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(
             f"model must be a torch.nn.Module, such as a ViTForImageClassification; got {type(model).__name__}"
         )
-    done = [name for name, module in model.named_modules() if isinstance(module, FakeQuantizedLinear | QuantizedWeight)]
+    done = [name for name, module in model.named_modules() if isinstance(module, PackedLinear | QuantizedWeight)]
     if done:
         raise ValueError(
             f"the model is quantized already: {len(done)} layers, {done[0]!r} the first; pass the float model"
@@ -122,19 +151,20 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _make_report(
-    model: nn.Module, result: nn.Module, layers: dict[str, nn.Module], plan: dict[str, LayerConfig | str]
+    model: nn.Module,
+    result: nn.Module,
+    layers: dict[str, nn.Module],
+    plan: dict[str, LayerConfig | str],
+    execution: str,
 ) -> QuantizationReport:
     records = []
-    before, savings = _bytes(model), {}
     for name, decision in plan.items():
         linear, done = layers[name], result.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         record = LayerReport(name, component_of(name), (linear.out_features, linear.in_features), _bytes(linear), 0)
-        if not isinstance(done, FakeQuantizedLinear):
-            records.append(replace(record, bytes_after=record.bytes_before, skipped=str(decision)))
-            continue
-        packed = packed_bytes(record.shape, done.bits, done.scale.numel())
-        saved = linear.weight.numel() * linear.weight.element_size() - packed
-        savings[id(done.weight)] = saved  # once for a weight that layers share
-        records.append(replace(record, bytes_after=record.bytes_before - saved, bits=done.bits, method=done.method))
-    return QuantizationReport(tuple(records), before, before - sum(savings.values()), _bytes(result))
+        record = replace(record, bytes_after=_bytes(done))
+        if isinstance(decision, LayerConfig):
+            records.append(replace(record, bits=decision.bits, method=decision.method))
+        else:
+            records.append(replace(record, skipped=decision))
+    return QuantizationReport(tuple(records), _bytes(model), _bytes(result), execution)

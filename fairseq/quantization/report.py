@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-STORED_BITS = {2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
-"""Bits that one integer takes when packed; the odd widths above 4 take a byte."""
-
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -29,16 +26,15 @@ class QuantizationReport:
 
     Attributes:
         layers: every Linear of the model, in order.
-        bytes_before: parameters and buffers of the whole original model.
-        bytes_after: the same with every quantized weight as packed integers with its scales (float32) and zero points
-            (a byte each): what the integers take when they are stored.
-        bytes_in_memory: what the quantized model takes now; its weights are the integers' values in float.
+        bytes_before: what all parameters and buffers of the original model take in memory.
+        bytes_after: the same of the quantized model.
+        execution: "packed", or "emulated", which needs the float weights and makes nothing smaller.
     """
 
     layers: tuple[LayerReport, ...]
     bytes_before: int
     bytes_after: int
-    bytes_in_memory: int
+    execution: str = "packed"
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
@@ -59,18 +55,13 @@ class QuantizationReport:
             names = [layer.name for layer in self.skipped if layer.skipped == reason]
             shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
             lines.append(f"Left {count} in float, {reason}: {shown}")
-        saved = 1 - self.bytes_after / self.bytes_before
-        lines.append(
-            f"Model: {megabytes(self.bytes_before)} in float, {megabytes(self.bytes_after)} as packed integers "
-            f"(-{saved:.1%}); in memory now: {megabytes(self.bytes_in_memory)}"
-        )
+        size = f"Model: {megabytes(self.bytes_before)} before, {megabytes(self.bytes_after)} after"
+        if self.execution == "packed":
+            size += f" ({self.bytes_after / self.bytes_before - 1:+.1%})"
+        else:
+            size += ": emulated, with float weights"
+        lines.append(size)
         return "\n".join(lines)
-
-
-def packed_bytes(shape: tuple[int, int], bits: int, scales: int) -> int:
-    """Bytes of an (out, in) weight as packed integers, each row from a new byte, with its scales and zero points."""
-    rows, columns = shape
-    return rows * -(-columns * STORED_BITS[bits] // 8) + scales * (4 + 1)
 
 
 def megabytes(count: int) -> str:

@@ -23,6 +23,11 @@ def component_of(name: str) -> str | None:
     return None
 
 
+def reads_shared_input(name: str) -> bool:
+    """Whether the layer is a query, key or value: the three of a layer are called with one and the same tensor."""
+    return re.search(r"\.(query|key|value|[qkv]_proj)$", f".{name}") is not None
+
+
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every Linear in ``model``, subclasses included, by name and in order; a shared one once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -28,7 +28,7 @@ class PackedLinear(nn.Module):
     Buffers, all of them in the state dict:
         weight_codes: the packed integers, uint8 (out_features, bytes per row).
         scale: float32 (float64 if made from a float64 layer), (1,), (out_features,) or (out_features, groups).
-        zero_point: int32, the shape of ``scale``.
+        zero_point: uint8, the shape of ``scale``.
         settings: int32 (4,): bits, in_features, group_size (0 for none), 1 if symmetric.
         bias: (out_features,) or None.
 
@@ -52,7 +52,7 @@ class PackedLinear(nn.Module):
         self.shares_input = False
         self.register_buffer("weight_codes", codes if self._bytewise else pack_codes(codes, config.bits))
         self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
+        self.register_buffer("zero_point", zero_point.to(torch.uint8))
         settings = [config.bits, self.in_features, config.group_size or 0, int(config.symmetric)]
         self.register_buffer("settings", torch.tensor(settings, dtype=torch.int32, device=codes.device))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())

@@ -21,7 +21,7 @@ class PackedWeight(NamedTuple):
     Attributes:
         codes: int8 (out, in), a byte per code; or uint8 (out, packed_length(in, bits)), see ``packing``.
         scale: float32 or float64, shape (1,), (out,) or (out, groups).
-        zero_point: int32 in [0, 2**bits - 1], the shape of ``scale``.
+        zero_point: uint8 in [0, 2**bits - 1], the shape of ``scale``.
         bits: 2 to 8.
         in_features: length of a row.
         group_size: columns that share a scale, or None.
@@ -52,7 +52,8 @@ class PackedWeight(NamedTuple):
 
     def code_zero_point(self) -> Tensor:
         """The code that stands for 0.0: int32, the shape of ``scale``."""
-        return self.zero_point - self.offset if self.offset else self.zero_point
+        zero_point = self.zero_point.to(torch.int32)
+        return zero_point - self.offset if self.offset else zero_point
 
     def integers(self) -> Tensor:
         """q, uint8 of shape (out, in)."""
@@ -61,7 +62,8 @@ class PackedWeight(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """The weight as real numbers, (out, in), in the dtype of ``scale``."""
-        return weight_to_real(self.integers(), self.scale, self.zero_point, self.group_size, self.scale.dtype)
+        zero_point = self.zero_point.to(torch.int32)
+        return weight_to_real(self.integers(), self.scale, zero_point, self.group_size, self.scale.dtype)
 
     def columns(self) -> list[tuple[int, int]]:
         """(first, past the last) column of each group."""

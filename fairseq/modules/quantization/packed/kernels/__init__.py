@@ -110,10 +110,11 @@ def _compare(kernels: Kernels, device: torch.device) -> str | None:
         codes = to_codes(weight_to_int(w, scale, zero_point, bits), bits)
         weight = PackedWeight(
             pack_codes(codes, bits).to(device) if bits < 8 else codes.to(device),
-            scale.to(device), zero_point.to(device), bits, 70, None, False,
+            scale.to(device), zero_point.to(device, torch.uint8), bits, 70, None, False,
         )  # fmt: skip
         for form in ("dynamic", "weight_only"):
-            got, expected = (getattr(k, form)(x.to(device), weight, bias.to(device)) for k in (kernels, TABLE["reference"]))
+            arguments = x.to(device), weight, bias.to(device)
+            got, expected = getattr(kernels, form)(*arguments), getattr(reference, form)(*arguments)
             if not torch.allclose(got, expected, rtol=1e-4, atol=1e-3):
                 error = (got - expected).abs().max().item()
                 return f"at {bits} bits, {form}, they are off by {error:.2g}"

@@ -151,9 +151,7 @@ def _codes(weight: PackedWeight) -> Tensor:
     if not weight.is_packed:
         return weight.codes
     shape = (len(weight.codes), weight.in_features)
-    return unpack_codes(
-        weight.codes, weight.bits, weight.in_features, out=scratch.take("codes", shape, torch.uint8)
-    )
+    return unpack_codes(weight.codes, weight.bits, weight.in_features, out=scratch.take("codes", shape, torch.uint8))
 
 
 def _quantize(x: Tensor, compute: torch.dtype) -> Tokens:

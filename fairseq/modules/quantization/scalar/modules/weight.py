@@ -84,6 +84,10 @@ class QuantizedWeight(nn.Module):
         self.steps += 1
         return self.weight if self.p == 0 else quant_noise(self.weight, self.quantized_weight(), self.p)
 
+    def _scale_count(self) -> int:
+        """Values in ``scale`` once the weight is observed."""
+        return len(self.weight) if self.method == "channel" else 1
+
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedWeight:
         kept = self.scale
         super()._apply(fn, recurse)
@@ -92,14 +96,21 @@ class QuantizedWeight(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "weight_codes" in state_dict:
+            raise ValueError(
+                f"{prefix}weight_codes: this state dict is of a model quantized with execution='packed', which has no "
+                "float weights; quantize with execution='packed' to load it"
+            )
         scale, zero_point = state_dict.get(prefix + "scale"), state_dict.get(prefix + "zero_point")
-        if scale is not None and zero_point is not None:
-            expected = len(self.weight) if self.method == "channel" else 1
-            if scale.numel() != expected or bool((zero_point >= 2**self.bits).any()):
-                raise ValueError(
-                    f"{prefix}scale and {prefix}zero_point were saved by a layer with other settings than this one's "
-                    f"bits={self.bits}, method={self.method!r}"
-                )
+        if (
+            scale is not None
+            and zero_point is not None
+            and (scale.numel() != self._scale_count() or bool((zero_point >= 2**self.bits).any()))
+        ):
+            raise ValueError(
+                f"{prefix}scale and {prefix}zero_point were saved by a layer with other settings than this one's "
+                f"bits={self.bits}, method={self.method!r}"
+            )
         for name in ("scale", "zero_point"):
             saved = state_dict.get(prefix + name)
             setattr(self, name, None if saved is None else torch.empty_like(saved, device=self.weight.device))

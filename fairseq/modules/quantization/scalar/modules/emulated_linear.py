@@ -1,0 +1,98 @@
+"""EmulatedLinear: the trainable twin of a packed layer, with the same integers and the same rounding of activations."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fairseq.modules.quantization.scalar.modules.straight_through import fake_quantize
+from fairseq.modules.quantization.scalar.modules.weight import IntLinear
+from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
+from fairseq.modules.quantization.scalar.weights import (
+    check_group_size,
+    join_groups,
+    observe_weight,
+    split_groups,
+    weight_to_int,
+)
+
+
+class EmulatedLinear(IntLinear):
+    """An :class:`IntLinear` that computes, in float and with straight-through gradients, what a PackedLinear computes.
+
+    Every weight is quantized (p=1), in training too; "histogram" has a scale per output channel.
+
+    Attributes:
+        group_size: input channels that share a scale, or None.
+        symmetric: the zero point is in the middle of the grid.
+        activations: "dynamic" rounds the input per token to 8 bits, None leaves it.
+        name: how errors call the layer.
+    """
+
+    group_size: int | None = None
+    symmetric = False
+    activations: str | None = None
+    name = "linear"
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        bits: int,
+        method: str,
+        group_size: int | None = None,
+        symmetric: bool = False,
+        activations: str | None = None,
+        name: str = "linear",
+        update_step: int = 100,
+    ) -> EmulatedLinear:
+        """The emulation of ``linear`` with its very parameters; its range is observed at once.
+
+        Raises:
+            TypeError, ValueError: not a plain nn.Linear, settings or weights that cannot be quantized.
+        """
+        check_group_size(group_size, method)
+        layer = cls.from_float(linear, 1, update_step, bits, method)
+        assert isinstance(layer, EmulatedLinear)
+        layer.group_size, layer.symmetric, layer.activations, layer.name = group_size, symmetric, activations, name
+        layer.observe_weight()
+        return layer
+
+    def observe_weight(self) -> None:
+        """Set ``scale`` and ``zero_point`` from the weight as it is now."""
+        self.scale, self.zero_point = observe_weight(
+            self.weight, self.bits, self.method, self.group_size, self.symmetric, f"{self.name}.weight"
+        )
+
+    def quantized_weight(self) -> Tensor:
+        """The weight on its grid, with straight-through gradients: (out, in)."""
+        scale, zero_point = self._grid()
+        if self.group_size is None:
+            return fake_quantize(self.weight, scale, zero_point, self.bits)
+        rows = split_groups(self.weight, self.group_size)
+        return join_groups(fake_quantize(rows, scale.flatten(), zero_point.flatten(), self.bits), self.weight.shape)
+
+    def integers(self) -> Tensor:
+        """The weight's integers, uint8 of shape (out_features, in_features)."""
+        return weight_to_int(self.weight, *self._grid(), self.bits, self.group_size)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.activations == "dynamic":
+            input = fake_quantize_tokens(input)
+        return F.linear(input, self.noisy_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        group = "" if self.group_size is None else f", group_size={self.group_size}"
+        return f"{super().extra_repr()}, activations={self.activations}{group}{', symmetric' * self.symmetric}"
+
+    def _grid(self) -> tuple[Tensor, Tensor]:
+        if self.scale is None or self.zero_point is None:
+            self.observe_weight()
+        assert self.scale is not None
+        assert self.zero_point is not None
+        return self.scale, self.zero_point
+
+    def _scale_count(self) -> int:
+        if self.method == "tensor":
+            return 1
+        return self.out_features * (1 if self.group_size is None else -(-self.in_features // self.group_size))
