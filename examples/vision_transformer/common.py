@@ -6,6 +6,7 @@ import argparse
 import csv
 import functools
 import os
+import platform
 import statistics
 import sys
 import time
@@ -31,6 +32,9 @@ TEST_IMAGES = HERE / "assets" / "cifar10_test_500.zip"
 SAMPLE_IMAGE = HERE / "assets" / "chelsea.jpg"
 DEFAULT_MODEL = "google/vit-base-patch16-224"
 SECONDS_TO_REACH_HUB = 3.0
+
+PROC = Path("/proc/self/status")
+PEAK_SHAPES = [(1024, 1024, 1024), (8 * 197, 768, 3072)]  # (M, K, N); the second is of a ViT-Base
 
 CONFIGURATIONS = [(bits, method) for bits in (8, 4) for method in ("tensor", "channel", "histogram")]
 
@@ -208,6 +212,34 @@ def milliseconds_per_image(models: dict[str, nn.Module], pixel_values: Tensor, t
             if turn >= 2:  # the first two warm up
                 times[name].append(1000 * (time.perf_counter() - started))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def int8_peak(seconds: float = 0.5) -> float:
+    """The fastest int8 product that this machine shows, in operations per second."""
+    best = 0.0
+    for m, k, n in PEAK_SHAPES:
+        a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((m, k), (n, k)))
+        end = time.perf_counter() + seconds
+        while (started := time.perf_counter()) < end:
+            torch._int_mm(a, b.t())
+            best = max(best, 2 * m * k * n / (time.perf_counter() - started))
+    return best
+
+
+def memory() -> dict[str, int]:
+    """What this process holds and the most it ever held, in bytes; Linux only, where there is ``PROC``."""
+    lines = dict(line.split(":", 1) for line in PROC.read_text().splitlines() if ":" in line)
+    return {key: 1024 * int(lines[field].split()[0]) for key, field in (("resident", "VmRSS"), ("peak", "VmHWM"))}
+
+
+def processor_name() -> str:
+    """As the system calls it; on Linux ``platform`` knows no more than the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -112,11 +112,11 @@ class PackedLinear(nn.Module):
                 f"{self.name} takes a floating tensor of shape (..., {self.in_features}), "
                 f"got {input.dtype} of shape {tuple(input.shape)}"
             )
+        if functional.capturing():
+            return self._run(input.detach())  # in any grad mode, so that a graph traced in one is the graph in the other
         if torch.is_grad_enabled() and input.requires_grad:
-            if not functional.capturing():
-                result: Tensor = _NoGradient.apply(input, self)
-                return result
-            input = input.detach()
+            result: Tensor = _NoGradient.apply(input, self)
+            return result
         return self._run(input)
 
     def _run(self, input: Tensor) -> Tensor:

@@ -119,8 +119,12 @@ def _pack_plane(q: Tensor, width: int) -> Tensor:
 
 def _segments(packed: Tensor, bits: int, length: int) -> list[tuple[int, Tensor]]:
     """(width, bytes) of each plane."""
-    sizes = [-(-length * width // 8) for width in PLANES[bits]]
-    return list(zip(PLANES[bits], packed.split(sizes, -1), strict=True))
+    planes, start = [], 0
+    for width in PLANES[bits]:
+        stop = start + -(-length * width // 8)
+        planes.append((width, packed[..., start:stop]))
+        start = stop
+    return planes
 
 
 def _unpacked(packed: Tensor, bits: int, length: int) -> Tensor:
@@ -129,11 +133,25 @@ def _unpacked(packed: Tensor, bits: int, length: int) -> Tensor:
     for width, plane in _segments(packed, bits, length):
         if width == 8:
             return plane
-        parts = [(plane >> (width * number)) & (2**width - 1) for number in range(8 // width)]
+        parts = [_bits(plane, width * number, width) for number in range(8 // width)]
         values = torch.cat(parts, -1)[..., :length]
-        result = values if result is None else result | (values << shift)
+        result = values if result is None else result + values * 2**shift
         shift += width
     assert result is not None
+    return result
+
+
+def _bits(packed: Tensor, first: int, width: int) -> Tensor:
+    """``width`` bits of each byte, from bit ``first`` on."""
+    if not torch.onnx.is_in_onnx_export():
+        return (packed >> first) & (2**width - 1)
+    # By the operators' names: the exporter's own translation takes bytes for signed.
+    count, mask = (torch.tensor(value, dtype=torch.uint8) for value in (first, 2**width - 1))
+    shape = packed.shape
+    shifted = torch.onnx.ops.symbolic(
+        "BitShift", (packed, count), {"direction": "RIGHT"}, dtype=torch.uint8, shape=shape
+    )
+    result: Tensor = torch.onnx.ops.symbolic("BitwiseAnd", (shifted, mask), dtype=torch.uint8, shape=shape)
     return result
 
 

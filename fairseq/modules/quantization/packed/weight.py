@@ -57,13 +57,12 @@ class PackedWeight(NamedTuple):
 
     def integers(self) -> Tensor:
         """q, uint8 of shape (out, in)."""
-        codes = self.unpacked().view(torch.uint8)
-        return codes ^ SPLIT if self.offset else codes
+        return self.unpacked().view(torch.uint8) ^ self.offset
 
     def dequantize(self) -> Tensor:
         """The weight as real numbers, (out, in), in the dtype of ``scale``."""
-        zero_point = self.zero_point.to(torch.int32)
-        return weight_to_real(self.integers(), self.scale, zero_point, self.group_size, self.scale.dtype)
+        dtype = self.scale.dtype
+        return weight_to_real(self.unpacked(), self.scale, self.code_zero_point(), self.group_size, dtype)
 
     def columns(self) -> list[tuple[int, int]]:
         """(first, past the last) column of each group."""
@@ -87,7 +86,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int, length: int, out: Tensor | None = None) -> Tensor:
-    """Undoes :func:`pack_codes`: int8 (out, in); into ``out`` (uint8) if given."""
+    """Undoes :func:`pack_codes`: int8 (out, in); in the memory of ``out`` (uint8) if given."""
     if bits > 4:
         return packed.view(torch.int8)
-    return unpack(packed, bits, length, out=out).view(torch.int8)
+    codes = unpack(packed, bits, length, out=out)
+    return codes.to(torch.int8) if out is None else codes.view(torch.int8)  # exporters know no view as another dtype

@@ -23,6 +23,9 @@ def dynamic(x: Tensor, weight: PackedWeight, bias: Tensor | None, product: Produ
     """(M, in) -> (M, out), dtype of ``x``; ``product`` is int8 (M, K), int8 (N, K) -> int32 (M, N)."""
     compute = weight.scale.dtype
     rounded, token_scale = quantize_tokens(x.to(compute))  # (M, in), (M, 1)
+    if weight.group_size is not None and torch.onnx.is_in_onnx_export():
+        # A product per group would be hundreds of nodes; a float product of the same values is one.
+        return weight_only(rounded * token_scale, weight, bias).to(x.dtype)
     q, codes, zero_point = rounded.to(torch.int8), weight.unpacked(), weight.code_zero_point()
     y: Tensor | None = None
     for group, (start, stop) in enumerate(weight.columns()):
@@ -42,7 +45,21 @@ def dynamic(x: Tensor, weight: PackedWeight, bias: Tensor | None, product: Produ
 
 def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x times the dequantized weight in the dtype of ``x``: (M, in) -> (M, out)."""
-    return F.linear(x, weight.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(x, _dequantize(weight).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _dequantize(weight: PackedWeight) -> Tensor:
+    """The weight as real numbers, (out, in); while exporting to ONNX by its DequantizeLinear."""
+    if not torch.onnx.is_in_onnx_export() or weight.group_size is not None:
+        return weight.dequantize()
+    codes, one = weight.unpacked(), weight.scale.numel() == 1
+    scale, zero_point = weight.scale, weight.code_zero_point().to(torch.int8)
+    if one:
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    result: Tensor = torch.onnx.ops.symbolic(
+        "DequantizeLinear", (codes, scale, zero_point), {} if one else {"axis": 0}, dtype=scale.dtype, shape=codes.shape
+    )
+    return result
 
 
 def int_product(q: Tensor, codes: Tensor) -> Tensor:

@@ -1,0 +1,24 @@
+"""The configurations of this library that benchmarks time: ``python peers.py --ours bench_candidates.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fairseq.models.vit_quantization import ViTQuantizer
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "8-bit channel": {"bits": 8, "method": "channel"},
+    "8-bit tensor": {"bits": 8, "method": "tensor"},
+    "4-bit channel": {"bits": 4, "method": "channel"},
+    "4-bit channel, unpacked": {"bits": 4, "method": "channel", "resident": "unpacked"},
+    "8-bit weight-only": {"bits": 8, "method": "channel", "activations": None},
+    "4-bit weight-only": {"bits": 4, "method": "channel", "activations": None},
+}
+
+
+def candidates(model: nn.Module) -> dict[str, Callable[[Tensor], object]]:
+    """A quantized copy of ``model`` for each of the settings, to be called with pixel_values (B, 3, H, W)."""
+    return {name: ViTQuantizer(**settings).quantize_model(model) for name, settings in SETTINGS.items()}

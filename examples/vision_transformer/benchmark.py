@@ -1,0 +1,372 @@
+#!/usr/bin/env python3
+"""Speed, memory and accuracy of a ViT in float32, in bfloat16 and quantized, in one run on the CPU.
+
+    python examples/vision_transformer/benchmark.py --model DIR --json result.json --picture result.png
+    python examples/vision_transformer/benchmark.py --size base --configs "8-bit channel" "4-bit channel"
+
+The configurations take turns, each after a pause in which the threads of the one before come to rest. Columns: "ms",
+the median over the rounds; "speed", the median of each round's ratio to float32; "weights", all parameters and buffers;
+"resident" and "peak", what a process of its own holds that loads, quantizes and runs nothing else, and the most it ever
+held (Linux only); "of int8 peak", the multiply-adds of all Linear layers per second, as a share of the fastest integer
+product measured in this run (blank where the products are in float). "top-1" and "agreement" (the share of pictures
+with the float model's class) are over the pictures of --images and --labels; for a model that knows their classes, as
+the embedded one does, over the 500 that ship with the project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import ctypes
+import gc
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from bench_candidates import SETTINGS
+from common import (
+    PROC,
+    UserError,
+    batches,
+    embedded_images,
+    first_line,
+    int8_peak,
+    labelled_images,
+    load_model,
+    logits,
+    memory,
+    positive,
+    processor_name,
+    quantize,
+    run,
+    table,
+)
+from evaluate import Score
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import ViTConfig, ViTForImageClassification
+
+from fairseq.models.vit_quantization import ViTQuantizer
+
+SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
+NAMES = ["bfloat16", *SETTINGS]
+PAUSE = 0.1  # seconds in which idle threads of the turn before stop spinning
+TURN = 0.2  # seconds of a turn: its time is the median of the forwards that begin in them
+
+
+def build(size: str) -> nn.Module:
+    """A ViT with random weights and 1000 classes, the same at every call."""
+    hidden, heads = SIZES[size]
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden, num_labels=1000)
+    return ViTForImageClassification(config).eval()
+
+
+def configured(name: str, model: nn.Module) -> nn.Module:
+    """``model`` in the configuration called ``name``; for bfloat16 it is ``model`` itself that is changed."""
+    if name in SETTINGS:
+        return quantize(ViTQuantizer(**SETTINGS[name]), model)
+    return model.bfloat16() if name == "bfloat16" else model
+
+
+def noise(model: nn.Module, count: int) -> Tensor:
+    """Pictures of the model's shape: (count, 3, H, W), float32."""
+    size = model.config.image_size
+    shape = (size, size) if isinstance(size, int) else tuple(size)
+    return torch.randn(count, model.config.num_channels, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+
+def operations(model: nn.Module) -> int:
+    """Multiplications and additions of all Linear layers of the float model, for one picture."""
+    counts: list[int] = []
+    handles = [
+        layer.register_forward_hook(lambda layer, _, out: counts.append(2 * layer.in_features * out.numel()))
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    logits(model, noise(model, 1))
+    for handle in handles:
+        handle.remove()
+    return sum(counts)
+
+
+def turn(model: nn.Module, pixel_values: Tensor) -> float:
+    """Milliseconds of one forward, after a pause and a forward that does not count."""
+    time.sleep(PAUSE)
+    logits(model, pixel_values)
+    times, end = [], time.perf_counter() + TURN
+    while (started := time.perf_counter()) < end:
+        logits(model, pixel_values)
+        times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+def measure_speed(models: dict[str, nn.Module], batch: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Milliseconds of each model in each round, their medians, and the medians of the ratios to float32."""
+    pixel_values = noise(models["float32"], batch)
+    for model in models.values():
+        logits(model, pixel_values)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in tqdm(range(rounds), desc=f"Timing batch {batch}", unit="round", leave=False):
+        for name, model in models.items():
+            times[name].append(turn(model, pixel_values))
+    return {
+        name: {
+            "ms": statistics.median(values),
+            "images_per_second": 1000 * batch / statistics.median(values),
+            "speed": statistics.median(f / v for f, v in zip(times["float32"], values, strict=True)),
+            "ms_per_round": values,
+        }
+        for name, values in times.items()
+    }
+
+
+def measure_own_memory(name: str, args: argparse.Namespace) -> dict[str, int]:
+    """In a process of its own: what it holds once the model is configured and has run, and held before."""
+    before = memory()["resident"]
+    model = configured(name, build(args.size) if args.size else load_model(args.model).model)
+    for _ in range(3):
+        logits(model, noise(model, max(args.batch)))
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)  # give back what glibc keeps for later
+    return {**memory(), "before_model": before}
+
+
+def measure_memory(name: str, source: list[str], args: argparse.Namespace) -> dict[str, int] | None:
+    """Ask a child process to measure its own; None where the system does not tell."""
+    if not PROC.exists():
+        return None
+    command = [sys.executable, __file__, *source, "--threads", args.threads, "--batch", *args.batch, "--measure", name]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    child = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
+    if child.returncode:
+        last = child.stderr.strip().rpartition("\n")[2] or f"exit code {child.returncode}"
+        raise UserError(f"the process that measures the memory of {name} failed: {last.removeprefix('error: ')}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def find_pictures(args: argparse.Namespace, config: Any) -> tuple[list, Tensor] | None:
+    """The pictures to measure accuracy with, and their labels; None without any."""
+    if args.images:
+        images, labels = labelled_images(args.images, args.labels, config.num_labels)
+    else:
+        images, names = embedded_images()
+        if args.size or not set(names) <= set(config.label2id):
+            return None
+        labels = torch.tensor([config.label2id[name] for name in names])
+    return images[: args.limit], labels[: args.limit]
+
+
+def measure_accuracy(models: dict[str, nn.Module], images: list, labels: Tensor, processor: Any) -> dict[str, dict]:
+    """Top-1 accuracy, and agreement with the first of the models."""
+    scores = {name: Score() for name in models}
+    with tqdm(total=len(images), desc="Accuracy", unit="image", leave=False) as bar:
+        for pixel_values in batches(images, processor, 25):
+            expected, truth = None, labels[bar.n : bar.n + len(pixel_values)]
+            for name, model in models.items():
+                got = logits(model, pixel_values)
+                expected = got if expected is None else expected
+                scores[name].add(got, expected, truth)
+            bar.update(len(pixel_values))
+    return {name: {"top1": s.top1 / s.count, "agreement": s.agree / s.count} for name, s in scores.items()}
+
+
+def show(result: dict[str, Any], batch: str) -> str:
+    """The table of one batch size; columns that nothing was measured for are left out."""
+    header = ["configuration", "ms", "images/s", "speed", "weights", "resident", "peak", "of int8 peak"]
+    accuracy = result["pictures"] > 0
+    rows = []
+    for name, timing in result["batches"][batch].items():
+        fixed = result["configurations"][name]
+        held = fixed["memory"] or {}
+        share = timing["int8_peak_share"]
+        row = [name, f"{timing['ms']:.1f}", f"{timing['images_per_second']:.1f}", f"{timing['speed']:.2f}x"]
+        row.append(f"{fixed['weight_bytes'] / 1e6:.1f} MB")
+        row += [f"{held[key] / 1e6:.0f} MB" if held else "" for key in ("resident", "peak")]
+        row.append("" if share is None else f"{share:.0%}")
+        rows.append(row + [f"{fixed[key]:.1%}" for key in ("top1", "agreement") if accuracy])
+    return table(header + ["top-1", "agreement"] * accuracy, rows)
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """Accuracy against speed with the size as the area of a point; without accuracy, size against speed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    batch = max(result["batches"], key=int)
+    timings = result["batches"][batch]
+    fixed, accuracy = result["configurations"], result["pictures"] > 0
+    megabytes = {name: fixed[name]["weight_bytes"] / 1e6 for name in timings}
+    points = []
+    for name, timing in timings.items():
+        x, y = timing["images_per_second"], 100 * fixed[name]["top1"] if accuracy else megabytes[name]
+        area = 900 * megabytes[name] / max(megabytes.values()) if accuracy else 90
+        color = {"8": "tab:blue", "4": "tab:orange"}.get(name[0], "tab:gray")
+        axes.scatter(x, y, area, color=color, alpha=0.75, linewidths=0)
+        points.append((x, y, math.sqrt(area) / 2, f"{name}\n{megabytes[name]:.1f} MB" if accuracy else name))
+    axes.margins(0.2)
+    machine = result["machine"]
+    title = f"{result['model']}: {machine['processor']}, batch {batch}, threads: {machine['threads']}"
+    axes.set_xlabel("images per second")
+    axes.set_ylabel(f"top-1 accuracy, {result['pictures']} pictures (%)" if accuracy else "weights (MB)")
+    axes.set_title(title + "\nthe area of a point is the size of the weights" * accuracy, size=9)
+    if not accuracy:
+        axes.set_ylim(0, 1.15 * max(megabytes.values()))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    canvas.draw()
+    figure.set_layout_engine("none")
+    label(axes, points, canvas.get_renderer())
+    figure.savefig(file, format="png")
+
+
+def label(axes: Any, points: list[tuple[float, float, float, str]], renderer: Any) -> None:
+    """Write each text by its point (x, y, radius in dots of 1/72 inch), where it covers no point and no other text."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    taken, dot = [], axes.figure.dpi / 72
+    for x, y, radius, _ in points:
+        (left, bottom), r = axes.transData.transform((x, y)), radius * dot
+        taken.append(Bbox.from_extents(left - r, bottom - r, left + r, bottom + r))
+    sides = [(1, 0), (0, 1), (0, -1), (-1, 0), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7)]
+    spots = [(gap, *side) for gap in (2, 10, 22, 36, 52, 70) for side in sides]
+    for x, y, radius, text in points:
+        for gap, dx, dy in spots:
+            note = axes.annotate(
+                text, (x, y), xytext=((radius + gap) * dx, (radius + gap) * dy), textcoords="offset points", size=8,
+                ha="left" if dx > 0 else "right" if dx < 0 else "center",
+                va="bottom" if dy > 0 else "top" if dy < 0 else "center",
+                arrowprops={"arrowstyle": "-", "color": "gray", "lw": 0.6, "shrinkB": 0} if gap > 10 else None,
+            )  # fmt: skip
+            note.update_positions(renderer)
+            box = Text.get_window_extent(note, renderer)  # without its line
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 < box.y1 < axes.bbox.y1
+            if (gap, dx, dy) == spots[-1] or (inside and not any(box.overlaps(other) for other in taken)):
+                break
+            note.remove()
+        taken.append(box)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", default=None, help="folder or hub id; default: as in test_with_image.py")
+    which.add_argument("--size", choices=SIZES, help="random weights and 1000 classes instead, for speed only")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
+    parser.add_argument("--configs", nargs="+", default=NAMES, metavar="NAME", help=f"default: {'; '.join(NAMES)}")
+    parser.add_argument("--images", type=Path, help="folder of pictures, to measure accuracy with")
+    parser.add_argument("--labels", type=Path, help="CSV with the columns file and class_index")
+    parser.add_argument("--limit", type=positive, default=None, help="only the first so many pictures")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--picture", type=Path, help="draw accuracy, size and speed here, a .png")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # what measure_memory asks of a child process
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> None:
+    """UserError for what would fail only after minutes."""
+    unknown = [name for name in args.configs if name not in NAMES]
+    if unknown:
+        raise UserError(f"--configs: {unknown[0]!r} is not one of {'; '.join(NAMES)}")
+    if bool(args.images) != bool(args.labels):
+        raise UserError("--images and --labels go together")
+    if args.images and args.size:
+        raise UserError("--images: the random weights of --size have no accuracy; use --model")
+    for option, file in (("--json", args.json), ("--picture", args.picture)):
+        if file and (file.is_dir() or not file.parent.is_dir()):
+            raise UserError(f"{option} {file}: {'is a folder' if file.is_dir() else f'no folder {file.parent}'}")
+    if args.picture and args.picture.suffix.lower() != ".png":
+        raise UserError(f"--picture {args.picture}: its name must end in .png")
+    if args.picture and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--picture needs matplotlib: uv pip install matplotlib")
+
+
+def main() -> int:
+    args = parse()
+    check(args)
+    torch.set_num_threads(args.threads)
+    if args.measure:
+        print(json.dumps(measure_own_memory(args.measure, args)))
+        return 0
+    model, processor, title = (build(args.size), None, f"ViT-{args.size}") if args.size else load_model(args.model)
+    pictures = find_pictures(args, model.config)
+    names = ["float32", *dict.fromkeys(args.configs)]
+    models = {name: configured(name, copy.deepcopy(model) if name == "bfloat16" else model) for name in names}
+    result = measure(models, ["--size", args.size] if args.size else ["--model", model.name_or_path], args)
+    result = {"model": title, "pictures": len(pictures[0]) if pictures else 0, **result}
+    if pictures:
+        for name, accuracy in measure_accuracy(models, *pictures, processor).items():
+            result["configurations"][name].update(accuracy)
+    report(result, args)
+    return 0
+
+
+def measure(models: dict[str, nn.Module], source: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Size, memory and speed of each model, and the machine; ``source`` tells a child process where it comes from."""
+    fixed, speeds, peak = {}, {}, 0.0
+    for name in tqdm(models, desc="Memory", unit="process", leave=False):
+        held = measure_memory(name, source, args)
+        fixed[name] = {"weight_bytes": weight_bytes(models[name]), "memory": held}
+    for batch in args.batch:
+        peak = max(peak, int8_peak())
+        speeds[str(batch)] = measure_speed(models, batch, args.rounds)
+    per_picture = operations(models["float32"])
+    for timings in speeds.values():
+        for name, timing in timings.items():
+            in_integers = name in SETTINGS and SETTINGS[name].get("activations", "dynamic") is not None
+            rate = per_picture * timing["images_per_second"]
+            timing["int8_peak_share"] = rate / peak if in_integers else None
+    machine = {
+        "processor": processor_name(), "system": platform.platform(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+    return {
+        "machine": machine, "rounds": args.rounds, "operations_per_picture": per_picture, "int8_peak_tops": peak / 1e12,
+        "configurations": fixed, "batches": speeds,
+    }  # fmt: skip
+
+
+def report(result: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print the tables, write the files."""
+    machine = result["machine"]
+    print(f"{result['model']}: {machine['processor']}, threads: {machine['threads']}, torch {machine['torch']}")
+    print(f"{result['rounds']} rounds, int8 peak {result['int8_peak_tops']:.2f} TOPS, {result['pictures']} pictures")
+    for batch in result["batches"]:
+        print(f"\nBatch {batch}\n{show(result, batch)}")
+    held = result["configurations"]["float32"]["memory"]
+    if held:
+        print(f"\nOf what is resident, Python and PyTorch take {held['before_model'] / 1e6:.0f} MB without any model.")
+    else:
+        print(f"\nThis system has no {PROC}: resident and peak memory were not measured.")
+    try:
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+        if args.picture:
+            draw(result, args.picture)
+    except OSError as error:
+        raise UserError(f"cannot write the result: {first_line(error)}") from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,221 @@
+"""benchmark.py and bench_candidates.py: what they measure, write and draw, and one line for a mistake."""
+
+import csv
+import importlib.util
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessor
+
+from fairseq.modules.quantization.packed import PackedLinear
+
+FOLDER = Path(__file__).parents[2] / "examples" / "vision_transformer"
+EIGHT, FOUR = "8-bit channel", "4-bit channel"
+HELD = {"resident": 3_000_000, "peak": 5_000_000, "before_model": 2_000_000}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"script_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def benchmark_script(monkeypatch, capsys):
+    """Run benchmark.py in this process, with short turns: (exit code, standard output, standard error)."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def call(*arguments, held=lambda *_: HELD):
+        module = load("benchmark")
+        module.PAUSE, module.TURN = 0, 0.005
+        module.int8_peak = lambda: 1e12
+        if held:
+            module.measure_memory = held
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments), "--threads", "1"])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            module.run(module.main)
+        captured = capsys.readouterr()
+        return stopped.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def model(tiny_vit, tmp_path):
+    folder = tmp_path / "vit"
+    tiny_vit.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Arguments for six noise pictures, all of class 0."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    with (tmp_path / "labels.csv").open("w", newline="") as opened:
+        csv.writer(opened).writerows([("file", "class_index"), *((f"{i}.png", 0) for i in range(6))])
+    return ["--images", folder, "--labels", tmp_path / "labels.csv"]
+
+
+def test_candidates_are_packed_and_run(tiny_vit, pixels):
+    module = load("bench_candidates")
+    candidates = module.candidates(tiny_vit)
+    assert list(candidates) == list(module.SETTINGS)
+    expected = tiny_vit(pixels).logits
+    for name, candidate in candidates.items():
+        with torch.inference_mode():
+            got = candidate(pixels).logits
+        assert got.shape == (5, 7)
+        assert got.isfinite().all()
+        assert not torch.equal(got, expected)
+        layers = [m for m in candidate.modules() if isinstance(m, PackedLinear)]
+        assert len(layers) == 13
+        assert not any(isinstance(m, torch.nn.Linear) for m in candidate.modules())
+        assert {m.config.bits for m in layers} == {int(name[0])}
+        assert {m.config.activations for m in layers} == {None if "weight-only" in name else "dynamic"}
+        assert {m.config.resident for m in layers} == {"unpacked" if "unpacked" in name else "packed"}
+
+
+def test_every_figure_is_written(benchmark_script, model, tmp_path):
+    file = tmp_path / "result.json"
+    code, out, _ = benchmark_script("--model", model, "--rounds", 3, "--batch", 1, 3, "--json", file)
+    assert code == 0
+    result = json.loads(file.read_text())
+    assert result["pictures"] == 0
+    assert result["rounds"] == 3
+    assert result["machine"]["threads"] == 1
+    assert result["machine"]["torch"] == torch.__version__
+    assert result["machine"]["processor"]
+    configurations = result["configurations"]
+    assert len(configurations) == 8
+    assert all(fixed["memory"] == HELD for fixed in configurations.values())
+    size = {name: fixed["weight_bytes"] for name, fixed in configurations.items()}
+    assert size["bfloat16"] == size["float32"] / 2
+    assert size[FOUR] < size[EIGHT] == size["4-bit channel, unpacked"]
+    assert list(result["batches"]) == ["1", "3"]
+    tokens, linears = 17, 2 * (4 * 24 * 24 + 2 * 24 * 40)
+    assert result["operations_per_picture"] == 2 * (tokens * linears + 24 * 7)
+    for batch, timings in result["batches"].items():
+        assert set(timings) == set(configurations)
+        reference = timings["float32"]["ms_per_round"]
+        for name, timing in timings.items():
+            assert timing["ms"] == statistics.median(timing["ms_per_round"])
+            ratios = [f / own for f, own in zip(reference, timing["ms_per_round"], strict=True)]
+            assert timing["speed"] == pytest.approx(statistics.median(ratios))
+            assert timing["images_per_second"] == pytest.approx(1000 * int(batch) / timing["ms"])
+            share = result["operations_per_picture"] * timing["images_per_second"] / 1e12
+            in_integers = name not in ("float32", "bfloat16") and "weight-only" not in name
+            assert timing["int8_peak_share"] == (pytest.approx(share) if in_integers else None)
+        assert f"Batch {batch}\n" in out
+    assert "top-1" not in out
+    row = next(line for line in out.splitlines() if line.startswith("float32"))
+    assert row.split()[3] == "1.00x"
+    assert "3 MB" in row
+
+
+def test_eight_bits_are_less_than_half(benchmark_script, tmp_path, monkeypatch):
+    """On a model wide enough that its Linear layers are most of it."""
+    file = tmp_path / "result.json"
+    script = ["--size", "tiny", "--rounds", 1, "--batch", 1, "--configs", EIGHT, FOUR, "--json", file]
+    code, out, _ = benchmark_script(*script)
+    assert code == 0
+    assert out.startswith("ViT-tiny: ")
+    result = json.loads(file.read_text())
+    size = {name: fixed["weight_bytes"] for name, fixed in result["configurations"].items()}
+    assert list(size) == ["float32", EIGHT, FOUR]
+    assert size[EIGHT] < 0.5 * size["float32"]
+    assert size[FOUR] < 0.65 * size[EIGHT]
+
+
+def test_accuracy_and_the_picture(benchmark_script, model, pictures, tmp_path):
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "result.json", tmp_path / "result.png"
+    arguments = ["--model", model, "--rounds", 1, "--batch", 2, "--configs", "bfloat16", EIGHT]
+    code, out, _ = benchmark_script(*arguments, *pictures, "--limit", 5, "--json", file, "--picture", picture)
+    assert code == 0
+    assert "agreement" in out
+    result = json.loads(file.read_text())
+    assert result["pictures"] == 5
+    assert result["configurations"]["float32"]["agreement"] == 1
+    assert all(5 * fixed["top1"] % 1 == pytest.approx(0) for fixed in result["configurations"].values())
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+    code, *_ = benchmark_script(*arguments, "--picture", tmp_path / "size.PNG")
+    assert code == 0
+    assert Image.open(tmp_path / "size.PNG").size == Image.open(picture).size
+
+
+def test_the_embedded_model_has_its_pictures(benchmark_script, tmp_path):
+    file = tmp_path / "result.json"
+    arguments = ["--model", FOLDER / "cifar10-vit", "--rounds", 1, "--batch", 1, "--configs", EIGHT, "--limit", 50]
+    code, _, _ = benchmark_script(*arguments, "--json", file)
+    assert code == 0
+    result = json.loads(file.read_text())
+    assert result["pictures"] == 50
+    assert all(fixed["top1"] >= 0.7 for fixed in result["configurations"].values())
+    assert result["configurations"][EIGHT]["agreement"] >= 0.95
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
+def test_memory_is_that_of_another_process(benchmark_script, model, tmp_path):
+    file = tmp_path / "result.json"
+    arguments = ["--model", model, "--rounds", 1, "--batch", 1, "--configs", EIGHT, "--json", file]
+    code, out, _ = benchmark_script(*arguments, held=None)
+    assert code == 0
+    for fixed in json.loads(file.read_text())["configurations"].values():
+        memory = fixed["memory"]
+        assert 20e6 < memory["before_model"] < memory["peak"]
+        assert memory["resident"] <= memory["peak"]
+    assert "Python and PyTorch take" in out
+
+
+def test_a_system_without_proc_says_so(benchmark_script, model):
+    code, out, _ = benchmark_script(
+        "--model", model, "--rounds", 1, "--batch", 1, "--configs", EIGHT, held=lambda *_: None
+    )
+    assert code == 0
+    assert "resident and peak memory were not measured" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--configs", "9-bit channel"], "error: --configs: '9-bit channel' is not one of bfloat16; 8-bit channel; "),
+        (["--model", "./missing"], "error: --model ./missing: no such folder"),
+        (["--images", "pictures"], "error: --images and --labels go together"),
+        (["--size", "tiny", "--images", "i", "--labels", "l"], "the random weights of --size have no accuracy"),
+        (["--picture", "result.jpg"], "its name must end in .png"),
+        (["--json", "missing/result.json"], "error: --json missing/result.json: no folder missing"),
+        (["--json", "."], "error: --json .: is a folder"),
+    ],
+)
+def test_mistakes_are_one_line(benchmark_script, arguments, message):
+    code, _, err = benchmark_script(*arguments)
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_without_matplotlib(benchmark_script, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    code, _, err = benchmark_script("--size", "tiny", "--picture", "result.png")
+    assert (code, err) == (2, "error: --picture needs matplotlib: uv pip install matplotlib\n")
+
+
+def test_a_child_that_fails_is_one_line(benchmark_script, model, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    code, _, err = benchmark_script("--model", model, "--configs", EIGHT, held=None)
+    assert code == 2
+    assert "error: the process that measures the memory of float32 failed: exit code 1" in err.splitlines()[-1]

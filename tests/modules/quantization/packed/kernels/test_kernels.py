@@ -1,0 +1,498 @@
+"""The kernels against the reference, the memory that they share, and the function that chooses among them."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq.modules.quantization.packed import LinearConfig, PackedLinear, kernels
+from fairseq.modules.quantization.packed.kernels import choose, cpu, functional, reference
+from fairseq.modules.quantization.scalar.tokens import quantize_tokens
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+GRIDS = [("tensor", None), ("channel", None), ("channel", 32), ("histogram", None), ("histogram", 32)]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def make(
+    bits=8, method="channel", activations="dynamic", group_size=None, symmetric=False, dtype=torch.float32, **more
+):
+    """A layer of odd width, its last group shorter than the others."""
+    torch.manual_seed(0)
+    linear = nn.Linear(more.pop("inputs", 75), more.pop("outputs", 21), dtype=dtype)
+    config = LinearConfig(bits, method, activations, group_size, symmetric, **more)
+    return PackedLinear.from_float(linear, config, "query").eval()
+
+
+def integers(*shape, seed=0):
+    return torch.randint(-128, 128, shape, generator=generator(seed)).to(torch.int8)
+
+
+# The product.
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 75, 21), (19, 3072, 8), (2, 33, 1), (17, 768, 40), (5, 7, 3), (64, 64, 64)]
+)
+def test_cpu_product_is_exact(shape):
+    rows, inner, columns = shape
+    q, codes = integers(rows, inner), integers(columns, inner, seed=1)
+    expected = reference.product(q, codes)
+    assert expected.tolist() == (q.double() @ codes.double().T).int().tolist()
+    got = cpu.product(q, codes)
+    assert got.dtype == torch.int32
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("signs", list(itertools.product([127, -128, -127], [127, -128])))
+def test_cpu_product_of_extreme_integers_is_exact(signs):
+    """Neighbouring products add up past 16 bits, where some instructions saturate."""
+    for rows, inner in itertools.product((1, 9), (1, 2, 63, 3072)):
+        q = torch.full((rows, inner), signs[0], dtype=torch.int8)
+        codes = torch.full((5, inner), signs[1], dtype=torch.int8)
+        assert bool((cpu.product(q, codes) == inner * signs[0] * signs[1]).all())
+
+
+@pytest.mark.parametrize("rows", [1, 10])
+def test_cpu_product_of_tensors_with_strides(rows):
+    q, codes = integers(40, 2 * rows).T[::2], integers(9, 80, seed=1)[:, ::2]
+    assert not codes.is_contiguous()
+    assert torch.equal(cpu.product(q, codes), reference.product(q, codes))
+
+
+# The whole layer. T is the sum of the absolute terms that a result is made of; every bound is a multiple of it.
+
+
+def absolute_terms(layer, x):
+    q, scale = quantize_tokens(x.to(layer.scale.dtype)) if layer.config.activations else (x, 1)
+    bias = layer.bias.double().abs()
+    return (q.double() * scale).abs() @ layer.dequantize().double().abs().T + bias
+
+
+def dynamic_bound(layer, x):
+    """Integers are exact: what rounds is int32 to float, each group's scale and sum, token scale, bias; then ``out``.
+
+    With G groups that is 2 G + 3 roundings of the compute dtype, half an eps of T each, on each side, and one of the
+    dtype of x on each side, where that is another one.
+    """
+    compute, terms = torch.finfo(layer.scale.dtype), absolute_terms(layer, x)
+    groups = layer.scale.shape[1] if layer.scale.ndim == 2 else 1
+    bound = (2 * groups + 3) * compute.eps * terms
+    return bound + (0 if x.dtype == layer.scale.dtype else torch.finfo(x.dtype).eps * terms)
+
+
+def weight_only_bound(layer, x):
+    """K products and sums, in float32 at least, and two roundings of the dtype of x: of the product, of the bias."""
+    terms = absolute_terms(layer, x)
+    accumulated = x.shape[-1] * torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    return (accumulated + 2 * torch.finfo(x.dtype).eps) * terms
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activations", ["dynamic", None])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("method", "group_size"), GRIDS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_kernels_agree_with_the_reference(bits, method, group_size, symmetric, activations, dtype):
+    layer = make(bits, method, activations, group_size, symmetric, dtype)
+    x = torch.randn(7, 75, generator=generator(), dtype=torch.float64).to(dtype)
+    x[0] *= 100
+    weight = layer.weight_matrix
+    if activations is None:
+        expected, bound = reference.weight_only(x, weight, layer.bias), weight_only_bound(layer, x)
+        results = [cpu.weight_only(x, weight, layer.bias), functional.weight_only(x, weight, layer.bias)]
+    else:
+        expected, bound = reference.dynamic(x, weight, layer.bias), dynamic_bound(layer, x)
+        results = [
+            cpu.dynamic(x, weight, layer.bias),
+            functional.dynamic(x, weight, layer.bias, reference.product),
+            functional.dynamic(x, weight, layer.bias, cpu.product),
+        ]
+    for got in results:
+        assert got.dtype == dtype
+        assert bool(((got.double() - expected.double()).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("resident", ["packed", "unpacked"])
+@pytest.mark.parametrize("activations", ["dynamic", None])
+def test_input_of_another_dtype_than_the_layer_agrees_with_the_reference(activations, resident, dtype):
+    layer = make(4, activations=activations, resident=resident)  # its scale is float32
+    x = torch.randn(7, 75, generator=generator()).to(dtype)
+    form, bound = ("weight_only", weight_only_bound) if activations is None else ("dynamic", dynamic_bound)
+    expected = getattr(reference, form)(x, layer.weight_matrix, layer.bias)
+    got = getattr(cpu, form)(x, layer.weight_matrix, layer.bias)
+    assert got.dtype == expected.dtype == dtype
+    # a float64 result is float32 rounded once more or less
+    slack = torch.finfo(torch.float32).eps * absolute_terms(layer, x)
+    assert bool(((got.double() - expected.double()).abs() <= bound(layer, x) + slack).all())
+
+
+@pytest.mark.parametrize("form", ["dynamic", "weight_only"])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_without_bias_and_with_strides(form, group_size):
+    layer = make(4, group_size=group_size)
+    x = torch.randn(150, 14, generator=generator()).T[::2, ::2]
+    expected = getattr(reference, form)(x, layer.weight_matrix, None)
+    for kernel in (cpu, functional):
+        arguments = (cpu.product,) if kernel is functional and form == "dynamic" else ()
+        got = getattr(kernel, form)(x, layer.weight_matrix, None, *arguments)
+        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["dynamic", "weight_only"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_rows(form, bias):
+    layer = make(4)
+    arguments = torch.randn(0, 75), layer.weight_matrix, layer.bias if bias else None
+    for kernel in (cpu, reference):
+        assert getattr(kernel, form)(*arguments).shape == (0, 21)
+
+
+# Slices and blocks.
+
+
+def whole_numbers(bits, group_size=None):
+    """A layer with the scale 1 and whole inputs: every sum is exact in float32, in whatever order it is made."""
+    linear = nn.Linear(70, 33)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (33, 70), generator=generator()))
+        linear.weight[:, ::32] = -(2 ** (bits - 1))  # both ends in each group, so that the scale is 1
+        linear.weight[:, 1::32] = 2 ** (bits - 1) - 1
+        linear.bias.copy_(torch.arange(33.0))
+    layer = PackedLinear.from_float(linear, LinearConfig(bits, "channel", group_size=group_size))
+    assert bool((layer.scale == 1).all())
+    return layer, torch.randint(-9, 10, (23, 70), generator=generator()).float()
+
+
+@pytest.mark.parametrize(
+    ("size", "block", "at_once"), [(150, 10**6, 70), (10**6, 500, 150), (150, 500, 71 * 5), (1, 1, 1)]
+)
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_slices_and_blocks_change_nothing(monkeypatch, bits, group_size, size, block, at_once):
+    layer, x = whole_numbers(bits, group_size)
+    real = torch.randn(23, 70, generator=generator())  # rows are independent: equal for any numbers, too
+    whole = [cpu.dynamic(real, layer.weight_matrix, layer.bias), cpu.weight_only(x, layer.weight_matrix, layer.bias)]
+    quantize, multiply, slices = cpu._quantize, cpu._multiply, []
+    monkeypatch.setattr(cpu, "_quantize", lambda *a: slices.append("q") or quantize(*a))
+    monkeypatch.setattr(cpu, "_multiply", lambda *a: slices.append("m") or multiply(*a))
+    for name, value in (("SLICE", size), ("BLOCK", block), ("WEIGHTS_AT_ONCE", at_once)):
+        monkeypatch.setattr(cpu, name, value)
+    assert torch.equal(cpu.dynamic(real, layer.weight_matrix, layer.bias), whole[0])
+    assert torch.equal(cpu.weight_only(x, layer.weight_matrix, layer.bias), whole[1])
+    assert torch.equal(whole[1], x @ layer.dequantize().T + layer.bias)
+    assert slices.count("q") == -(-23 // max(1, block // 70))
+    assert slices.count("m") > 3
+
+
+# One tensor, read by several layers.
+
+
+@pytest.fixture
+def quantized(monkeypatch):
+    """The rows of each call of the function that quantizes activations."""
+    original, calls = cpu._quantize, []
+
+    def counted(x, compute):
+        calls.append(len(x))
+        return original(x, compute)
+
+    monkeypatch.setattr(cpu, "_quantize", counted)
+    monkeypatch.setattr(cpu, "scratch", cpu.Scratch())
+    return calls
+
+
+def query_key_value(**settings):
+    layers = [make(outputs=outputs, **settings) for outputs in (21, 21, 6)]
+    for layer in layers:
+        layer.shares_input = True
+    return layers
+
+
+def alone(layer, x):
+    """What the layer gives without sharing."""
+    return cpu.dynamic(x.reshape(-1, x.shape[-1]), layer.weight_matrix, layer.bias).reshape(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_query_key_and_value_quantize_their_input_once(quantized, bits, inference):
+    layers = query_key_value(bits=bits)
+    with torch.inference_mode(inference):
+        x = torch.randn(2, 5, 75)
+        results = [layer(x) for layer in layers]
+        assert quantized == [10]
+        assert all(torch.equal(y, alone(layer, x)) for y, layer in zip(results, layers, strict=True))
+
+
+def test_layers_that_do_not_share_quantize_each(quantized):
+    x = torch.randn(5, 75)
+    for layer in query_key_value():
+        layer.shares_input = False
+        layer(x)
+    assert len(quantized) == 3
+
+
+def test_a_layer_with_a_hook_that_may_change_its_input_does_not_share(quantized):
+    query, key, _ = query_key_value()
+    key.register_forward_pre_hook(lambda module, args: None)
+    x = torch.randn(5, 75)
+    query(x), key(x)
+    assert len(quantized) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.mul_(-3), lambda x: x[0].fill_(9), lambda x: x.view(-1)[:40].neg_(), lambda x: x.copy_(x.flip(0))],
+)
+def test_integers_of_a_tensor_changed_in_place_are_not_reused(quantized, change):
+    query, key, _ = query_key_value()
+    x = torch.randn(5, 75)
+    query(x)
+    change(x)
+    got = key(x)
+    assert len(quantized) == 2
+    assert torch.equal(got, alone(key, x))
+
+
+def test_a_layer_called_again_in_inference_mode_sees_the_changed_tensor(quantized):
+    layers = query_key_value()
+    with torch.inference_mode():
+        x = torch.randn(5, 75)
+        for _ in range(3):
+            for layer in layers:  # three passes over one buffer, as a server may do
+                assert torch.equal(layer(x), alone(layer, x))
+            x.mul_(-1.5)
+
+
+def test_in_inference_mode_another_layer_sees_a_tensor_changed_in_place(quantized):
+    """Inference tensors have no version, so the change itself cannot be seen."""
+    query, key, _ = query_key_value()
+    with torch.inference_mode():
+        x = torch.randn(5, 75)
+        query(x)
+        x.mul_(-3)
+        assert torch.equal(key(x), alone(key, x.clone()))
+
+
+def test_integers_of_another_tensor_are_not_reused(quantized):
+    query, key, value = query_key_value()
+    x = torch.randn(5, 75)
+    other = x.clone()
+    other[0] = 7
+    query(x)
+    assert torch.equal(key(other), alone(key, other))
+    assert torch.equal(value(x[1:]), alone(value, x[1:]))
+
+
+def test_integers_of_a_freed_tensor_are_not_reused(quantized):
+    query, key, _ = query_key_value()
+    for seed in range(5):  # the next tensor is likely to get the freed one's memory and id
+        x = torch.randn(5, 75, generator=generator(seed))
+        for layer in (query, key):
+            y = layer(x)
+        expected = alone(key, x.clone())
+        del x
+        assert torch.equal(y, expected)
+    assert len(quantized) == 5 * 2  # one for the pair, one for what is expected
+
+
+def test_a_layer_in_between_that_reads_something_else_is_noticed(quantized):
+    query, key, value = query_key_value()
+    between = make(inputs=75, outputs=3)
+    x = torch.randn(5, 75)
+    query(x)
+    between(torch.randn(5, 75))  # writes over the integers of x
+    assert torch.equal(key(x), alone(key, x.clone()))
+    assert torch.equal(value(x), alone(value, x.clone()))
+
+
+def test_integers_are_not_shared_between_compute_dtypes(quantized):
+    query, _, _ = query_key_value()
+    _, key, _ = query_key_value(dtype=torch.float64)
+    x = torch.randn(5, 75)
+    query(x)
+    assert torch.equal(key(x), alone(key, x.clone()))
+
+
+def test_an_input_that_is_run_in_blocks_is_not_shared(monkeypatch, quantized):
+    monkeypatch.setattr(cpu, "BLOCK", 150)
+    query, key, _ = query_key_value()
+    x = torch.randn(5, 75)
+    query(x)
+    assert torch.equal(key(x), alone(key, x.clone()))
+    assert quantized == [2, 2, 1] * 3
+
+
+# The choice.
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """No environment variable, and nothing checked so far."""
+    monkeypatch.delenv(kernels.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(kernels, "_checked", {})
+
+
+def wrong_product(q, codes):
+    return cpu.product(q, codes) + (codes.shape[0] > 1)
+
+
+def failing(*arguments):
+    raise NotImplementedError("no such instruction")
+
+
+def nudged(x, weight, bias):
+    return reference.dynamic(x, weight, bias) + 0.01
+
+
+BROKEN = {
+    "product": (wrong_product, "their integer product differs from the reference's"),
+    "dynamic": (nudged, "at 8 bits, dynamic, they are off by 0.01"),
+    "weight_only": (nudged, "at 8 bits, weight_only, they are off by"),
+}
+
+
+def break_cpu(monkeypatch, **functions):
+    monkeypatch.setitem(kernels.TABLE, "cpu", kernels.TABLE["cpu"]._replace(**functions))
+
+
+@pytest.mark.usefixtures("fresh")
+def test_auto_takes_the_kernels_of_the_device():
+    assert choose(CPU).name == "cpu"
+    assert make().backend == "cpu"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_device_without_kernels_gets_the_reference():
+    assert choose(torch.device("meta")).name == "reference"
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.usefixtures("fresh")
+def test_the_environment_forces(monkeypatch, name):
+    layer = make()
+    monkeypatch.setenv(kernels.ENVIRONMENT, name)
+    assert choose(CPU).name == layer.backend == name
+
+
+@pytest.mark.parametrize("name", ["", "auto"])
+@pytest.mark.usefixtures("fresh")
+def test_the_environment_may_leave_the_choice(monkeypatch, name):
+    monkeypatch.setenv(kernels.ENVIRONMENT, name)
+    assert choose(CPU).name == "cpu"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_argument_wins_over_the_environment(monkeypatch):
+    layer = make(backend="reference")
+    monkeypatch.setenv(kernels.ENVIRONMENT, "cpu")
+    assert choose(CPU, "reference").name == layer.backend == "reference"
+    monkeypatch.setenv(kernels.ENVIRONMENT, "nonsense")
+    assert choose(CPU, "cpu").name == "cpu"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_forced_kernels_are_those_that_run(monkeypatch):
+    layer, x = make(), torch.randn(3, 75)
+    monkeypatch.setitem(kernels.TABLE, "reference", kernels.TABLE["reference"]._replace(dynamic=nudged))
+    monkeypatch.setenv(kernels.ENVIRONMENT, "reference")
+    assert torch.equal(layer(x), nudged(x, layer.weight_matrix, layer.bias))
+
+
+@pytest.mark.usefixtures("fresh")
+def test_unknown_names_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="^backend must be one of auto, reference, cpu, cuda; got 'gpu'"):
+        choose(CPU, "gpu")
+    monkeypatch.setenv(kernels.ENVIRONMENT, "gpu")
+    with pytest.raises(ValueError, match=f"^{kernels.ENVIRONMENT} must be one of auto, .*; got 'gpu'"):
+        choose(CPU)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_cuda_kernels_on_a_cpu_layer_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="backend='cuda' runs on cuda, but the layer is on cpu"):
+        make(backend="cuda")  # when it is made, not at the first forward
+    monkeypatch.setenv(kernels.ENVIRONMENT, "cuda")
+    with pytest.raises(ValueError, match=f"{kernels.ENVIRONMENT}='cuda' runs on cuda, but the layer is on cpu"):
+        choose(CPU)
+
+
+@pytest.mark.parametrize("part", BROKEN)
+@pytest.mark.usefixtures("fresh")
+def test_kernels_with_wrong_numbers_are_left_out_with_one_warning(monkeypatch, part):
+    function, message = BROKEN[part]
+    break_cpu(monkeypatch, **{part: function})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer, x = make(), torch.randn(3, 75)
+        for _ in range(3):
+            assert torch.equal(layer(x), reference.dynamic(x, layer.weight_matrix, layer.bias))
+            assert layer.backend == "reference"
+    assert len(caught) == 1
+    assert f"the cpu kernels of packed layers are not used: {message}" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, RuntimeError, TypeError])
+@pytest.mark.usefixtures("fresh")
+def test_kernels_that_fail_are_left_out(monkeypatch, error):
+    def failing(*arguments):
+        raise error("no such instruction")
+
+    break_cpu(monkeypatch, product=failing)
+    with pytest.warns(UserWarning, match=f"they fail with {error.__name__}: no such instruction"):
+        assert choose(CPU).name == "reference"
+
+
+@pytest.mark.parametrize("forced_by", ["argument", "environment"])
+@pytest.mark.filterwarnings("ignore:the cpu kernels")
+@pytest.mark.usefixtures("fresh")
+def test_forcing_broken_kernels_is_an_error(monkeypatch, forced_by):
+    break_cpu(monkeypatch, product=wrong_product)
+    if forced_by == "environment":
+        monkeypatch.setenv(kernels.ENVIRONMENT, "cpu")
+    origin = "backend" if forced_by == "argument" else kernels.ENVIRONMENT
+    for _ in range(2):  # what was found out once is still an error
+        with pytest.raises(RuntimeError, match=f"^{origin}='cpu' cannot be used: their integer product differs"):
+            choose(CPU, "cpu" if forced_by == "argument" else "auto")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_kernels_are_checked_once(monkeypatch):
+    original, calls = kernels._compare, []
+    monkeypatch.setattr(kernels, "_compare", lambda *a: calls.append(a) or original(*a))
+    layer = make()
+    for _ in range(3):
+        layer(torch.randn(2, 75))
+        choose(CPU), choose(CPU, "cpu")
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_reference_is_not_checked(monkeypatch):
+    monkeypatch.setattr(kernels, "_compare", failing)
+    assert choose(CPU, "reference").name == "reference"
+
+
+def test_the_check_finds_sums_that_saturate_in_16_bits():
+    """As processors without VNNI do it: q + 128 as uint8, and two neighbouring products added in 16 bits."""
+
+    def saturating(q, codes):
+        pairs = ((q.int()[:, None] + 128) * codes.int()).view(len(q), len(codes), -1, 2).sum(-1)
+        return pairs.clamp(-(2**15), 2**15 - 1).sum(-1).int() - 128 * codes.sum(-1, dtype=torch.int32)
+
+    broken = kernels.TABLE["cpu"]._replace(name="saturating", product=saturating)
+    assert kernels._compare(broken, CPU) == "their integer product differs from the reference's"
+
+
+def test_the_check_leaves_the_random_numbers_of_the_process_alone():
+    before = torch.get_rng_state()
+    kernels._compare(kernels.TABLE["cpu"], CPU)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,180 @@
+"""EmulatedLinear: the twin of PackedLinear, with the same integers; trainable; its state."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
+from fairseq.modules.quantization.scalar import weights
+from fairseq.modules.quantization.scalar.modules import EmulatedLinear
+from fairseq.modules.quantization.scalar.tokens import quantize_tokens
+
+GRIDS = [("tensor", None), ("channel", None), ("channel", 32), ("histogram", None), ("histogram", 40)]
+OUT, IN = 21, 75
+
+
+def float_linear(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return nn.Linear(IN, OUT, dtype=dtype).eval()
+
+
+def make(bits=4, method="channel", group_size=None, symmetric=False, activations="dynamic", seed=0, **more):
+    return EmulatedLinear.from_linear(
+        float_linear(seed), bits, method, group_size, symmetric, activations, "encoder.query", **more
+    )
+
+
+def tokens(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("method", "group_size"), GRIDS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_integers_are_those_of_the_packed_layer(bits, method, group_size, symmetric, dtype):
+    linear = float_linear(dtype=dtype)
+    emulated = EmulatedLinear.from_linear(linear, bits, method, group_size, symmetric)
+    packed = PackedLinear.from_float(linear, LinearConfig(bits, method, None, group_size, symmetric))
+    assert torch.equal(emulated.integers(), packed.integers())
+    assert torch.equal(emulated.scale, packed.scale)
+    assert torch.equal(emulated.zero_point, packed.zero_point.int())
+    assert torch.equal(emulated.quantized_weight(), packed.dequantize().to(dtype))
+
+
+@pytest.mark.parametrize("activations", ["dynamic", None])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("method", "group_size"), GRIDS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_output_is_that_of_the_packed_layer_up_to_rounding(bits, method, group_size, symmetric, activations):
+    emulated = make(bits, method, group_size, symmetric, activations)
+    packed = PackedLinear.from_float(float_linear(), LinearConfig(bits, method, activations, group_size, symmetric))
+    x = tokens(2, 5, IN)
+    # K float32 products and sums instead of integer ones: K + 12 eps of the sum of absolute terms
+    q, scale = quantize_tokens(x) if activations else (x, 1)
+    terms = (q * scale).abs() @ packed.dequantize().abs().T + packed.bias.abs()
+    assert bool(((emulated(x) - packed(x)).abs() <= (IN + 12) * torch.finfo(torch.float32).eps * terms).all())
+
+
+@pytest.mark.parametrize("activations", ["dynamic", None])
+def test_activations_are_rounded_only_if_asked(activations):
+    layer, x = make(activations=activations), tokens(3, IN)
+    q, scale = quantize_tokens(x)
+    seen = q * scale if activations else x
+    assert torch.equal(layer(x), F.linear(seen, layer.quantized_weight(), layer.bias))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("method", "group_size"), GRIDS)
+@pytest.mark.parametrize("activations", ["dynamic", None])
+def test_gradients_flow_to_weight_bias_and_input(method, group_size, activations, training):
+    layer, x = make(8, method, group_size, activations=activations).train(training), tokens(3, IN).requires_grad_()
+    upstream = tokens(3, OUT)
+    layer(x).backward(upstream)
+    assert torch.allclose(x.grad, upstream @ layer.quantized_weight().detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer.bias.grad, upstream.sum(0))
+    seen = x.detach()
+    if activations:
+        q, scale = quantize_tokens(seen)
+        seen = q * scale
+    expected = upstream.T @ seen
+    passed = layer.weight.grad != 0
+    # straight through, but for weights past the ends of the grid (clipped, or within half a step of an end)
+    assert torch.allclose(layer.weight.grad[passed], expected[passed], rtol=1e-5, atol=1e-5)
+    assert float(passed.float().mean()) > 0.9
+
+
+def test_every_weight_is_quantized_in_training_too():
+    layer, x = make().train(), tokens(3, IN)
+    assert torch.equal(layer.noisy_weight(), layer.quantized_weight())
+    assert torch.equal(layer(x), layer.eval()(x))
+
+
+def test_training_moves_the_integers():
+    layer, x, target = make(bits=4).train(), tokens(40, IN), tokens(40, OUT) * 0.1
+    layer.update_step = 1
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.3)
+    before, losses = layer.integers(), []
+    for _ in range(15):
+        loss = (layer(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.7 * losses[0]
+    assert not torch.equal(layer.integers(), before)
+
+
+def test_parameters_are_those_of_the_float_layer():
+    linear = float_linear()
+    layer = EmulatedLinear.from_linear(linear, 4, "channel", 32)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert layer.training is linear.training
+    assert (layer.p, layer.bits, layer.group_size, layer.name) == (1, 4, 32, "linear")
+
+
+def test_the_range_is_observed_at_once_and_follows_training():
+    layer = make(4, "channel", 32)
+    assert layer.scale.shape == (OUT, 3)
+    layer.train()(tokens(1, IN))
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    layer.eval()
+    expected = weights.observe_weight(layer.weight, 4, "channel", 32)
+    assert torch.equal(layer.scale, expected[0])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("method", "group_size"), GRIDS)
+def test_state_dict_round_trip(method, group_size, symmetric):
+    saved, fresh = (make(4, method, group_size, symmetric, seed=seed) for seed in (0, 5))
+    x = tokens(3, IN)
+    assert not torch.equal(fresh(x), saved(x))
+    fresh.load_state_dict(saved.state_dict())
+    assert torch.equal(fresh(x), saved(x))
+    assert torch.equal(fresh.integers(), saved.integers())
+    assert torch.equal(copy.deepcopy(saved)(x), saved(x))
+
+
+def test_a_float_state_dict_is_observed_anew():
+    layer, source = make(4, "channel", 32), float_linear(seed=7)
+    layer.load_state_dict(source.state_dict())
+    assert torch.equal(layer.integers(), EmulatedLinear.from_linear(source, 4, "channel", 32).integers())
+
+
+def test_a_packed_state_dict_is_refused():
+    packed = nn.ModuleDict({"query": PackedLinear.from_float(float_linear(), LinearConfig(4, "channel"))})
+    model = nn.ModuleDict({"query": make()})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^query\.weight_codes: .*execution='packed'"):
+        model.load_state_dict(packed.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("settings", [{"group_size": 64}, {"symmetric": True}], ids=str)
+def test_state_of_another_grid_is_refused(settings):
+    """Groups of 40 and of 64 are two each: the scales fit, and mean something else."""
+    saved = make(4, "channel", group_size=40)
+    with pytest.raises(ValueError, match="other settings"):
+        make(4, "channel", **{"group_size": 40, **settings}).load_state_dict(saved.state_dict())
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="takes no group_size"):
+        make(4, "tensor", 32)
+    with pytest.raises(ValueError, match="in steps of 8, got 33"):
+        make(4, "channel", 33)
+    with pytest.raises(TypeError, match="got Conv1d"):
+        EmulatedLinear.from_linear(nn.Conv1d(1, 1, 1), 4, "channel")
+    broken = nn.Linear(4, 4)
+    nn.init.constant_(broken.weight, float("inf"))
+    with pytest.raises(ValueError, match=r"head\.weight has 16 NaN or Inf"):
+        EmulatedLinear.from_linear(broken, 4, "channel", name="head")
+
+
+def test_repr_says_what_it_is():
+    assert "activations=dynamic, group_size=32, symmetric" in repr(make(4, "channel", 32, True))
