@@ -16,7 +16,7 @@ from torch import nn
 
 from fairseq.quantization.compare import ModelComparison, compare_models
 from fairseq.quantization.config import QuantizationConfig
-from fairseq.quantization.convert import convert
+from fairseq.quantization.convert import convert, dequantize
 from fairseq.quantization.report import LayerReport, QuantizationReport
 
 __all__ = ["LayerReport", "ModelComparison", "QuantizationReport", "ViTQuantizer", "compare_models"]
@@ -102,3 +102,16 @@ class ViTQuantizer:
         quantized, self.report = convert(model, self.config)
         logger.info("%s", self.report)
         return cast(Model, quantized)
+
+    @staticmethod
+    def dequantize_model(model: Model) -> Model:
+        """Return a copy of a quantized model with float Linear layers again, which hold the rounded weights.
+
+        For whatever knows only float models: ``ViTQuantizer.dequantize_model(quantized).save_pretrained(folder)``
+        writes a folder that ``from_pretrained`` loads without this library.
+
+        Raises:
+            TypeError: not a module.
+            ValueError: nothing in ``model`` is quantized.
+        """
+        return cast(Model, dequantize(model))

@@ -46,7 +46,41 @@ def convert(model: nn.Module, config: QuantizationConfig) -> tuple[nn.Module, Qu
         for alias in _names_of(result, old):
             result.set_submodule(alias, new)
     result.register_forward_hook(tuple_while_tracing)
+    if packed and hasattr(result, "save_pretrained"):
+        result.save_pretrained = refuse_save_pretrained
     return result, _make_report(model, result, layers, plan, config.execution)
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """A copy of a quantized model with plain float Linear layers again, which hold the rounded weights.
+
+    For tools that know only float models, such as ``save_pretrained``. Activations are no longer rounded.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: nothing in ``model`` is quantized.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not any(isinstance(module, PackedLinear | EmulatedLinear) for module in model.modules()):
+        raise ValueError("nothing in the model is quantized; pass what quantize_model returned")
+    result = copy.deepcopy(model)
+    plain: dict[int, nn.Parameter] = {}
+    for old in list(result.modules()):
+        if not isinstance(old, PackedLinear | EmulatedLinear):
+            continue
+        dtype = next((p.dtype for p in result.parameters() if p.is_floating_point()), torch.float32)
+        weight = old.dequantize() if isinstance(old, PackedLinear) else old.quantized_weight()
+        new = nn.Linear(old.in_features, old.out_features, old.bias is not None, device="meta")
+        shared = id(old.weight_codes if isinstance(old, PackedLinear) else old.weight)
+        new.weight = plain.setdefault(shared, nn.Parameter(weight.detach().to(dtype)))
+        new.bias = None if old.bias is None else nn.Parameter(old.bias.detach().clone())
+        carry_hooks(old, new)
+        new.train(old.training)
+        for alias in _names_of(result, old):
+            result.set_submodule(alias, new)
+    vars(result).pop("save_pretrained", None)
+    return result
 
 
 def _pack(
@@ -140,6 +174,14 @@ def tuple_while_tracing(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook: HuggingFace's outputs are dictionaries, which torch.jit.trace refuses; give it a tuple."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     return output.to_tuple() if tracing and hasattr(output, "to_tuple") else output
+
+
+def refuse_save_pretrained(*args: Any, **keywords: Any) -> None:
+    """What ``save_pretrained`` of a packed model does: ``from_pretrained`` would fill its layers with random weights."""
+    raise RuntimeError(
+        "from_pretrained cannot load packed integers; save them with torch.save(model.state_dict(), file), or a float "
+        "model with the rounded weights with ViTQuantizer.dequantize_model(model).save_pretrained(folder)"
+    )
 
 
 def _names_of(model: nn.Module, module: nn.Module) -> list[str]:

@@ -1,28 +1,30 @@
 """convert: which layers are swapped, what stays as it was, and the errors."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from transformers import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 
+from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar import ops
-from fairseq.modules.quantization.scalar.modules import FakeQuantizedLinear
+from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.quantization.config import QuantizationConfig
-from fairseq.quantization.convert import convert
+from fairseq.quantization.convert import convert, dequantize
 from fairseq.quantization.vit_layers import component_of, linear_layers
 
 
 def quantized_names(model):
-    return [n for n, m in model.named_modules() if isinstance(m, FakeQuantizedLinear)]
+    return [n for n, m in model.named_modules() if isinstance(m, PackedLinear | EmulatedLinear)]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("method", ops.METHODS)
-def test_every_weight_is_the_emulated_one(tiny_vit, pixels, bits, method, device):
+def test_weight_only_is_the_float_model_with_emulated_weights(tiny_vit, pixels, bits, method, device):
     tiny_vit.to(device)
-    result, report = convert(tiny_vit, QuantizationConfig(bits=bits, method=method))
+    result, report = convert(tiny_vit, QuantizationConfig(bits=bits, method=method, activations=None))
     assert len(report.quantized) == len(quantized_names(result)) == 13
     manual = copy.deepcopy(tiny_vit)
     for layer in linear_layers(manual).values():
@@ -30,8 +32,91 @@ def test_every_weight_is_the_emulated_one(tiny_vit, pixels, bits, method, device
         layer.weight.data = ops.emulate_int(layer.weight, bits, method, axis=axis)[0].detach()
     x = pixels.to(device)
     with torch.no_grad():
-        assert torch.equal(result(pixel_values=x).logits, manual(pixel_values=x).logits)
-    assert {p.device.type for p in result.parameters()} == {device.type}
+        assert torch.allclose(result(pixel_values=x).logits, manual(pixel_values=x).logits, atol=1e-5)
+    assert {t.device.type for t in (*result.parameters(), *result.buffers())} == {device.type}
+
+
+@pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4, "method": "histogram"}, {"bits": 3, "method": "channel",
+                                      "group_size": 32, "symmetric": True}], ids=str)  # fmt: skip
+def test_both_executions_hold_the_same_integers_and_give_nearly_the_same_logits(tiny_vit, pixels, settings):
+    packed, _ = convert(tiny_vit, QuantizationConfig(**settings))
+    emulated, report = convert(tiny_vit, QuantizationConfig(**settings, execution="emulated"))
+    assert quantized_names(packed) == quantized_names(emulated) == [layer.name for layer in report.quantized]
+    for name in quantized_names(packed):
+        one, other = packed.get_submodule(name), emulated.get_submodule(name)
+        assert (type(one), type(other)) == (PackedLinear, EmulatedLinear)
+        assert torch.equal(one.integers(), other.integers())
+        assert torch.equal(one.dequantize(), other.quantized_weight())
+    with torch.no_grad():
+        got, expected, plain = (m(pixel_values=pixels).logits for m in (packed, emulated, tiny_vit))
+    # A value that lies on the edge between two integers may round to either: a fraction of the quantization error.
+    assert (got - expected).abs().max() < 0.05 * (expected - plain).abs().max()
+
+
+def test_an_emulated_model_trains_its_weights(tiny_vit, pixels):
+    emulated, _ = convert(tiny_vit, QuantizationConfig(bits=4, method="channel", execution="emulated"))
+    emulated.train()(pixel_values=pixels, labels=torch.arange(5)).loss.backward()
+    for name in quantized_names(emulated):
+        assert emulated.get_submodule(name).weight.grad.abs().sum() > 0, name
+
+
+def test_gradients_asked_of_a_packed_model_name_the_way_out(tiny_vit, pixels):
+    packed, _ = convert(tiny_vit, QuantizationConfig())
+    output = packed(pixel_values=pixels, labels=torch.arange(5))  # runs with gradients enabled, as any model
+    with pytest.raises(RuntimeError, match="classifier holds packed integers.*execution='emulated'"):
+        output.loss.backward()
+
+
+def test_no_float_weight_is_copied(tiny_vit, monkeypatch):
+    copied = []
+    original = torch.nn.Parameter.__deepcopy__
+    monkeypatch.setattr(
+        torch.nn.Parameter, "__deepcopy__", lambda self, memo: copied.append(self) or original(self, memo)
+    )
+    convert(tiny_vit, QuantizationConfig(p=0.5))
+    _, report = convert(tiny_vit, QuantizationConfig())
+    assert len(report.quantized) == 13
+    weights = {id(layer.weight) for layer in linear_layers(tiny_vit).values()}
+    first, second = copied[: len(copied) // 2], copied[len(copied) // 2 :]
+    assert sum(id(parameter) in weights for parameter in copied) == 7  # those of the first call that stay in float
+    assert first
+    assert second
+
+
+def test_a_weight_that_another_module_uses_is_copied(tiny_vit):
+    tiny_vit.extra = nn.Embedding(24, 24)
+    attention = next(layer for name, layer in linear_layers(tiny_vit).items() if name.endswith(("q_proj", "query")))
+    tiny_vit.extra.weight = attention.weight
+    result, _ = convert(tiny_vit, QuantizationConfig())
+    assert torch.equal(result.extra.weight, attention.weight)
+    assert result.extra.weight is not attention.weight
+
+
+@pytest.mark.parametrize("execution", ["packed", "emulated"])
+def test_dequantized_model_is_plain_and_saves(tiny_vit, pixels, tmp_path, execution):
+    settings = {"bits": 4, "method": "channel", "activations": None, "execution": execution}
+    quantized, _ = convert(tiny_vit, QuantizationConfig(**settings))
+    plain = dequantize(quantized)
+    assert {type(layer) for layer in linear_layers(plain).values()} == {nn.Linear}
+    assert quantized_names(quantized)  # which stays as it was
+    plain.save_pretrained(tmp_path)
+    loaded = type(tiny_vit).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = quantized(pixel_values=pixels).logits
+        assert torch.allclose(loaded(pixel_values=pixels).logits, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="nothing in the model is quantized"):
+        dequantize(tiny_vit)
+    with pytest.raises(TypeError, match="got str"):
+        dequantize("model")
+
+
+def test_save_pretrained_of_packed_integers_is_refused_with_two_ways_out(tiny_vit, tmp_path):
+    quantized, _ = convert(tiny_vit, QuantizationConfig())
+    for model in (quantized, copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
+        with pytest.raises(RuntimeError, match="state_dict.*dequantize_model"):
+            model.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    tiny_vit.save_pretrained(tmp_path / "float")  # the original can
 
 
 @pytest.mark.parametrize("component", ["attention", "mlp", "classifier"])
@@ -82,6 +167,7 @@ def test_every_kind_of_model(tiny_vit, pixels, kind):
 def test_half_precision_models(tiny_vit, dtype):
     result, _ = convert(tiny_vit.to(dtype), QuantizationConfig(bits=4, method="histogram"))
     assert {p.dtype for p in result.parameters()} == {dtype}
+    assert result.classifier.bias.dtype == dtype
     assert {b.dtype for n, b in result.named_buffers() if n.endswith(".scale")} == {torch.float32}
 
 
@@ -120,21 +206,26 @@ def test_a_shared_weight_stays_shared_and_is_counted_once(tiny_vit):
     first, second = (n for n in layers if n.endswith(("fc1", "intermediate.dense")))
     layers[second].weight = layers[first].weight
     result, report = convert(tiny_vit, QuantizationConfig(bits=4))
-    assert result.get_submodule(first).weight is result.get_submodule(second).weight
+    one, other = result.get_submodule(first), result.get_submodule(second)
+    assert one.weight_codes is other.weight_codes
+    assert not torch.equal(one.bias, other.bias)
     assert report.bytes_before == sum(p.numel() * 4 for p in tiny_vit.parameters())
     weights = [m.weight for n, m in layers.items() if n != second]
     saved = sum(w.numel() * 4 - len(w) * -(-w.shape[1] // 2) - 5 for w in weights)
-    assert report.bytes_after == report.bytes_before - saved
+    assert report.bytes_after == report.bytes_before - saved + 13 * 16  # each layer records its settings
 
 
 def test_report_counts_bytes(tiny_vit):
-    _, report = convert(tiny_vit, QuantizationConfig(bits=4, method="channel"))
+    result, report = convert(tiny_vit, QuantizationConfig(bits=4, method="channel"))
     weights = [m.weight for m in linear_layers(tiny_vit).values()]
     total = sum(p.numel() * 4 for p in tiny_vit.parameters())
     assert report.bytes_before == total
-    packed = sum(len(w) * -(-w.shape[1] // 2) + len(w) * 5 for w in weights)
+    packed = sum(len(w) * -(-w.shape[1] // 2) + len(w) * 5 + 16 for w in weights)
     assert report.bytes_after == total - sum(w.numel() * 4 for w in weights) + packed
-    assert report.bytes_in_memory == total + sum(len(w) * 8 for w in weights)  # scale float32, zero point int32
+    assert report.bytes_after == sum(t.nbytes for t in (*result.parameters(), *result.buffers()))
+    emulated = convert(tiny_vit, QuantizationConfig(bits=4, method="channel", execution="emulated"))[1]
+    assert emulated.bytes_after > total
+    assert "emulated, with float weights" in str(emulated)
 
 
 class NotPlain(nn.Linear):

@@ -113,7 +113,9 @@ class PackedLinear(nn.Module):
                 f"got {input.dtype} of shape {tuple(input.shape)}"
             )
         if functional.capturing():
-            return self._run(input.detach())  # in any grad mode, so that a graph traced in one is the graph in the other
+            return self._run(
+                input.detach()
+            )  # in any grad mode, so that a graph traced in one is the graph in the other
         if torch.is_grad_enabled() and input.requires_grad:
             result: Tensor = _NoGradient.apply(input, self)
             return result

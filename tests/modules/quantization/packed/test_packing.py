@@ -25,7 +25,7 @@ def integers(shape, bits, signed, seed=0):
 @st.composite
 def rows(draw, bits, signed):
     """Integers of any shape, empty ones among them; contiguous, transposed or every other column."""
-    shape = draw(st.lists(st.integers(0, 3), max_size=3)) + [draw(st.integers(0, 35))]
+    shape = [*draw(st.lists(st.integers(0, 3), max_size=3)), draw(st.integers(0, 35))]
     seed = draw(st.integers(0, 2**31))
     kind = draw(st.sampled_from(["contiguous", "transposed", "strided"]))
     if kind == "transposed":

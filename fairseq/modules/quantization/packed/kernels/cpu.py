@@ -167,7 +167,8 @@ def _quantize(x: Tensor, compute: torch.dtype) -> Tokens:
         rows = slice(start, start + step)
         part = x[rows]
         real = scratch.take("real", tuple(part.shape), compute)
-        s = torch.abs(part, out=real).amax(-1, keepdim=True).mul_(1 / LIMIT).clamp_(min=tiny)
+        part = part if part.dtype == compute else real.copy_(part)
+        s = part.abs().amax(-1, keepdim=True).mul_(1 / LIMIT).clamp_(min=tiny)
         torch.div(part, s, out=real).round_()
         q[rows] = real
         sums[rows] = real.sum(-1, keepdim=True)

@@ -103,7 +103,7 @@ def test_training_moves_the_integers():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert not torch.equal(layer.integers(), before)
 
