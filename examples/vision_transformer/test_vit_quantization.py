@@ -71,7 +71,7 @@ def main() -> int:
             ]
         )  # fmt: skip
     print("\nQuantized, errors of the logits on four pictures of noise:")
-    print(table(["configuration", "layers", "seconds", "as integers", "saved", "MSE", "MAE"], rows))
+    print(table(["configuration", "layers", "seconds", "size", "saved", "MSE", "MAE"], rows))
     return 0
 
 

@@ -86,9 +86,7 @@ def main() -> int:
         print(f"  Quantized {len(report.quantized)} linear layers in {seconds:.2f} s")
         print(f"  Prediction: {prediction(models[title], inputs)}")
         print(f"  MSE: {mse:.6f}   MAE: {mae:.6f}   Top-1 Match: {'✓' if match == 1 else '✗'}")
-        print(
-            f"  Size: {megabytes(report.bytes_before)} in float32, {megabytes(report.bytes_after)} as packed integers"
-        )
+        print(f"  Size in memory: {megabytes(report.bytes_before)} in float32, {megabytes(report.bytes_after)} now")
         rows.append([title, f"{mse:.2e}", "yes" if match == 1 else "no", megabytes(report.bytes_after)])
     rows.insert(0, ["float", "", "", megabytes(report.bytes_before)])
 
@@ -102,8 +100,7 @@ def main() -> int:
         for row, value in zip(rows, accuracies(models, processor).values(), strict=True):
             row.append(f"{value:.1%}")
     print(f"\n{table(header, rows)}")
-    print("Sizes are those of the weights as packed integers; in memory they are float values on the integers' grid,")
-    print("so the time per image is that of the float model.")
+    print("Sizes are of all parameters and buffers in memory; times are of one picture at a time, the models in turns.")
     return 0
 
 

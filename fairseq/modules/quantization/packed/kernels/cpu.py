@@ -167,8 +167,12 @@ def _quantize(x: Tensor, compute: torch.dtype) -> Tokens:
         rows = slice(start, start + step)
         part = x[rows]
         real = scratch.take("real", tuple(part.shape), compute)
-        part = part if part.dtype == compute else real.copy_(part)
-        s = part.abs().amax(-1, keepdim=True).mul_(1 / LIMIT).clamp_(min=tiny)
+        if part.dtype == compute:
+            magnitude = torch.abs(part, out=real)
+        else:
+            part = real.copy_(part)
+            magnitude = part.abs()
+        s = magnitude.amax(-1, keepdim=True).mul_(1 / LIMIT).clamp_(min=tiny)
         torch.div(part, s, out=real).round_()
         q[rows] = real
         sums[rows] = real.sum(-1, keepdim=True)
