@@ -105,7 +105,7 @@ def dynamic(x: Tensor, weight: PackedWeight, bias: Tensor | None, source: Source
     if out.numel() == 0 or weight.in_features == 0:
         return out.copy_(bias) if bias is not None else out.zero_()
     weight = weight._replace(codes=_codes(weight))
-    bias = None if bias is None else bias.to(compute)
+    bias, zero_point = None if bias is None else bias.to(compute), weight.code_zero_point()
     rows = max(1, BLOCK // weight.in_features)
     shared = source if len(x) <= rows else None
     for part, result in zip(x.split(rows), out.split(rows), strict=True):
@@ -115,8 +115,11 @@ def dynamic(x: Tensor, weight: PackedWeight, bias: Tensor | None, source: Source
             if shared is not None:
                 scratch.remember(shared, tokens, compute)
         step = _rows(max(weight.in_features, outputs))
-        for piece in zip(*(t.split(step) for t in tokens), result.split(step), strict=True):
-            _multiply(Tokens(*piece[:3]), weight, bias, piece[3])
+        if len(part) <= step:
+            _multiply(tokens, weight, zero_point, bias, result)
+            continue
+        for q, scale, sums, piece in zip(*(t.split(step) for t in (*tokens, result)), strict=True):
+            _multiply(Tokens(q, scale, sums), weight, zero_point, bias, piece)
     return out
 
 
@@ -155,63 +158,67 @@ def _codes(weight: PackedWeight) -> Tensor:
 
 
 def _quantize(x: Tensor, compute: torch.dtype) -> Tokens:
-    """quantize_tokens, slice by slice and in place."""
+    """quantize_tokens and the sums of its integers, slice by slice and in place."""
     scratch.forget()
-    count, features = x.shape
-    q = scratch.take("q", (count, features), torch.int8)
-    scale = torch.empty(count, 1, dtype=compute)
-    sums = torch.empty(count, 1, dtype=torch.int32)
-    step = _rows(features)
-    tiny = torch.finfo(compute).tiny
-    for start in range(0, count, step):
-        rows = slice(start, start + step)
-        part = x[rows]
-        real = scratch.take("real", tuple(part.shape), compute)
-        if part.dtype == compute:
-            magnitude = torch.abs(part, out=real)
-        else:
-            part = real.copy_(part)
-            magnitude = part.abs()
-        s = magnitude.amax(-1, keepdim=True).mul_(1 / LIMIT).clamp_(min=tiny)
-        torch.div(part, s, out=real).round_()
-        q[rows] = real
-        sums[rows] = real.sum(-1, keepdim=True)
-        scale[rows] = s
-    return Tokens(q, scale, sums)
+    q = scratch.take("q", tuple(x.shape), torch.int8)
+    step = _rows(x.shape[1])
+    if len(x) <= step:
+        return Tokens(q, *_quantize_slice(x, q, compute))
+    scales, sums = zip(*(_quantize_slice(*parts, compute) for parts in zip(x.split(step), q.split(step))), strict=True)
+    return Tokens(q, torch.cat(scales), torch.cat(sums))
 
 
-def _multiply(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> None:
-    """One slice: product, correction for the zero point, scales, bias; into ``out``."""
-    compute, zero_point = weight.scale.dtype, weight.code_zero_point()
-    shape = (len(out), out.shape[1])
-    accumulator = scratch.take("accumulator", shape, torch.int32)
-    real = out if out.dtype == compute else scratch.take("result", shape, compute)
-    if weight.scale.ndim == 2:
-        term = scratch.take("term", shape, compute)
-        for group, (start, stop) in enumerate(weight.columns()):
-            q = tokens.q[:, start:stop].contiguous()
-            torch._int_mm(q, weight.codes[:, start:stop].contiguous().t(), out=accumulator)
-            if not weight.centred:
-                accumulator.addcmul_(q.sum(-1, keepdim=True, dtype=torch.int32), zero_point[:, group], value=-1)
-            if group == 0:
-                real.copy_(accumulator).mul_(weight.scale[:, 0])
-            else:
-                real.addcmul_(term.copy_(accumulator), weight.scale[:, group])
-        real.mul_(tokens.scale)
-        if bias is not None:
-            real.add_(bias)
+def _quantize_slice(x: Tensor, q: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Write the integers to ``q``; return the scale (M, 1) and the sums (M, 1)."""
+    real = scratch.take("real", tuple(x.shape), compute)
+    if x.dtype == compute:
+        magnitude = torch.abs(x, out=real)
     else:
-        torch._int_mm(tokens.q, weight.codes.t(), out=accumulator)
-        if not weight.centred:
-            accumulator.addcmul_(tokens.sums, zero_point, value=-1)
-        real.copy_(accumulator)
-        one = weight.scale.numel() == 1
-        factor = tokens.scale * weight.scale if one else weight.scale
-        if not one:
-            real.mul_(tokens.scale)
-        if bias is None:
-            real.mul_(factor)
-        else:
-            torch.addcmul(bias, real, factor, out=real)
+        x = real.copy_(x)
+        magnitude = x.abs()
+    scale = magnitude.amax(-1, keepdim=True).mul_(1 / LIMIT).clamp_(min=torch.finfo(compute).tiny)
+    q.copy_(torch.div(x, scale, out=real).round_())
+    return scale, real.sum(-1, keepdim=True).to(torch.int32)
+
+
+def _multiply(tokens: Tokens, weight: PackedWeight, zero_point: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """One slice: product, correction for the zero point, scales, bias; into ``out``."""
+    if weight.group_size is not None:
+        _multiply_groups(tokens, weight, zero_point, bias, out)
+        return
+    compute, shape = weight.scale.dtype, tuple(out.shape)
+    accumulator = scratch.take("accumulator", shape, torch.int32)
+    torch._int_mm(tokens.q, weight.codes.t(), out=accumulator)
+    if not weight.centred:
+        accumulator.addcmul_(tokens.sums, zero_point, value=-1)
+    real = out if out.dtype == compute else scratch.take("result", shape, compute)
+    real.copy_(accumulator)
+    if weight.scale.numel() == 1:
+        factor = tokens.scale * weight.scale  # (M, 1)
+    else:
+        real.mul_(tokens.scale)
+        factor = weight.scale  # (N,)
+    if bias is None:
+        real.mul_(factor)
+    else:
+        torch.addcmul(bias, real, factor, out=real)
     if real is not out:
         out.copy_(real)
+
+
+def _multiply_groups(
+    tokens: Tokens, weight: PackedWeight, zero_point: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """The same with a product per group of columns, added up in float."""
+    compute, shape = weight.scale.dtype, tuple(out.shape)
+    accumulator = scratch.take("accumulator", shape, torch.int32)
+    term = scratch.take("term", shape, compute)
+    total = scratch.take("result", shape, compute).zero_()
+    for group, (start, stop) in enumerate(weight.columns()):
+        q = tokens.q[:, start:stop].contiguous()
+        torch._int_mm(q, weight.codes[:, start:stop].contiguous().t(), out=accumulator)
+        if not weight.centred:
+            accumulator.addcmul_(q.sum(-1, keepdim=True, dtype=torch.int32), zero_point[:, group], value=-1)
+        total.addcmul_(term.copy_(accumulator), weight.scale[:, group])
+    total.mul_(tokens.scale)
+    out.copy_(total if bias is None else total.add_(bias))
