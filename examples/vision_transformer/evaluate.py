@@ -70,6 +70,10 @@ def main() -> int:
         "--configs", type=parse_configuration, nargs="+", default=CONFIGURATIONS, metavar="BITS:METHOD",
         help="default: 8 and 4 bits with each of tensor, channel, histogram",
     )  # fmt: skip
+    parser.add_argument(
+        "--activations", choices=["dynamic", "none"], default="dynamic",
+        help="dynamic: 8 bits with a scale per token (default); none: only weights are quantized",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument("--limit", type=positive, default=None, help="only the first so many pictures")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -84,7 +88,8 @@ def main() -> int:
     models, seconds = {"float": model.to(device)}, {}
     for bits, method in args.configs:
         key, started = f"{bits}-bit {method}", time.perf_counter()
-        models[key] = quantize(ViTQuantizer(bits=bits, method=method), model)
+        activations = None if args.activations == "none" else args.activations
+        models[key] = quantize(ViTQuantizer(bits=bits, method=method, activations=activations), model)
         seconds[key] = time.perf_counter() - started
 
     scores = {key: Score() for key in models}
@@ -97,7 +102,7 @@ def main() -> int:
                 scores[key].add(got, expected, truth)
             bar.update(len(pixel_values))
 
-    print(f"{name}, {len(images)} pictures, weights of all Linear layers quantized, on {device}\n")
+    print(f"{name}, {len(images)} pictures, all Linear layers quantized, activations: {args.activations}, on {device}\n")
     header = ["configuration", "top-1", "top-5", "kept", "agreement", "logit MSE", "quantized in s"]
     print(table(header, [score.row(key, scores["float"], seconds.get(key)) for key, score in scores.items()]))
     return 0

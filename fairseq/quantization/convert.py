@@ -47,7 +47,7 @@ def convert(model: nn.Module, config: QuantizationConfig) -> tuple[nn.Module, Qu
             result.set_submodule(alias, new)
     result.register_forward_hook(tuple_while_tracing)
     if packed and hasattr(result, "save_pretrained"):
-        result.save_pretrained = refuse_save_pretrained
+        vars(result)["save_pretrained"] = refuse_save_pretrained
     return result, _make_report(model, result, layers, plan, config.execution)
 
 
@@ -65,7 +65,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     if not any(isinstance(module, PackedLinear | EmulatedLinear) for module in model.modules()):
         raise ValueError("nothing in the model is quantized; pass what quantize_model returned")
     result = copy.deepcopy(model)
-    plain: dict[int, nn.Parameter] = {}
+    plain: dict[int, nn.Parameter] = {}  # by the integers or weight that layers share
     for old in list(result.modules()):
         if not isinstance(old, PackedLinear | EmulatedLinear):
             continue
@@ -74,7 +74,8 @@ def dequantize(model: nn.Module) -> nn.Module:
         new = nn.Linear(old.in_features, old.out_features, old.bias is not None, device="meta")
         shared = id(old.weight_codes if isinstance(old, PackedLinear) else old.weight)
         new.weight = plain.setdefault(shared, nn.Parameter(weight.detach().to(dtype)))
-        new.bias = None if old.bias is None else nn.Parameter(old.bias.detach().clone())
+        if old.bias is not None:
+            new.bias = nn.Parameter(old.bias.detach().clone())
         carry_hooks(old, new)
         new.train(old.training)
         for alias in _names_of(result, old):
@@ -177,7 +178,7 @@ def tuple_while_tracing(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def refuse_save_pretrained(*args: Any, **keywords: Any) -> None:
-    """What ``save_pretrained`` of a packed model does: ``from_pretrained`` would fill its layers with random weights."""
+    """``save_pretrained`` of a packed model: an error, since ``from_pretrained`` would fill it with random weights."""
     raise RuntimeError(
         "from_pretrained cannot load packed integers; save them with torch.save(model.state_dict(), file), or a float "
         "model with the rounded weights with ViTQuantizer.dequantize_model(model).save_pretrained(folder)"

@@ -13,7 +13,7 @@ from fairseq.modules.quantization.packed.kernels import cpu, functional
 from fairseq.modules.quantization.packed.packing import STORED_BITS
 from fairseq.modules.quantization.packed.weight import PackedWeight, pack_codes, to_codes, unpack_codes
 from fairseq.modules.quantization.scalar.modules.replace import moved, obstacle
-from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int
+from fairseq.modules.quantization.scalar.weights import check_settings, observe_weight, settings_tensor, weight_to_int
 
 MAX_IN_FEATURES = 2**16
 """Above it a sum of products may not fit int32: 2**16 * 127 * 255 < 2**31."""
@@ -53,8 +53,8 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight_codes", codes if self._bytewise else pack_codes(codes, config.bits))
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point.to(torch.uint8))
-        settings = [config.bits, self.in_features, config.group_size or 0, int(config.symmetric)]
-        self.register_buffer("settings", torch.tensor(settings, dtype=torch.int32, device=codes.device))
+        settings = settings_tensor(config.bits, self.in_features, config.group_size, config.symmetric)
+        self.register_buffer("settings", settings.to(codes.device))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     @classmethod
@@ -156,11 +156,7 @@ class PackedLinear(nn.Module):
                 f"{prefix}weight: this state dict is of a float model, or of one quantized with execution='emulated'; "
                 f"{self.name} is packed. Load it into such a model, then quantize that"
             )
-        if saved["settings"] is not None and not torch.equal(saved["settings"].cpu(), own["settings"].cpu()):
-            raise ValueError(
-                f"{prefix[:-1]} was saved with {_settings_text(saved['settings'])}, "
-                f"but this layer has {_settings_text(own['settings'])}"
-            )
+        check_settings(saved["settings"], own["settings"], prefix[:-1] or self.name)
         if self._bytewise and saved["weight_codes"] is not None:
             packed = saved["weight_codes"]
             if packed.shape == own["weight_codes"].shape:  # else the error that every module gives for a shape
@@ -176,7 +172,9 @@ class PackedLinear(nn.Module):
             parts.append(f"group_size={config.group_size}")
         if config.symmetric:
             parts.append("symmetric")
-        return ", ".join([*parts, f"backend={self.backend}"])
+        if config.backend != "auto":
+            parts.append(f"backend={config.backend}")
+        return ", ".join(parts)
 
 
 class _NoGradient(torch.autograd.Function):
@@ -193,9 +191,3 @@ class _NoGradient(torch.autograd.Function):
             f"{ctx.layer_name} holds packed integers and has no gradient; to train or to differentiate, quantize with "
             "ViTQuantizer(..., execution='emulated')"
         )
-
-
-def _settings_text(settings: Tensor) -> str:
-    bits, inputs, group, symmetric = settings.tolist()
-    kind = "symmetric" if symmetric else "affine"
-    return f"{bits} bits, {inputs} inputs, {f'groups of {group}' if group else 'no groups'}, {kind}"

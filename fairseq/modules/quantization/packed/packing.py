@@ -101,10 +101,10 @@ def unpack(packed: Tensor, bits: int, length: int, signed: bool = False, out: Te
     else:
         q = out
         _unpack_into(packed, bits, length, q)
-    if not signed:
-        return q
-    sign = 2 ** (bits - 1)
-    return ((q ^ sign) - sign).view(torch.int8) if bits < 8 else q.view(torch.int8)
+    if signed and STORED_BITS[bits] < 8:  # extend the sign; a byte holds it already
+        sign = 2 ** (bits - 1)
+        q = (q ^ sign) - sign if out is None else q.bitwise_xor_(sign).sub_(sign)
+    return q.view(torch.int8) if signed else q
 
 
 def _pack_plane(q: Tensor, width: int) -> Tensor:

@@ -59,9 +59,9 @@ class PackedWeight(NamedTuple):
         """q, uint8 of shape (out, in)."""
         return self.unpacked().view(torch.uint8) ^ self.offset
 
-    def dequantize(self) -> Tensor:
-        """The weight as real numbers, (out, in), in the dtype of ``scale``."""
-        dtype = self.scale.dtype
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as real numbers, (out, in), as ``dtype`` or in the dtype of ``scale``."""
+        dtype = dtype or self.scale.dtype
         return weight_to_real(self.unpacked(), self.scale, self.code_zero_point(), self.group_size, dtype)
 
     def columns(self) -> list[tuple[int, int]]:

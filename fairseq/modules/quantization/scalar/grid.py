@@ -163,8 +163,13 @@ def _round_to_grid(w: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> T
 
 def _to_real(q: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
     # The end of the grid may lie half a step past the largest number of a float16 tensor.
+    return clamp_to((q - zero_point) * scale, dtype).to(dtype)
+
+
+def clamp_to(real: Tensor, dtype: torch.dtype) -> Tensor:
+    """``real``, in place, cut to what ``dtype`` can hold."""
     limit = torch.finfo(dtype).max
-    return ((q - zero_point) * scale).clamp_(-limit, limit).to(dtype)
+    return real.clamp_(-limit, limit) if limit < torch.finfo(real.dtype).max else real
 
 
 def fake_quantize(w: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

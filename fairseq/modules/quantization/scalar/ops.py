@@ -25,6 +25,7 @@ from fairseq.modules.quantization.scalar.grid import (
     broadcast_qparams,
     check_bits,
     check_tensor,
+    clamp_to,
     compute_dtype,
     dequantize,
     quantize,
@@ -46,6 +47,7 @@ __all__ = [
     "check_bits",
     "check_method",
     "check_tensor",
+    "clamp_to",
     "compute_dtype",
     "dequantize",
     "emulate_int",
@@ -104,7 +106,7 @@ def observe(
             raise ValueError(f"{name} has no dimensions, so no channels; use method 'tensor' or 'histogram'")
         return to_qparams(*channel_range(w, 0 if axis is None else axis), bits)
     if method == "histogram":
-        return to_qparams(*histogram_range(w, bits, axis), bits)
+        return to_qparams(*histogram_range(w, bits, axis, symmetric), bits)
     return to_qparams(*tensor_range(w), bits)
 
 

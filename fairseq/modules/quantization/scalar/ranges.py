@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fairseq.modules.quantization.scalar.grid import compute_dtype, fake_quantize, quantized_range, range_to_qparams
+from fairseq.modules.quantization.scalar.grid import (
+    compute_dtype,
+    fake_quantize,
+    quantized_range,
+    range_to_qparams,
+    symmetric_qparams,
+)
 
 HISTOGRAM_BINS = 2048
 ROWS_AT_ONCE = 128  # histograms searched together: their running sums, 6 MB, stay in the cache
@@ -23,7 +29,7 @@ def channel_range(w: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
     return _include_zero(low, high)
 
 
-def histogram_range(w: Tensor, bits: int, axis: int | None = None) -> tuple[Tensor, Tensor]:
+def histogram_range(w: Tensor, bits: int, axis: int | None = None, symmetric: bool = False) -> tuple[Tensor, Tensor]:
     """The clipping range with the smallest squared error, for the whole tensor or for each slice along ``axis``.
 
     The values are counted in :data:`HISTOGRAM_BINS` equal bins over their full range. Candidate ranges, the full one
@@ -36,6 +42,7 @@ def histogram_range(w: Tensor, bits: int, axis: int | None = None) -> tuple[Tens
         w: floating tensor of any shape, finite.
         bits: 2 to 8.
         axis: None for one range, else the axis whose slices get a range each.
+        symmetric: the range is for a symmetric grid; never worse than min-max on such a grid.
 
     Returns:
         (low, high), low <= 0 <= high, each of shape (1,) or (C,), in the compute dtype.
@@ -43,7 +50,7 @@ def histogram_range(w: Tensor, bits: int, axis: int | None = None) -> tuple[Tens
     w = w.detach()
     rows = w.reshape(1, -1) if axis is None else _rows(w, axis)
     rows = rows.to(compute_dtype(w.dtype))
-    low, high = zip(*(_row_clipping(part, bits, w.dtype) for part in rows.split(ROWS_AT_ONCE)), strict=True)
+    low, high = zip(*(_row_clipping(part, bits, w.dtype, symmetric) for part in rows.split(ROWS_AT_ONCE)), strict=True)
     return torch.cat(low), torch.cat(high)
 
 
@@ -59,17 +66,21 @@ def _rows(w: Tensor, axis: int) -> Tensor:
     return w.movedim(axis, 0).reshape(w.shape[axis], -1)
 
 
-def _row_clipping(rows: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _row_clipping(rows: Tensor, bits: int, dtype: torch.dtype, symmetric: bool) -> tuple[Tensor, Tensor]:
     """The better, row by row, of the clip found on the histogram and the full range: low and high, (R,)."""
     full = _include_zero(*torch.aminmax(rows, dim=1))
     clipped = _search_clipping(rows, full, bits)
-    better = _squared_error(rows, clipped, bits, dtype) < _squared_error(rows, full, bits, dtype)
+    errors = (_squared_error(rows, limits, bits, dtype, symmetric) for limits in (clipped, full))
+    better = next(errors) < next(errors)
     return torch.where(better, clipped[0], full[0]), torch.where(better, clipped[1], full[1])
 
 
-def _squared_error(rows: Tensor, limits: tuple[Tensor, Tensor], bits: int, dtype: torch.dtype) -> Tensor:
+def _squared_error(
+    rows: Tensor, limits: tuple[Tensor, Tensor], bits: int, dtype: torch.dtype, symmetric: bool
+) -> Tensor:
     """The true squared error per row of quantizing with these ranges and rounding the result to ``dtype``: (R,)."""
-    scale, zero_point = (p.unsqueeze(1) for p in range_to_qparams(*limits, bits))
+    to_qparams = symmetric_qparams if symmetric else range_to_qparams
+    scale, zero_point = (p.unsqueeze(1) for p in to_qparams(*limits, bits))
     error = fake_quantize(rows, scale, zero_point, bits, dtype).to(rows.dtype).sub_(rows)
     # A power of two as unit, the exponent of the largest error, keeps the squares of huge and tiny tensors finite.
     unit = torch.frexp(rows.abs().amax(dim=1, keepdim=True)).exponent

@@ -78,6 +78,23 @@ def weight_to_real(
     return join_groups(rows, q.shape)
 
 
+def settings_tensor(bits: int, in_features: int, group_size: int | None, symmetric: bool) -> Tensor:
+    """What a state dict says of the integers in it: int32 (bits, in_features, group_size or 0, 1 if symmetric)."""
+    return torch.tensor([bits, in_features, group_size or 0, int(symmetric)], dtype=torch.int32)
+
+
+def check_settings(saved: Tensor | None, own: Tensor, name: str) -> None:
+    """ValueError if a state dict was saved by a layer with other settings than those of the layer ``name``."""
+
+    def text(settings: Tensor) -> str:
+        bits, inputs, group, symmetric = settings.tolist()
+        kind = "symmetric" if symmetric else "affine"
+        return f"{bits} bits, {inputs} inputs, {f'groups of {group}' if group else 'no groups'}, {kind}"
+
+    if saved is not None and saved.shape == own.shape and not torch.equal(saved.cpu(), own.cpu()):
+        raise ValueError(f"{name} was saved with {text(saved)}, but this layer has {text(own)}")
+
+
 def split_groups(w: Tensor, group_size: int | None) -> Tensor:
     """(out, in) -> (out * groups, group_size), the last group of each row filled up with zeros."""
     assert group_size is not None

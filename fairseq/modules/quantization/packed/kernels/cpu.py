@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fairseq.modules.quantization.packed.kernels import functional
 from fairseq.modules.quantization.packed.weight import PackedWeight, unpack_codes
+from fairseq.modules.quantization.scalar.ops import clamp_to
 from fairseq.modules.quantization.scalar.tokens import LIMIT
 
 SLICE = 600_000  # elements of a slice's activations per thread: two pictures of a ViT-Base on two threads
@@ -139,7 +140,7 @@ def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         real = scratch.take("weight", tuple(part.shape), scale.dtype)
         real.copy_(part).sub_(z).mul_(s)
         if x.dtype != scale.dtype:
-            real = scratch.take("weight", tuple(part.shape), x.dtype).copy_(real)
+            real = scratch.take("weight", tuple(part.shape), x.dtype).copy_(clamp_to(real, x.dtype))
         torch.mm(x, real.t(), out=out[:, rows])
     return out if bias is None else out.add_(bias)
 
@@ -196,8 +197,8 @@ def _multiply(tokens: Tokens, weight: PackedWeight, zero_point: Tensor, bias: Te
     if weight.scale.numel() == 1:
         factor = tokens.scale * weight.scale  # (M, 1)
     else:
-        real.mul_(tokens.scale)
-        factor = weight.scale  # (N,)
+        real.mul_(weight.scale)  # before the token's, which may be huge
+        factor = tokens.scale
     if bias is None:
         real.mul_(factor)
     else:

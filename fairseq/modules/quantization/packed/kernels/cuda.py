@@ -15,12 +15,14 @@ MULTIPLE = 8
 
 def product(q: Tensor, codes: Tensor) -> Tensor:
     """(M, K) int8 times (N, K) int8 transposed: (M, N) int32; padded to what cuBLASLt takes, and cut again."""
-    rows, columns, inner = len(q), len(codes), q.shape[1]
+    columns, inner = codes.shape
     if torch.onnx.is_in_onnx_export():
         return functional.int_product(q, codes)
-    q = F.pad(q, (0, -inner % MULTIPLE, 0, max(MIN_TOKENS - rows, 0)))
-    codes = F.pad(codes, (0, -inner % MULTIPLE, 0, -columns % MULTIPLE))
-    return torch._int_mm(q.contiguous(), codes.contiguous().t())[:rows, :columns]
+    # What is recorded must take any number of rows, so there they are always added.
+    more = MIN_TOKENS if functional.capturing() else max(MIN_TOKENS - len(q), 0)
+    padded = F.pad(q, (0, -inner % MULTIPLE, 0, more)).contiguous()
+    codes = F.pad(codes, (0, -inner % MULTIPLE, 0, -columns % MULTIPLE)).contiguous()
+    return torch._int_mm(padded, codes.t())[: q.shape[0], :columns]
 
 
 def dynamic(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

@@ -45,13 +45,14 @@ def dynamic(x: Tensor, weight: PackedWeight, bias: Tensor | None, product: Produ
 
 def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x times the dequantized weight in the dtype of ``x``: (M, in) -> (M, out)."""
-    return F.linear(x, _dequantize(weight).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    w = _dequantize(weight, x.dtype)
+    return F.linear(x, w, None if bias is None else bias.to(x.dtype)).to(x.dtype)  # autocast would change the dtype
 
 
-def _dequantize(weight: PackedWeight) -> Tensor:
+def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The weight as real numbers, (out, in); while exporting to ONNX by its DequantizeLinear."""
     if not torch.onnx.is_in_onnx_export() or weight.group_size is not None:
-        return weight.dequantize()
+        return weight.dequantize(dtype)
     codes, one = weight.unpacked(), weight.scale.numel() == 1
     scale, zero_point = weight.scale, weight.code_zero_point().to(torch.int8)
     if one:
@@ -59,7 +60,7 @@ def _dequantize(weight: PackedWeight) -> Tensor:
     result: Tensor = torch.onnx.ops.symbolic(
         "DequantizeLinear", (codes, scale, zero_point), {} if one else {"axis": 0}, dtype=scale.dtype, shape=codes.shape
     )
-    return result
+    return result.to(dtype)
 
 
 def int_product(q: Tensor, codes: Tensor) -> Tensor:

@@ -36,4 +36,4 @@ def dynamic(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 
 def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x times the dequantized weight in the dtype of ``x``: (M, in) -> (M, out)."""
-    return F.linear(x, weight.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype)).to(x.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -10,8 +12,10 @@ from fairseq.modules.quantization.scalar.modules.weight import IntLinear
 from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.modules.quantization.scalar.weights import (
     check_group_size,
+    check_settings,
     join_groups,
     observe_weight,
+    settings_tensor,
     split_groups,
     weight_to_int,
 )
@@ -33,6 +37,7 @@ class EmulatedLinear(IntLinear):
     symmetric = False
     activations: str | None = None
     name = "linear"
+    settings: Tensor
 
     @classmethod
     def from_linear(
@@ -55,6 +60,8 @@ class EmulatedLinear(IntLinear):
         layer = cls.from_float(linear, 1, update_step, bits, method)
         assert isinstance(layer, EmulatedLinear)
         layer.group_size, layer.symmetric, layer.activations, layer.name = group_size, symmetric, activations, name
+        settings = settings_tensor(bits, layer.in_features, group_size, symmetric)
+        layer.register_buffer("settings", settings.to(layer.weight.device))
         layer.observe_weight()
         return layer
 
@@ -80,6 +87,10 @@ class EmulatedLinear(IntLinear):
         if self.activations == "dynamic":
             input = fake_quantize_tokens(input)
         return F.linear(input, self.noisy_weight(), self.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_settings(state_dict.get(prefix + "settings"), self.settings, prefix[:-1] or self.name)
+        super()._load_from_state_dict({prefix + "settings": self.settings, **state_dict}, prefix, *args)
 
     def extra_repr(self) -> str:
         group = "" if self.group_size is None else f", group_size={self.group_size}"
