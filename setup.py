@@ -1,4 +1,4 @@
-"""The distribution: `pip install .` for the library, with the extras test, docs, onnx and dev."""
+"""The distribution: `pip install .` for the library, with the extras onnx, plot, test, docs and dev."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,8 @@ REQUIREMENTS = [
 ]
 
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
-TEST = ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", *ONNX]
+PLOT = ["matplotlib>=3.9"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", *ONNX, *PLOT]
 DOCS = ["sphinx>=8", "furo>=2024.8", "sphinx-copybutton>=0.5"]
 LINT = ["ruff>=0.12", "mypy>=1.16", "pre-commit>=4"]
 
@@ -28,7 +29,7 @@ setup(
     packages=find_packages(include=["fairseq", "fairseq.*"]),
     package_data={"fairseq": ["py.typed"]},
     install_requires=REQUIREMENTS,
-    extras_require={"onnx": ONNX, "test": TEST, "docs": DOCS, "dev": [*TEST, *DOCS, *LINT]},
+    extras_require={"onnx": ONNX, "plot": PLOT, "test": TEST, "docs": DOCS, "dev": [*TEST, *DOCS, *LINT]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

@@ -140,7 +140,6 @@ def test_eight_bits_are_less_than_half(benchmark_script, tmp_path, monkeypatch):
 
 
 def test_accuracy_and_the_picture(benchmark_script, model, pictures, tmp_path):
-    pytest.importorskip("matplotlib")
     file, picture = tmp_path / "result.json", tmp_path / "result.png"
     arguments = ["--model", model, "--rounds", 1, "--batch", 2, "--configs", "bfloat16", EIGHT]
     code, out, _ = benchmark_script(*arguments, *pictures, "--limit", 5, "--json", file, "--picture", picture)

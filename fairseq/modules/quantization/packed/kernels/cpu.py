@@ -125,24 +125,32 @@ def dynamic(x: Tensor, weight: PackedWeight, bias: Tensor | None, source: Source
 
 
 def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x times the dequantized weight in the dtype of ``x``: (M, in) -> (M, out)."""
+    """x times the dequantized weight in the dtype of ``x``: (M, in) -> (M, out).
+
+    In the dtype of the scale the product is of x and q - zero_point, which are exact, and the output is scaled: there
+    are fewer outputs than weights. A narrower dtype takes the dequantized weight, rounded to it.
+    """
     if functional.capturing() or weight.group_size is not None or x.numel() == 0:
         return functional.weight_only(x, weight, bias)
     codes, scale, zero_point = _codes(weight), weight.scale, weight.code_zero_point()
     outputs, inputs = codes.shape
+    one, late = scale.numel() == 1, x.dtype == scale.dtype
     out = torch.empty(len(x), outputs, dtype=x.dtype)
     step = max(1, WEIGHTS_AT_ONCE // inputs)
     for start in range(0, outputs, step):
         rows = slice(start, start + step)
-        one = scale.numel() == 1
-        s, z = (scale, zero_point) if one else (scale[rows, None], zero_point[rows, None])
         part = codes[rows]
         real = scratch.take("weight", tuple(part.shape), scale.dtype)
-        real.copy_(part).sub_(z).mul_(s)
-        if x.dtype != scale.dtype:
+        real.copy_(part)
+        if not weight.centred:
+            real.sub_(zero_point if one else zero_point[rows, None])
+        if not late:
+            real.mul_(scale if one else scale[rows, None])
             real = scratch.take("weight", tuple(part.shape), x.dtype).copy_(clamp_to(real, x.dtype))
         torch.mm(x, real.t(), out=out[:, rows])
-    return out if bias is None else out.add_(bias)
+    if not late:
+        return out if bias is None else out.add_(bias)
+    return out.mul_(scale) if bias is None else torch.addcmul(bias.to(x.dtype), out, scale, out=out)
 
 
 def _rows(features: int) -> int:
