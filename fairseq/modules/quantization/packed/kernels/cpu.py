@@ -198,11 +198,14 @@ def _multiply(tokens: Tokens, weight: PackedWeight, zero_point: Tensor, bias: Te
     compute, shape = weight.scale.dtype, tuple(out.shape)
     accumulator = scratch.take("accumulator", shape, torch.int32)
     torch._int_mm(tokens.q, weight.codes.t(), out=accumulator)
-    if not weight.centred:
+    one = weight.scale.numel() == 1
+    if not weight.centred and one:
+        accumulator.sub_(tokens.sums * zero_point)  # addcmul_ with two broadcast factors is not vectorized
+    elif not weight.centred:
         accumulator.addcmul_(tokens.sums, zero_point, value=-1)
     real = out if out.dtype == compute else scratch.take("result", shape, compute)
     real.copy_(accumulator)
-    if weight.scale.numel() == 1:
+    if one:
         factor = tokens.scale * weight.scale  # (M, 1)
     else:
         real.mul_(weight.scale)  # before the token's, which may be huge
