@@ -102,7 +102,9 @@ def main() -> int:
                 scores[key].add(got, expected, truth)
             bar.update(len(pixel_values))
 
-    print(f"{name}, {len(images)} pictures, all Linear layers quantized, activations: {args.activations}, on {device}\n")
+    print(
+        f"{name}, {len(images)} pictures, all Linear layers quantized, activations: {args.activations}, on {device}\n"
+    )
     header = ["configuration", "top-1", "top-5", "kept", "agreement", "logit MSE", "quantized in s"]
     print(table(header, [score.row(key, scores["float"], seconds.get(key)) for key, score in scores.items()]))
     return 0

@@ -105,7 +105,7 @@ def test_state_dicts_of_the_other_execution_are_refused(tiny_vit):
         packed.load_state_dict(emulated.state_dict())
     with pytest.raises(ValueError, match="quantize with execution='packed' to load it"):
         emulated.load_state_dict(packed.state_dict())
-    with pytest.raises(ValueError, match="was saved with 4 bits, 24 inputs.*has 8 bits"):
+    with pytest.raises(ValueError, match=r"was saved with 4 bits, 24 inputs.*has 8 bits"):
         packed.load_state_dict(quantize(tiny_vit, 4, "tensor", 1.0).state_dict())
 
 

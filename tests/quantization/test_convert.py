@@ -63,7 +63,7 @@ def test_an_emulated_model_trains_its_weights(tiny_vit, pixels):
 def test_gradients_asked_of_a_packed_model_name_the_way_out(tiny_vit, pixels):
     packed, _ = convert(tiny_vit, QuantizationConfig())
     output = packed(pixel_values=pixels, labels=torch.arange(5))  # runs with gradients enabled, as any model
-    with pytest.raises(RuntimeError, match="classifier holds packed integers.*execution='emulated'"):
+    with pytest.raises(RuntimeError, match=r"classifier holds packed integers.*execution='emulated'"):
         output.loss.backward()
 
 
@@ -113,7 +113,7 @@ def test_dequantized_model_is_plain_and_saves(tiny_vit, pixels, tmp_path, execut
 def test_save_pretrained_of_packed_integers_is_refused_with_two_ways_out(tiny_vit, tmp_path):
     quantized, _ = convert(tiny_vit, QuantizationConfig())
     for model in (quantized, copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
-        with pytest.raises(RuntimeError, match="state_dict.*dequantize_model"):
+        with pytest.raises(RuntimeError, match=r"state_dict.*dequantize_model"):
             model.save_pretrained(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
     tiny_vit.save_pretrained(tmp_path / "float")  # the original can

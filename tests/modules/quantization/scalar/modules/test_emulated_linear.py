@@ -159,7 +159,9 @@ def test_a_packed_state_dict_is_refused():
 def test_state_of_another_grid_is_refused(settings):
     """Groups of 40 and of 64 are two each: the scales fit, and mean something else."""
     saved = make(4, "channel", group_size=40)
-    with pytest.raises(ValueError, match=r"^encoder\.query was saved with 4 bits, 75 inputs, groups of 40, affine, but this layer has"):
+    with pytest.raises(
+        ValueError, match=r"^encoder\.query was saved with 4 bits, 75 inputs, groups of 40, affine, but this layer has"
+    ):
         make(4, "channel", **{"group_size": 40, **settings}).load_state_dict(saved.state_dict())
 
 
