@@ -226,8 +226,8 @@ def test_onnx_holds_integers_and_gives_the_same_logits(tmp_path, settings, nodes
     graph = onnx.load(path).graph
     size = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in graph.initializer)
     assert size < 1.02 * quantizer.report.bytes_after
-    # The graph itself is text and names, 25 kB per layer whatever its size.
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < size + 400_000
+    # The graph itself is text and names, 25 to 60 kB per layer whatever its size.
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < size + 600_000
     counts = Counter(node.op_type for node in graph.node)
     assert {name: counts[name] for name in nodes} == nodes
     session = onnxruntime.InferenceSession(str(path))

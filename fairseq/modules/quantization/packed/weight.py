@@ -36,28 +36,23 @@ class PackedWeight(NamedTuple):
     group_size: int | None
     centred: bool
 
-    @property
-    def offset(self) -> int:
-        """q - code."""
-        return code_offset(self.bits)
-
-    @property
     def is_packed(self) -> bool:
         """Whether several codes share a byte."""
         return self.codes.dtype == torch.uint8
 
     def unpacked(self) -> Tensor:
         """The codes, int8 of shape (out, in)."""
-        return unpack_codes(self.codes, self.bits, self.in_features) if self.is_packed else self.codes
+        return unpack_codes(self.codes, self.bits, self.in_features) if self.is_packed() else self.codes
 
     def code_zero_point(self) -> Tensor:
         """The code that stands for 0.0: int32, the shape of ``scale``."""
         zero_point = self.zero_point.to(torch.int32)
-        return zero_point - self.offset if self.offset else zero_point
+        offset = code_offset(self.bits)
+        return zero_point - offset if offset else zero_point
 
     def integers(self) -> Tensor:
         """q, uint8 of shape (out, in)."""
-        return self.unpacked().view(torch.uint8) ^ self.offset
+        return self.unpacked().view(torch.uint8) ^ code_offset(self.bits)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as real numbers, (out, in), as ``dtype`` or in the dtype of ``scale``."""

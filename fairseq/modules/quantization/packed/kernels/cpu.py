@@ -160,7 +160,7 @@ def _rows(features: int) -> int:
 
 def _codes(weight: PackedWeight) -> Tensor:
     """int8 (out, in): in scratch memory if they have to be unpacked."""
-    if not weight.is_packed:
+    if not weight.is_packed():
         return weight.codes
     shape = (len(weight.codes), weight.in_features)
     return unpack_codes(weight.codes, weight.bits, weight.in_features, out=scratch.take("codes", shape, torch.uint8))
@@ -197,7 +197,7 @@ def _multiply(tokens: Tokens, weight: PackedWeight, zero_point: Tensor, bias: Te
         return
     compute, shape = weight.scale.dtype, tuple(out.shape)
     accumulator = scratch.take("accumulator", shape, torch.int32)
-    torch._int_mm(tokens.q, weight.codes.t(), out=accumulator)
+    _product_into(tokens.q, weight.codes, accumulator)
     one = weight.scale.numel() == 1
     if not weight.centred and one:
         accumulator.sub_(tokens.sums * zero_point)  # addcmul_ with two broadcast factors is not vectorized
@@ -218,6 +218,14 @@ def _multiply(tokens: Tokens, weight: PackedWeight, zero_point: Tensor, bias: Te
         out.copy_(real)
 
 
+def _product_into(q: Tensor, codes: Tensor, out: Tensor) -> None:
+    """:func:`product` into ``out``."""
+    if q.shape[1] == 1:  # see int_product
+        out.copy_(product(q, codes))
+    else:
+        torch._int_mm(q, codes.t(), out=out)
+
+
 def _multiply_groups(
     tokens: Tokens, weight: PackedWeight, zero_point: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
@@ -228,7 +236,7 @@ def _multiply_groups(
     total = scratch.take("result", shape, compute).zero_()
     for group, (start, stop) in enumerate(weight.columns()):
         q = tokens.q[:, start:stop].contiguous()
-        torch._int_mm(q, weight.codes[:, start:stop].contiguous().t(), out=accumulator)
+        _product_into(q, weight.codes[:, start:stop].contiguous(), accumulator)
         if not weight.centred:
             accumulator.addcmul_(q.sum(-1, keepdim=True, dtype=torch.int32), zero_point[:, group], value=-1)
         total.addcmul_(term.copy_(accumulator), weight.scale[:, group])

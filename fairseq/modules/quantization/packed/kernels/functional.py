@@ -69,4 +69,6 @@ def int_product(q: Tensor, codes: Tensor) -> Tensor:
         shape = (q.shape[0], codes.shape[0])
         result: Tensor = torch.onnx.ops.symbolic("MatMulInteger", (q, codes.t()), dtype=torch.int32, shape=shape)
         return result
+    if q.shape[1] == 1:  # torch 2.9 takes the strides of a single column for those of a row
+        q, codes = F.pad(q, (0, 1)), F.pad(codes, (0, 1))
     return torch._int_mm(q, codes.t())
