@@ -38,7 +38,6 @@ from bench_candidates import SETTINGS
 from common import (
     PROC,
     UserError,
-    batches,
     embedded_images,
     first_line,
     int8_peak,
@@ -52,7 +51,7 @@ from common import (
     run,
     table,
 )
-from evaluate import Score
+from evaluate import score_all
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification
@@ -175,15 +174,7 @@ def find_pictures(args: argparse.Namespace, config: Any) -> tuple[list, Tensor] 
 
 def measure_accuracy(models: dict[str, nn.Module], images: list, labels: Tensor, processor: Any) -> dict[str, dict]:
     """Top-1 accuracy, and agreement with the first of the models."""
-    scores = {name: Score() for name in models}
-    with tqdm(total=len(images), desc="Accuracy", unit="image", leave=False) as bar:
-        for pixel_values in batches(images, processor, 25):
-            expected, truth = None, labels[bar.n : bar.n + len(pixel_values)]
-            for name, model in models.items():
-                got = logits(model, pixel_values)
-                expected = got if expected is None else expected
-                scores[name].add(got, expected, truth)
-            bar.update(len(pixel_values))
+    scores = score_all(models, images, labels, processor, 25)
     return {name: {"top1": s.top1 / s.count, "agreement": s.agree / s.count} for name, s in scores.items()}
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import (
@@ -29,7 +30,7 @@ from common import (
     run,
     table,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fairseq.models.vit_quantization import ViTQuantizer
@@ -59,6 +60,22 @@ class Score:
             f"{self.agree / self.count:.1%}", f"{self.squared_error / self.values:.2e}",
             "" if seconds is None else f"{seconds:.1f}",
         ]  # fmt: skip
+
+
+def score_all(
+    models: dict[str, nn.Module], images: list, labels: Tensor, processor: Any, size: int
+) -> dict[str, Score]:
+    """Scores of all models, the first of them the reference; they see each batch of ``size`` pictures in turn."""
+    scores = {name: Score() for name in models}
+    with tqdm(total=len(images), desc="Evaluating", unit="image") as bar:
+        for pixel_values in batches(images, processor, size):
+            expected, truth = None, labels[bar.n : bar.n + len(pixel_values)]
+            for name, model in models.items():
+                got = logits(model, pixel_values)
+                expected = got if expected is None else expected
+                scores[name].add(got, expected, truth)
+            bar.update(len(pixel_values))
+    return scores
 
 
 def main() -> int:
@@ -92,16 +109,7 @@ def main() -> int:
         models[key] = quantize(ViTQuantizer(bits=bits, method=method, activations=activations), model)
         seconds[key] = time.perf_counter() - started
 
-    scores = {key: Score() for key in models}
-    with tqdm(total=len(images), desc="Evaluating", unit="image") as bar:
-        for pixel_values in batches(images, processor, args.batch_size):
-            expected, truth = None, labels[bar.n : bar.n + len(pixel_values)]
-            for key, candidate in models.items():
-                got = logits(candidate, pixel_values)
-                expected = got if expected is None else expected
-                scores[key].add(got, expected, truth)
-            bar.update(len(pixel_values))
-
+    scores = score_all(models, images, labels, processor, args.batch_size)
     print(
         f"{name}, {len(images)} pictures, all Linear layers quantized, activations: {args.activations}, on {device}\n"
     )

@@ -53,6 +53,7 @@ class QuantizationConfig(LinearConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of("execution", self.execution, EXECUTIONS)
+        self._check_emulated(self)
         if isinstance(self.p, bool) or not isinstance(self.p, int | float):
             raise TypeError(f"p must be a number from 0 to 1, got {self.p!r}")
         if not 0 <= self.p <= 1:
@@ -95,6 +96,13 @@ class QuantizationConfig(LinearConfig):
         count = round(self.p * len(names)) if self.p == 0 else max(1, round(self.p * len(names)))
         return set(sorted(names, key=rank.__getitem__)[:count])
 
+    def _check_emulated(self, layer: LinearConfig) -> None:
+        if self.execution == "emulated" and (layer.resident, layer.backend) != ("packed", "auto"):
+            raise ValueError(
+                f"resident={layer.resident!r} and backend={layer.backend!r} are settings of execution='packed'; "
+                "an emulated model holds float weights and runs float products"
+            )
+
     def _of_a_layer(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(LinearConfig)}
 
@@ -106,6 +114,8 @@ class QuantizationConfig(LinearConfig):
                 f'such as {{"*classifier": {{"bits": 8}}}}; got {glob!r}: {settings!r}'
             )
         try:
-            return LayerConfig(**{**self._of_a_layer(), **settings})
+            layer = LayerConfig(**{**self._of_a_layer(), **settings})
+            self._check_emulated(layer)
+            return layer
         except (TypeError, ValueError) as error:
             raise type(error)(f"override {glob!r}: {error}") from None

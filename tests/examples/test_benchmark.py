@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTImageProcessor
 
 from fairseq.modules.quantization.packed import PackedLinear
 
@@ -46,14 +45,6 @@ def benchmark_script(monkeypatch, capsys):
         return stopped.value.code, captured.out, captured.err
 
     return call
-
-
-@pytest.fixture
-def model(tiny_vit, tmp_path):
-    folder = tmp_path / "vit"
-    tiny_vit.save_pretrained(folder)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

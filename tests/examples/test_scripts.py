@@ -37,14 +37,6 @@ def script(monkeypatch, capsys):
     return call
 
 
-@pytest.fixture
-def model(tiny_vit, tmp_path):
-    folder = tmp_path / "vit"
-    tiny_vit.save_pretrained(folder)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     "name", ["test_ibert", "test_vit_quantization", "test_with_image", "evaluate", "train_cifar10"]
 )

@@ -112,10 +112,8 @@ class PackedLinear(nn.Module):
                 f"{self.name} takes a floating tensor of shape (..., {self.in_features}), "
                 f"got {input.dtype} of shape {tuple(input.shape)}"
             )
-        if functional.capturing():
-            return self._run(
-                input.detach()
-            )  # in any grad mode, so that a graph traced in one is the graph in the other
+        if functional.capturing():  # detached in any grad mode: a graph recorded in one is that of the other
+            return self._run(input.detach())
         if torch.is_grad_enabled() and input.requires_grad:
             result: Tensor = _NoGradient.apply(input, self)
             return result

@@ -1,0 +1,13 @@
+"""A model on disk, as the scripts load it."""
+
+import pytest
+from transformers import ViTImageProcessor
+
+
+@pytest.fixture
+def model(tiny_vit, tmp_path):
+    """A folder with a tiny classifier and its image processor."""
+    folder = tmp_path / "vit"
+    tiny_vit.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
