@@ -122,11 +122,11 @@ def _from_pretrained(source: str, name: str) -> Loaded:
     return Loaded(model.eval(), processor, name)
 
 
-def quantize(quantizer: ViTQuantizer, model: nn.Module) -> nn.Module:
+def quantize(quantizer: ViTQuantizer, model: nn.Module, **keywords: Any) -> nn.Module:
     """``quantizer.quantize_model``, its refusal of a model being a mistake of the person at the keyboard."""
     try:
-        return quantizer.quantize_model(model)
-    except ValueError as error:
+        return quantizer.quantize_model(model, **keywords)
+    except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
 
 

@@ -21,6 +21,7 @@ from common import (
     CONFIGURATIONS,
     UserError,
     batches,
+    first_line,
     labelled_images,
     load_model,
     logits,
@@ -78,6 +79,20 @@ def score_all(
     return scores
 
 
+def named_pictures(table: Path, folder: Path) -> dict[Path, None]:
+    """The pictures of ``folder`` that a text file names, one a line, in its order."""
+    try:
+        names = [line.strip() for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--calibration {table}: {first_line(error)}") from None
+    if not names:
+        raise UserError(f"--calibration {table}: names no picture")
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"--calibration {table}: {folder / name} is not a file")
+    return dict.fromkeys(folder / name for name in names)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or hub id of an image classifier")
@@ -88,8 +103,13 @@ def main() -> int:
         help="default: 8 and 4 bits with each of tensor, channel, histogram",
     )  # fmt: skip
     parser.add_argument(
-        "--activations", choices=["dynamic", "none"], default="dynamic",
-        help="dynamic: 8 bits with a scale per token (default); none: only weights are quantized",
+        "--activations", choices=["dynamic", "static", "none"], default="dynamic",
+        help="dynamic: a scale per token (default); static: one, from calibration; none: only weights are quantized",
+    )  # fmt: skip
+    parser.add_argument("--activation-bits", type=int, default=8, metavar="BITS", help="2 to 8, default 8")
+    parser.add_argument(
+        "--calibration", type=Path, default=None, metavar="FILE",
+        help="calibrate on the pictures named in this file, one a line, and leave them out of the evaluation",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument("--limit", type=positive, default=None, help="only the first so many pictures")
@@ -100,18 +120,34 @@ def main() -> int:
         raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
     model, processor, name = load_model(args.model)
     images, labels = labelled_images(args.images, args.labels, model.config.num_labels)
+    calibration = None
+    if args.calibration is not None:
+        chosen = named_pictures(args.calibration, args.images)
+        kept = [i for i, image in enumerate(images) if image.args[0] not in chosen]
+        images, labels = [images[i] for i in kept], labels[kept]
+        calibration = list(chosen)
     images, labels = images[: args.limit], labels[: args.limit]
+    if not images:
+        raise UserError("no picture is left to evaluate")
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     models, seconds = {"float": model.to(device)}, {}
     for bits, method in args.configs:
         key, started = f"{bits}-bit {method}", time.perf_counter()
         activations = None if args.activations == "none" else args.activations
-        models[key] = quantize(ViTQuantizer(bits=bits, method=method, activations=activations), model)
+        try:
+            quantizer = ViTQuantizer(
+                bits=bits, method=method, activations=activations, activation_bits=args.activation_bits
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
+        models[key] = quantize(quantizer, model, calibration=calibration, processor=processor)
         seconds[key] = time.perf_counter() - started
 
     scores = score_all(models, images, labels, processor, args.batch_size)
     print(
-        f"{name}, {len(images)} pictures, all Linear layers quantized, activations: {args.activations}, on {device}\n"
+        f"{name}, {len(images)} pictures, all Linear layers quantized, activations: {args.activations}"
+        f"{'' if args.activation_bits == 8 else f' {args.activation_bits} bits'}, "
+        f"{f'calibrated on {len(calibration)} others' if calibration else 'without calibration'}, on {device}\n"
     )
     header = ["configuration", "top-1", "top-5", "kept", "agreement", "logit MSE", "quantized in s"]
     print(table(header, [score.row(key, scores["float"], seconds.get(key)) for key, score in scores.items()]))

@@ -2,7 +2,7 @@
 
 from fairseq.models.vit_quantization import ViTQuantizer, compare_models
 
-quantized_model = ViTQuantizer(bits=4, method="tensor").quantize_model(model)
+quantized_model = ViTQuantizer(bits=4, method="tensor").quantize_model(model, calibration=images)
 mse_loss, mae_loss, top1_match = compare_models(model, quantized_model, inputs, top_k=1)
 """
 
@@ -16,10 +16,12 @@ from torch import nn
 
 from fairseq.quantization.compare import ModelComparison, compare_models
 from fairseq.quantization.config import QuantizationConfig
-from fairseq.quantization.convert import convert, dequantize
+from fairseq.quantization.convert import check_model, convert, dequantize
+from fairseq.quantization.images import pixel_values
 from fairseq.quantization.report import LayerReport, QuantizationReport
+from fairseq.quantization.sensitivity import BitAssignment, assign_bits, measure, smallest_that_agrees
 
-__all__ = ["LayerReport", "ModelComparison", "QuantizationReport", "ViTQuantizer", "compare_models"]
+__all__ = ["BitAssignment", "LayerReport", "ModelComparison", "QuantizationReport", "ViTQuantizer", "compare_models"]
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,23 +32,31 @@ class ViTQuantizer:
 
     Args:
         bits: width of the integers, 2 to 8.
-        method: "tensor" (one scale per layer, from its minimum and maximum), "channel" (one per output channel) or
-            "histogram" (one per output channel, clipped where the squared error is smallest: the most accurate and the
-            slowest to compute).
+        method: "tensor" (one scale per layer, clipped where the squared error is smallest), "channel" (one per output
+            channel, from its minimum and maximum) or "histogram" (one per output channel, clipped: the most accurate
+            without calibration and the slowest to compute). With calibration "channel" is clipped too.
         p: share of the selected layers that is quantized, 0 to 1; which ones, ``seed`` decides.
         quantize_attention: the query, key, value and output projections.
         quantize_mlp: the two layers of each MLP.
         quantize_classifier: the classifier, and the pooler of a bare model.
         seed: the same seed chooses the same layers, every time and everywhere.
-        overrides: glob of layer names -> ``skip`` or any of ``bits``, ``method``, ``activations``, ``group_size``,
-            ``symmetric``, ``resident``, ``backend`` for those layers; the first glob that matches wins.
+        overrides: glob of layer names -> ``skip`` or any of ``bits``, ``method``, ``activations``, ``activation_bits``,
+            ``group_size``, ``symmetric``, ``rounding``, ``bias_correction``, ``resident``, ``backend`` for those
+            layers; the first glob that matches wins.
             ``{"*classifier": {"bits": 8}, "vit.layers.0.*": {"skip": True}}``
         execution: "packed" holds the integers in memory and runs on them, for inference; "emulated" keeps float
             weights that are seen through the same integers, with gradients, for training.
-        activations: "dynamic" rounds each token to 8 bits by its own scale, for integer products; None leaves them,
-            and dequantizes the weight to multiply.
+        activations: "dynamic" rounds each token by its own scale, for integer products; "static" rounds all tokens
+            with one calibrated scale (layers that cannot bear it stay dynamic, and the report says so); None leaves
+            them, and dequantizes the weight to multiply.
+        activation_bits: width of rounded activations, 2 to 8.
         group_size: input channels that share a scale, 32 to 128 in steps of 8; None for all of an output channel.
         symmetric: put the weights' zero point in the middle of the grid.
+        rounding: "nearest", "gptq" (needs calibration images), or "auto": gptq if there are images.
+        equalize: move the ranges of input channels out of the weights first, which changes nothing before rounding;
+            "auto" does so for method "tensor".
+        bias_correction: True adds each layer's mean output error on the calibration images to its bias, "add" also to
+            layers without a bias.
         resident: "packed" or, for more speed below 5 bits and more memory, "unpacked".
         backend: "auto", or the kernels that must run: "reference", "cpu", "cuda".
 
@@ -71,13 +81,18 @@ class ViTQuantizer:
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         execution: str = "packed",
         activations: str | None = "dynamic",
+        activation_bits: int = 8,
         group_size: int | None = None,
         symmetric: bool = False,
+        rounding: str = "auto",
+        equalize: bool | str = "auto",
+        bias_correction: bool | str = False,
         resident: str = "packed",
         backend: str = "auto",
     ):
         self.config = QuantizationConfig(
-            bits=bits, method=method, activations=activations, group_size=group_size, symmetric=symmetric,
+            bits=bits, method=method, activations=activations, activation_bits=activation_bits, group_size=group_size,
+            symmetric=symmetric, rounding=rounding, equalize=equalize, bias_correction=bias_correction,
             resident=resident, backend=backend, p=p, quantize_attention=quantize_attention,
             quantize_mlp=quantize_mlp, quantize_classifier=quantize_classifier, seed=seed, execution=execution,
             overrides=dict(overrides or {}),
@@ -87,21 +102,62 @@ class ViTQuantizer:
     def __repr__(self) -> str:
         return f"ViTQuantizer({self.config})"
 
-    def quantize_model(self, model: Model) -> Model:
+    def quantize_model(self, model: Model, calibration: Any = None, processor: Any = None, images: int = 128) -> Model:
         """Return a quantized deep copy of ``model``, with the same call signature; ``model`` itself is not changed.
 
         Args:
             model: a ViTForImageClassification, ViTModel or ViTForMaskedImageModeling on any device, in any float dtype,
                 of transformers 4.57 or later.
+            calibration: pictures like those that the model will see, without labels, for a smaller loss of accuracy: a
+                tensor of pixel values (N, C, H, W), a list of PIL images or files, a folder, or a DataLoader.
+            processor: the model's image processor, for pictures that are not tensors.
+            images: how many of them are used, drawn with ``seed``.
 
         Raises:
             TypeError: not a module.
-            ValueError: already quantized, on the meta device, weights with NaN or Inf, no layer of a ViT in it, or an
-                override that matches nothing. The message names the layers.
+            ValueError: already quantized, on the meta device, weights with NaN or Inf, no layer of a ViT in it, an
+                override that matches nothing, pictures that cannot be used, or a setting that needs pictures without
+                them. The message names the layers or the picture.
         """
-        quantized, self.report = convert(model, self.config)
+        check_model(model)
+        pixels = None if calibration is None else pixel_values(calibration, model, processor, images, self.config.seed)
+        quantized, self.report = convert(model, self.config, pixels)
         logger.info("%s", self.report)
         return cast(Model, quantized)
+
+    def assign_bits(
+        self,
+        model: nn.Module,
+        calibration: Any,
+        processor: Any = None,
+        images: int = 128,
+        *,
+        average_bits: float | None = None,
+        max_accuracy_drop: float | None = None,
+    ) -> BitAssignment:
+        """How many bits each layer should get, from how much its rounding changes the output: ``overrides`` to pass on.
+
+        ``ViTQuantizer(overrides=assignment.overrides)`` quantizes so; the assignment can be printed, saved as JSON,
+        edited and loaded.
+
+        Args:
+            model, calibration, processor, images: as for :meth:`quantize_model`.
+            average_bits: per weight of the quantized layers, at most; the most accurate such assignment.
+            max_accuracy_drop: in percentage points of top-1, at most, as measured on the calibration images by how many
+                change their class; the smallest such assignment. Quantizes the model six times.
+
+        Raises:
+            TypeError, ValueError: not exactly one of the two, one that cannot be reached, or as quantize_model.
+        """
+        if (average_bits is None) == (max_accuracy_drop is None):
+            raise ValueError("give exactly one of average_bits and max_accuracy_drop")
+        check_model(model)
+        pixels = pixel_values(calibration, model, processor, images, self.config.seed)
+        if max_accuracy_drop is not None:
+            return smallest_that_agrees(model, pixels, self.config, max_accuracy_drop)
+        errors = measure(model, pixels, self.config)
+        sizes = {name: model.get_submodule(name).get_parameter("weight").numel() for name in errors}
+        return assign_bits(errors, sizes, average_bits=average_bits)
 
     @staticmethod
     def dequantize_model(model: Model) -> Model:

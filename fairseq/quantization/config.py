@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fairseq.modules.quantization.packed.config import LinearConfig, check_flag, check_one_of
+from fairseq.quantization.rounding import resolve
 
 COMPONENTS = ("attention", "mlp", "classifier")
 EXECUTIONS = ("packed", "emulated")
@@ -16,17 +17,29 @@ EXECUTIONS = ("packed", "emulated")
 
 @dataclass(frozen=True)
 class LayerConfig(LinearConfig):
-    """How one Linear is quantized; ``skip`` leaves it in float."""
+    """How one Linear is quantized.
+
+    Attributes:
+        skip: leave it in float.
+        rounding: "nearest", "gptq", or "auto", which takes gptq where there are calibration images.
+        bias_correction: True adds the mean error of the layer's output on the calibration images to its bias, "add"
+            also to layers that have none and get one for it.
+    """
 
     skip: bool = False
+    rounding: str = "auto"
+    bias_correction: bool | str = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flag("skip", self.skip)
+        resolve(self.rounding, calibrated=True)
+        if not isinstance(self.bias_correction, bool) and self.bias_correction != "add":
+            raise ValueError(f"bias_correction must be True, False or 'add'; got {self.bias_correction!r}")
 
 
 @dataclass(frozen=True)
-class QuantizationConfig(LinearConfig):
+class QuantizationConfig(LayerConfig):
     """The settings of one quantization: those of every layer (see :class:`LinearConfig`), and of the model.
 
     Attributes:
@@ -35,6 +48,8 @@ class QuantizationConfig(LinearConfig):
         seed: chooses the layers when ``p`` is below 1; the same seed, the same layers.
         execution: "packed" (integers in memory, for inference) or "emulated" (float weights seen through the same
             integers, for training).
+        equalize: move the ranges of input channels out of the weights first, exactly (see ``equalization``): True,
+            False, or "auto", which does so for layers with method "tensor", where it decides over the accuracy.
         overrides: glob of layer names -> ``skip`` or any of a layer's settings; the first glob that matches a layer
             replaces those settings for it.
 
@@ -48,12 +63,15 @@ class QuantizationConfig(LinearConfig):
     quantize_classifier: bool = True
     seed: int = 0
     execution: str = "packed"
+    equalize: bool | str = "auto"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of("execution", self.execution, EXECUTIONS)
         self._check_emulated(self)
+        if not isinstance(self.equalize, bool) and self.equalize != "auto":
+            raise ValueError(f"equalize must be True, False or 'auto'; got {self.equalize!r}")
         if isinstance(self.p, bool) or not isinstance(self.p, int | float):
             raise TypeError(f"p must be a number from 0 to 1, got {self.p!r}")
         if not 0 <= self.p <= 1:
@@ -81,6 +99,10 @@ class QuantizationConfig(LinearConfig):
                 return self._override(glob, settings)
         return LayerConfig(**self._of_a_layer())
 
+    def equalizes(self, layer: LinearConfig) -> bool:
+        """Whether a layer with these settings gets its input channels equalized."""
+        return layer.method == "tensor" if self.equalize == "auto" else bool(self.equalize)
+
     def unmatched_overrides(self, names: Iterable[str]) -> list[str]:
         """The globs that match none of ``names``."""
         names = list(names)
@@ -104,7 +126,7 @@ class QuantizationConfig(LinearConfig):
             )
 
     def _of_a_layer(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(LinearConfig)}
+        return {f.name: getattr(self, f.name) for f in fields(LayerConfig)}
 
     def _override(self, glob: str, settings: Mapping[str, Any]) -> LayerConfig:
         accepted = {f.name for f in fields(LayerConfig)}

@@ -3,52 +3,217 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear, QuantizedWeight
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, obstacle
 from fairseq.modules.quantization.scalar.ops import check_tensor
+from fairseq.modules.quantization.scalar.weights import weight_to_real
+from fairseq.quantization.calibration import Stream, collect, token_weights
 from fairseq.quantization.config import COMPONENTS, LayerConfig, QuantizationConfig
-from fairseq.quantization.report import LayerReport, QuantizationReport
-from fairseq.quantization.vit_layers import component_of, linear_layers, reads_shared_input
+from fairseq.quantization.equalization import equalize, input_factor
+from fairseq.quantization.report import LayerReport, QuantizationReport, decibels, weight_statistics
+from fairseq.quantization.rounding import Rounded, Statistics, resolve, round_weight
+from fairseq.quantization.vit_layers import block_of, component_of, linear_layers, reads_shared_input, role_of, wiring
 
+MIN_STATIC_SQNR = 20.0
+"""Below it, in dB, one range for all tokens of an input is too coarse, and the layer stays dynamic."""
 SKIPPED = "skipped by an override"
 
 
-def convert(model: nn.Module, config: QuantizationConfig) -> tuple[nn.Module, QuantizationReport]:
+def convert(
+    model: nn.Module, config: QuantizationConfig, pixel_values: Tensor | None = None
+) -> tuple[nn.Module, QuantizationReport]:
     """Quantize a deep copy of ``model``: (the copy, what was done). ``model`` stays as it is.
 
-    The float weights that become packed integers are never copied: at its peak, memory holds the float model, the
-    quantized one, and what quantizing one layer takes.
+    Block by block: equalize it, see what its layers read, round them, swap them. Float weights that become packed
+    integers are copied for one block at a time: at its peak, memory holds the float model, the quantized one, a block,
+    what rounding one layer takes, and the hidden states of the calibration images.
+
+    Args:
+        model: a HuggingFace ViT.
+        config: what to do.
+        pixel_values: calibration images, (N, C, H, W), or None.
 
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: it holds no weights (meta device), is quantized already, has none of the known layers, an override
-            matches none of them, or a weight is not finite. The message names the layer.
+            matches none of them, a weight is not finite, or a setting needs calibration images and there are none. The
+            message names the layer.
     """
     check_model(model)
     layers = linear_layers(model)
     plan = make_plan(layers, config)
     chosen = {name: layer for name, layer in plan.items() if isinstance(layer, LayerConfig)}
+    if pixel_values is None:
+        check_data_free(chosen)
     packed = config.execution == "packed"
     result = copy.deepcopy(model, _without_weights(model, [layers[name] for name in chosen]) if packed else None)
-    packed_before: dict[tuple[int, LayerConfig], PackedLinear] = {}
-    for name, settings in tqdm(chosen.items(), desc="Quantizing", unit="layer", delay=1, leave=False):
-        old = result.get_submodule(name)
-        new = _pack(layers[name], settings, name, packed_before) if packed else _emulate(old, settings, name)
-        carry_hooks(old, new)
-        for alias in _names_of(result, old):
-            result.set_submodule(alias, new)
+    work = _Conversion(model, result, config, chosen, pixel_values)
+    with tqdm(total=len(chosen), desc="Quantizing", unit="layer", delay=1, leave=False) as bar:
+        for names in stages(list(chosen)):
+            for group in work.quantize_stage(names):
+                bar.update(len(group))
     result.register_forward_hook(tuple_while_tracing)
     if packed and hasattr(result, "save_pretrained"):
         vars(result)["save_pretrained"] = refuse_save_pretrained
-    return result, _make_report(model, result, layers, plan, config.execution)
+    return result, _make_report(model, result, layers, plan, config.execution, work.done)
+
+
+def check_data_free(chosen: Mapping[str, LayerConfig]) -> None:
+    """ValueError if a layer has a setting that needs calibration images."""
+    for name, settings in chosen.items():
+        needs = {
+            f"activations={settings.activations!r}": settings.activations == "static",
+            f"rounding={settings.rounding!r}": settings.rounding not in ("auto", "nearest"),
+            f"bias_correction={settings.bias_correction!r}": settings.bias_correction is not False,
+        }
+        for setting, needed in needs.items():
+            if needed:
+                raise ValueError(f"{name}: {setting} needs images; call quantize_model(model, calibration=images)")
+
+
+def stages(names: list[str]) -> list[list[str]]:
+    """The layers in the order of a forward pass, one list per encoder block and one for what is outside of them."""
+    blocks = dict.fromkeys(block_of(name) for name in names)
+    return [[n for n in names if block_of(n) == block] for block in sorted(blocks, key=lambda b: b is None)]
+
+
+class _Conversion:
+    """One model on its way to be quantized: ``result`` has the layers of the stages that are done already swapped."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        result: nn.Module,
+        config: QuantizationConfig,
+        chosen: dict[str, LayerConfig],
+        pixel_values: Tensor | None,
+    ):
+        self.result, self.config, self.chosen = result, config, chosen
+        self.layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in chosen}
+        self.done: dict[str, dict[str, Any]] = {}
+        uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+        self.shared = {name for name, layer in self.layers.items() if uses[id(layer.weight)] > 1}
+        self.before: dict[tuple[int, LayerConfig], PackedLinear] = {}
+        self.stream: Stream | None = None
+        if pixel_values is not None:
+            blocks = list(dict.fromkeys(block for name, _ in model.named_modules() if (block := block_of(f"{name}.x"))))
+            self.weights = token_weights(model, pixel_values, list(chosen), config.seed)
+            self.stream = Stream(model, result, pixel_values, blocks)
+
+    def quantize_stage(self, names: list[str]) -> Iterator[list[str]]:
+        """Quantize the layers of one block (or those outside), group by group of layers that read the same tensor."""
+        block = block_of(names[0])
+        for name in names:
+            self._materialize(name)
+        equalized = {name for name in names if self.config.equalizes(self.chosen[name])} - self.shared
+        factors: dict[str, Tensor] = {}
+        if equalized:
+            factors = self._equalize(block, equalized)
+        if self.stream is not None and block is not None:
+            self.stream.advance_to(block)
+        for group in _groups(names):
+            factor = factors.get(group[0])
+            for name, statistics in zip(group, self._statistics(group, factor), strict=True):
+                self._swap(name, statistics, factors.get(name))
+            yield group
+
+    def _materialize(self, name: str) -> None:
+        """Give the copy its float weight, which deepcopy left out."""
+        linear = cast(nn.Linear, self.result.get_submodule(name))
+        source = self.layers[name].weight
+        if linear.weight.shape != source.shape:
+            linear.weight = nn.Parameter(source.detach().clone(), requires_grad=source.requires_grad)
+
+    def _equalize(self, block: str | None, names: set[str]) -> dict[str, Tensor]:
+        """Rescale a block; the factors by which layers have to multiply their own input, by name."""
+        wired = None
+        if block is not None and not any(block_of(name) == block for name in self.shared):
+            wired = wiring(self.result.get_submodule(block))
+        fed: set[str] = set()
+        if wired is not None:
+            roles = {role_of(name): name for name in names}
+            bits = {role: self.chosen[name].bits for role, name in roles.items() if role is not None}
+            equalize(wired, bits)
+            fed = {name for role, name in roles.items() if role != "fc2"}
+        factors = {}
+        for name in sorted(names - fed):
+            linear = cast(nn.Linear, self.result.get_submodule(name))
+            factor = input_factor(linear.weight, self.chosen[name].bits)
+            with torch.no_grad():
+                linear.weight.div_(factor)
+            factors[name] = factor.detach()
+        return factors
+
+    def _statistics(self, group: list[str], factor: Tensor | None) -> list[Statistics | None]:
+        settings = [self.chosen[name] for name in group]
+        if self.stream is None:
+            return [None] * len(group)
+        inputs = self.stream.inputs(group[0])
+        if factor is not None:
+            inputs = (x * factor for x in inputs)
+        static = [s.activation_bits for s in settings if s.activations == "static"]
+        return list(collect(inputs, [self.weights[name] for name in group], group, static[0] if static else None))
+
+    def _swap(self, name: str, statistics: Statistics | None, factor: Tensor | None) -> None:
+        """Round one layer and put its quantized twin in its place, wherever the model has it."""
+        settings, old = self.chosen[name], cast(nn.Linear, self.result.get_submodule(name))
+        note = None
+        if statistics is not None and settings.activations == "static" and statistics.static_sqnr < MIN_STATIC_SQNR:
+            settings = replace(settings, activations="dynamic")
+            note = f"dynamic instead of static: below {MIN_STATIC_SQNR:.0f} dB with one range for all tokens"
+        rounded = round_weight(old.weight, statistics, settings, settings.rounding, f"{name}.weight")
+        real = weight_to_real(*rounded, settings.group_size, dtype=rounded.scale.dtype)
+        self.done[name] = {
+            "rounding": resolve(settings.rounding, statistics is not None), "activations": settings.activations,
+            "note": note, 
+            **weight_statistics(old.weight.detach(), real, per_tensor=settings.method == "tensor"),
+        }  # fmt: skip
+        bias = old.bias
+        if statistics is not None:
+            error = (old.weight.detach() - real).to(statistics.mean.dtype)
+            self.done[name]["output_sqnr"] = decibels(
+                _energy(old.weight.detach().to(error.dtype), statistics), _energy(error, statistics)
+            )
+            if settings.bias_correction and (bias is not None or settings.bias_correction == "add"):
+                correction = (error @ statistics.mean).to(old.weight.dtype)
+                bias = nn.Parameter(correction if bias is None else bias.detach() + correction)
+        static = statistics is not None and settings.activations == "static"
+        span = (statistics.low, statistics.high) if static and statistics is not None else None
+        if self.config.execution == "packed":
+            new: nn.Module = self._pack(name, rounded, bias, settings, span, factor)
+        else:
+            new = _emulate(old, rounded, bias, settings, name, span, factor)
+        carry_hooks(old, new)
+        for alias in _names_of(self.result, old):
+            self.result.set_submodule(alias, new)
+
+    def _pack(
+        self,
+        name: str,
+        rounded: Rounded,
+        bias: Tensor | None,
+        settings: LayerConfig,
+        span: tuple[float, float] | None,
+        factor: Tensor | None,
+    ) -> PackedLinear:
+        """The packed layer; a weight that layers share stays shared, with the integers of the first of them."""
+        layer = PackedLinear.from_integers(*rounded, bias, settings, name, span, factor).train(
+            self.layers[name].training
+        )
+        layer.shares_input = reads_shared_input(name)
+        first = self.before.setdefault((id(self.layers[name].weight), settings), layer)
+        layer.weight_codes, layer.scale, layer.zero_point = first.weight_codes, first.scale, first.zero_point
+        return layer
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -70,7 +235,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         if not isinstance(old, PackedLinear | EmulatedLinear):
             continue
         dtype = next((p.dtype for p in result.parameters() if p.is_floating_point()), torch.float32)
-        weight = old.dequantize() if isinstance(old, PackedLinear) else old.quantized_weight()
+        weight = old.dequantize() if isinstance(old, PackedLinear) else _effective_weight(old)
         new = nn.Linear(old.in_features, old.out_features, old.bias is not None, device="meta")
         shared = id(old.weight_codes if isinstance(old, PackedLinear) else old.weight)
         new.weight = plain.setdefault(shared, nn.Parameter(weight.detach().to(dtype)))
@@ -84,24 +249,48 @@ def dequantize(model: nn.Module) -> nn.Module:
     return result
 
 
-def _pack(
-    linear: nn.Module, settings: LayerConfig, name: str, before: dict[tuple[int, LayerConfig], PackedLinear]
-) -> PackedLinear:
-    """The packed layer for a Linear of the float model; a weight that layers share stays shared."""
-    assert isinstance(linear, nn.Linear)
-    layer = PackedLinear.from_float(linear, settings, name)
-    layer.shares_input = reads_shared_input(name)
-    first = before.setdefault((id(linear.weight), settings), layer)
-    layer.weight_codes, layer.scale, layer.zero_point = first.weight_codes, first.scale, first.zero_point
+def _emulate(
+    linear: nn.Linear,
+    rounded: Rounded,
+    bias: Tensor | None,
+    settings: LayerConfig,
+    name: str,
+    span: tuple[float, float] | None,
+    factor: Tensor | None,
+) -> EmulatedLinear:
+    """The trainable layer with the parameters of a Linear of the copy, on the grid that rounding chose."""
+    linear.bias = cast(nn.Parameter, bias)
+    layer = EmulatedLinear.from_linear(
+        linear, settings.bits, settings.method, settings.group_size, settings.symmetric, settings.activations, name,
+        activation_bits=settings.activation_bits, input_range=span, input_factor=factor,
+    )  # fmt: skip
+    layer.scale, layer.zero_point = rounded.scale, rounded.zero_point
+    if not torch.equal(layer.integers(), rounded.integers):
+        with torch.no_grad():
+            layer.weight.copy_(weight_to_real(*rounded, settings.group_size))
     return layer
 
 
-def _emulate(linear: nn.Module, settings: LayerConfig, name: str) -> EmulatedLinear:
-    """The trainable layer with the parameters of a Linear of the copy."""
-    assert isinstance(linear, nn.Linear)
-    return EmulatedLinear.from_linear(
-        linear, settings.bits, settings.method, settings.group_size, settings.symmetric, settings.activations, name
-    )
+def _effective_weight(layer: EmulatedLinear) -> Tensor:
+    """What the layer multiplies its input by: the weight on its grid, the input factor included."""
+    weight = layer.quantized_weight()
+    return weight if layer.input_factor is None else weight * layer.input_factor.to(weight.dtype)
+
+
+def _groups(names: list[str]) -> list[list[str]]:
+    """The layers of a stage, those that read one tensor together."""
+    groups: list[list[str]] = []
+    for name in names:
+        if groups and reads_shared_input(name) and reads_shared_input(groups[-1][0]):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def _energy(weight: Tensor, statistics: Statistics) -> float:
+    """tr(W H W^T): the mean squared norm of what the layer makes of its inputs."""
+    return float(((weight @ statistics.second_moment) * weight).sum())
 
 
 def _without_weights(model: nn.Module, chosen: list[nn.Module]) -> dict[int, Any]:
@@ -199,15 +388,16 @@ def _make_report(
     layers: dict[str, nn.Module],
     plan: dict[str, LayerConfig | str],
     execution: str,
+    done: Mapping[str, Mapping[str, Any]],
 ) -> QuantizationReport:
     records = []
     for name, decision in plan.items():
-        linear, done = layers[name], result.get_submodule(name)
+        linear, now = layers[name], result.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         record = LayerReport(name, component_of(name), (linear.out_features, linear.in_features), _bytes(linear), 0)
-        record = replace(record, bytes_after=_bytes(done))
+        record = replace(record, bytes_after=_bytes(now))
         if isinstance(decision, LayerConfig):
-            records.append(replace(record, bits=decision.bits, method=decision.method))
+            records.append(replace(record, bits=decision.bits, method=decision.method, **done[name]))
         else:
             records.append(replace(record, skipped=decision))
     return QuantizationReport(tuple(records), _bytes(model), _bytes(result), execution)

@@ -272,3 +272,64 @@ def test_neighbours_in_the_batch_do_not_matter(tiny_vit, pixels):
     assert torch.allclose(together, alone, atol=1e-4)
     assert torch.allclose(next_to_loud, alone, atol=1e-4)
     assert torch.equal(next_to_loud.argmax(-1), alone.argmax(-1))
+
+
+# Calibration images and mixed widths.
+
+
+@pytest.fixture
+def images():
+    return torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(6))
+
+
+@pytest.mark.filterwarnings("error")
+def test_calibration_takes_what_users_have(tiny_vit, images):
+    quantizer = ViTQuantizer(bits=4, method="channel")
+    models = [quantizer.quantize_model(tiny_vit, calibration=data) for data in (images, list(images))]
+    one, other = (model.state_dict() for model in models)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    plain = quantizer.quantize_model(tiny_vit)
+    errors = [compare_models(tiny_vit, m, images).mse_loss for m in (models[0], plain)]
+    assert errors[0] < errors[1]
+
+
+def test_few_images_are_used_with_a_warning_and_none_are_refused(tiny_vit, images):
+    with pytest.warns(UserWarning, match="128"):
+        ViTQuantizer(bits=4).quantize_model(tiny_vit, calibration=images[:4])
+    with pytest.raises(ValueError, match="pictures, not"):
+        ViTQuantizer(bits=4).quantize_model(tiny_vit, calibration=["cat", "dog"])
+
+
+def test_a_calibrated_state_dict_loads_into_a_model_that_was_not(tiny_vit, images):
+    quantizer = ViTQuantizer(bits=4, method="tensor")
+    calibrated = quantizer.quantize_model(tiny_vit, calibration=images)
+    other = quantizer.quantize_model(fresh(tiny_vit))
+    other.load_state_dict(calibrated.state_dict())
+    assert compare_models(calibrated, other, images) == (0, 0, 1)
+
+
+def test_bits_are_assigned_within_the_budget(tiny_vit, images):
+    quantizer = ViTQuantizer(method="channel", activations=None)
+    assignment = quantizer.assign_bits(tiny_vit, images, average_bits=4.5)
+    assert assignment.average_bits <= 4.5
+    mixed = ViTQuantizer(method="channel", activations=None, overrides=assignment.overrides)
+    uniform = ViTQuantizer(bits=4, method="channel", activations=None)
+    errors = [compare_models(tiny_vit, q.quantize_model(tiny_vit), images).mse_loss for q in (mixed, uniform)]
+    assert errors[0] < errors[1]
+    assert {layer.bits for layer in mixed.report.quantized} == set(assignment.bits.values())
+
+
+def test_bits_are_assigned_within_a_drop_of_accuracy(tiny_vit, images):
+    quantizer = ViTQuantizer(method="channel", overrides={"*classifier": {"activations": None}})
+    assignment = quantizer.assign_bits(tiny_vit, images, max_accuracy_drop=10)
+    assert assignment.average_bits < 8
+    mixed = ViTQuantizer(method="channel", overrides=assignment.overrides).quantize_model(tiny_vit, images)
+    assert compare_models(tiny_vit, mixed, images).top_k_match >= 0.8
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"average_bits": 4, "max_accuracy_drop": 1}, {"max_accuracy_drop": -1}], ids=str
+)
+def test_a_budget_is_one_of_two(tiny_vit, images, limits):
+    with pytest.raises(ValueError, match=r"exactly one of|from 0 to 100"):
+        ViTQuantizer().assign_bits(tiny_vit, images, **limits)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fairseq.modules.quantization.scalar import ops
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.convert import convert, dequantize
+from fairseq.quantization.rounding import round_weight
 from fairseq.quantization.vit_layers import component_of, linear_layers
 
 
@@ -24,12 +26,13 @@ def quantized_names(model):
 @pytest.mark.parametrize("method", ops.METHODS)
 def test_weight_only_is_the_float_model_with_emulated_weights(tiny_vit, pixels, bits, method, device):
     tiny_vit.to(device)
-    result, report = convert(tiny_vit, QuantizationConfig(bits=bits, method=method, activations=None))
+    result, report = convert(tiny_vit, QuantizationConfig(bits=bits, method=method, activations=None, equalize=False))
     assert len(report.quantized) == len(quantized_names(result)) == 13
     manual = copy.deepcopy(tiny_vit)
     for layer in linear_layers(manual).values():
         axis = 0 if method == "histogram" else None
-        layer.weight.data = ops.emulate_int(layer.weight, bits, method, axis=axis)[0].detach()
+        searched = "histogram" if method == "tensor" else method
+        layer.weight.data = ops.emulate_int(layer.weight, bits, searched, axis=axis)[0].detach()
     x = pixels.to(device)
     with torch.no_grad():
         assert torch.allclose(result(pixel_values=x).logits, manual(pixel_values=x).logits, atol=1e-5)
@@ -46,7 +49,8 @@ def test_both_executions_hold_the_same_integers_and_give_nearly_the_same_logits(
         one, other = packed.get_submodule(name), emulated.get_submodule(name)
         assert (type(one), type(other)) == (PackedLinear, EmulatedLinear)
         assert torch.equal(one.integers(), other.integers())
-        assert torch.equal(one.dequantize(), other.quantized_weight())
+        assert torch.equal(one.scale, other.scale)
+        assert torch.equal(one.weight_matrix.dequantize(), other.quantized_weight())
     with torch.no_grad():
         got, expected, plain = (m(pixel_values=pixels).logits for m in (packed, emulated, tiny_vit))
     # A value that lies on the edge between two integers may round to either: a fraction of the quantization error.
@@ -205,7 +209,7 @@ def test_a_shared_weight_stays_shared_and_is_counted_once(tiny_vit):
     layers = linear_layers(tiny_vit)
     first, second = (n for n in layers if n.endswith(("fc1", "intermediate.dense")))
     layers[second].weight = layers[first].weight
-    result, report = convert(tiny_vit, QuantizationConfig(bits=4))
+    result, report = convert(tiny_vit, QuantizationConfig(bits=4, equalize=False))
     one, other = result.get_submodule(first), result.get_submodule(second)
     assert one.weight_codes is other.weight_codes
     assert not torch.equal(one.bias, other.bias)
@@ -281,3 +285,131 @@ def test_errors_leave_the_model_alone(tiny_vit):
     tiny_vit.vit.layernorm.bias.data[1] = float("inf")
     fails(tiny_vit, ValueError, "vit.layernorm.bias has 1 NaN or Inf")
     assert quantized_names(tiny_vit) == []
+
+
+# With calibration images.
+
+
+@pytest.fixture
+def images():
+    """Pictures with something in common, 40 of them."""
+    generator = torch.Generator().manual_seed(8)
+    base = torch.randn(6, 3, 16, 16, generator=generator)
+    return torch.einsum("ni,ichw->nchw", torch.randn(40, 6, generator=generator), base)
+
+
+def output_error(model, quantized, x):
+    with torch.no_grad():
+        return (model(pixel_values=x).logits - quantized(pixel_values=x).logits).square().mean().item()
+
+
+@pytest.mark.parametrize("execution", ["packed", "emulated"])
+@pytest.mark.parametrize("settings", [{"method": "tensor"}, {"method": "channel"}, {"method": "histogram"},
+                                      {"method": "channel", "group_size": 32}], ids=str)  # fmt: skip
+def test_calibrated_models_are_closer(tiny_vit, images, settings, execution):
+    config = QuantizationConfig(bits=3, activations=None, execution=execution, **settings)
+    errors = [output_error(tiny_vit, convert(tiny_vit, config, data)[0], images) for data in (None, images[:32])]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_both_executions_hold_the_same_calibrated_integers(tiny_vit, images):
+    for method in ("tensor", "channel"):
+        config = QuantizationConfig(bits=4, method=method, activations=None)
+        packed, _ = convert(tiny_vit, config, images)
+        emulated, _ = convert(tiny_vit, replace(config, execution="emulated"), images)
+        first = quantized_names(packed)[0]  # later layers see inputs that differ in the last digit
+        assert torch.equal(packed.get_submodule(first).integers(), emulated.get_submodule(first).integers())
+        with torch.no_grad():
+            difference = packed(pixel_values=images).logits - emulated(pixel_values=images).logits
+        assert difference.abs().max() < 0.3 * output_error(tiny_vit, packed, images) ** 0.5 + 1e-4
+
+
+def test_static_activations_have_a_calibrated_range(tiny_vit, images):
+    config = QuantizationConfig(bits=8, method="channel", activations="static")
+    result, report = convert(tiny_vit, config, images)
+    by_kind = {layer.name: layer.activations for layer in report.quantized}
+    assert "static" in by_kind.values()
+    for name, kind in by_kind.items():
+        assert (result.get_submodule(name).input_scale is not None) == (kind == "static")
+    assert output_error(tiny_vit, result, images) < 0.01 * tiny_vit(pixel_values=images).logits.var()
+
+
+def test_layers_that_cannot_bear_one_range_stay_dynamic_and_say_so(tiny_vit, images):
+    layer = next(m for n, m in tiny_vit.named_modules() if n.endswith(("layernorm_after",)))
+    with torch.no_grad():
+        layer.weight[0] = 3000  # one channel of a LayerNorm's output dwarfs all others
+    config = QuantizationConfig(bits=8, method="channel", activations="static", activation_bits=4)
+    result, report = convert(tiny_vit, config, images)
+    noted = [layer for layer in report.quantized if layer.note]
+    assert noted
+    assert all(record.activations == "dynamic" for record in noted)
+    assert all(result.get_submodule(record.name).config.activations == "dynamic" for record in noted)
+    assert "dynamic instead of static" in str(report)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"activations": "static"}, {"rounding": "gptq"}, {"bias_correction": True}], ids=str
+)
+def test_what_needs_images_says_so_without_them(tiny_vit, settings):
+    with pytest.raises(ValueError, match=r"needs images; call quantize_model\(model, calibration=images\)"):
+        convert(tiny_vit, QuantizationConfig(**settings))
+
+
+def test_bias_correction_removes_the_mean_error(tiny_vit, images, monkeypatch):
+    monkeypatch.setattr("fairseq.quantization.calibration.UNIFORM_SHARE", 1.0)  # every token counts the same
+    name = next(n for n in linear_layers(tiny_vit) if n.endswith(("fc1", "intermediate.dense")))
+    config = QuantizationConfig(
+        bits=2, method="channel", activations=None, rounding="nearest", overrides={name: {}, "*": {"skip": True}}
+    )
+    seen = []
+    for settings in (False, True):
+        changed = replace(config, overrides={name: {"bias_correction": settings}, "*": {"skip": True}})
+        result, _ = convert(tiny_vit, changed, images)
+        outputs = []
+        for model in (tiny_vit, result):
+            hook = model.get_submodule(name).register_forward_hook(
+                lambda m, a, y, seen=outputs: seen.append(y.detach())
+            )
+            with torch.no_grad():
+                model(pixel_values=images)
+            hook.remove()
+        seen.append((outputs[1] - outputs[0]).mean((0, 1)).square().mean())
+    assert seen[1] < 1e-6 * seen[0]
+
+
+def test_a_bias_is_added_only_if_asked(tiny_vit, images):
+    name = next(n for n in linear_layers(tiny_vit) if n.endswith(("fc1", "intermediate.dense")))
+    tiny_vit.get_submodule(name).bias = None
+    for asked, present in ((True, False), ("add", True)):
+        result, _ = convert(tiny_vit, QuantizationConfig(bits=4, bias_correction=asked), images)
+        assert (result.get_submodule(name).bias is not None) == present
+
+
+def test_an_interrupted_calibration_leaves_the_model_alone(tiny_vit, images, monkeypatch):
+    before = copy.deepcopy(tiny_vit.state_dict())
+    calls = []
+
+    def interrupted(*args, **keywords):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return round_weight(*args, **keywords)
+
+    monkeypatch.setattr("fairseq.quantization.convert.round_weight", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_vit, QuantizationConfig(bits=4), images)
+    assert all(torch.equal(before[key], value) for key, value in tiny_vit.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny_vit.modules())
+
+
+def test_calibration_is_repeatable(tiny_vit, images):
+    one, other = (convert(tiny_vit, QuantizationConfig(bits=4), images)[0].state_dict() for _ in range(2))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_report_knows_the_errors(tiny_vit, images):
+    report = convert(tiny_vit, QuantizationConfig(bits=4), images)[1]
+    for layer in report.quantized:
+        assert layer.rounding == "gptq"
+        assert 5 < layer.weight_sqnr < 40
+        assert layer.output_sqnr > layer.weight_sqnr - 6

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fairseq.modules.quantization.scalar.ops import check_bits, check_method
 from fairseq.modules.quantization.scalar.weights import check_group_size
 
-ACTIVATIONS = ("dynamic", None)
+ACTIVATIONS = ("dynamic", "static", None)
 RESIDENT = ("packed", "unpacked")
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 
@@ -20,13 +20,15 @@ class LinearConfig:
         bits: 2 to 8.
         method: "tensor" (one scale for the weight), "channel" (one per output channel) or "histogram" (one per output
             channel, clipped where the squared error is smallest).
-        activations: "dynamic" (8 bits, one scale per token, computed on the fly; integer products) or None (the weight
-            is dequantized and multiplied in the model's dtype).
+        activations: "dynamic" (one scale per token, computed on the fly; integer products), "static" (one scale and
+            zero point, from a calibrated range; integer products) or None (the weight is dequantized and multiplied in
+            the model's dtype).
         group_size: input channels that share a scale within an output channel, 32 to 128 in steps of 8; None for all.
         symmetric: the weight's zero point is in the middle of the grid.
         resident: "packed" keeps the weight's bits in memory and unpacks at each call; "unpacked" keeps a byte each,
             for speed. What is saved is the same.
         backend: "auto", or the kernels that must run: "reference", "cpu" or "cuda".
+        activation_bits: 2 to 8; of the integers that activations become. Their product is one of int8 all the same.
 
     Raises:
         TypeError, ValueError: what came and what is accepted.
@@ -39,6 +41,7 @@ class LinearConfig:
     symmetric: bool = False
     resident: str = "packed"
     backend: str = "auto"
+    activation_bits: int = 8
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -48,6 +51,14 @@ class LinearConfig:
         check_one_of("resident", self.resident, RESIDENT)
         check_one_of("backend", self.backend, BACKENDS)
         check_flag("symmetric", self.symmetric)
+        try:
+            check_bits(self.activation_bits)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"activation_{error}") from None
+        if self.activations is None and self.activation_bits != 8:
+            raise ValueError(
+                f"activations=None rounds no activations and takes no activation_bits={self.activation_bits}"
+            )
 
 
 def check_one_of(name: str, value: object, accepted: tuple[str | None, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,28 +10,44 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import kernels
 from fairseq.modules.quantization.packed.config import LinearConfig
+from fairseq.modules.quantization.packed.input_grid import InputGrid, correction
 from fairseq.modules.quantization.packed.kernels import cpu, functional
 from fairseq.modules.quantization.packed.packing import STORED_BITS
-from fairseq.modules.quantization.packed.weight import PackedWeight, pack_codes, to_codes, unpack_codes
+from fairseq.modules.quantization.packed.weight import (
+    PackedWeight,
+    check_integers,
+    pack_codes,
+    to_codes,
+    unpack_codes,
+)
 from fairseq.modules.quantization.scalar.modules.replace import moved, obstacle
+from fairseq.modules.quantization.scalar.tokens import check_static_state, static_qparams
 from fairseq.modules.quantization.scalar.weights import check_settings, observe_weight, settings_tensor, weight_to_int
 
 MAX_IN_FEATURES = 2**16
-"""Above it a sum of products may not fit int32: 2**16 * 127 * 255 < 2**31."""
+"""Above it a sum of products may not fit int32: 2**16 * 128 * 255 < 2**31."""
 
 
 class PackedLinear(nn.Module):
     """``y = x @ W.T + b``, W = scale * (q - zero_point) held as integers q of ``config.bits`` bits; for inference.
 
-    With ``activations="dynamic"`` each token of x is rounded to 8 bits by its own scale and multiplied in integers;
-    with None the weight is dequantized and multiplied in the dtype of x. The output has the dtype of x.
+    With ``activations="dynamic"`` each token of x is rounded by its own scale and multiplied in integers; with "static"
+    by one fixed scale and zero point, and what is outside of their range saturates; with None the weight is dequantized
+    and multiplied in the dtype of x. The output has the dtype of x. A NaN makes the outputs of its token NaN, and an
+    Inf makes them NaN or Inf unless it saturates.
 
-    Buffers, all of them in the state dict:
+    Buffers, in the state dict:
         weight_codes: the packed integers, uint8 (out_features, bytes per row).
         scale: float32 (float64 if made from a float64 layer), (1,), (out_features,) or (out_features, groups).
         zero_point: uint8, the shape of ``scale``.
         settings: int32 (4,): bits, in_features, group_size (0 for none), 1 if symmetric.
         bias: (out_features,) or None.
+        input_scale: float32 (1,), only if static.
+        input_zero_point: int32 (1,), only if static.
+        input_factor: (in_features,), or None: x is multiplied by it first, and W is the weight divided by it.
+
+    And one that is not, since it follows from the others: input_correction, (out_features,), only if static; see
+    :func:`~fairseq.modules.quantization.packed.input_grid.correction`.
 
     A scale keeps its dtype in ``.half()``. There is no gradient: RuntimeError in the backward pass.
     """
@@ -40,9 +57,21 @@ class PackedLinear(nn.Module):
     zero_point: Tensor
     settings: Tensor
     bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    input_correction: Tensor | None
+    input_factor: Tensor | None
 
     def __init__(
-        self, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, config: LinearConfig, name: str
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        bias: Tensor | None,
+        config: LinearConfig,
+        name: str,
+        input_range: Sequence[float] | None = None,
+        input_factor: Tensor | None = None,
     ):
         super().__init__()
         self.out_features, self.in_features = codes.shape
@@ -56,19 +85,33 @@ class PackedLinear(nn.Module):
         settings = settings_tensor(config.bits, self.in_features, config.group_size, config.symmetric)
         self.register_buffer("settings", settings.to(codes.device))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        qparams = static_qparams(config.activations, input_range, config.activation_bits, name)
+        for key, value in zip(("input_scale", "input_zero_point"), qparams, strict=True):
+            self.register_buffer(key, None if value is None else value.to(codes.device))
+        self.register_buffer("input_factor", None if input_factor is None else input_factor.detach().clone())
+        self.register_buffer("input_correction", None, persistent=False)
+        self._correct()
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, config: LinearConfig, name: str = "linear") -> PackedLinear:
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        config: LinearConfig,
+        name: str = "linear",
+        input_range: Sequence[float] | None = None,
+    ) -> PackedLinear:
         """Quantize ``linear``, which is not changed; no memory is shared with it.
 
         Args:
             linear: an ``nn.Linear``, its weight finite.
             config: bits, method, activations and so on.
             name: how errors call the layer.
+            input_range: (low, high) of the input, finite, for ``activations="static"`` and only for it; 0 is included.
 
         Raises:
             TypeError: not an nn.Linear.
-            ValueError: the weight is not finite, empty, computed by pruning, or on the meta device.
+            ValueError: the weight is not finite, empty, computed by pruning, or on the meta device; a range is missing,
+                not used, or none.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{name} must be an nn.Linear, got {type(linear).__name__}")
@@ -78,8 +121,42 @@ class PackedLinear(nn.Module):
         scale, zero_point = observe_weight(
             weight, bits, config.method, config.group_size, config.symmetric, f"{name}.weight"
         )
-        codes = to_codes(weight_to_int(weight, scale, zero_point, bits, config.group_size), bits)
-        layer = cls(codes, scale, zero_point, linear.bias, config, name).train(linear.training)
+        q = weight_to_int(weight, scale, zero_point, bits, config.group_size)
+        return cls.from_integers(q, scale, zero_point, linear.bias, config, name, input_range).train(linear.training)
+
+    @classmethod
+    def from_integers(
+        cls,
+        q: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        bias: Tensor | None,
+        config: LinearConfig,
+        name: str = "linear",
+        input_range: Sequence[float] | None = None,
+        input_factor: Tensor | None = None,
+    ) -> PackedLinear:
+        """The layer of a weight that is integers already: W = scale * (q - zero_point). No memory is shared.
+
+        Args:
+            q: uint8 (out, in), at most 2**bits - 1.
+            scale: float32 or float64, > 0, shape (1,) for method "tensor", else (out,), or (out, groups).
+            zero_point: integers in [0, 2**bits - 1], the shape of ``scale``.
+            bias: (out,) or None.
+            config, name, input_range: as for :meth:`from_float`.
+            input_factor: (in,), floating: what the input is multiplied by before anything else; None for 1.
+
+        Raises:
+            TypeError, ValueError: what came and what is accepted.
+        """
+        check_integers(q, scale, zero_point, config, name)
+        if bias is not None and bias.shape != (len(q),):
+            raise ValueError(f"the bias of {name} must have the shape ({len(q)},), got {tuple(bias.shape)}")
+        if input_factor is not None and input_factor.shape != q.shape[1:]:
+            shape = tuple(input_factor.shape)
+            raise ValueError(f"input_factor of {name} must have the shape ({q.shape[1]},), got {shape}")
+        codes = to_codes(q.clone(memory_format=torch.contiguous_format), config.bits)
+        layer = cls(codes, scale.detach().clone(), zero_point.clone(), bias, config, name, input_range, input_factor)
         kernels.choose(codes.device, config.backend)  # a backend that cannot run is found out here
         return layer
 
@@ -93,6 +170,14 @@ class PackedLinear(nn.Module):
         )  # fmt: skip
 
     @property
+    def input_grid(self) -> InputGrid:
+        """How the input becomes integers, for a kernel."""
+        bits = self.config.activation_bits
+        if self.config.activations != "static":
+            return InputGrid(bits)
+        return InputGrid(bits, self.input_scale, self.input_zero_point, self.input_correction)
+
+    @property
     def backend(self) -> str:
         """The kernels that run this layer where it is now: "reference", "cpu" or "cuda"."""
         return kernels.choose(self.scale.device, self.config.backend).name
@@ -102,8 +187,9 @@ class PackedLinear(nn.Module):
         return self.weight_matrix.integers()
 
     def dequantize(self) -> Tensor:
-        """The weight as real numbers, (out_features, in_features), in the dtype of ``scale``."""
-        return self.weight_matrix.dequantize()
+        """The weight as real numbers, input factor included: (out_features, in_features), in the dtype of ``scale``."""
+        weight = self.weight_matrix.dequantize()
+        return weight if self.input_factor is None else weight * self.input_factor.to(weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features), floating -> (..., out_features), the same dtype."""
@@ -121,13 +207,15 @@ class PackedLinear(nn.Module):
 
     def _run(self, input: Tensor) -> Tensor:
         chosen = kernels.choose(self.scale.device, self.config.backend)
+        if self.input_factor is not None:
+            input = input * self.input_factor.to(input.dtype)
         rows = input.reshape(-1, self.in_features)  # (M, in)
         if self.config.activations is None:
             y = chosen.weight_only(rows, self.weight_matrix, self.bias)
-        elif chosen.name == "cpu" and self.shares_input and not self._forward_pre_hooks:
-            y = cpu.dynamic(rows, self.weight_matrix, self.bias, cpu.Source(input, id(self)))
+        elif chosen.name == "cpu" and self.shares_input and self.input_factor is None and not self._forward_pre_hooks:
+            y = cpu.integer(rows, self.weight_matrix, self.bias, self.input_grid, cpu.Source(input, id(self)))
         else:
-            y = chosen.dynamic(rows, self.weight_matrix, self.bias)
+            y = chosen.integer(rows, self.weight_matrix, self.bias, self.input_grid)
         return y.reshape(*input.shape[:-1], self.out_features)
 
     @property
@@ -135,10 +223,17 @@ class PackedLinear(nn.Module):
         """Whether each code takes a byte in memory."""
         return STORED_BITS[self.config.bits] == 8 or self.config.resident == "unpacked"
 
+    def _correct(self) -> None:
+        """Set ``input_correction`` from the other buffers as they are now."""
+        if self.input_scale is not None and self.input_zero_point is not None:
+            self.input_correction = correction(self.weight_matrix, self.input_scale, self.input_zero_point)
+
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        kept = self.scale
+        kept = {name: self._buffers.get(name) for name in ("scale", "input_scale", "input_correction")}
         super()._apply(fn, recurse)
-        self.scale = moved(kept, self.scale.device)
+        for name, buffer in kept.items():
+            if buffer is not None:
+                setattr(self, name, moved(buffer, getattr(self, name).device))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -155,17 +250,21 @@ class PackedLinear(nn.Module):
                 f"{self.name} is packed. Load it into such a model, then quantize that"
             )
         check_settings(saved["settings"], own["settings"], prefix[:-1] or self.name)
+        check_static_state(state_dict, prefix, self.config.activations == "static", self.name)
         if self._bytewise and saved["weight_codes"] is not None:
             packed = saved["weight_codes"]
             if packed.shape == own["weight_codes"].shape:  # else the error that every module gives for a shape
                 codes = unpack_codes(packed, self.config.bits, self.in_features)
                 state_dict = {**state_dict, prefix + "weight_codes": codes}
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._correct()
 
     def extra_repr(self) -> str:
         config = self.config
         parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
         parts.append(f"bits={config.bits}, method={config.method}, activations={config.activations}")
+        if config.activation_bits != 8:
+            parts.append(f"activation_bits={config.activation_bits}")
         if config.group_size is not None:
             parts.append(f"group_size={config.group_size}")
         if config.symmetric:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.packed.packing import pack, unpack
 from fairseq.modules.quantization.scalar.weights import weight_to_real
 
@@ -63,6 +64,43 @@ class PackedWeight(NamedTuple):
         """(first, past the last) column of each group."""
         step = self.group_size or max(self.in_features, 1)
         return [(start, min(start + step, self.in_features)) for start in range(0, self.in_features, step)]
+
+
+def check_integers(q: Tensor, scale: Tensor, zero_point: Tensor, config: LinearConfig, name: str) -> None:
+    """Raise unless these are a weight's integers, scale and zero point as ``config`` says; shapes: see PackedWeight.
+
+    Raises:
+        TypeError: q is not uint8, the scale not float32 or float64, or the zero point not of integers.
+        ValueError: the shapes do not fit, an integer is out of range, or a scale is not positive and finite.
+    """
+    if q.dtype != torch.uint8:
+        raise TypeError(f"the integers of {name} must be uint8, got {q.dtype}")
+    if scale.dtype not in (torch.float32, torch.float64) or zero_point.is_floating_point():
+        raise TypeError(
+            f"{name} needs a scale of float32 or float64 and a zero point of integers, "
+            f"got {scale.dtype} and {zero_point.dtype}"
+        )
+    if q.ndim != 2 or q.numel() == 0:
+        raise ValueError(f"the integers of {name} must have the shape (out, in), not empty; got {tuple(q.shape)}")
+    outputs, inputs = q.shape
+    expected: tuple[int, ...] = (1,) if config.method == "tensor" else (outputs,)
+    if config.group_size is not None:
+        expected = (outputs, -(-inputs // config.group_size))
+    if scale.shape != expected or zero_point.shape != expected:
+        raise ValueError(
+            f"{name} needs a scale and a zero point of shape {expected} for method {config.method!r} and "
+            f"group_size {config.group_size}, got {tuple(scale.shape)} and {tuple(zero_point.shape)}"
+        )
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(f"the scale of {name} must be positive and finite")
+    largest = 2**config.bits - 1
+    if int(q.max()) > largest or int(zero_point.min()) < 0 or int(zero_point.max()) > largest:
+        raise ValueError(
+            f"{config.bits}-bit integers and zero points are from 0 to {largest}; in {name} they reach {int(q.max())}, "
+            f"and {int(zero_point.min())} to {int(zero_point.max())}"
+        )
+    if config.symmetric and not bool((zero_point == 2 ** (config.bits - 1)).all()):
+        raise ValueError(f"{name} is symmetric, so that its zero point must be {2 ** (config.bits - 1)} everywhere")
 
 
 def code_offset(bits: int) -> int:

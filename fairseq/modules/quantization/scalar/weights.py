@@ -40,8 +40,8 @@ def observe_weight(
     Args:
         w: (out, in), finite, floating.
         bits: 2 to 8.
-        method: "tensor" (one scale), "channel" (one per output channel) or "histogram" (one per output channel, the
-            clip with the smallest squared error).
+        method: "tensor" (one scale, the clip with the smallest squared error), "channel" (one per output channel, from
+            its minimum and maximum) or "histogram" (one per output channel, the clip with the smallest squared error).
         group_size: input channels that share a scale, within each output channel; None for all of them. The last
             group may be shorter.
         symmetric: the zero point is 2**(bits - 1).
@@ -53,9 +53,9 @@ def observe_weight(
     """
     ops.check_tensor(w, name)
     rows = w.detach() if check_group_size(group_size, method) is None else split_groups(w.detach(), group_size)
-    scale, zero_point = ops.observe(
-        rows, bits, method, 0 if method == "histogram" else None, name=name, symmetric=symmetric
-    )
+    axis = None if method == "tensor" else 0
+    searched = "histogram" if method == "tensor" else method  # one range for a layer is never its minimum and maximum
+    scale, zero_point = ops.observe(rows, bits, searched, axis, name=name, symmetric=symmetric)
     shape = (len(w), -1) if group_size is not None else (-1,)
     return scale.reshape(shape), zero_point.reshape(shape)
 

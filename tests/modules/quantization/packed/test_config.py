@@ -10,7 +10,7 @@ from fairseq.modules.quantization.packed.config import LinearConfig
 def test_defaults():
     assert dataclasses.asdict(LinearConfig()) == {
         "bits": 8, "method": "tensor", "activations": "dynamic", "group_size": None, "symmetric": False,
-        "resident": "packed", "backend": "auto",
+        "resident": "packed", "backend": "auto", "activation_bits": 8,
     }  # fmt: skip
 
 
@@ -32,6 +32,8 @@ def test_equal_settings_make_equal_configs():
         *({"method": method} for method in ("tensor", "channel", "histogram")),
         *({"method": method, "group_size": size} for method in ("channel", "histogram") for size in (32, 40, 128)),
         {"activations": None},
+        {"activations": "static"},
+        *({"activations": kind, "activation_bits": bits} for kind in ("dynamic", "static") for bits in range(2, 9)),
         {"symmetric": True},
         {"resident": "unpacked"},
         *({"backend": backend} for backend in ("auto", "reference", "cpu", "cuda")),
@@ -62,8 +64,17 @@ ONE_OF = r"{} must be one of {}; got {}$"
         ({"method": "channel", "group_size": 0}, ValueError, "from 32 to 128 in steps of 8, got 0$"),
         ({"method": "channel", "group_size": 32.0}, TypeError, "None or an int from 32 to 128, got 32.0$"),
         ({"method": "channel", "group_size": True}, TypeError, "None or an int from 32 to 128, got True$"),
-        ({"activations": "static"}, ValueError, ONE_OF.format("activations", "'dynamic', None", "'static'")),
-        ({"activations": 8}, ValueError, ONE_OF.format("activations", "'dynamic', None", "8")),
+        ({"activations": "int8"}, ValueError, ONE_OF.format("activations", "'dynamic', 'static', None", "'int8'")),
+        ({"activations": 8}, ValueError, ONE_OF.format("activations", "'dynamic', 'static', None", "8")),
+        ({"activation_bits": 1}, ValueError, "^activation_bits must be from 2 to 8, got 1$"),
+        ({"activation_bits": 9}, ValueError, "^activation_bits must be from 2 to 8, got 9$"),
+        ({"activation_bits": 4.0}, TypeError, r"^activation_bits must be an int from 2 to 8, got 4.0 \(float\)$"),
+        ({"activation_bits": True}, TypeError, "^activation_bits must be an int from 2 to 8, got True"),
+        (
+            {"activations": None, "activation_bits": 4},
+            ValueError,
+            "activations=None rounds no activations and takes no activation_bits=4$",
+        ),
         ({"activations": ["dynamic"]}, ValueError, r"activations must be .*; got \['dynamic'\]$"),
         ({"resident": "float"}, ValueError, ONE_OF.format("resident", "'packed', 'unpacked'", "'float'")),
         ({"resident": None}, ValueError, ONE_OF.format("resident", "'packed', 'unpacked'", "None")),

@@ -3,6 +3,7 @@
 import concurrent.futures
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -19,6 +20,8 @@ from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 OUT, IN = 21, 75
 GRIDS = [("tensor", None), ("channel", None), ("channel", 32), ("histogram", None), ("histogram", 40)]
 EPS = torch.finfo(torch.float32).eps
+RANGE = (-1.7, 3.2)
+INPUTS = [("dynamic", 8), ("dynamic", 4), ("static", 8), ("static", 5), (None, 8)]
 
 
 def float_linear(inputs=IN, outputs=OUT, bias=True, seed=0, dtype=torch.float32):
@@ -28,8 +31,10 @@ def float_linear(inputs=IN, outputs=OUT, bias=True, seed=0, dtype=torch.float32)
 
 def make(bits=8, method="channel", activations="dynamic", group_size=None, symmetric=False, **more):
     resident, backend = more.pop("resident", "packed"), more.pop("backend", "auto")
-    config = LinearConfig(bits, method, activations, group_size, symmetric, resident, backend)
-    return PackedLinear.from_float(float_linear(**more), config, "encoder.query")
+    activation_bits = more.pop("activation_bits", 8)
+    input_range = more.pop("input_range", RANGE if activations == "static" else None)
+    config = LinearConfig(bits, method, activations, group_size, symmetric, resident, backend, activation_bits)
+    return PackedLinear.from_float(float_linear(**more), config, "encoder.query", input_range)
 
 
 def tokens(*shape, seed=1, dtype=torch.float32):
@@ -39,13 +44,17 @@ def tokens(*shape, seed=1, dtype=torch.float32):
 def formula(layer, x):
     """(y, T) in float64: the output, and the sum of the absolute terms that it is made of."""
     x, bias = x.to(layer.scale.dtype), 0 if layer.bias is None else layer.bias.double()
-    scale = 1
+    scale, zero_point, bits = 1, 0, layer.config.activation_bits
     if layer.config.activations == "dynamic":
-        scale = x.abs().amax(-1, keepdim=True) * (1 / 127)
+        scale = x.abs().amax(-1, keepdim=True) * (1 / (2 ** (bits - 1) - 1))
         x, scale = (x / scale).round(), scale.double()
+    elif layer.config.activations == "static":
+        zero_point = layer.input_zero_point
+        x = ((x / layer.input_scale).round() + zero_point).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        scale = layer.input_scale.double()
     w = layer.dequantize().double()
-    magnitudes = (x.double().abs() * scale) @ w.abs().T + abs(bias)
-    return (x.double() * scale) @ w.T + bias, magnitudes
+    magnitudes = (x.double().abs() * scale) @ w.abs().T + abs(scale * zero_point * w.sum(-1)) + abs(bias)
+    return ((x.double() - zero_point) * scale) @ w.T + bias, magnitudes
 
 
 def is_close(got, layer, x, roundings=12):
@@ -59,12 +68,14 @@ def is_close(got, layer, x, roundings=12):
 # Numbers.
 
 
-@pytest.mark.parametrize("activations", ["dynamic", None])
+@pytest.mark.parametrize(("activations", "activation_bits"), INPUTS)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("method", "group_size"), GRIDS)
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_output_and_integers_are_those_of_the_formula(bits, method, group_size, symmetric, activations, device):
-    layer = make(bits, method, activations, group_size, symmetric).to(device)
+def test_output_and_integers_are_those_of_the_formula(
+    bits, method, group_size, symmetric, activations, activation_bits, device
+):
+    layer = make(bits, method, activations, group_size, symmetric, activation_bits=activation_bits).to(device)
     w = float_linear().weight.detach()
     scale, zero_point = weights.observe_weight(w, bits, method, group_size, symmetric)
     integers = weights.weight_to_int(w, scale, zero_point, bits, group_size)
@@ -75,12 +86,12 @@ def test_output_and_integers_are_those_of_the_formula(bits, method, group_size, 
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("activations", ["dynamic", None])
+@pytest.mark.parametrize("activations", ["dynamic", "static", None])
 def test_output_is_close_to_that_of_the_float_layer(bits, activations):
     linear, x = float_linear(), tokens(200, IN)
-    layer = make(bits, activations=activations)
+    layer = make(bits, activations=activations, input_range=(-4, 4) if activations == "static" else None)
     error = (layer(x) - linear(x)).norm() / linear(x).norm()
-    assert error < (0.1 if bits == 4 else 0.01)
+    assert error < (0.1 if bits == 4 else 0.015)
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 5), (7, 33), (13, 1), (1, 9), (129, 2)])
@@ -93,7 +104,7 @@ def test_odd_widths(inputs, outputs, bits, bias):
 
 
 @pytest.mark.parametrize("shape", [(IN,), (1, IN), (0, IN), (2, 0, IN), (4, IN), (2, 3, IN), (2, 3, 4, IN)], ids=str)
-@pytest.mark.parametrize("activations", ["dynamic", None])
+@pytest.mark.parametrize("activations", ["dynamic", "static", None])
 def test_input_of_any_dimensions(shape, activations):
     layer, x = make(4, activations=activations), tokens(*shape)
     y = layer(x)
@@ -110,7 +121,7 @@ def test_input_of_any_dimensions(shape, activations):
      lambda: tokens(3, IN, 2).transpose(1, 2), lambda: tokens(12, IN)[::2]],
     ids=["transposed", "columns", "expanded", "three", "rows"],
 )  # fmt: skip
-@pytest.mark.parametrize("activations", ["dynamic", None])
+@pytest.mark.parametrize("activations", ["dynamic", "static", None])
 def test_input_that_is_not_contiguous(view, activations):
     layer, x = make(4, activations=activations), view()
     before = x.clone()
@@ -132,6 +143,39 @@ def test_one_nan_or_inf_spoils_its_token_and_no_other(value, dtype, group_size):
     assert not bool(torch.isfinite(y[2]).any())
     others = [0, 1, 3, 4, 5]
     assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_fixed_range_saturates_and_a_nan_spoils_its_token_and_no_other(backend, group_size, dtype):
+    layer, x = make(8, activations="static", group_size=group_size, backend=backend), tokens(6, IN, dtype=dtype)
+    x[:, :2] = torch.tensor(RANGE).to(dtype) * 2
+    clean = layer(x)
+    beyond = x.clone()
+    beyond[:, 0], beyond[:, 1] = -float("inf"), 1e30
+    assert torch.equal(layer(beyond), clean)
+    x[2, 5] = float("nan")
+    y = layer(x)
+    assert bool(y[2].isnan().all())
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("method", "group_size"), GRIDS)
+@pytest.mark.parametrize("activation_bits", [4, 8])
+def test_a_fixed_range_is_the_float_computation_on_the_fake_quantized_input(
+    activation_bits, method, group_size, symmetric
+):
+    layer = make(8, method, "static", group_size, symmetric, activation_bits=activation_bits)
+    x = tokens(50, IN)
+    half = 2 ** (activation_bits - 1)
+    seen = torch.fake_quantize_per_tensor_affine(
+        x, float(layer.input_scale), int(layer.input_zero_point), -half, half - 1
+    )
+    expected = nn.functional.linear(seen.double(), layer.dequantize().double(), layer.bias.double())
+    assert float((layer(x) - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize(("method", "group_size"), GRIDS)
@@ -164,8 +208,9 @@ def test_a_token_near_the_largest_float_stays_finite(method, group_size):
 @pytest.mark.parametrize("bits", [3, 8])
 @pytest.mark.parametrize("group_size", [None, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_token_does_not_depend_on_its_neighbours(bits, group_size, dtype):
-    layer, x = make(bits, group_size=group_size), tokens(40, IN)
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_a_token_does_not_depend_on_its_neighbours(activations, bits, group_size, dtype):
+    layer, x = make(bits, activations=activations, group_size=group_size), tokens(40, IN)
     x[1::2] *= 1e4
     x = x.to(dtype)
     together = layer(x)
@@ -210,16 +255,72 @@ def test_what_cannot_be_packed_is_refused():
         PackedLinear.from_float(nn.Linear(MAX_IN_FEATURES, 1), config, "head")
 
 
+def test_integers_make_the_layer_of_their_weight():
+    for bits, method, group_size, resident in itertools.product(
+        (3, 6, 8), ("tensor", "channel"), (None, 32), ("packed", "unpacked")
+    ):
+        if method == "tensor" and group_size:
+            continue
+        layer = make(bits, method, "static", group_size, resident=resident)
+        q, scale, zero_point, bias = (t.clone() for t in (layer.integers(), layer.scale, layer.zero_point, layer.bias))
+        again = PackedLinear.from_integers(q, scale, zero_point, bias, layer.config, "key", RANGE)
+        x = tokens(4, IN)
+        expected = layer(x)
+        assert torch.equal(again(x), expected)
+        for given in (q, scale, zero_point, bias):
+            given.zero_()
+        assert torch.equal(again(x), expected)  # nothing is shared
+
+
+def test_integers_that_do_not_fit_are_refused():
+    config = LinearConfig(4, "channel")
+    q, scale, zero_point = torch.ones(3, 40, dtype=torch.uint8), torch.ones(3), torch.ones(3, dtype=torch.int32)
+    wrong = [
+        (TypeError, "integers of key must be uint8, got torch.int8", {"q": q.to(torch.int8)}),
+        (TypeError, "scale of float32 or float64 .*got torch.float16", {"scale": scale.half()}),
+        (TypeError, "zero point of integers, got torch.float32 and torch.float32", {"zero_point": scale}),
+        (ValueError, r"integers of key must have the shape \(out, in\), not empty; got \(3, 0\)", {"q": q[:, :0]}),
+        (ValueError, r"integers of key must have the shape \(out, in\), not empty; got \(40,\)", {"q": q[0]}),
+        (ValueError, r"shape \(3,\) for method 'channel' and group_size None, got \(1,\)", {"scale": scale[:1]}),
+        (ValueError, r"group_size None, got \(3,\) and \(3, 1\)", {"zero_point": zero_point[:, None]}),
+        (ValueError, r"shape \(3, 2\) .* group_size 32", {"config": LinearConfig(4, "channel", group_size=32)}),
+        (ValueError, r"shape \(1,\) for method 'tensor'", {"config": LinearConfig(4)}),
+        (ValueError, "scale of key must be positive and finite", {"scale": scale * 0}),
+        (ValueError, "scale of key must be positive and finite", {"scale": scale / 0}),
+        (ValueError, "from 0 to 15; in key they reach 16", {"q": q * 16}),
+        (ValueError, "in key they reach 1, and -1 to -1", {"zero_point": -zero_point}),
+        (ValueError, "key is symmetric, .* must be 8", {"config": LinearConfig(4, "channel", symmetric=True)}),
+        (ValueError, r"bias of key must have the shape \(3,\), got \(4,\)", {"bias": torch.zeros(4)}),
+        (ValueError, "key takes an input_range only with", {"input_range": RANGE}),
+        (ValueError, "key has activations='static' and needs", {"config": LinearConfig(4, "channel", "static")}),
+    ]
+    right = {"q": q, "scale": scale, "zero_point": zero_point, "bias": None, "config": config, "name": "key"}
+    assert torch.equal(PackedLinear.from_integers(**right).integers(), q)
+    for error, message, change in wrong:
+        with pytest.raises(error, match=message):
+            PackedLinear.from_integers(**{**right, **change})
+
+
+def test_a_range_that_is_missing_not_used_or_none_is_refused():
+    with pytest.raises(ValueError, match=r"^encoder\.query has activations='static' and needs an input_range"):
+        make(activations="static", input_range=None)
+    with pytest.raises(ValueError, match=r"^encoder\.query takes an input_range only with activations='static'"):
+        make(input_range=RANGE)
+    with pytest.raises(ValueError, match=r"^the input_range of encoder\.query must be .* got \(1, -1\)"):
+        make(activations="static", input_range=(1, -1))
+
+
 def test_the_widest_layer_has_exact_sums():
-    """The largest sum of products, 65535 * 127 * 255, just fits int32."""
+    """The largest sums of products, 65535 * 127 * 255 and for a fixed range 65535 * 128 * 255, just fit int32."""
     width = MAX_IN_FEATURES - 1
     linear = nn.Linear(width, 2, bias=False)
     with torch.no_grad():
         linear.weight.fill_(1)
         linear.weight[1] = -1
-    for backend in ("cpu", "reference"):
-        layer = PackedLinear.from_float(linear, LinearConfig(8, "channel", backend=backend))
-        x = torch.ones(2, width)
+    for backend, activations in itertools.product(("cpu", "reference"), ("dynamic", "static")):
+        config = LinearConfig(8, "channel", activations, backend=backend)
+        layer = PackedLinear.from_float(linear, config, input_range=(-1, 0) if activations == "static" else None)
+        x = -torch.ones(2, width)  # -128 if static
         assert torch.allclose(layer(x), linear(x), rtol=1e-5)
         assert is_close(layer(x), layer, x)
 
@@ -227,18 +328,20 @@ def test_the_widest_layer_has_exact_sums():
 # Memory.
 
 
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
 @pytest.mark.parametrize("resident", ["packed", "unpacked"])
 @pytest.mark.parametrize(
     ("method", "group_size", "scales"), [("tensor", None, 1), ("channel", None, OUT), ("channel", 32, 3 * OUT)]
 )
 @pytest.mark.parametrize(("bits", "row"), [(2, 19), (3, 19 + 10), (4, 38), (8, 75)])
-def test_memory_is_that_of_the_integers(bits, row, method, group_size, scales, resident):
-    layer = make(bits, method, group_size=group_size, resident=resident)
+def test_memory_is_that_of_the_integers(bits, row, method, group_size, scales, resident, activations):
+    layer = make(bits, method, activations, group_size, resident=resident)
     row = row if resident == "packed" else IN
     assert list(layer.parameters()) == []
     sizes = {name: buffer.nbytes for name, buffer in layer.named_buffers()}
+    static = {"input_scale": 4, "input_zero_point": 4, "input_correction": 4 * OUT} if activations == "static" else {}
     assert sizes == {
-        "weight_codes": OUT * row, "scale": 4 * scales, "zero_point": scales, "settings": 16, "bias": 4 * OUT
+        "weight_codes": OUT * row, "scale": 4 * scales, "zero_point": scales, "settings": 16, "bias": 4 * OUT, **static
     }  # fmt: skip
     held = {name for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
     assert held == set()  # nothing beside the buffers
@@ -271,6 +374,8 @@ def test_repr_says_what_it_is():
     for part in ("in_features=75, out_features=21, bias=True", "bits=4", "group_size=32", "symmetric"):
         assert part in shown
     assert "backend" not in shown
+    assert "activation_bits" not in shown
+    assert "activations=static, activation_bits=6" in repr(make(4, activations="static", activation_bits=6))
     assert "backend=reference" in repr(make(4, backend="reference"))
 
 
@@ -295,12 +400,45 @@ def test_state_dict_round_trip(bits, group_size, residents):
     assert [b.dtype for b in fresh.buffers()] == [b.dtype for b in make(bits, resident=residents[1]).buffers()]
 
 
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
 @pytest.mark.parametrize("resident", ["packed", "unpacked"])
 @pytest.mark.parametrize("bits", [3, 8])
-def test_state_that_is_assigned(bits, resident):
-    saved, fresh, x = make(bits), make(bits, resident=resident, seed=5), tokens(4, IN)
+def test_state_that_is_assigned(bits, resident, activations):
+    saved, x = make(bits, activations=activations), tokens(4, IN)
+    fresh = make(bits, activations=activations, resident=resident, seed=5)
     fresh.load_state_dict(saved.state_dict(), assign=True)
     assert torch.equal(fresh(x), saved(x))
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_state_dict_round_trip_of_a_fixed_range(bits, group_size):
+    saved = make(bits, activations="static", group_size=group_size)
+    fresh = make(bits, activations="static", group_size=group_size, seed=5, input_range=(-9, 1))
+    state = saved.state_dict()
+    assert list(state) == ["weight_codes", "scale", "zero_point", "settings", "bias", "input_scale", "input_zero_point"]
+    assert [(state[key].dtype, state[key].shape) for key in ("input_scale", "input_zero_point")] == [
+        (torch.float32, (1,)), (torch.int32, (1,))
+    ]  # fmt: skip
+    x = tokens(4, IN)
+    assert not torch.equal(fresh(x), saved(x))
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(x), saved(x))
+
+
+@pytest.mark.parametrize("activations", ["dynamic", None])
+def test_state_of_a_fixed_range_goes_into_no_other_layer_and_the_reverse(activations):
+    static, other = (nn.ModuleDict({"query": make(activations=kind)}) for kind in ("static", activations))
+    with pytest.raises(
+        ValueError,
+        match=r"^query was saved with a fixed input range, but this layer has none; .* activations='static'$",
+    ):
+        other.load_state_dict(static.state_dict())
+    with pytest.raises(
+        ValueError,
+        match=r"^query was saved without a fixed input range, but this layer has one; .* other than 'static'$",
+    ):
+        static.load_state_dict(other.state_dict())
 
 
 OTHERS = [
@@ -346,13 +484,16 @@ def test_a_float_state_dict_is_refused():
             model.load_state_dict(nn.ModuleDict({"query": source}).state_dict())
 
 
-@pytest.mark.parametrize("missing", ["weight_codes", "scale", "zero_point", "settings", "bias"])
+@pytest.mark.parametrize(
+    "missing", ["weight_codes", "scale", "zero_point", "settings", "bias", "input_scale", "input_zero_point"]
+)
 @pytest.mark.parametrize("resident", ["packed", "unpacked"])
 def test_an_incomplete_state_dict_is_refused(missing, resident):
-    state = make(4).state_dict()
+    activations = "static" if missing.startswith("input") else "dynamic"
+    state = make(4, activations=activations).state_dict()
     del state[missing]
     with pytest.raises(RuntimeError, match=f'Missing key.*"{missing}"'):
-        make(4, resident=resident).load_state_dict(state)
+        make(4, activations=activations, resident=resident).load_state_dict(state)
 
 
 @pytest.mark.parametrize("resident", ["packed", "unpacked"])
@@ -372,7 +513,7 @@ def by_state_file(layer):
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
-    other = make(layer.config.bits, resident=layer.config.resident, seed=9)
+    other = make(layer.config.bits, activations=layer.config.activations, resident=layer.config.resident, seed=9)
     other.load_state_dict(torch.load(file, weights_only=True))
     return other
 
@@ -388,8 +529,9 @@ COPIES = {
 @pytest.mark.parametrize("duplicate", COPIES)
 @pytest.mark.parametrize("resident", ["packed", "unpacked"])
 @pytest.mark.parametrize("bits", [3, 8])
-def test_copies_give_the_same_and_share_nothing(duplicate, bits, resident):
-    layer, x = make(bits, resident=resident), tokens(4, IN)
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_copies_give_the_same_and_share_nothing(duplicate, activations, bits, resident):
+    layer, x = make(bits, activations=activations, resident=resident), tokens(4, IN)
     expected = layer(x)
     other = COPIES[duplicate](layer)
     assert torch.equal(other(x), expected)
@@ -402,11 +544,12 @@ def test_copies_give_the_same_and_share_nothing(duplicate, bits, resident):
 # Dtypes.
 
 
-@pytest.mark.parametrize("activations", ["dynamic", None])
+@pytest.mark.parametrize("activations", ["dynamic", "static", None])
 @pytest.mark.parametrize("layer_dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float32], ids=str)
 def test_output_has_the_dtype_of_the_input_and_the_scale_keeps_its_own(layer_dtype, dtype, activations):
     layer = make(8, activations=activations)
+    kept = {name: buffer.clone() for name, buffer in layer.named_buffers() if name != "bias"}
     scale, bias = layer.scale.clone(), layer.bias.clone()
     layer = {torch.float16: layer.half, torch.bfloat16: layer.bfloat16, torch.float64: layer.double}.get(
         layer_dtype, layer.float
@@ -414,6 +557,9 @@ def test_output_has_the_dtype_of_the_input_and_the_scale_keeps_its_own(layer_dty
     assert torch.equal(layer.scale, scale)
     assert layer.scale.dtype == torch.float32
     assert (layer.zero_point.dtype, layer.weight_codes.dtype) == (torch.uint8, torch.int8)
+    for name, buffer in kept.items():
+        assert torch.equal(getattr(layer, name), buffer)
+        assert getattr(layer, name).dtype == buffer.dtype
     assert torch.equal(layer.bias, bias.to(layer_dtype))
     x = tokens(5, IN, dtype=dtype)
     y = layer(x)
@@ -428,10 +574,9 @@ def test_to_a_dtype_keeps_the_scale():
     assert layer.scale.dtype == torch.float32
 
 
-@pytest.mark.parametrize("activations", ["dynamic", None])
+@pytest.mark.parametrize("activations", ["dynamic", "static", None])
 def test_a_float64_layer_computes_in_float64(activations):
-    linear = float_linear(dtype=torch.float64)
-    layer, x = PackedLinear.from_float(linear, LinearConfig(8, "channel", activations)), tokens(5, IN).double()
+    layer, x = make(8, activations=activations, dtype=torch.float64), tokens(5, IN).double()
     assert layer.scale.dtype == torch.float64
     expected, terms = formula(layer, x)
     assert bool(((layer(x) - expected).abs() <= 100 * torch.finfo(torch.float64).eps * terms).all())
@@ -448,7 +593,7 @@ def test_autocast_gives_every_layer_one_dtype(group_size):
 # Gradients.
 
 
-@pytest.mark.parametrize("activations", ["dynamic", None])
+@pytest.mark.parametrize("activations", ["dynamic", "static", None])
 def test_forward_takes_an_input_that_requires_grad_and_backward_says_what_to_do(activations):
     layer, x = make(4, activations=activations), tokens(3, IN)
     expected = layer(x)
@@ -512,10 +657,10 @@ def test_eight_threads_at_once_with_a_shared_input(one_tensor):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:FutureWarning")
-@pytest.mark.parametrize("activations", ["dynamic", None])
+@pytest.mark.parametrize(("activations", "activation_bits"), INPUTS)
 @pytest.mark.parametrize(("bits", "group_size"), [(3, None), (4, 32), (8, None)])
-def test_trace_gives_the_same_for_other_batch_sizes(bits, group_size, activations):
-    layer = make(bits, "channel", activations, group_size).eval()
+def test_trace_gives_the_same_for_other_batch_sizes(bits, group_size, activations, activation_bits):
+    layer = make(bits, "channel", activations, group_size, activation_bits=activation_bits).eval()
     traced = torch.jit.trace(layer, tokens(2, 5, IN))
     for x in (tokens(2, 5, IN), tokens(7, 5, IN, seed=4), tokens(1, 1, IN, seed=5)):
         assert traced(x).shape == layer(x).shape
@@ -533,7 +678,13 @@ def clean_compiler():
 @pytest.mark.usefixtures("clean_compiler")
 @pytest.mark.parametrize(
     ("bits", "group_size", "activations", "shares_input"),
-    [(3, None, "dynamic", False), (4, 32, "dynamic", True), (8, None, None, False)],
+    [
+        (3, None, "dynamic", False),
+        (4, 32, "dynamic", True),
+        (8, None, None, False),
+        (8, None, "static", True),
+        (4, 32, "static", False),
+    ],
 )
 def test_compiled_without_a_break_gives_the_same(bits, group_size, activations, shares_input):
     layer, x = make(bits, "channel", activations, group_size).eval(), tokens(4, IN)
@@ -555,7 +706,8 @@ def test_compiled_takes_other_batch_sizes():
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "activations"), [(3, None, "dynamic"), (4, 32, "dynamic"), (8, None, None)]
+    ("bits", "group_size", "activations"),
+    [(3, None, "dynamic"), (4, 32, "dynamic"), (8, None, None), (8, None, "static"), (4, 32, "static")],
 )
 def test_exported_with_a_dynamic_batch_gives_the_same(bits, group_size, activations):
     layer = make(bits, "channel", activations, group_size).eval()
@@ -564,3 +716,22 @@ def test_exported_with_a_dynamic_batch_gives_the_same(bits, group_size, activati
     for rows in (4, 9, 33):
         x = tokens(rows, 5, IN, seed=rows)
         assert is_close(exported(x), layer, x)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(("activations", "activation_bits"), INPUTS)
+@pytest.mark.parametrize(("method", "group_size"), [("tensor", None), ("channel", None), ("channel", 32)])
+def test_onnx_gives_the_same(tmp_path, method, group_size, activations, activation_bits):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    layer = make(4, method, activations, group_size, activation_bits=activation_bits).eval()
+    rows, path = torch.export.Dim("rows", min=1, max=512), str(tmp_path / "layer.onnx")
+    torch.onnx.export(
+        layer, (tokens(6, IN),), path, input_names=["x"], dynamic_shapes={"input": {0: rows}}, verbose=False
+    )
+    operators = [node.op_type for node in onnx.load(path).graph.node]
+    assert operators.count("MatMulInteger") == (activations is not None and group_size is None)
+    session = onnxruntime.InferenceSession(path)
+    for rows in (6, 1, 17):
+        x = tokens(rows, IN, seed=rows)
+        (y,) = session.run(None, {"x": x.numpy()})
+        assert is_close(torch.from_numpy(y), layer, x, roundings=IN if group_size else 12)

@@ -1,11 +1,23 @@
 """Activations per token: the integers, how far they are from the numbers, and the gradient that passes through."""
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 from strategies import tensors
 
-from fairseq.modules.quantization.scalar.tokens import LIMIT, fake_quantize_tokens, quantize_tokens, token_scale
+from fairseq.modules.quantization.scalar import ops
+from fairseq.modules.quantization.scalar.tokens import (
+    check_static_state,
+    fake_quantize_tokens,
+    quantize_static,
+    quantize_tokens,
+    static_qparams,
+    token_limit,
+    token_scale,
+)
+
+NAN, INF = float("nan"), float("inf")
 
 
 def compute(x):
@@ -19,28 +31,49 @@ def test_known_answers():
     assert q.tolist() == [[127, -127, 0, 63, -2, 2], [127, 2, -2, 0, 4, 0]]  # half to even
 
 
-@given(x=tensors())
-def test_integers_are_within_127_and_half_a_step_of_the_numbers(x):
+@pytest.mark.parametrize(("bits", "limit"), [(2, 1), (3, 3), (4, 7), (7, 63), (8, 127)])
+def test_limits(bits, limit):
+    assert token_limit(bits) == limit
+    assert quantize_tokens(torch.tensor([5.0, -5.0, 0.0]), bits)[0].tolist() == [limit, -limit, 0]
+
+
+def test_bits_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="bits must be from 2 to 8, got 9"):
+        quantize_tokens(torch.zeros(2, 3), 9)
+
+
+def test_four_bits_are_fifteen_levels_per_token():
+    x = torch.randn(20, 500, generator=torch.Generator().manual_seed(0))
+    scale = x.abs().max(dim=-1, keepdim=True).values / 7
+    got = fake_quantize_tokens(x, 4)
+    assert torch.allclose(got, torch.round(x / scale) * scale, rtol=1e-6, atol=0)
+    assert max(len(row.unique()) for row in got) == 15
+
+
+@given(x=tensors(), bits=st.integers(2, 8))
+def test_integers_are_within_the_limit_and_half_a_step_of_the_numbers(x, bits):
     x = compute(x)
-    q, scale = quantize_tokens(x)
-    assert torch.equal(scale, token_scale(x))
+    q, scale = quantize_tokens(x, bits)
+    assert torch.equal(scale, token_scale(x, bits))
     assert scale.shape == (*x.shape[:-1], 1)
     assert q.dtype == scale.dtype == x.dtype
     assert bool((scale >= torch.finfo(x.dtype).tiny).all())
     assert torch.equal(q, q.round())
-    assert float(q.abs().max()) <= LIMIT
+    assert float(q.abs().max()) <= token_limit(bits)
     # x / scale, up to 127, is itself rounded: 127 eps more than half a step
     error = (x.double() - q.double() * scale.double()).abs()
     assert bool((error <= scale.double() * (0.5 + 127 * torch.finfo(x.dtype).eps)).all())
 
 
-@given(x=tensors())
-def test_a_token_uses_its_whole_range(x):
+@given(x=tensors(), bits=st.integers(2, 8))
+def test_a_token_uses_its_whole_range(x, bits):
     x = compute(x)
-    q, _ = quantize_tokens(x)
+    q, _ = quantize_tokens(x, bits)
     largest = x.abs().amax(-1)
-    normal = largest > LIMIT * 2 * torch.finfo(x.dtype).tiny  # below, the scale ends at the smallest normal number
-    assert bool((q.abs().amax(-1)[normal] == LIMIT).all())
+    normal = (
+        largest > token_limit(bits) * 2 * torch.finfo(x.dtype).tiny
+    )  # below, the scale ends at the smallest normal number
+    assert bool((q.abs().amax(-1)[normal] == token_limit(bits)).all())
 
 
 @given(x=tensors())
@@ -83,10 +116,10 @@ def test_nan_and_inf_stay_in_their_token(value):
     assert torch.equal(scale[[0, 2]], clean[[0, 2]])
 
 
-@given(x=tensors())
-def test_fake_quantization_is_integers_times_scale_in_the_dtype_of_the_input(x):
-    got = fake_quantize_tokens(x)
-    q, scale = quantize_tokens(compute(x))
+@given(x=tensors(), bits=st.sampled_from([4, 8]))
+def test_fake_quantization_is_integers_times_scale_in_the_dtype_of_the_input(x, bits):
+    got = fake_quantize_tokens(x, bits)
+    q, scale = quantize_tokens(compute(x), bits)
     assert got.dtype == x.dtype
     assert torch.equal(got, (q * scale).to(x.dtype))
     assert bool(torch.isfinite(got).all())
@@ -100,3 +133,78 @@ def test_gradient_is_that_of_the_identity(dtype):
     fake_quantize_tokens(x).backward(upstream)
     assert x.grad.dtype == dtype
     assert torch.equal(x.grad, upstream)
+
+
+# With a fixed range.
+
+
+@pytest.mark.parametrize(
+    ("input_range", "bits", "scale", "zero_point"),
+    [
+        ((-1.0, 1.55), 8, 0.01, -28),
+        ((0.0, 2.55), 8, 0.01, -128),
+        ((1.0, 2.55), 8, 0.01, -128),  # 0 is included
+        ((-2.55, -1.0), 8, 0.01, 127),
+        ([-8, 7], 4, 1.0, 0),
+        (torch.tensor([-1.0, 2.0]), 2, 1.0, -1),
+    ],
+)
+def test_known_grids(input_range, bits, scale, zero_point):
+    got = static_qparams("static", input_range, bits, "query")
+    assert got[0].tolist() == pytest.approx([scale])
+    assert got[1].tolist() == [zero_point]
+    assert [t.dtype for t in got] == [torch.float32, torch.int32]
+
+
+def test_a_range_without_width_keeps_zero():
+    scale, zero_point = static_qparams("static", (0.0, 0.0), 8, "query")
+    q, _ = quantize_static(torch.zeros(2, 3), scale, zero_point)
+    assert bool((q == zero_point).all())
+
+
+@pytest.mark.parametrize(
+    "input_range", [(NAN, 1.0), (-INF, 1.0), (0.0, 1e300), (2.0, 1.0), (1.0,), (1.0, 2.0, 3.0), 3.0, ()], ids=str
+)
+def test_what_is_no_range_is_refused(input_range):
+    with pytest.raises(ValueError, match=r"the input_range of query must be \(low, high\), finite, low <= high; got"):
+        static_qparams("static", input_range, 8, "query")
+
+
+def test_a_range_goes_with_static_only():
+    assert static_qparams("dynamic", None, 8, "query") == static_qparams(None, None, 8, "query") == (None, None)
+    with pytest.raises(ValueError, match=r"^query has activations='static' and needs an input_range"):
+        static_qparams("static", None, 8, "query")
+    for activations in ("dynamic", None):
+        with pytest.raises(ValueError, match=f"^query takes an input_range only .* has activations={activations!r}"):
+            static_qparams(activations, (0.0, 1.0), 8, "query")
+
+
+@given(x=tensors(), bits=st.integers(2, 8), ends=st.tuples(st.floats(0.01, 9), st.floats(0.01, 9)))
+def test_a_fixed_grid_is_that_of_the_weights_moved_down(x, bits, ends):
+    x = compute(x)
+    scale, zero_point = static_qparams("static", (-ends[0], ends[1]), bits, "query")
+    q, scales = quantize_static(x, scale, zero_point, bits)
+    half = 2 ** (bits - 1)
+    assert torch.equal(q + half, ops.quantize_to_int(x, scale, zero_point + half, bits).to(x.dtype))
+    assert scales.shape == (*x.shape[:-1], 1)
+    assert bool((scales == scale).all())
+
+
+def test_what_is_outside_of_a_fixed_range_saturates_and_a_nan_spoils_its_token():
+    scale, zero_point = static_qparams("static", (-1.0, 3.0), 8, "query")
+    x = torch.tensor([[-1.0, 3.0, 0.0], [-9.0, 1e38, 0.0], [-INF, INF, 0.0], [NAN, 1.0, 0.0]])
+    q, scales = quantize_static(x, scale, zero_point)
+    assert q[:3].tolist() == [[-128, 127, int(zero_point)]] * 3
+    assert torch.equal(scales[:3], scale.expand(3, 1))
+    assert bool(scales[3].isnan())
+
+
+def test_state_with_and_without_a_fixed_range():
+    with_range, without = ({"a.settings": 0, "a.input_scale": 0}, {"a.settings": 0})
+    check_static_state(with_range, "a.", True, "query")
+    check_static_state(without, "a.", False, "query")
+    check_static_state({}, "a.", True, "query")  # a float state, or that of another layer
+    with pytest.raises(ValueError, match=r"^a was saved without .* has one; .* activations other than 'static'$"):
+        check_static_state(without, "a.", True, "query")
+    with pytest.raises(ValueError, match=r"^query was saved with .* has none; .* activations='static'$"):
+        check_static_state({"settings": 0, "input_scale": 0}, "", False, "query")

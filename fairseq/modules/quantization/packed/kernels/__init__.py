@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fairseq.modules.quantization.packed.config import BACKENDS
+from fairseq.modules.quantization.packed.input_grid import InputGrid, correction
 from fairseq.modules.quantization.packed.kernels import cpu, cuda, functional, reference
 from fairseq.modules.quantization.packed.weight import PackedWeight, pack_codes, to_codes
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int
@@ -26,21 +27,21 @@ class Kernels(NamedTuple):
         name: as it is forced.
         device: the type of device that it runs on, or None for any.
         product: int8 (M, K), int8 (N, K) -> int32 (M, N), exact.
-        dynamic: x (M, in), weight, bias -> (M, out), activations quantized per token.
-        weight_only: the same with the weight dequantized.
+        integer: x (M, in), weight, bias, grid -> (M, out), x quantized on the grid.
+        weight_only: x, weight, bias -> (M, out), with the weight dequantized.
     """
 
     name: str
     device: str | None
     product: Callable[[Tensor, Tensor], Tensor]
-    dynamic: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
+    integer: Callable[[Tensor, PackedWeight, Tensor | None, InputGrid], Tensor]
     weight_only: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
 
 
 TABLE = {
-    "reference": Kernels("reference", None, reference.product, reference.dynamic, reference.weight_only),
-    "cpu": Kernels("cpu", "cpu", cpu.product, cpu.dynamic, cpu.weight_only),
-    "cuda": Kernels("cuda", "cuda", cuda.product, cuda.dynamic, cuda.weight_only),
+    "reference": Kernels("reference", None, reference.product, reference.integer, reference.weight_only),
+    "cpu": Kernels("cpu", "cpu", cpu.product, cpu.integer, cpu.weight_only),
+    "cuda": Kernels("cuda", "cuda", cuda.product, cuda.integer, cuda.weight_only),
 }
 
 _checked: dict[tuple[str, str], str | None] = {}
@@ -112,9 +113,14 @@ def _compare(kernels: Kernels, device: torch.device) -> str | None:
             pack_codes(codes, bits).to(device) if bits < 8 else codes.to(device),
             scale.to(device), zero_point.to(device, torch.uint8), bits, 70, None, False,
         )  # fmt: skip
-        for form in ("dynamic", "weight_only"):
-            arguments = x.to(device), weight, bias.to(device)
-            got, expected = getattr(kernels, form)(*arguments), getattr(reference, form)(*arguments)
+        arguments = x.to(device), weight, bias.to(device)
+        fixed = torch.tensor([0.02], device=device), torch.tensor([-64], dtype=torch.int32, device=device)
+        static = InputGrid(8, *fixed, correction(weight, *fixed))  # from -1.28 to 3.82, so that some saturate
+        for form, grid in (("dynamic", InputGrid()), ("static", static), ("weight_only", None)):
+            got, expected = (
+                k.weight_only(*arguments) if grid is None else k.integer(*arguments, grid)
+                for k in (kernels, TABLE["reference"])
+            )
             if not torch.allclose(got, expected, rtol=1e-4, atol=1e-3):
                 error = (got - expected).abs().max().item()
                 return f"at {bits} bits, {form}, they are off by {error:.2g}"

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fairseq.modules.quantization.packed.input_grid import InputGrid
 from fairseq.modules.quantization.packed.kernels import functional
 from fairseq.modules.quantization.packed.weight import PackedWeight, unpack_codes
 from fairseq.modules.quantization.scalar.ops import clamp_to
-from fairseq.modules.quantization.scalar.tokens import LIMIT
+from fairseq.modules.quantization.scalar.tokens import static_offset, token_limit
 
 SLICE = 600_000  # elements of a slice's activations per thread: two pictures of a ViT-Base on two threads
 BLOCK = 4_000_000  # elements of activations held as integers at once; a batch beyond it is run in blocks
@@ -43,7 +44,7 @@ class Scratch(threading.local):
         self.tokens: Tokens | None = None
         self.tensor: weakref.ref[Tensor] | None = None
         self.version = 0
-        self.dtype = torch.float32
+        self.key: tuple[object, ...] = ()
         self.layers: set[int] = set()
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -55,23 +56,25 @@ class Scratch(threading.local):
                 held = self.pool[name, dtype] = torch.empty(count, dtype=dtype)
         return held[:count].view(shape)
 
-    def reuse(self, source: Source, dtype: torch.dtype) -> Tokens | None:
+    def reuse(self, source: Source, key: tuple[object, ...]) -> Tokens | None:
         """The last quantized activations, if ``source`` is the same, unchanged tensor and the layer another one.
+
+        ``key`` says how it was quantized: the dtype and :meth:`InputGrid.key`.
 
         The query, key and value of a layer read one tensor; it is quantized once. A layer that has used it already is
         being called anew, perhaps with other numbers in the tensor, which inference tensors do not tell.
         """
         if self.tensor is None or self.tensor() is not source.tensor or source.layer in self.layers:
             return None
-        if self.version != _version(source.tensor) or self.dtype != dtype:
+        if self.version != _version(source.tensor) or self.key != key:
             return None
         self.layers.add(source.layer)
         return self.tokens
 
-    def remember(self, source: Source, tokens: Tokens, dtype: torch.dtype) -> None:
+    def remember(self, source: Source, tokens: Tokens, key: tuple[object, ...]) -> None:
         """Keep ``tokens`` for the other layers that read the same tensor."""
         self.tokens, self.tensor, self.version = tokens, weakref.ref(source.tensor), _version(source.tensor)
-        self.dtype, self.layers = dtype, {source.layer}
+        self.key, self.layers = key, {source.layer}
 
     def forget(self) -> None:
         """The integers in memory are about to be overwritten."""
@@ -90,31 +93,35 @@ def product(q: Tensor, codes: Tensor) -> Tensor:
     return functional.int_product(q, codes)
 
 
-def dynamic(x: Tensor, weight: PackedWeight, bias: Tensor | None, source: Source | None = None) -> Tensor:
-    """Integer products of activations quantized per token: (M, in) -> (M, out).
+def integer(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid, source: Source | None = None
+) -> Tensor:
+    """Integer products of quantized activations: (M, in) -> (M, out).
 
     Args:
         x: floating, of any strides.
         weight: on the CPU.
         bias: (out,) or None.
+        grid: how ``x`` becomes integers.
         source: lets other layers that are called with the same tensor use the quantized activations, too.
     """
     if functional.capturing():
-        return functional.dynamic(x, weight, bias, product)
+        return functional.integer(x, weight, bias, grid, product)
     outputs, compute = len(weight.codes), weight.scale.dtype
     out = torch.empty(len(x), outputs, dtype=x.dtype)
     if out.numel() == 0 or weight.in_features == 0:
         return out.copy_(bias) if bias is not None else out.zero_()
     weight = weight._replace(codes=_codes(weight))
-    bias, zero_point = None if bias is None else bias.to(compute), weight.code_zero_point()
+    bias, zero_point = grid.bias(bias, compute), weight.code_zero_point()
     rows = max(1, BLOCK // weight.in_features)
     shared = source if len(x) <= rows else None
+    key = (compute, *grid.key()) if shared else ()
     for part, result in zip(x.split(rows), out.split(rows), strict=True):
-        tokens = None if shared is None else scratch.reuse(shared, compute)
+        tokens = None if shared is None else scratch.reuse(shared, key)
         if tokens is None:
-            tokens = _quantize(part, compute)
+            tokens = _quantize(part, compute, grid)
             if shared is not None:
-                scratch.remember(shared, tokens, compute)
+                scratch.remember(shared, tokens, key)
         step = _rows(max(weight.in_features, outputs))
         if len(part) <= step:
             _multiply(tokens, weight, zero_point, bias, result)
@@ -166,26 +173,34 @@ def _codes(weight: PackedWeight) -> Tensor:
     return unpack_codes(weight.codes, weight.bits, weight.in_features, out=scratch.take("codes", shape, torch.uint8))
 
 
-def _quantize(x: Tensor, compute: torch.dtype) -> Tokens:
-    """quantize_tokens and the sums of its integers, slice by slice and in place."""
+def _quantize(x: Tensor, compute: torch.dtype, grid: InputGrid) -> Tokens:
+    """grid.quantize and the sums of its integers, slice by slice and in place."""
     scratch.forget()
     q = scratch.take("q", tuple(x.shape), torch.int8)
     step = _rows(x.shape[1])
     if len(x) <= step:
-        return Tokens(q, *_quantize_slice(x, q, compute))
-    scales, sums = zip(*(_quantize_slice(*parts, compute) for parts in zip(x.split(step), q.split(step))), strict=True)
+        return Tokens(q, *_quantize_slice(x, q, compute, grid))
+    slices = (_quantize_slice(*parts, compute, grid) for parts in zip(x.split(step), q.split(step)))
+    scales, sums = zip(*slices, strict=True)
     return Tokens(q, torch.cat(scales), torch.cat(sums))
 
 
-def _quantize_slice(x: Tensor, q: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+def _quantize_slice(x: Tensor, q: Tensor, compute: torch.dtype, grid: InputGrid) -> tuple[Tensor, Tensor]:
     """Write the integers to ``q``; return the scale (M, 1) and the sums (M, 1)."""
     real = scratch.take("real", tuple(x.shape), compute)
+    if grid.scale is not None and grid.zero_point is not None:
+        half = static_offset(grid.bits)
+        x = x if x.dtype == compute else real.copy_(x)
+        q.copy_(torch.div(x, grid.scale, out=real).round_().add_(grid.zero_point).clamp_(-half, half - 1))
+        sums = real.sum(-1, keepdim=True)
+        return sums * 0 + grid.scale, sums.to(torch.int32)
     if x.dtype == compute:
         magnitude = torch.abs(x, out=real)
     else:
         x = real.copy_(x)
         magnitude = x.abs()
-    scale = magnitude.amax(-1, keepdim=True).mul_(1 / LIMIT).clamp_(min=torch.finfo(compute).tiny)
+    limit = token_limit(grid.bits)
+    scale = magnitude.amax(-1, keepdim=True).mul_(1 / limit).clamp_(min=torch.finfo(compute).tiny)
     q.copy_(torch.div(x, scale, out=real).round_())
     return scale, real.sum(-1, keepdim=True).to(torch.int32)
 

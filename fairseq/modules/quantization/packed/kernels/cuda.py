@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq.modules.quantization.packed.input_grid import InputGrid
 from fairseq.modules.quantization.packed.kernels import functional
 from fairseq.modules.quantization.packed.weight import PackedWeight
 
@@ -25,9 +26,9 @@ def product(q: Tensor, codes: Tensor) -> Tensor:
     return torch._int_mm(padded, codes.t())[: q.shape[0], :columns]
 
 
-def dynamic(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """Integer products of activations quantized per token: (M, in) -> (M, out)."""
-    return functional.dynamic(x, weight, bias, product)
+def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid) -> Tensor:
+    """Integer products of quantized activations: (M, in) -> (M, out)."""
+    return functional.integer(x, weight, bias, grid, product)
 
 
 weight_only = functional.weight_only

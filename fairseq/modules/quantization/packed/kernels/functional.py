@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq.modules.quantization.packed.input_grid import InputGrid
 from fairseq.modules.quantization.packed.weight import PackedWeight
-from fairseq.modules.quantization.scalar.tokens import quantize_tokens
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -19,13 +19,13 @@ def capturing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
-def dynamic(x: Tensor, weight: PackedWeight, bias: Tensor | None, product: Product) -> Tensor:
+def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid, product: Product) -> Tensor:
     """(M, in) -> (M, out), dtype of ``x``; ``product`` is int8 (M, K), int8 (N, K) -> int32 (M, N)."""
     compute = weight.scale.dtype
-    rounded, token_scale = quantize_tokens(x.to(compute))  # (M, in), (M, 1)
+    rounded, token_scale = grid.quantize(x.to(compute))  # (M, in), (M, 1)
     if weight.group_size is not None and torch.onnx.is_in_onnx_export():
         # A product per group would be hundreds of nodes; a float product of the same values is one.
-        return weight_only(rounded * token_scale, weight, bias).to(x.dtype)
+        return weight_only(grid.centre(rounded) * token_scale, weight, bias).to(x.dtype)
     q, codes, zero_point = rounded.to(torch.int8), weight.unpacked(), weight.code_zero_point()
     y: Tensor | None = None
     for group, (start, stop) in enumerate(weight.columns()):
@@ -39,8 +39,8 @@ def dynamic(x: Tensor, weight: PackedWeight, bias: Tensor | None, product: Produ
         term = accumulator.to(compute) * scale
         y = term if y is None else y + term
     assert y is not None
-    y = y * token_scale
-    return (y if bias is None else y + bias.to(compute)).to(x.dtype)
+    y, addend = y * token_scale, grid.bias(bias, compute)
+    return (y if addend is None else y + addend).to(x.dtype)
 
 
 def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

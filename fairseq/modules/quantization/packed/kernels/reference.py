@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq.modules.quantization.packed.input_grid import InputGrid
 from fairseq.modules.quantization.packed.weight import PackedWeight
-from fairseq.modules.quantization.scalar.tokens import quantize_tokens
 
 
 def product(q: Tensor, codes: Tensor) -> Tensor:
@@ -15,12 +15,14 @@ def product(q: Tensor, codes: Tensor) -> Tensor:
     return (q.to(torch.int64) @ codes.to(torch.int64).T).to(torch.int32)
 
 
-def dynamic(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x quantized per token times the weight's integers, scaled, plus bias: (M, in) -> (M, out), dtype of ``x``.
+def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid) -> Tensor:
+    """x quantized times the weight's integers, scaled, plus bias: (M, in) -> (M, out), dtype of ``x``.
 
-    y[m, n] = s_x[m] * sum over groups g of s_w[n, g] * sum over k in g of q_x[m, k] * (q_w[n, k] - z_w[n, g]) + b[n]
+    y[m, n] = s_x[m] * sum over groups g of s_w[n, g] * sum over k in g of (q_x[m, k] - z_x) * (q_w[n, k] - z_w[n, g])
+              + b[n]
     """
-    q, token_scale = quantize_tokens(x.to(weight.scale.dtype))
+    q, token_scale = grid.quantize(x.to(weight.scale.dtype))
+    q = grid.centre(q)
     integers, zero_point = weight.integers().to(torch.int64), weight.zero_point.to(torch.int64)
     scale = weight.scale.to(torch.float64)
     y = torch.zeros(len(x), len(integers), dtype=torch.float64, device=x.device)

@@ -57,15 +57,16 @@ def test_a_traced_product_takes_another_number_of_rows(traced_with, called_with)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(2, None), (3, 32), (4, None), (4, 32), (8, None), (8, 32)])
-@pytest.mark.parametrize("activations", ["dynamic", None])
+@pytest.mark.parametrize("activations", ["dynamic", "static", None])
 def test_layer_is_close_to_the_reference(bits, group_size, activations, device):
     """float32 arithmetic on both sides: a few eps of the sum of the absolute terms, which is below 50 here."""
     torch.manual_seed(0)
     config = LinearConfig(bits, "channel", activations, group_size)
-    weight = PackedLinear.from_float(nn.Linear(75, 21).to(device), config)
-    form = "dynamic" if activations else "weight_only"
+    input_range = (-1.5, 3.0) if activations == "static" else None
+    layer = PackedLinear.from_float(nn.Linear(75, 21).to(device), config, input_range=input_range)
     x = torch.randn(5, 75, device=device)
-    arguments = x, weight.weight_matrix, weight.bias
+    form = "integer" if activations else "weight_only"
+    arguments = x, layer.weight_matrix, layer.bias, *([layer.input_grid] if activations else [])
     assert torch.allclose(getattr(cuda, form)(*arguments), getattr(reference, form)(*arguments), rtol=0, atol=1e-4)
 
 
@@ -77,7 +78,7 @@ def test_layer_runs_on_cuda_kernels(rows, dtype):
     layer = PackedLinear.from_float(nn.Linear(75, 21), LinearConfig(4, "channel")).cuda()
     assert layer.backend == "cuda"
     x = torch.randn(rows, 75, device="cuda", dtype=dtype)
-    expected = reference.dynamic(x, layer.weight_matrix, layer.bias)
+    expected = reference.integer(x, layer.weight_matrix, layer.bias, layer.input_grid)
     # float32 arithmetic, then one rounding to dtype; results are below 8
     assert layer(x).dtype == dtype
     assert torch.allclose(layer(x), expected, rtol=0, atol=8 * torch.finfo(dtype).eps + 1e-5)

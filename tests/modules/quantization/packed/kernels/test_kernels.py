@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear, kernels
+from fairseq.modules.quantization.packed.input_grid import InputGrid
 from fairseq.modules.quantization.packed.kernels import choose, cpu, functional, reference
-from fairseq.modules.quantization.scalar.tokens import quantize_tokens
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -26,8 +26,9 @@ def make(
     """A layer of odd width, its last group shorter than the others."""
     torch.manual_seed(0)
     linear = nn.Linear(more.pop("inputs", 75), more.pop("outputs", 21), dtype=dtype)
+    input_range = more.pop("input_range", (-1.5, 3.0) if activations == "static" else None)
     config = LinearConfig(bits, method, activations, group_size, symmetric, **more)
-    return PackedLinear.from_float(linear, config, "query").eval()
+    return PackedLinear.from_float(linear, config, "query", input_range).eval()
 
 
 def integers(*shape, seed=0):
@@ -70,20 +71,23 @@ def test_cpu_product_of_tensors_with_strides(rows):
 
 
 def absolute_terms(layer, x):
-    q, scale = quantize_tokens(x.to(layer.scale.dtype)) if layer.config.activations else (x, 1)
+    q, scale = layer.input_grid.quantize(x.to(layer.scale.dtype)) if layer.config.activations else (x, 1)
     bias = layer.bias.double().abs()
+    if layer.input_correction is not None:
+        bias = bias + layer.input_correction.abs()
     return (q.double() * scale).abs() @ layer.dequantize().double().abs().T + bias
 
 
-def dynamic_bound(layer, x):
+def integer_bound(layer, x):
     """Integers are exact: what rounds is int32 to float, each group's scale and sum, token scale, bias; then ``out``.
 
-    With G groups that is 2 G + 3 roundings of the compute dtype, half an eps of T each, on each side, and one of the
+    A fixed grid's correction is rounded twice more, once for itself and once with the bias. With G groups that is
+    2 G + 3 roundings of the compute dtype, half an eps of T each, on each side, and one of the
     dtype of x on each side, where that is another one.
     """
     compute, terms = torch.finfo(layer.scale.dtype), absolute_terms(layer, x)
     groups = layer.scale.shape[1] if layer.scale.ndim == 2 else 1
-    bound = (2 * groups + 3) * compute.eps * terms
+    bound = (2 * groups + (5 if layer.config.activations == "static" else 3)) * compute.eps * terms
     return bound + (0 if x.dtype == layer.scale.dtype else torch.finfo(x.dtype).eps * terms)
 
 
@@ -95,12 +99,14 @@ def weight_only_bound(layer, x):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activations", ["dynamic", None])
+@pytest.mark.parametrize(
+    ("activations", "activation_bits"), [("dynamic", 8), ("dynamic", 4), ("static", 8), ("static", 5), (None, 8)]
+)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("method", "group_size"), GRIDS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-def test_kernels_agree_with_the_reference(bits, method, group_size, symmetric, activations, dtype):
-    layer = make(bits, method, activations, group_size, symmetric, dtype)
+def test_kernels_agree_with_the_reference(bits, method, group_size, symmetric, activations, activation_bits, dtype):
+    layer = make(bits, method, activations, group_size, symmetric, dtype, activation_bits=activation_bits)
     x = torch.randn(7, 75, generator=generator(), dtype=torch.float64).to(dtype)
     x[0] *= 100
     weight = layer.weight_matrix
@@ -108,11 +114,12 @@ def test_kernels_agree_with_the_reference(bits, method, group_size, symmetric, a
         expected, bound = reference.weight_only(x, weight, layer.bias), weight_only_bound(layer, x)
         results = [cpu.weight_only(x, weight, layer.bias), functional.weight_only(x, weight, layer.bias)]
     else:
-        expected, bound = reference.dynamic(x, weight, layer.bias), dynamic_bound(layer, x)
+        arguments = x, weight, layer.bias, layer.input_grid
+        expected, bound = reference.integer(*arguments), integer_bound(layer, x)
         results = [
-            cpu.dynamic(x, weight, layer.bias),
-            functional.dynamic(x, weight, layer.bias, reference.product),
-            functional.dynamic(x, weight, layer.bias, cpu.product),
+            cpu.integer(*arguments),
+            functional.integer(*arguments, reference.product),
+            functional.integer(*arguments, cpu.product),
         ]
     for got in results:
         assert got.dtype == dtype
@@ -121,44 +128,61 @@ def test_kernels_agree_with_the_reference(bits, method, group_size, symmetric, a
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("resident", ["packed", "unpacked"])
-@pytest.mark.parametrize("activations", ["dynamic", None])
+@pytest.mark.parametrize("activations", ["dynamic", "static", None])
 def test_input_of_another_dtype_than_the_layer_agrees_with_the_reference(activations, resident, dtype):
     layer = make(4, activations=activations, resident=resident)  # its scale is float32
     x = torch.randn(7, 75, generator=generator()).to(dtype)
-    form, bound = ("weight_only", weight_only_bound) if activations is None else ("dynamic", dynamic_bound)
-    expected = getattr(reference, form)(x, layer.weight_matrix, layer.bias)
-    got = getattr(cpu, form)(x, layer.weight_matrix, layer.bias)
+    bound = weight_only_bound if activations is None else integer_bound
+    got, expected = (run(kernel, layer, x, layer.bias) for kernel in (cpu, reference))
     assert got.dtype == expected.dtype == dtype
     # a float64 result is float32 rounded once more or less
     slack = torch.finfo(torch.float32).eps * absolute_terms(layer, x)
     assert bool(((got.double() - expected.double()).abs() <= bound(layer, x) + slack).all())
 
 
-@pytest.mark.parametrize("form", ["dynamic", "weight_only"])
+def run(kernel, layer, x, bias):
+    """The form of ``kernel`` that the layer takes."""
+    if layer.config.activations is None:
+        return kernel.weight_only(x, layer.weight_matrix, bias)
+    product = (cpu.product,) if kernel is functional else ()
+    return kernel.integer(x, layer.weight_matrix, bias, layer.input_grid, *product)
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static", None])
 @pytest.mark.parametrize("group_size", [None, 32])
-def test_without_bias_and_with_strides(form, group_size):
-    layer = make(4, group_size=group_size)
+def test_without_bias_and_with_strides(activations, group_size):
+    layer = make(4, activations=activations, group_size=group_size)
     x = torch.randn(150, 14, generator=generator()).T[::2, ::2]
-    expected = getattr(reference, form)(x, layer.weight_matrix, None)
+    expected = run(reference, layer, x, None)
     for kernel in (cpu, functional):
-        arguments = (cpu.product,) if kernel is functional and form == "dynamic" else ()
-        got = getattr(kernel, form)(x, layer.weight_matrix, None, *arguments)
-        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(run(kernel, layer, x, None), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["dynamic", "weight_only"])
+@pytest.mark.parametrize("activations", ["dynamic", "static", None])
 @pytest.mark.parametrize("bias", [True, False])
-def test_no_rows(form, bias):
-    layer = make(4)
-    arguments = torch.randn(0, 75), layer.weight_matrix, layer.bias if bias else None
+def test_no_rows(activations, bias):
+    layer = make(4, activations=activations)
     for kernel in (cpu, reference):
-        assert getattr(kernel, form)(*arguments).shape == (0, 21)
+        assert run(kernel, layer, torch.randn(0, 75), layer.bias if bias else None).shape == (0, 21)
+
+
+@pytest.mark.parametrize("activation_bits", [2, 4, 8])
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_integers_of_the_cpu_kernel_are_those_of_the_grid(activations, activation_bits, dtype):
+    grid = make(activations=activations, activation_bits=activation_bits).input_grid
+    x = (3 * torch.randn(50, 75, generator=generator())).to(dtype)
+    q, scale = grid.quantize(x.float())
+    tokens = cpu._quantize(x, torch.float32, grid)
+    assert torch.equal(tokens.q, q.to(torch.int8))
+    assert torch.equal(tokens.scale, scale)
+    assert torch.equal(tokens.sums, q.sum(-1, keepdim=True).int())
 
 
 # Slices and blocks.
 
 
-def whole_numbers(bits, group_size=None):
+def whole_numbers(bits, group_size=None, activations="dynamic"):
     """A layer with the scale 1 and whole inputs: every sum is exact in float32, in whatever order it is made."""
     linear = nn.Linear(70, 33)
     with torch.no_grad():
@@ -166,7 +190,8 @@ def whole_numbers(bits, group_size=None):
         linear.weight[:, ::32] = -(2 ** (bits - 1))  # both ends in each group, so that the scale is 1
         linear.weight[:, 1::32] = 2 ** (bits - 1) - 1
         linear.bias.copy_(torch.arange(33.0))
-    layer = PackedLinear.from_float(linear, LinearConfig(bits, "channel", group_size=group_size))
+    config = LinearConfig(bits, "channel", activations, group_size)
+    layer = PackedLinear.from_float(linear, config, input_range=(-1, 2) if activations == "static" else None)
     assert bool((layer.scale == 1).all())
     return layer, torch.randint(-9, 10, (23, 70), generator=generator()).float()
 
@@ -176,16 +201,17 @@ def whole_numbers(bits, group_size=None):
 )
 @pytest.mark.parametrize("group_size", [None, 32])
 @pytest.mark.parametrize("bits", [3, 4, 8])
-def test_slices_and_blocks_change_nothing(monkeypatch, bits, group_size, size, block, at_once):
-    layer, x = whole_numbers(bits, group_size)
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_slices_and_blocks_change_nothing(monkeypatch, activations, bits, group_size, size, block, at_once):
+    layer, x = whole_numbers(bits, group_size, activations)
     real = torch.randn(23, 70, generator=generator())  # rows are independent: equal for any numbers, too
-    whole = [cpu.dynamic(real, layer.weight_matrix, layer.bias), cpu.weight_only(x, layer.weight_matrix, layer.bias)]
+    whole = [run(cpu, layer, real, layer.bias), cpu.weight_only(x, layer.weight_matrix, layer.bias)]
     quantize, multiply, slices = cpu._quantize, cpu._multiply, []
     monkeypatch.setattr(cpu, "_quantize", lambda *a: slices.append("q") or quantize(*a))
     monkeypatch.setattr(cpu, "_multiply", lambda *a: slices.append("m") or multiply(*a))
     for name, value in (("SLICE", size), ("BLOCK", block), ("WEIGHTS_AT_ONCE", at_once)):
         monkeypatch.setattr(cpu, name, value)
-    assert torch.equal(cpu.dynamic(real, layer.weight_matrix, layer.bias), whole[0])
+    assert torch.equal(run(cpu, layer, real, layer.bias), whole[0])
     assert torch.equal(cpu.weight_only(x, layer.weight_matrix, layer.bias), whole[1])
     assert torch.equal(whole[1], x @ layer.dequantize().T + layer.bias)
     assert slices.count("q") == -(-23 // max(1, block // 70))
@@ -201,9 +227,9 @@ def quantized(monkeypatch):
     choose(CPU)  # the check of the kernels, once per process, is not to be counted
     original, calls = cpu._quantize, []
 
-    def counted(x, compute):
+    def counted(x, compute, grid):
         calls.append(len(x))
-        return original(x, compute)
+        return original(x, compute, grid)
 
     monkeypatch.setattr(cpu, "_quantize", counted)
     monkeypatch.setattr(cpu, "scratch", cpu.Scratch())
@@ -219,13 +245,14 @@ def query_key_value(**settings):
 
 def alone(layer, x):
     """What the layer gives without sharing."""
-    return cpu.dynamic(x.reshape(-1, x.shape[-1]), layer.weight_matrix, layer.bias).reshape(*x.shape[:-1], -1)
+    return run(cpu, layer, x.reshape(-1, x.shape[-1]), layer.bias).reshape(*x.shape[:-1], -1)
 
 
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_query_key_and_value_quantize_their_input_once(quantized, bits, inference):
-    layers = query_key_value(bits=bits)
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_query_key_and_value_quantize_their_input_once(quantized, activations, bits, inference):
+    layers = query_key_value(bits=bits, activations=activations)
     with torch.inference_mode(inference):
         x = torch.randn(2, 5, 75)
         results = [layer(x) for layer in layers]
@@ -316,6 +343,25 @@ def test_integers_are_not_shared_between_compute_dtypes(quantized):
     assert torch.equal(key(x), alone(key, x.clone()))
 
 
+GRIDS_OF_INPUTS = [
+    {},
+    {"activation_bits": 4},
+    {"activations": "static"},
+    {"activations": "static", "activation_bits": 4},
+    {"activations": "static", "input_range": (-1.5, 2.5)},
+    {"activations": "static", "input_range": (-1.6, 2.9)},  # as wide as the default, with another zero point
+]
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.permutations(GRIDS_OF_INPUTS, 2)), ids=str)
+def test_integers_are_not_shared_between_grids(quantized, one, other):
+    query, key = query_key_value(**one)[0], query_key_value(**other)[1]
+    x = torch.randn(5, 75)
+    query(x)
+    assert torch.equal(key(x), alone(key, x.clone()))
+    assert len(quantized) == 3
+
+
 def test_an_input_that_is_run_in_blocks_is_not_shared(monkeypatch, quantized):
     monkeypatch.setattr(cpu, "BLOCK", 150)
     query, key, _ = query_key_value()
@@ -343,14 +389,19 @@ def failing(*arguments):
     raise NotImplementedError("no such instruction")
 
 
-def nudged(x, weight, bias):
-    return reference.dynamic(x, weight, bias) + 0.01
+def nudged(x, weight, bias, *grid):
+    return reference.integer(x, weight, bias, *(grid or [InputGrid()])) + 0.01
+
+
+def nudged_if_static(x, weight, bias, grid):
+    return reference.integer(x, weight, bias, grid) + (0.01 if grid.scale is not None else 0)
 
 
 BROKEN = {
-    "product": (wrong_product, "their integer product differs from the reference's"),
-    "dynamic": (nudged, "at 8 bits, dynamic, they are off by 0.01"),
-    "weight_only": (nudged, "at 8 bits, weight_only, they are off by"),
+    "product": ("product", wrong_product, "their integer product differs from the reference's"),
+    "dynamic": ("integer", nudged, "at 8 bits, dynamic, they are off by 0.01"),
+    "static": ("integer", nudged_if_static, "at 8 bits, static, they are off by 0.01"),
+    "weight_only": ("weight_only", nudged, "at 8 bits, weight_only, they are off by"),
 }
 
 
@@ -396,7 +447,7 @@ def test_the_argument_wins_over_the_environment(monkeypatch):
 @pytest.mark.usefixtures("fresh")
 def test_the_forced_kernels_are_those_that_run(monkeypatch):
     layer, x = make(), torch.randn(3, 75)
-    monkeypatch.setitem(kernels.TABLE, "reference", kernels.TABLE["reference"]._replace(dynamic=nudged))
+    monkeypatch.setitem(kernels.TABLE, "reference", kernels.TABLE["reference"]._replace(integer=nudged))
     monkeypatch.setenv(kernels.ENVIRONMENT, "reference")
     assert torch.equal(layer(x), nudged(x, layer.weight_matrix, layer.bias))
 
@@ -422,13 +473,13 @@ def test_cuda_kernels_on_a_cpu_layer_are_refused(monkeypatch):
 @pytest.mark.parametrize("part", BROKEN)
 @pytest.mark.usefixtures("fresh")
 def test_kernels_with_wrong_numbers_are_left_out_with_one_warning(monkeypatch, part):
-    function, message = BROKEN[part]
-    break_cpu(monkeypatch, **{part: function})
+    field, function, message = BROKEN[part]
+    break_cpu(monkeypatch, **{field: function})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layer, x = make(), torch.randn(3, 75)
         for _ in range(3):
-            assert torch.equal(layer(x), reference.dynamic(x, layer.weight_matrix, layer.bias))
+            assert torch.equal(layer(x), run(reference, layer, x, layer.bias))
             assert layer.backend == "reference"
     assert len(caught) == 1
     assert f"the cpu kernels of packed layers are not used: {message}" in str(caught[0].message)

@@ -14,6 +14,8 @@ from fairseq.modules.quantization.scalar.tokens import quantize_tokens
 
 GRIDS = [("tensor", None), ("channel", None), ("channel", 32), ("histogram", None), ("histogram", 40)]
 OUT, IN = 21, 75
+RANGE = (-1.7, 3.2)
+INPUTS = [("dynamic", 8), ("dynamic", 4), ("static", 8), ("static", 5), (None, 8)]
 
 
 def float_linear(seed=0, dtype=torch.float32):
@@ -22,6 +24,8 @@ def float_linear(seed=0, dtype=torch.float32):
 
 
 def make(bits=4, method="channel", group_size=None, symmetric=False, activations="dynamic", seed=0, **more):
+    if activations == "static":
+        more = {"input_range": RANGE, **more}
     return EmulatedLinear.from_linear(
         float_linear(seed), bits, method, group_size, symmetric, activations, "encoder.query", **more
     )
@@ -45,17 +49,22 @@ def test_integers_are_those_of_the_packed_layer(bits, method, group_size, symmet
     assert torch.equal(emulated.quantized_weight(), packed.dequantize().to(dtype))
 
 
-@pytest.mark.parametrize("activations", ["dynamic", None])
+@pytest.mark.parametrize(("activations", "activation_bits"), INPUTS)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("method", "group_size"), GRIDS)
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_output_is_that_of_the_packed_layer_up_to_rounding(bits, method, group_size, symmetric, activations):
-    emulated = make(bits, method, group_size, symmetric, activations)
-    packed = PackedLinear.from_float(float_linear(), LinearConfig(bits, method, activations, group_size, symmetric))
+def test_output_is_that_of_the_packed_layer_up_to_rounding(
+    bits, method, group_size, symmetric, activations, activation_bits
+):
+    emulated = make(bits, method, group_size, symmetric, activations, activation_bits=activation_bits)
+    config = LinearConfig(bits, method, activations, group_size, symmetric, activation_bits=activation_bits)
+    packed = PackedLinear.from_float(float_linear(), config, input_range=RANGE if activations == "static" else None)
     x = tokens(2, 5, IN)
     # K float32 products and sums instead of integer ones: K + 12 eps of the sum of absolute terms
-    q, scale = quantize_tokens(x) if activations else (x, 1)
+    q, scale = packed.input_grid.quantize(x) if activations else (x, 1)
     terms = (q * scale).abs() @ packed.dequantize().abs().T + packed.bias.abs()
+    if activations == "static":
+        terms = terms + packed.input_correction.abs()
     assert bool(((emulated(x) - packed(x)).abs() <= (IN + 12) * torch.finfo(torch.float32).eps * terms).all())
 
 
@@ -85,6 +94,27 @@ def test_gradients_flow_to_weight_bias_and_input(method, group_size, activations
     # straight through, but for weights past the ends of the grid (clipped, or within half a step of an end)
     assert torch.allclose(layer.weight.grad[passed], expected[passed], rtol=1e-5, atol=1e-5)
     assert float(passed.float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_fixed_range_cuts_the_gradient_outside(dtype):
+    layer, x = make(8, activations="static").to(dtype), 2 * tokens(40, IN)
+    x = x.to(dtype).requires_grad_()
+    assert torch.equal(layer.input_scale, make(8, activations="static").input_scale)  # not rounded
+    upstream = tokens(40, OUT).to(dtype)
+    y = layer(x)
+    half = 128
+    seen = torch.fake_quantize_per_tensor_affine(
+        x.detach().float(), float(layer.input_scale), int(layer.input_zero_point), -half, half - 1
+    ).to(dtype)
+    assert torch.allclose(y, F.linear(seen, layer.quantized_weight(), layer.bias), rtol=1e-3, atol=1e-3)
+    y.backward(upstream)
+    low, high = ((end - layer.input_zero_point) * layer.input_scale for end in (-half, half - 1))
+    inside = (x.detach() >= low) & (x.detach() <= high)
+    assert 0.6 < float(inside.float().mean()) < 0.9
+    expected = upstream @ layer.quantized_weight().detach() * inside
+    assert torch.allclose(x.grad, expected, rtol=1e-3, atol=1e-3)
+    assert bool((x.grad[~inside] == 0).all())
 
 
 def test_every_weight_is_quantized_in_training_too():
@@ -140,6 +170,24 @@ def test_state_dict_round_trip(method, group_size, symmetric):
     assert torch.equal(copy.deepcopy(saved)(x), saved(x))
 
 
+def test_a_fixed_range_is_in_the_state_dict():
+    saved, fresh = make(activations="static"), make(activations="static", seed=5, input_range=(-9, 1))
+    x = tokens(3, IN)
+    fresh.load_state_dict(saved.state_dict())
+    assert torch.equal(fresh(x), saved(x))
+    assert torch.equal(fresh.input_scale, saved.input_scale)
+    fresh.load_state_dict(float_linear().state_dict())  # a float model's has no range, so the layer keeps its own
+    assert torch.equal(fresh(x), saved(x))
+
+
+def test_state_of_a_fixed_range_goes_into_no_other_layer_and_the_reverse():
+    static, dynamic = make(activations="static"), make()
+    with pytest.raises(ValueError, match=r"^encoder\.query was saved with a fixed input range, .* has none"):
+        dynamic.load_state_dict(static.state_dict())
+    with pytest.raises(ValueError, match=r"^encoder\.query was saved without a fixed input range, .* has one"):
+        static.load_state_dict(dynamic.state_dict())
+
+
 def test_a_float_state_dict_is_observed_anew():
     layer, source = make(4, "channel", 32), float_linear(seed=7)
     layer.load_state_dict(source.state_dict())
@@ -170,6 +218,12 @@ def test_bad_settings():
         make(4, "tensor", 32)
     with pytest.raises(ValueError, match="in steps of 8, got 33"):
         make(4, "channel", 33)
+    with pytest.raises(ValueError, match="bits must be from 2 to 8, got 9"):
+        make(activation_bits=9)
+    with pytest.raises(ValueError, match=r"^encoder\.query has activations='static' and needs an input_range"):
+        make(activations="static", input_range=None)
+    with pytest.raises(ValueError, match=r"^encoder\.query takes an input_range only with activations='static'"):
+        make(input_range=RANGE)
     with pytest.raises(TypeError, match="got Conv1d"):
         EmulatedLinear.from_linear(nn.Conv1d(1, 1, 1), 4, "channel")
     broken = nn.Linear(4, 4)
@@ -180,3 +234,4 @@ def test_bad_settings():
 
 def test_repr_says_what_it_is():
     assert "activations=dynamic, group_size=32, symmetric" in repr(make(4, "channel", 32, True))
+    assert "activations=static, activation_bits=4" in repr(make(activations="static", activation_bits=4))

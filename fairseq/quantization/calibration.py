@@ -1,0 +1,238 @@
+"""Calibration: images through the model, block by block, to what rounding needs to know of each layer's inputs.
+
+Memory holds the hidden states of all images at one place of the model, and the statistics of the layers that are being
+rounded. Labels are never needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.modules.quantization.scalar.ops import histogram_range, quantize, range_to_qparams
+from fairseq.quantization.compare import OUTPUTS, evaluating
+from fairseq.quantization.report import sqnr
+from fairseq.quantization.rounding import Statistics
+
+UNIFORM_SHARE = 0.1
+"""Of a token's weight; the rest follows the gradient. Some tokens would count for nothing without it."""
+BATCH_SIZE = 16
+GRADIENT_BATCH_SIZE = 4
+RANGE_VALUES = 2**16
+"""Values per batch from which the range of a static activation is taken."""
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed: int = 0) -> dict[str, Tensor]:
+    """How much an error at each token of each layer's output changes the model's output.
+
+    The squared norm of the gradient of v . logits at that token, v ~ N(0, 1) of zero mean: in expectation the squared
+    Frobenius norm of the Jacobian of the logits. It is what keeps a class token, one of 197, from being rounded for the
+    sake of the patches, and patches of the last block from being rounded with care although nothing reads them.
+
+    Args:
+        model: the float model; it stays as it is.
+        pixel_values: (N, C, H, W).
+        names: of Linear layers.
+        seed: of v.
+
+    Returns:
+        By name, one weight per token, (N * tokens,), mean 1, on the CPU. A layer that was not called once, or whose
+        gradient is zero or not finite, has weight 1 everywhere: an empty tensor.
+    """
+    device, dtype = _where(model)
+    generator = torch.Generator().manual_seed(seed)
+    squares: dict[str, list[Tensor]] = {name: [] for name in names}
+    for pixels in pixel_values.split(GRADIENT_BATCH_SIZE):
+        outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+        hooks = [
+            model.get_submodule(name).register_forward_hook(lambda m, a, y, seen=outputs[name]: seen.append(y))
+            for name in names
+        ]
+        try:
+            with evaluating(model), torch.enable_grad():
+                result = output_of(model, pixels.to(device, dtype).requires_grad_())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        probe = torch.randn(result.shape, generator=generator)
+        probe -= probe.mean(-1, keepdim=True)
+        called = [name for name in names if len(outputs[name]) == 1]
+        total = (result.float() * probe.to(device)).sum()
+        gradients = torch.autograd.grad(total, [outputs[name][0] for name in called], allow_unused=True)
+        for name, gradient in zip(called, gradients, strict=True):
+            if gradient is not None:
+                squares[name].append(gradient.float().square().sum(-1).flatten().cpu())
+    weights = {}
+    for name, parts in squares.items():
+        values = torch.cat(parts) if len(parts) == -(-len(pixel_values) // GRADIENT_BATCH_SIZE) else torch.empty(0)
+        mean = values.mean() if len(values) else torch.zeros(())
+        usable = bool(torch.isfinite(mean)) and float(mean) > 0
+        weights[name] = (1 - UNIFORM_SHARE) * values / mean + UNIFORM_SHARE if usable else torch.empty(0)
+    return weights
+
+
+def output_of(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """The logits, last hidden state or reconstruction of ``model``."""
+    output = model(pixel_values=pixel_values)
+    for name in OUTPUTS:
+        if name in output:
+            result: Tensor = output[name]
+            return result
+    raise ValueError(f"the model returned {type(output).__name__}, which has none of {', '.join(OUTPUTS)}")
+
+
+class Stream:
+    """The calibration images on their way through ``model``, at the entrance of one block after the other.
+
+    Where every block hands its output to the next (and nothing else changes between them), each block runs on stored
+    hidden states. Otherwise, and for layers outside of blocks, the whole model runs up to the layer that is asked for.
+
+    Args:
+        model: the float model.
+        result: its copy that is being quantized, block by block; what lies behind the current block is not run.
+        pixel_values: (N, C, H, W).
+        blocks: the names of its encoder blocks, in order.
+    """
+
+    def __init__(self, model: nn.Module, result: nn.Module, pixel_values: Tensor, blocks: list[str]):
+        self.model, self.pixel_values = result, pixel_values
+        self.blocks, self.position = blocks, 0
+        self.stored: list[Arguments] = []
+        if blocks and self._chained(model):
+            self.stored = list(self._stopped(blocks[0]))
+
+    def inputs(self, name: str) -> Iterator[Tensor]:
+        """What the layer called ``name`` is called with, (tokens, in) for each batch of images."""
+        for args, _ in self._stopped(name):
+            yield args[0].detach().flatten(0, -2)
+
+    def advance_to(self, block: str) -> None:
+        """Run the stored hidden states up to the entrance of ``block``, through blocks that are final by now."""
+        while self.stored and self.blocks[self.position] != block:
+            self._advance()
+
+    def _advance(self) -> None:
+        block = self.model.get_submodule(self.blocks[self.position])
+        for index, (args, keywords) in enumerate(self.stored):
+            with evaluating(block), torch.no_grad():
+                self.stored[index] = (_first(block(*args, **keywords)), *args[1:]), keywords
+        self.position += 1
+
+    def _stopped(self, name: str) -> Iterator[Arguments]:
+        """Run until ``name`` is reached; yield its arguments, batch by batch."""
+        module = self.model.get_submodule(name)
+        if self.stored and name.startswith(f"{self.blocks[self.position]}."):
+            block = self.model.get_submodule(self.blocks[self.position])
+            runs: Iterator[Callable[[], Any]] = (partial(block, *a, **k) for a, k in self.stored)
+        else:
+            device, dtype = _where(self.model)
+            batches = self.pixel_values.split(BATCH_SIZE)
+            runs = (partial(self.model, pixel_values=x.to(device, dtype)) for x in batches)
+
+        def stop(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            raise _Reached(args, keywords)
+
+        for run in runs:
+            hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+            try:
+                with evaluating(self.model), torch.no_grad():
+                    run()
+                raise ValueError(f"{name} is not reached by a forward pass of the model, so it cannot be calibrated")
+            except _Reached as reached:
+                arguments = reached.arguments
+            finally:
+                hook.remove()
+            yield arguments
+
+    def _chained(self, model: nn.Module) -> bool:
+        """Whether each block's first argument is the very output of the one before, and the others never change."""
+        calls: list[Arguments] = []
+        outputs: list[Any] = []
+        hooks = []
+        for name in self.blocks:
+            module = model.get_submodule(name)
+            hooks.append(module.register_forward_pre_hook(lambda m, a, k: calls.append((a, k)), with_kwargs=True))
+            hooks.append(module.register_forward_hook(lambda m, a, y: outputs.append(_first(y))))
+        device, dtype = _where(model)
+        try:
+            with evaluating(model), torch.no_grad():
+                model(pixel_values=self.pixel_values[:1].to(device, dtype))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(calls) != len(self.blocks) or not all(args for args, _ in calls):
+            return False
+        chained = all(args[0] is output for (args, _), output in zip(calls[1:], outputs, strict=False))
+        (_, *rest), keywords = calls[0]
+        return chained and all(
+            len(args) == len(rest) + 1
+            and all(a is b for a, b in zip(args[1:], rest, strict=True))
+            and k.keys() == keywords.keys()
+            and all(k[key] is keywords[key] for key in k)
+            for args, k in calls
+        )
+
+
+def collect(inputs: Iterator[Tensor], weights: list[Tensor], names: list[str], bits: int | None) -> list[Statistics]:
+    """Statistics of one tensor that several layers read, for each of them with its own token weights.
+
+    Args:
+        inputs: (tokens, in) for each batch.
+        weights: of all tokens, one tensor per layer; an empty one for 1 everywhere.
+        names: of the layers, for errors.
+        bits: find the range for static activations of this width; None for none.
+
+    Raises:
+        ValueError: an input that is not finite.
+    """
+    moments: list[Tensor] = []
+    means: list[Tensor] = []
+    values: list[Tensor] = []
+    at, totals = 0, [0.0] * len(names)
+    for batch in inputs:
+        x = batch.float()
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{names[0]}: its input is not finite on the calibration images")
+        if not moments:
+            moments = [x.new_zeros(x.shape[1], x.shape[1]) for _ in names]
+            means = [x.new_zeros(x.shape[1]) for _ in names]
+        for i, every in enumerate(weights):
+            w = every[at : at + len(x)].to(x.device) if len(every) else x.new_ones(len(x))
+            weighted = x * w.unsqueeze(1)
+            moments[i].addmm_(x.T, weighted)
+            means[i] += weighted.sum(0)
+            totals[i] += float(w.sum())
+        at += len(x)
+        if bits is not None:
+            flat = x.flatten()
+            values += [flat[:: max(1, len(flat) // RANGE_VALUES)].clone(), torch.stack(torch.aminmax(flat))]
+    span = (0.0, 0.0, 0.0)
+    if bits is not None:
+        sample = torch.cat(values)
+        low, high = histogram_range(sample, bits)
+        rounded = quantize(sample, *range_to_qparams(low, high, bits), bits)
+        span = float(low), float(high), sqnr(sample, rounded)
+    return [Statistics(m / t, mean / t, *span) for m, mean, t in zip(moments, means, totals, strict=True)]
+
+
+class _Reached(Exception):
+    """A forward pass came to the layer whose input is wanted."""
+
+    def __init__(self, args: tuple[Any, ...], keywords: dict[str, Any]):
+        super().__init__()
+        self.arguments = args, keywords
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _where(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    parameter = next(p for p in model.parameters() if p.is_floating_point() and p.numel())
+    return parameter.device, parameter.dtype

@@ -1,0 +1,148 @@
+"""Rounding: less output error than nearest on real correlations, never more, and single steps cannot improve it."""
+
+import pytest
+import torch
+
+from fairseq.modules.quantization.packed.config import LinearConfig
+from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int, weight_to_real
+from fairseq.quantization.rounding import Statistics, damped, inverse_factor, resolve, round_weight
+
+SETTINGS = [
+    {"method": "tensor"}, {"method": "channel"}, {"method": "histogram"}, {"method": "channel", "group_size": 32},
+    {"method": "histogram", "symmetric": True}, {"method": "tensor", "symmetric": True},
+]  # fmt: skip
+
+
+def layer(outputs=24, inputs=80, tokens=400, seed=0):
+    """A weight and inputs that are correlated, of unequal size and not centred, as a transformer's are."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(outputs, inputs, generator=generator) * torch.rand(outputs, 1, generator=generator)
+    mix = torch.randn(12, inputs, generator=generator)
+    x = torch.randn(tokens, 12, generator=generator) @ mix + 0.3 * torch.randn(tokens, inputs, generator=generator)
+    return w, x * (1 + 3 * torch.rand(inputs, generator=generator)) + 0.5
+
+
+def statistics(x):
+    return Statistics(x.T @ x / len(x), x.mean(0))
+
+
+def real(rounded, config):
+    return weight_to_real(*rounded, config.group_size)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_gptq_errs_less_at_the_output_and_more_in_the_weight(settings, bits):
+    config = LinearConfig(bits=bits, **settings)
+    w, x = layer()
+    got, plain = (real(round_weight(w, s, config), config) for s in (statistics(x), None))
+    output = [(x @ (r - w).T).square().sum().item() for r in (got, plain)]
+    weight = [(r - w).square().sum().item() for r in (got, plain)]
+    assert output[0] < 0.7 * output[1]
+    if settings["method"] == "histogram":  # the other two start from a wider range
+        assert weight[0] > weight[1]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_no_single_step_lowers_the_error(settings):
+    config = LinearConfig(bits=3, **settings)
+    w, x = layer(6, 64)
+    rounded = round_weight(w, statistics(x), config)
+    h = damped(statistics(x).second_moment)
+
+    def error(q):
+        d = (weight_to_real(q, *rounded[1:], config.group_size) - w).double()
+        return ((d @ h) * d).sum(1)
+
+    base = error(rounded.integers)
+    improved = 0
+    for column in range(w.shape[1]):
+        for step in (-1, 1):
+            q = rounded.integers.to(torch.int16)
+            q[:, column] = (q[:, column] + step).clamp(0, 7)
+            improved += int((error(q.to(torch.uint8)) < base * (1 - 1e-5)).sum())
+    assert improved <= 0.02 * w.numel()  # two sweeps leave next to nothing
+
+
+@pytest.mark.parametrize("kind", ["rank one", "one token", "dead inputs", "all dead", "identity"])
+@pytest.mark.parametrize("method", ["tensor", "channel"])
+def test_never_worse_than_nearest_whatever_the_inputs(kind, method):
+    w, x = layer(8, 40)
+    h = statistics(x).second_moment
+    if kind == "rank one":
+        h = torch.outer(x[0], x[0])
+    elif kind == "one token":
+        h = x[:1].T @ x[:1] * 1e-12
+    elif kind == "dead inputs":
+        h[:10], h[:, :10] = 0, 0
+    elif kind == "all dead":
+        h = torch.zeros_like(h)
+    else:
+        h = torch.eye(40)
+    config = LinearConfig(bits=4, method=method)
+    got = round_weight(w, Statistics(h, x.mean(0)), config)
+    searched = LinearConfig(bits=4, method="histogram" if method == "channel" else method)
+    plain = round_weight(w, None, searched)
+    matrix = damped(h)
+    errors = [(((d @ matrix) * d).sum()).item() for d in ((real(r, config) - w).double() for r in (got, plain))]
+    assert torch.isfinite(real(got, config)).all()
+    assert errors[0] <= errors[1] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_shapes_and_ranges_are_those_of_observe_weight(settings):
+    config = LinearConfig(bits=4, **settings)
+    w, x = layer()
+    scale, zero_point = observe_weight(w, 4, config.method, config.group_size, config.symmetric)
+    for data in (None, statistics(x)):
+        rounded = round_weight(w, data, config)
+        assert rounded.integers.shape == w.shape
+        assert rounded.integers.dtype == torch.uint8
+        assert int(rounded.integers.max()) <= 15
+        assert (rounded.scale.shape, rounded.zero_point.shape) == (scale.shape, zero_point.shape)
+        if config.symmetric:
+            assert (rounded.zero_point == 8).all()
+    plain = round_weight(w, None, config)
+    assert torch.equal(plain.integers, weight_to_int(w, scale, zero_point, 4, config.group_size))
+
+
+def test_the_same_input_gives_the_same_integers_and_nothing_is_written():
+    w, x = layer()
+    data, before = statistics(x), w.clone()
+    moment = data.second_moment.clone()
+    first, second = (round_weight(w, data, LinearConfig(bits=4, method="channel")) for _ in range(2))
+    assert torch.equal(first.integers, second.integers)
+    assert torch.equal(w, before)
+    assert torch.equal(data.second_moment, moment)
+
+
+def test_the_damping_grows_until_it_can_be_factorized():
+    h = damped(statistics(layer()[1]).second_moment)
+    factor = inverse_factor(h - 3 * h.diagonal().mean() * torch.eye(len(h)))  # far from positive definite
+    assert torch.isfinite(factor).all()
+    assert (factor.diagonal() > 0).all()
+
+
+def test_the_factor_is_that_of_the_inverse():
+    h = damped(statistics(layer()[1]).second_moment)
+    factor = inverse_factor(h)
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(factor.T @ factor @ h, torch.eye(len(h), dtype=h.dtype), atol=1e-8, rtol=0)
+
+
+def test_auto_takes_what_the_data_allow():
+    assert (resolve("auto", True), resolve("auto", False), resolve("nearest", True)) == ("gptq", "nearest", "nearest")
+
+
+@pytest.mark.parametrize(
+    ("rounding", "data", "message"),
+    [
+        ("best", None, "rounding must be one of 'auto', 'nearest', 'gptq'; got 'best'"),
+        ("gptq", None, "fc1: rounding='gptq' needs calibration images"),
+        ("auto", Statistics(torch.eye(3), torch.zeros(3)), r"fc1: the second moment must be of shape \(80, 80\)"),
+        ("auto", Statistics(torch.full((80, 80), torch.nan), torch.zeros(80)), "fc1: the second moment of its inputs"),
+    ],
+)
+def test_errors_name_the_layer(rounding, data, message):
+    with pytest.raises(ValueError, match=message):
+        round_weight(layer()[0], data, LinearConfig(), rounding, "fc1")
