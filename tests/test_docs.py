@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import ViTImageProcessor
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,10 @@ def model_folder(tiny_vit, tmp_path):
     tiny_vit.save_pretrained(folder)
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     shutil.copy(ROOT / "examples" / "vision_transformer" / "assets" / "chelsea.jpg", tmp_path / "cat.jpg")
+    (tmp_path / "pictures").mkdir()
+    with Image.open(tmp_path / "cat.jpg") as photo:
+        for i in range(36):
+            photo.crop((3 * i, 2 * i, 3 * i + 120, 2 * i + 120)).save(tmp_path / "pictures" / f"{i}.png")
     return folder
 
 
