@@ -111,7 +111,7 @@ def gptq(weight: Tensor, statistics: Statistics | None, config: LinearConfig) ->
     if config.method == "channel":
         config = dataclasses.replace(config, method="histogram")  # the same granularity, and the range is searched
     start = nearest(weight, None, config)
-    h = damped(statistics.second_moment)
+    h = damped(statistics.second_moment, weight)
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
     h = h[order][:, order]
     factor, h = inverse_factor(h).float(), h.float()
@@ -142,12 +142,18 @@ def gptq(weight: Tensor, statistics: Statistics | None, config: LinearConfig) ->
 ROUNDINGS: dict[str, Callable[[Tensor, Statistics | None, LinearConfig], Rounded]] = {"nearest": nearest, "gptq": gptq}
 
 
-def damped(second_moment: Tensor) -> Tensor:
-    """H in float64, symmetric, with :data:`DAMPING` of its mean diagonal added; the identity if all inputs were 0."""
+def damped(second_moment: Tensor, weight: Tensor) -> Tensor:
+    """H in float64, symmetric, with :data:`DAMPING` added to its diagonal; the identity if all inputs were 0.
+
+    The same for every input channel in the units in which the columns of ``weight``, (out, in), have one norm: so that
+    it does not matter how equalization shares a channel's scale between the weight and the input.
+    """
     h = second_moment.to(torch.float64)
     h = (h + h.T) / 2
-    mean = h.diagonal().mean()
-    h.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    norms = weight.to(torch.float64).square().mean(0)
+    norms = norms.clamp(min=1e-3 * float(norms.mean())) if bool((norms > 0).any()) else torch.ones_like(norms)
+    mean = (h.diagonal() * norms).mean()
+    h.diagonal().add_(DAMPING * mean / norms if mean > 0 else 1.0)
     return h
 
 

@@ -48,7 +48,7 @@ def test_no_single_step_lowers_the_error(settings):
     config = LinearConfig(bits=3, **settings)
     w, x = layer(6, 64)
     rounded = round_weight(w, statistics(x), config)
-    h = damped(statistics(x).second_moment)
+    h = damped(statistics(x).second_moment, w)
 
     def error(q):
         d = (weight_to_real(q, *rounded[1:], config.group_size) - w).double()
@@ -83,7 +83,7 @@ def test_never_worse_than_nearest_whatever_the_inputs(kind, method):
     got = round_weight(w, Statistics(h, x.mean(0)), config)
     searched = LinearConfig(bits=4, method="histogram" if method == "channel" else method)
     plain = round_weight(w, None, searched)
-    matrix = damped(h)
+    matrix = damped(h, w)
     errors = [(((d @ matrix) * d).sum()).item() for d in ((real(r, config) - w).double() for r in (got, plain))]
     assert torch.isfinite(real(got, config)).all()
     assert errors[0] <= errors[1] * (1 + 1e-6)
@@ -117,14 +117,23 @@ def test_the_same_input_gives_the_same_integers_and_nothing_is_written():
 
 
 def test_the_damping_grows_until_it_can_be_factorized():
-    h = damped(statistics(layer()[1]).second_moment)
+    w, x = layer()
+    h = damped(statistics(x).second_moment, w)
     factor = inverse_factor(h - 3 * h.diagonal().mean() * torch.eye(len(h)))  # far from positive definite
     assert torch.isfinite(factor).all()
     assert (factor.diagonal() > 0).all()
 
 
+def test_the_scales_of_the_inputs_do_not_matter():
+    w, x = layer()
+    r = torch.logspace(-1, 1, w.shape[1], base=2).exp()
+    h, scaled = damped(statistics(x).second_moment, w), damped(statistics(x * r).second_moment, w / r)
+    torch.testing.assert_close(scaled, h * torch.outer(r, r).double(), rtol=1e-4, atol=1e-6)
+
+
 def test_the_factor_is_that_of_the_inverse():
-    h = damped(statistics(layer()[1]).second_moment)
+    w, x = layer()
+    h = damped(statistics(x).second_moment, w)
     factor = inverse_factor(h)
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(factor.T @ factor @ h, torch.eye(len(h), dtype=h.dtype), atol=1e-8, rtol=0)
