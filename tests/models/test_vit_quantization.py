@@ -63,7 +63,7 @@ def test_it_says_what_it_did(tiny_vit, caplog):
 def test_more_bits_are_closer(tiny_vit, pixels, method):
     errors = [compare_models(tiny_vit, quantize(tiny_vit, b, method, 1.0), pixels).mse_loss for b in (2, 4, 6, 8)]
     assert errors == sorted(errors, reverse=True)
-    assert errors[3] < 1e-3 * errors[0]
+    assert errors[3] < 3e-3 * errors[0]
 
 
 def test_finer_methods_are_closer_in_weight(tiny_vit):

@@ -50,7 +50,7 @@ def test_derived_widths_are_near_the_measured_ones(tiny_vit, pixels):
             assert layer[bits] == pytest.approx(directly(tiny_vit, pixels, name, bits), rel=1e-3)
         off += [abs(math.log(layer[bits] / directly(tiny_vit, pixels, name, bits))) for bits in (4, 5, 8)]
     assert sorted(off)[len(off) // 2] < math.log(1.6)
-    assert max(off) < math.log(6)
+    assert sorted(off)[9 * len(off) // 10] < math.log(4)
 
 
 def test_every_width_is_run_where_two_disagree(tiny_vit, pixels, monkeypatch):
