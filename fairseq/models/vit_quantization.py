@@ -120,6 +120,8 @@ class ViTQuantizer:
                 them. The message names the layers or the picture.
         """
         check_model(model)
+        if calibration is None and processor is not None:
+            raise ValueError("a processor was given but no pictures; pass calibration=images, too")
         pixels = None if calibration is None else pixel_values(calibration, model, processor, images, self.config.seed)
         quantized, self.report = convert(model, self.config, pixels)
         logger.info("%s", self.report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -121,11 +122,20 @@ class _Conversion:
             factors = self._equalize(block, equalized)
         if self.stream is not None and block is not None:
             self.stream.advance_to(block)
-        for group in _groups(names):
-            factor = factors.get(group[0])
-            for name, statistics in zip(group, self._statistics(group, factor), strict=True):
+        for group in self._groups(names, factors):
+            for name, statistics in zip(group, self._statistics(group, factors.get(group[0])), strict=True):
                 self._swap(name, statistics, factors.get(name))
             yield group
+
+    def _groups(self, names: list[str], factors: dict[str, Tensor]) -> list[list[str]]:
+        """The layers of a stage, those together that read one tensor, as it is, and round it alike."""
+
+        def key(name: str) -> tuple[object, ...]:
+            settings = self.chosen[name]
+            alone = name in factors or not reads_shared_input(name)
+            return (name,) if alone else (settings.activations, settings.activation_bits)
+
+        return [list(group) for _, group in itertools.groupby(names, key)]
 
     def _materialize(self, name: str) -> None:
         """Give the copy its float weight, which deepcopy left out."""
@@ -275,17 +285,6 @@ def _effective_weight(layer: EmulatedLinear) -> Tensor:
     """What the layer multiplies its input by: the weight on its grid, the input factor included."""
     weight = layer.quantized_weight()
     return weight if layer.input_factor is None else weight * layer.input_factor.to(weight.dtype)
-
-
-def _groups(names: list[str]) -> list[list[str]]:
-    """The layers of a stage, those that read one tensor together."""
-    groups: list[list[str]] = []
-    for name in names:
-        if groups and reads_shared_input(name) and reads_shared_input(groups[-1][0]):
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-    return groups
 
 
 def _energy(weight: Tensor, statistics: Statistics) -> float:

@@ -293,6 +293,16 @@ def test_calibration_takes_what_users_have(tiny_vit, images):
     assert errors[0] < errors[1]
 
 
+def test_a_processor_without_images_is_refused(tiny_vit):
+    with pytest.raises(ValueError, match="no pictures; pass calibration=images"):
+        ViTQuantizer().quantize_model(tiny_vit, processor=lambda **keywords: keywords)
+
+
+def test_a_static_model_survives_pickle(tiny_vit, images):
+    quantized = ViTQuantizer(method="channel", activations="static").quantize_model(tiny_vit, images)
+    assert compare_models(quantized, pickle.loads(pickle.dumps(quantized)), images) == (0, 0, 1)
+
+
 def test_few_images_are_used_with_a_warning_and_none_are_refused(tiny_vit, images):
     with pytest.warns(UserWarning, match="128"):
         ViTQuantizer(bits=4).quantize_model(tiny_vit, calibration=images[:4])

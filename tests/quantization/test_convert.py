@@ -413,3 +413,27 @@ def test_the_report_knows_the_errors(tiny_vit, images):
         assert layer.rounding == "gptq"
         assert 5 < layer.weight_sqnr < 40
         assert layer.output_sqnr > layer.weight_sqnr - 6
+
+
+def test_each_layer_gets_the_statistics_of_what_it_multiplies(tiny_vit, images, monkeypatch):
+    monkeypatch.setattr("fairseq.quantization.vit_layers.PRE_NORM_BLOCKS", ())  # every layer has its own input factor
+    monkeypatch.setattr("fairseq.quantization.calibration.UNIFORM_SHARE", 1.0)
+    moments = {}
+
+    def recording(weight, statistics, config, rounding, name):
+        moments[name.removesuffix(".weight")] = statistics.second_moment
+        return round_weight(weight, statistics, config, rounding, name)
+
+    monkeypatch.setattr("fairseq.quantization.convert.round_weight", recording)
+    result, _ = convert(tiny_vit, QuantizationConfig(bits=4, activations=None), images)
+    names = [n for n in moments if n.endswith(("query", "key", "value", "q_proj", "k_proj", "v_proj"))][:3]
+    seen = []
+    hook = result.get_submodule(names[0]).register_forward_pre_hook(lambda m, a: seen.append(a[0].flatten(0, -2)))
+    with torch.no_grad():
+        result(pixel_values=images)
+    hook.remove()
+    factors = [result.get_submodule(name).input_factor for name in names]
+    assert not torch.equal(factors[0], factors[1])
+    for name, factor in zip(names, factors, strict=True):
+        x = seen[0] * factor
+        torch.testing.assert_close(moments[name], x.T @ x / len(x), rtol=1e-3, atol=1e-4)
