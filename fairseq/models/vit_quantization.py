@@ -16,8 +16,10 @@ from torch import nn
 
 from fairseq.quantization.compare import ModelComparison, compare_models
 from fairseq.quantization.config import QuantizationConfig
-from fairseq.quantization.convert import check_model, convert, dequantize
+from fairseq.quantization.convert import convert
+from fairseq.quantization.dequantize import dequantize
 from fairseq.quantization.images import pixel_values
+from fairseq.quantization.plan import check_model
 from fairseq.quantization.report import LayerReport, QuantizationReport
 from fairseq.quantization.sensitivity import BitAssignment, assign_bits, measure, smallest_that_agrees
 
@@ -53,8 +55,8 @@ class ViTQuantizer:
         group_size: input channels that share a scale, 32 to 128 in steps of 8; None for all of an output channel.
         symmetric: put the weights' zero point in the middle of the grid.
         rounding: "nearest", "gptq" (needs calibration images), or "auto": gptq if there are images.
-        equalize: move the ranges of input channels out of the weights first, which changes nothing before rounding;
-            "auto" does so for method "tensor".
+        equalize: even out the ranges of input channels first, which changes nothing before rounding, where one scale
+            serves a whole weight (method "tensor") or input (static activations).
         bias_correction: True adds each layer's mean output error on the calibration images to its bias, "add" also to
             layers without a bias.
         resident: "packed" or, for more speed below 5 bits and more memory, "unpacked".
@@ -85,7 +87,7 @@ class ViTQuantizer:
         group_size: int | None = None,
         symmetric: bool = False,
         rounding: str = "auto",
-        equalize: bool | str = "auto",
+        equalize: bool = True,
         bias_correction: bool | str = False,
         resident: str = "packed",
         backend: str = "auto",

@@ -20,8 +20,9 @@ from fairseq.quantization.rounding import Statistics
 
 UNIFORM_SHARE = 0.1
 """Of a token's weight; the rest follows the gradient. Some tokens would count for nothing without it."""
-BATCH_SIZE = 16
-GRADIENT_BATCH_SIZE = 4
+BATCH_SIZE = 8
+SAMPLE = 512
+"""Tokens on which static inputs are equalized."""
 RANGE_VALUES = 2**16
 """Values per batch from which the range of a static activation is taken."""
 
@@ -47,8 +48,8 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
     """
     device, dtype = _where(model)
     generator = torch.Generator().manual_seed(seed)
-    squares: dict[str, list[Tensor]] = {name: [] for name in names}
-    for pixels in pixel_values.split(GRADIENT_BATCH_SIZE):
+    squares: dict[str, Tensor] = {}  # (N, tokens) each, allocated once: small results between large ones tear the heap
+    for index, image in enumerate(pixel_values):
         outputs: dict[str, list[Tensor]] = {name: [] for name in names}
         hooks = [
             model.get_submodule(name).register_forward_hook(lambda m, a, y, seen=outputs[name]: seen.append(y))
@@ -56,7 +57,7 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
         ]
         try:
             with evaluating(model), torch.enable_grad():
-                result = output_of(model, pixels.to(device, dtype).requires_grad_())
+                result = output_of(model, image[None].to(device, dtype).requires_grad_())
         finally:
             for hook in hooks:
                 hook.remove()
@@ -67,10 +68,13 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
         gradients = torch.autograd.grad(total, [outputs[name][0] for name in called], allow_unused=True)
         for name, gradient in zip(called, gradients, strict=True):
             if gradient is not None:
-                squares[name].append(gradient.float().square().sum(-1).flatten().cpu())
+                square = gradient.float().square().sum(-1).flatten()
+                if name not in squares:
+                    squares[name] = torch.full((len(pixel_values), len(square)), torch.nan)
+                squares[name][index] = square.cpu()
     weights = {}
-    for name, parts in squares.items():
-        values = torch.cat(parts) if len(parts) == -(-len(pixel_values) // GRADIENT_BATCH_SIZE) else torch.empty(0)
+    for name in names:
+        values = squares[name].flatten() if name in squares else torch.empty(0)
         mean = values.mean() if len(values) else torch.zeros(())
         usable = bool(torch.isfinite(mean)) and float(mean) > 0
         weights[name] = (1 - UNIFORM_SHARE) * values / mean + UNIFORM_SHARE if usable else torch.empty(0)
@@ -112,6 +116,12 @@ class Stream:
         for args, _ in self._stopped(name):
             yield args[0].detach().flatten(0, -2)
 
+    def sample(self, name: str) -> Tensor:
+        """Some hundred tokens of these inputs, evenly spaced over all images: (tokens, in), float32."""
+        batches = [x.float() for x in self.inputs(name)]
+        step = max(1, sum(map(len, batches)) // SAMPLE)
+        return torch.cat([x[::step] for x in batches])
+
     def advance_to(self, block: str) -> None:
         """Run the stored hidden states up to the entrance of ``block``, through blocks that are final by now."""
         while self.stored and self.blocks[self.position] != block:
@@ -121,7 +131,9 @@ class Stream:
         block = self.model.get_submodule(self.blocks[self.position])
         for index, (args, keywords) in enumerate(self.stored):
             with evaluating(block), torch.no_grad():
-                self.stored[index] = (_first(block(*args, **keywords)), *args[1:]), keywords
+                output = _first(block(*args, **keywords))
+                same = output.shape == args[0].shape and output.dtype == args[0].dtype
+                self.stored[index] = (args[0].copy_(output) if same else output, *args[1:]), keywords
         self.position += 1
 
     def _stopped(self, name: str) -> Iterator[Arguments]:

@@ -48,8 +48,8 @@ class QuantizationConfig(LayerConfig):
         seed: chooses the layers when ``p`` is below 1; the same seed, the same layers.
         execution: "packed" (integers in memory, for inference) or "emulated" (float weights seen through the same
             integers, for training).
-        equalize: move the ranges of input channels out of the weights first, exactly (see ``equalization``): True,
-            False, or "auto", which does so for layers with method "tensor", where it decides over the accuracy.
+        equalize: even out the ranges of input channels first, exactly (see ``equalization``), where one scale serves
+            the weight (method "tensor") or the input (static activations).
         overrides: glob of layer names -> ``skip`` or any of a layer's settings; the first glob that matches a layer
             replaces those settings for it.
 
@@ -63,15 +63,14 @@ class QuantizationConfig(LayerConfig):
     quantize_classifier: bool = True
     seed: int = 0
     execution: str = "packed"
-    equalize: bool | str = "auto"
+    equalize: bool = True
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of("execution", self.execution, EXECUTIONS)
         self._check_emulated(self)
-        if not isinstance(self.equalize, bool) and self.equalize != "auto":
-            raise ValueError(f"equalize must be True, False or 'auto'; got {self.equalize!r}")
+        check_flag("equalize", self.equalize)
         if isinstance(self.p, bool) or not isinstance(self.p, int | float):
             raise TypeError(f"p must be a number from 0 to 1, got {self.p!r}")
         if not 0 <= self.p <= 1:
@@ -98,10 +97,6 @@ class QuantizationConfig(LayerConfig):
             if fnmatchcase(name, glob):
                 return self._override(glob, settings)
         return LayerConfig(**self._of_a_layer())
-
-    def equalizes(self, layer: LinearConfig) -> bool:
-        """Whether a layer with these settings gets its input channels equalized."""
-        return layer.method == "tensor" if self.equalize == "auto" else bool(self.equalize)
 
     def unmatched_overrides(self, names: Iterable[str]) -> list[str]:
         """The globs that match none of ``names``."""

@@ -14,20 +14,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.modules.quantization.scalar.modules import EmulatedLinear, QuantizedWeight
-from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, obstacle
-from fairseq.modules.quantization.scalar.ops import check_tensor
+from fairseq.modules.quantization.scalar.modules import EmulatedLinear
+from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
 from fairseq.modules.quantization.scalar.weights import weight_to_real
 from fairseq.quantization.calibration import Stream, collect, token_weights
-from fairseq.quantization.config import COMPONENTS, LayerConfig, QuantizationConfig
-from fairseq.quantization.equalization import equalize, input_factor
+from fairseq.quantization.config import LayerConfig, QuantizationConfig
+from fairseq.quantization.equalization import equalize, input_factor, rounds_coarsely
+from fairseq.quantization.plan import check_data_free, check_model, make_plan, stages
 from fairseq.quantization.report import LayerReport, QuantizationReport, decibels, weight_statistics
 from fairseq.quantization.rounding import Rounded, Statistics, resolve, round_weight
 from fairseq.quantization.vit_layers import block_of, component_of, linear_layers, reads_shared_input, role_of, wiring
 
-MIN_STATIC_SQNR = 20.0
-"""Below it, in dB, one range for all tokens of an input is too coarse, and the layer stays dynamic."""
-SKIPPED = "skipped by an override"
+MIN_STATIC_SQNR = 28.0
+"""Below it, in dB, one range for all tokens is too coarse (8 bits reach 38 on a Gaussian): the layer stays dynamic."""
 
 
 def convert(
@@ -69,25 +68,6 @@ def convert(
     return result, _make_report(model, result, layers, plan, config.execution, work.done)
 
 
-def check_data_free(chosen: Mapping[str, LayerConfig]) -> None:
-    """ValueError if a layer has a setting that needs calibration images."""
-    for name, settings in chosen.items():
-        needs = {
-            f"activations={settings.activations!r}": settings.activations == "static",
-            f"rounding={settings.rounding!r}": settings.rounding not in ("auto", "nearest"),
-            f"bias_correction={settings.bias_correction!r}": settings.bias_correction is not False,
-        }
-        for setting, needed in needs.items():
-            if needed:
-                raise ValueError(f"{name}: {setting} needs images; call quantize_model(model, calibration=images)")
-
-
-def stages(names: list[str]) -> list[list[str]]:
-    """The layers in the order of a forward pass, one list per encoder block and one for what is outside of them."""
-    blocks = dict.fromkeys(block_of(name) for name in names)
-    return [[n for n in names if block_of(n) == block] for block in sorted(blocks, key=lambda b: b is None)]
-
-
 class _Conversion:
     """One model on its way to be quantized: ``result`` has the layers of the stages that are done already swapped."""
 
@@ -116,12 +96,9 @@ class _Conversion:
         block = block_of(names[0])
         for name in names:
             self._materialize(name)
-        equalized = {name for name in names if self.config.equalizes(self.chosen[name])} - self.shared
-        factors: dict[str, Tensor] = {}
-        if equalized:
-            factors = self._equalize(block, equalized)
         if self.stream is not None and block is not None:
             self.stream.advance_to(block)
+        factors = self._equalize(block, set(names) - self.shared) if self.config.equalize else {}
         for group in self._groups(names, factors):
             for name, statistics in zip(group, self._statistics(group, factors.get(group[0])), strict=True):
                 self._swap(name, statistics, factors.get(name))
@@ -149,20 +126,38 @@ class _Conversion:
         wired = None
         if block is not None and not any(block_of(name) == block for name in self.shared):
             wired = wiring(self.result.get_submodule(block))
+        tokens = self._tokens(names)
         fed: set[str] = set()
         if wired is not None:
-            roles = {role_of(name): name for name in names}
-            bits = {role: self.chosen[name].bits for role, name in roles.items() if role is not None}
-            equalize(wired, bits)
+            roles = {role: name for name in names if (role := role_of(name)) is not None}
+            settings = {role: self.chosen[name] for role, name in roles.items()}
+            equalize(wired, settings, {role: tokens[name] for role, name in roles.items() if name in tokens})
             fed = {name for role, name in roles.items() if role != "fc2"}
         factors = {}
         for name in sorted(names - fed):
             linear = cast(nn.Linear, self.result.get_submodule(name))
-            factor = input_factor(linear.weight, self.chosen[name].bits)
-            with torch.no_grad():
-                linear.weight.div_(factor)
-            factors[name] = factor.detach()
+            factor = input_factor(linear.weight, self.chosen[name], tokens.get(name))
+            if factor is not None:
+                with torch.no_grad():
+                    linear.weight.div_(factor)
+                factors[name] = factor.detach()
         return factors
+
+    def _tokens(self, names: set[str]) -> dict[str, Tensor]:
+        """A sample of the inputs of those layers that are going to round them coarsely."""
+        if self.stream is None:
+            return {}
+        found: dict[str, Tensor] = {}
+        shared: dict[str | None, Tensor] = {}  # by block: query, key and value read one tensor
+        for name in names:
+            if rounds_coarsely(self.chosen[name]):
+                if not reads_shared_input(name):
+                    found[name] = self.stream.sample(name)
+                    continue
+                if block_of(name) not in shared:
+                    shared[block_of(name)] = self.stream.sample(name)
+                found[name] = shared[block_of(name)]
+        return found
 
     def _statistics(self, group: list[str], factor: Tensor | None) -> list[Statistics | None]:
         settings = [self.chosen[name] for name in group]
@@ -204,7 +199,7 @@ class _Conversion:
         else:
             new = _emulate(old, rounded, bias, settings, name, span, factor)
         carry_hooks(old, new)
-        for alias in _names_of(self.result, old):
+        for alias in names_of(self.result, old):
             self.result.set_submodule(alias, new)
 
     def _pack(
@@ -224,39 +219,6 @@ class _Conversion:
         first = self.before.setdefault((id(self.layers[name].weight), settings), layer)
         layer.weight_codes, layer.scale, layer.zero_point = first.weight_codes, first.scale, first.zero_point
         return layer
-
-
-def dequantize(model: nn.Module) -> nn.Module:
-    """A copy of a quantized model with plain float Linear layers again, which hold the rounded weights.
-
-    For tools that know only float models, such as ``save_pretrained``. Activations are no longer rounded.
-
-    Raises:
-        TypeError: not a module.
-        ValueError: nothing in ``model`` is quantized.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not any(isinstance(module, PackedLinear | EmulatedLinear) for module in model.modules()):
-        raise ValueError("nothing in the model is quantized; pass what quantize_model returned")
-    result = copy.deepcopy(model)
-    plain: dict[int, nn.Parameter] = {}  # by the integers or weight that layers share
-    for old in list(result.modules()):
-        if not isinstance(old, PackedLinear | EmulatedLinear):
-            continue
-        dtype = next((p.dtype for p in result.parameters() if p.is_floating_point()), torch.float32)
-        weight = old.dequantize() if isinstance(old, PackedLinear) else _effective_weight(old)
-        new = nn.Linear(old.in_features, old.out_features, old.bias is not None, device="meta")
-        shared = id(old.weight_codes if isinstance(old, PackedLinear) else old.weight)
-        new.weight = plain.setdefault(shared, nn.Parameter(weight.detach().to(dtype)))
-        if old.bias is not None:
-            new.bias = nn.Parameter(old.bias.detach().clone())
-        carry_hooks(old, new)
-        new.train(old.training)
-        for alias in _names_of(result, old):
-            result.set_submodule(alias, new)
-    vars(result).pop("save_pretrained", None)
-    return result
 
 
 def _emulate(
@@ -281,12 +243,6 @@ def _emulate(
     return layer
 
 
-def _effective_weight(layer: EmulatedLinear) -> Tensor:
-    """What the layer multiplies its input by: the weight on its grid, the input factor included."""
-    weight = layer.quantized_weight()
-    return weight if layer.input_factor is None else weight * layer.input_factor.to(weight.dtype)
-
-
 def _energy(weight: Tensor, statistics: Statistics) -> float:
     """tr(W H W^T): the mean squared norm of what the layer makes of its inputs."""
     return float(((weight @ statistics.second_moment) * weight).sum())
@@ -297,66 +253,6 @@ def _without_weights(model: nn.Module, chosen: list[nn.Module]) -> dict[int, Any
     kept = {id(p) for module in model.modules() if module not in chosen for p in module._parameters.values()}
     weights = [w for layer in chosen if isinstance(w := layer.weight, nn.Parameter) and id(w) not in kept]
     return {id(w): nn.Parameter(w.new_empty(0), requires_grad=w.requires_grad) for w in weights}
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise unless ``model`` is a module with weights that no house layer has quantized yet."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, such as a ViTForImageClassification; got {type(model).__name__}"
-        )
-    done = [name for name, module in model.named_modules() if isinstance(module, PackedLinear | QuantizedWeight)]
-    if done:
-        raise ValueError(
-            f"the model is quantized already: {len(done)} layers, {done[0]!r} the first; pass the float model"
-        )
-    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if meta:
-        raise ValueError(f"the model is on the meta device and holds no weights ({meta[0]!r}); load them first")
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.numel():
-            check_tensor(parameter, name)
-
-
-def make_plan(layers: dict[str, nn.Module], config: QuantizationConfig) -> dict[str, LayerConfig | str]:
-    """For each Linear by name, its settings, or in words why it stays in float."""
-    components = {name: component_of(name) for name in layers}
-    found = set(components.values())
-    missing = [c for c in ("attention", "mlp") if config.selects(c) and c not in found]
-    if missing or not found & set(COMPONENTS):
-        seen = ", ".join(layers) if len(layers) <= 8 else f"{', '.join(list(layers)[:8])}, ... ({len(layers)} in all)"
-        raise ValueError(
-            f"found no {' and no '.join(missing or COMPONENTS)} layer of a HuggingFace ViT in this model; "
-            + (f"its Linear layers are {seen}" if layers else "it has no Linear layer")
-        )
-    plan = {name: _decide(name, layers[name], component, config) for name, component in components.items()}
-    selected = [name for name, decision in plan.items() if isinstance(decision, LayerConfig)]
-    candidates = [name for name, decision in plan.items() if name in selected or decision == SKIPPED]
-    if not candidates:
-        reasons = "; ".join(sorted({str(decision) for decision in plan.values()}))
-        raise ValueError(f"no layer is left to quantize: {reasons}")
-    unmatched = config.unmatched_overrides(candidates)
-    if unmatched:
-        raise ValueError(
-            f"override {unmatched[0]!r} matches no selected layer; there are {', '.join(candidates[:8])}, ..."
-        )
-    sampled = config.sample(selected)
-    return {
-        name: f"not among the share p={config.p}" if name in selected and name not in sampled else decision
-        for name, decision in plan.items()
-    }
-
-
-def _decide(name: str, layer: nn.Module, component: str | None, config: QuantizationConfig) -> LayerConfig | str:
-    """The settings of one layer, or why it stays in float, before the share ``p`` is drawn."""
-    if component is None:
-        return "not an attention, MLP or classifier layer"
-    if type(layer) is not nn.Linear:
-        return f"a {type(layer).__name__}, not a plain nn.Linear"
-    if not config.selects(component):
-        return f"quantize_{component}=False"
-    settings = config.for_layer(name)
-    return SKIPPED if settings.skip else obstacle(layer) or settings
 
 
 def tuple_while_tracing(module: nn.Module, args: Any, output: Any) -> Any:
@@ -371,10 +267,6 @@ def refuse_save_pretrained(*args: Any, **keywords: Any) -> None:
         "from_pretrained cannot load packed integers; save them with torch.save(model.state_dict(), file), or a float "
         "model with the rounded weights with ViTQuantizer.dequantize_model(model).save_pretrained(folder)"
     )
-
-
-def _names_of(model: nn.Module, module: nn.Module) -> list[str]:
-    return [name for name, other in model.named_modules(remove_duplicate=False) if other is module]
 
 
 def _bytes(module: nn.Module) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import io
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fairseq.quantization.report import QuantizationReport
 from fairseq.quantization.vit_layers import block_of
+
+if TYPE_CHECKING:
+    from fairseq.quantization.report import QuantizationReport
 
 COLORS: dict[int | None, str] = {
     2: "#882255", 3: "#cc3311", 4: "#ee7733", 5: "#b8a31a", 6: "#009988", 7: "#33aadd", 8: "#0055aa", None: "#999999",

@@ -113,8 +113,8 @@ def gptq(weight: Tensor, statistics: Statistics | None, config: LinearConfig) ->
     start = nearest(weight, None, config)
     h = damped(statistics.second_moment, weight)
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
-    h = h[order][:, order]
-    factor, h = inverse_factor(h).float(), h.float()
+    h = h[order[:, None], order].float()
+    factor = inverse_factor(h).float()
     w = weight.float().T[order]  # (in, out), the inputs by importance and contiguous, as all below
     scale, zero_point = (_per_weight(p, weight.shape, config.group_size).T[order] for p in start[1:])
     top = quantized_range(config.bits)[1]
@@ -148,8 +148,7 @@ def damped(second_moment: Tensor, weight: Tensor) -> Tensor:
     The same for every input channel in the units in which the columns of ``weight``, (out, in), have one norm: so that
     it does not matter how equalization shares a channel's scale between the weight and the input.
     """
-    h = second_moment.to(torch.float64)
-    h = (h + h.T) / 2
+    h = (second_moment + second_moment.T).to(torch.float64).mul_(0.5)
     norms = weight.to(torch.float64).square().mean(0)
     norms = norms.clamp(min=1e-3 * float(norms.mean())) if bool((norms > 0).any()) else torch.ones_like(norms)
     mean = (h.diagonal() * norms).mean()
@@ -158,14 +157,20 @@ def damped(second_moment: Tensor, weight: Tensor) -> Tensor:
 
 
 def inverse_factor(h: Tensor) -> Tensor:
-    """The upper triangular U with H^-1 = U^T U, (in, in); the damping grows tenfold until H can be factorized."""
-    more = DAMPING * h.diagonal().abs().mean()
+    """The upper triangular U with H^-1 = U^T U, float64 (in, in); the damping grows tenfold until H can be factorized.
+
+    Holds two such matrices at a time: for the widest layers they are what memory peaks with.
+    """
+    more = 0.0
     while True:
-        lower, failed = torch.linalg.cholesky_ex(h)
+        lower = h.to(torch.float64, copy=True)
+        lower.diagonal().add_(more)
+        lower, failed = torch.linalg.cholesky_ex(lower)
         if not failed:
-            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-        h = h + more * torch.eye(len(h), dtype=h.dtype, device=h.device)
-        more = 10 * more
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            return torch.linalg.cholesky(inverse, upper=True)
+        more = 10 * more or DAMPING * float(h.diagonal().abs().mean())
 
 
 def _per_weight(parameter: Tensor, shape: torch.Size, group_size: int | None) -> Tensor:

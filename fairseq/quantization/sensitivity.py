@@ -28,7 +28,8 @@ from fairseq.modules.quantization.scalar.ops import check_bits, check_tensor
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int, weight_to_real
 from fairseq.quantization.compare import OUTPUTS, compare_models
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
-from fairseq.quantization.convert import check_model, convert, make_plan
+from fairseq.quantization.convert import convert
+from fairseq.quantization.plan import check_model, make_plan
 from fairseq.quantization.vit_layers import block_of, component_of, linear_layers
 
 CHOICES = (2, 3, 4, 5, 6, 8)

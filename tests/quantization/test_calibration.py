@@ -129,7 +129,8 @@ def test_token_weights_are_squared_gradients(tiny_vit, images):
     hook = tiny_vit.get_submodule(name).register_forward_hook(lambda m, a, y: seen.append(y))
     logits = tiny_vit(images[:4]).logits
     hook.remove()
-    v = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    v = torch.cat([torch.randn(1, logits.shape[1], generator=generator) for _ in logits])
     v -= v.mean(-1, keepdim=True)
     (gradient,) = torch.autograd.grad((logits * v).sum(), seen)
     square = gradient.square().sum(-1).flatten()

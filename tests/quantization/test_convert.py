@@ -13,7 +13,8 @@ from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar import ops
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.quantization.config import QuantizationConfig
-from fairseq.quantization.convert import convert, dequantize
+from fairseq.quantization.convert import convert
+from fairseq.quantization.dequantize import dequantize
 from fairseq.quantization.rounding import round_weight
 from fairseq.quantization.vit_layers import component_of, linear_layers
 

@@ -23,6 +23,11 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     new.__dict__.update({name: copy.copy(vars(old)[name]) for name in names})
 
 
+def names_of(model: nn.Module, module: nn.Module) -> list[str]:
+    """Every name under which ``model`` has ``module``."""
+    return [name for name, other in model.named_modules(remove_duplicate=False) if other is module]
+
+
 def moved(scale: Tensor, device: torch.device) -> Tensor:
     """``scale`` on ``device``, in its own dtype: a module's ``.half()`` moves a scale but never rounds it."""
     if scale.is_meta or device.type == "meta":

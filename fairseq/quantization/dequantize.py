@@ -1,0 +1,51 @@
+"""dequantize: a copy of a quantized model with plain float Linear layers, for tools that know only those."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.scalar.modules import EmulatedLinear
+from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """A copy of a quantized model with plain float Linear layers again, which hold the rounded weights.
+
+    For tools that know only float models, such as ``save_pretrained``. Activations are no longer rounded.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: nothing in ``model`` is quantized.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not any(isinstance(module, PackedLinear | EmulatedLinear) for module in model.modules()):
+        raise ValueError("nothing in the model is quantized; pass what quantize_model returned")
+    result = copy.deepcopy(model)
+    plain: dict[int, nn.Parameter] = {}  # by the integers or weight that layers share
+    for old in list(result.modules()):
+        if not isinstance(old, PackedLinear | EmulatedLinear):
+            continue
+        dtype = next((p.dtype for p in result.parameters() if p.is_floating_point()), torch.float32)
+        weight = old.dequantize() if isinstance(old, PackedLinear) else _effective_weight(old)
+        new = nn.Linear(old.in_features, old.out_features, old.bias is not None, device="meta")
+        shared = id(old.weight_codes if isinstance(old, PackedLinear) else old.weight)
+        new.weight = plain.setdefault(shared, nn.Parameter(weight.detach().to(dtype)))
+        if old.bias is not None:
+            new.bias = nn.Parameter(old.bias.detach().clone())
+        carry_hooks(old, new)
+        new.train(old.training)
+        for alias in names_of(result, old):
+            result.set_submodule(alias, new)
+    vars(result).pop("save_pretrained", None)
+    return result
+
+
+def _effective_weight(layer: EmulatedLinear) -> Tensor:
+    """What the layer multiplies its input by: the weight on its grid, the input factor included."""
+    weight = layer.quantized_weight()
+    return weight if layer.input_factor is None else weight * layer.input_factor.to(weight.dtype)
