@@ -84,6 +84,11 @@ def load_model(source: str | None) -> Loaded:
             reason = str(error)
     print(f"{DEFAULT_MODEL} cannot be loaded ({reason}).")
     print("Using the embedded model instead: a small ViT trained on CIFAR-10 (10 classes, 32x32 pixels).\n")
+    return load_embedded()
+
+
+def load_embedded() -> Loaded:
+    """The small ViT that ships with the examples, trained on CIFAR-10."""
     return _from_pretrained(str(EMBEDDED), "the embedded CIFAR-10 ViT")
 
 

@@ -20,7 +20,7 @@ from fairseq.quantization.rounding import Statistics
 
 UNIFORM_SHARE = 0.1
 """Of a token's weight; the rest follows the gradient. Some tokens would count for nothing without it."""
-BATCH_SIZE = 8
+BATCH_SIZE = 4
 SAMPLE = 512
 """Tokens on which static inputs are equalized."""
 RANGE_VALUES = 2**16

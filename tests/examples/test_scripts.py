@@ -205,7 +205,56 @@ def test_evaluate_mistakes(script, model, pictures, tmp_path, rows, header, mess
     assert (code, "no: no such folder" in err) == (2, True)
 
 
-@pytest.mark.parametrize("text", ["9:tensor", "4:foo", "tensor", "x:channel"])
+@pytest.mark.filterwarnings("ignore:calibrating on")
+def test_evaluate_calibrates_on_pictures_it_leaves_out(script, model, pictures, tmp_path):
+    arguments = ["--model", model, "--images", pictures, "--labels", tmp_path / "labels.csv", "--configs"]
+    code, out, _ = script("evaluate", *arguments, "8:channel", "4.5:channel", "--calibration", 5)
+    assert code == 0
+    assert "7 pictures" in out
+    assert "calibrated on 5 others" in out
+    assert "4.5-bit channel" in out
+    (tmp_path / "names.txt").write_text("3.png\n1.png\n")
+    code, out, _ = script("evaluate", *arguments, "8:channel", "--calibration", tmp_path / "names.txt")
+    assert code == 0
+    assert "10 pictures" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--calibration", 12], "of 12 pictures, 1 to 11 can serve"),
+        (["--calibration", 0], "of 12 pictures, 1 to 11 can serve"),
+        (["--calibration", "gone.txt"], "gone.txt"),
+        (["--configs", "4.5:channel"], "4.5:channel: choosing widths by layer needs pictures; pass --calibration"),
+    ],
+)
+def test_evaluate_calibration_mistakes(script, model, pictures, tmp_path, arguments, message):
+    code, _, err = script(
+        "evaluate", "--model", model, "--images", pictures, "--labels", tmp_path / "labels.csv", *arguments
+    )
+    assert code == 2
+    assert message in err
+    (tmp_path / "names.txt").write_text("99.png\n")
+    code, _, err = script(
+        "evaluate", "--model", model, "--images", pictures, "--labels", tmp_path / "labels.csv",
+        "--calibration", tmp_path / "names.txt",
+    )  # fmt: skip
+    assert code == 2
+    assert "99.png is not one of the labelled pictures" in err
+
+
+def test_evaluate_without_a_model_takes_the_embedded_one(script):
+    code, out, _ = script("evaluate", "--configs", "8:channel", "--limit", 50)
+    assert code == 0
+    assert "the embedded CIFAR-10 ViT, 50 pictures" in out
+    code, _, err = script("evaluate", "--images", ".")
+    assert code == 2
+    assert "--model, --images and --labels go together" in err
+
+
+@pytest.mark.parametrize(
+    "text", ["9:tensor", "4:foo", "tensor", "x:channel", "1.5:channel", "4.5:foo", "4.:tensor", "8.5:channel"]
+)
 def test_evaluate_refuses_a_configuration(script, text):
     code, _, err = script("evaluate", "--model", "m", "--images", "i", "--labels", "l", "--configs", text)
     assert code == 2
