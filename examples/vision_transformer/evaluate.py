@@ -92,9 +92,7 @@ def subject(args: argparse.Namespace) -> tuple[nn.Module, Any, str, list, Tensor
         images, classes = embedded_images()
         return model, processor, name, images, torch.tensor([model.config.label2id[c] for c in classes])
     if None in given:
-        raise UserError(
-            "--model, --images and --labels go together; without them the embedded model is evaluated"
-        )
+        raise UserError("--model, --images and --labels go together; without them the embedded model is evaluated")
     model, processor, name = load_model(args.model)
     return model, processor, name, *labelled_images(args.images, args.labels, model.config.num_labels)
 

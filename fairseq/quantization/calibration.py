@@ -21,6 +21,7 @@ from fairseq.quantization.rounding import Statistics
 UNIFORM_SHARE = 0.1
 """Of a token's weight; the rest follows the gradient. Some tokens would count for nothing without it."""
 BATCH_SIZE = 4
+GRADIENT_BATCH_SIZE = 2
 SAMPLE = 512
 """Tokens on which static inputs are equalized."""
 RANGE_VALUES = 2**16
@@ -49,7 +50,8 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
     device, dtype = _where(model)
     generator = torch.Generator().manual_seed(seed)
     squares: dict[str, Tensor] = {}  # (N, tokens) each, allocated once: small results between large ones tear the heap
-    for index, image in enumerate(pixel_values):
+    for start in range(0, len(pixel_values), GRADIENT_BATCH_SIZE):
+        pixels = pixel_values[start : start + GRADIENT_BATCH_SIZE]
         outputs: dict[str, list[Tensor]] = {name: [] for name in names}
         hooks = [
             model.get_submodule(name).register_forward_hook(lambda m, a, y, seen=outputs[name]: seen.append(y))
@@ -57,7 +59,7 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
         ]
         try:
             with evaluating(model), torch.enable_grad():
-                result = output_of(model, image[None].to(device, dtype).requires_grad_())
+                result = output_of(model, pixels.to(device, dtype).requires_grad_())
         finally:
             for hook in hooks:
                 hook.remove()
@@ -68,10 +70,10 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
         gradients = torch.autograd.grad(total, [outputs[name][0] for name in called], allow_unused=True)
         for name, gradient in zip(called, gradients, strict=True):
             if gradient is not None:
-                square = gradient.float().square().sum(-1).flatten()
+                square = gradient.float().square().sum(-1).view(len(pixels), -1)
                 if name not in squares:
-                    squares[name] = torch.full((len(pixel_values), len(square)), torch.nan)
-                squares[name][index] = square.cpu()
+                    squares[name] = torch.full((len(pixel_values), square.shape[1]), torch.nan)
+                squares[name][start : start + len(pixels)] = square.cpu()
     weights = {}
     for name in names:
         values = squares[name].flatten() if name in squares else torch.empty(0)

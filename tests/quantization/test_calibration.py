@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq.quantization.calibration import UNIFORM_SHARE, Stream, collect, token_weights
+from fairseq.quantization.calibration import GRADIENT_BATCH_SIZE, UNIFORM_SHARE, Stream, collect, token_weights
 from fairseq.quantization.vit_layers import block_of, linear_layers
 
 
@@ -130,7 +130,7 @@ def test_token_weights_are_squared_gradients(tiny_vit, images):
     logits = tiny_vit(images[:4]).logits
     hook.remove()
     generator = torch.Generator().manual_seed(5)
-    v = torch.cat([torch.randn(1, logits.shape[1], generator=generator) for _ in logits])
+    v = torch.cat([torch.randn(part.shape, generator=generator) for part in logits.split(GRADIENT_BATCH_SIZE)])
     v -= v.mean(-1, keepdim=True)
     (gradient,) = torch.autograd.grad((logits * v).sum(), seen)
     square = gradient.square().sum(-1).flatten()
