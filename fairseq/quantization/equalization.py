@@ -98,7 +98,8 @@ def channel_factor(
     """r of shape (in,), one for all ``readers``, whose outputs then err least; None where nothing is better than 1.
 
     Candidates are powers of the ranges of the weights' input channels, where one scale serves a weight, and inverse
-    powers of the ranges of the input's channels, where one scale serves the input.
+    powers of the ranges of the input's channels, where one scale serves the input. For weights in half precision they
+    are rounded to powers of two, so that rescaling rounds nothing.
 
     Args:
         readers: the layers that read the same input.
@@ -106,8 +107,10 @@ def channel_factor(
         feeding_settings: how that one is going to be quantized.
     """
     tiny = torch.finfo(torch.float32).tiny
+    dtype = readers[0].weight.dtype if readers else feeding.dtype if feeding is not None else torch.float32
+    feeding = None if feeding is None else _wide(feeding)
     directions = []
-    per_tensor = [reader.weight for reader in readers if reader.settings.method == "tensor"]
+    per_tensor = [_wide(reader.weight) for reader in readers if reader.settings.method == "tensor"]
     if per_tensor or feeding is not None:
         shared = torch.stack([w.abs().amax(0) / w.abs().max().clamp(min=tiny) for w in per_tensor]) if per_tensor else 1
         ranges = shared.amax(0) if isinstance(shared, Tensor) else torch.ones_like(feeding[:, 0])  # type: ignore[index]
@@ -130,9 +133,11 @@ def channel_factor(
     for direction in directions:
         for power in POWERS:
             candidate = direction**power
+            if dtype in (torch.float16, torch.bfloat16):
+                candidate = candidate.log2().round().exp2()
             if (got := error(candidate)) < least:
                 best, least = candidate, got
-    return best
+    return None if best is None else best.to(dtype)
 
 
 def _normalized(ranges: Tensor) -> Tensor:
@@ -142,8 +147,13 @@ def _normalized(ranges: Tensor) -> Tensor:
     return torch.where(used, ranges / mean, 1).clamp(1 / LARGEST, LARGEST)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In float32, or float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _sampled(weight: Tensor) -> Tensor:
-    return weight[:: max(1, len(weight) // ROWS)]
+    return _wide(weight[:: max(1, len(weight) // ROWS)])
 
 
 def _weight_error(reader: Reader, factor: Tensor) -> Tensor:
@@ -159,7 +169,7 @@ def _weight_error(reader: Reader, factor: Tensor) -> Tensor:
 def _energy(weight: Tensor, moments: tuple[Tensor, Tensor] | None) -> Tensor:
     if moments is None:
         return weight.square().sum()
-    variance, mean = moments
+    variance, mean = (moment.to(weight.dtype) for moment in moments)
     return (weight.square() @ variance).sum() + (weight @ mean).square().sum()
 
 

@@ -89,6 +89,22 @@ def test_layers_without_a_norm_multiply_their_input(tiny_vit):
     assert "classifier" in factors
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_precisions(model, images, dtype):
+    """In half precision, factors that are powers of two change no bit of the float model's output."""
+    model = model.to(dtype)
+    equalized = copy.deepcopy(model)
+    for block in blocks(equalized):
+        equalize(wiring(block), dict.fromkeys(ROLES, TENSOR))
+    assert any(not torch.equal(p, equalized.get_parameter(n)) for n, p in model.named_parameters())
+    with torch.no_grad():
+        got, expected = (m(images.to(dtype)).logits for m in (equalized, model))
+    torch.testing.assert_close(got, expected, atol=1e-9 if dtype is torch.float64 else 0, rtol=0)
+    for settings in ({"method": "tensor"}, {"method": "channel", "activations": "static"}):
+        quantized = ViTQuantizer(bits=8, **settings).quantize_model(model, images)
+        assert compare_models(model, quantized, images.to(dtype)).mse_loss < 1e-3
+
+
 @pytest.mark.parametrize(("method", "expected"), [("tensor", True), ("channel", False), ("histogram", False)])
 def test_it_is_for_one_scale_per_layer(tiny_vit, method, expected):
     quantized = ViTQuantizer(bits=4, method=method).quantize_model(tiny_vit)
