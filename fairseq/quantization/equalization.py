@@ -25,7 +25,7 @@ POWERS = (0.25, 0.5, 0.75, 1.0)
 """How much of the channels' ranges is moved; the one with the least error is taken, or none."""
 LARGEST = 100.0
 """No factor is above it or below its inverse."""
-ROWS = 256
+ROWS = 1024
 """Output channels, evenly spaced, that the search for the factor looks at."""
 
 

@@ -12,28 +12,34 @@ from torch import Tensor
 
 from fairseq.modules.quantization.scalar.grid import check_bits, range_to_qparams
 
+CLIPS = (1.0, 0.9, 0.8, 0.7)
+"""Candidate ranges of a token below 8 bits, as shares of the one from its minimum to its maximum."""
+
 
 def token_limit(bits: int = 8) -> int:
-    """The largest integer of a token, 127 at 8 bits; the smallest is its negative, so that the zero point is 0."""
-    return int(2 ** (check_bits(bits) - 1) - 1)
+    """The largest integer of a token: 127 at 8 bits, where the smallest is its negative, else all of 2**bits - 1."""
+    return 127 if check_bits(bits) == 8 else int(2**bits - 1)
 
 
-def token_scale(x: Tensor, bits: int = 8) -> Tensor:
-    """The scale of each token: max(abs(x)) / token_limit over the last dimension, at least the smallest normal number.
+def token_scale(x: Tensor) -> Tensor:
+    """Each token's scale at 8 bits: max(abs(x)) / 127 over the last dimension, at least the smallest normal number.
 
     Args:
         x: (..., features), float32 or float64.
-        bits: 2 to 8.
 
     Returns:
         (..., 1), in the dtype of ``x``. NaN or Inf in a token makes its scale NaN or Inf, and so all its results.
     """
     largest = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
-    return (largest * (1 / token_limit(bits))).clamp(min=torch.finfo(x.dtype).tiny)
+    return (largest * (1 / token_limit(8))).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def quantize_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Round each token to integers from -token_limit to token_limit, half to even: x is close to q * scale.
+    """Round each token to integers, half to even: x is close to q * scale.
+
+    At 8 bits q is symmetric, from -127 to 127. Below, where every level counts, a token has a zero point z of its own:
+    q = q' - z, q' from 0 to 2**bits - 1, which fits int8 all the same, and its range is the one of :data:`CLIPS`
+    with the smallest squared error.
 
     Args:
         x: (..., features), float32 or float64.
@@ -42,8 +48,29 @@ def quantize_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     Returns:
         q, the integers as a tensor of the dtype and shape of ``x``, and scale, (..., 1).
     """
-    scale = token_scale(x, bits)
-    return (x / scale).round(), scale
+    if check_bits(bits) == 8:
+        scale = token_scale(x)
+        return (x / scale).round(), scale
+    if x.shape[-1] == 0:
+        return x.clone(), x.new_full((*x.shape[:-1], 1), torch.finfo(x.dtype).tiny)
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    q, scale = _round_affine(x, low, high, bits)
+    least = (q * scale - x).square().sum(-1, keepdim=True)
+    for clip in CLIPS[1:]:
+        tried, narrower = _round_affine(x, low * clip, high * clip, bits)
+        error = (tried * narrower - x).square().sum(-1, keepdim=True)
+        better = error < least
+        q, scale = torch.where(better, tried, q), torch.where(better, narrower, scale)
+        least = torch.minimum(error, least)
+    return q, scale
+
+
+def _round_affine(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The integers less the zero point, and the scale, of a grid from ``low`` <= 0 to ``high`` >= 0, (..., 1) each."""
+    limit = token_limit(bits)
+    scale = (high / limit - low / limit).clamp(min=torch.finfo(x.dtype).tiny)  # the difference itself may overflow
+    zero_point = (-low / scale).round()
+    return torch.clamp((x / scale).round(), -zero_point, limit - zero_point), scale
 
 
 class _StraightThrough(torch.autograd.Function):

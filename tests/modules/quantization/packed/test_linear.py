@@ -16,6 +16,7 @@ from fairseq.modules.quantization.packed.linear import MAX_IN_FEATURES
 from fairseq.modules.quantization.packed.packing import packed_length
 from fairseq.modules.quantization.scalar import weights
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
+from fairseq.modules.quantization.scalar.tokens import quantize_tokens
 
 OUT, IN = 21, 75
 GRIDS = [("tensor", None), ("channel", None), ("channel", 32), ("histogram", None), ("histogram", 40)]
@@ -45,9 +46,12 @@ def formula(layer, x):
     """(y, T) in float64: the output, and the sum of the absolute terms that it is made of."""
     x, bias = x.to(layer.scale.dtype), 0 if layer.bias is None else layer.bias.double()
     scale, zero_point, bits = 1, 0, layer.config.activation_bits
-    if layer.config.activations == "dynamic":
-        scale = x.abs().amax(-1, keepdim=True) * (1 / (2 ** (bits - 1) - 1))
+    if layer.config.activations == "dynamic" and bits == 8:
+        scale = x.abs().amax(-1, keepdim=True) * (1 / 127)
         x, scale = (x / scale).round(), scale.double()
+    elif layer.config.activations == "dynamic":
+        x, scale = quantize_tokens(x, bits)  # test_tokens.py has its definition
+        scale = scale.double()
     elif layer.config.activations == "static":
         zero_point = layer.input_zero_point
         x = ((x / layer.input_scale).round() + zero_point).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

@@ -8,6 +8,7 @@ from strategies import tensors
 
 from fairseq.modules.quantization.scalar import ops
 from fairseq.modules.quantization.scalar.tokens import (
+    CLIPS,
     check_static_state,
     fake_quantize_tokens,
     quantize_static,
@@ -31,10 +32,13 @@ def test_known_answers():
     assert q.tolist() == [[127, -127, 0, 63, -2, 2], [127, 2, -2, 0, 4, 0]]  # half to even
 
 
-@pytest.mark.parametrize(("bits", "limit"), [(2, 1), (3, 3), (4, 7), (7, 63), (8, 127)])
+@pytest.mark.parametrize(("bits", "limit"), [(2, 3), (3, 7), (4, 15), (7, 127), (8, 127)])
 def test_limits(bits, limit):
     assert token_limit(bits) == limit
-    assert quantize_tokens(torch.tensor([5.0, -5.0, 0.0]), bits)[0].tolist() == [limit, -limit, 0]
+    q, _ = quantize_tokens(torch.tensor([5.0, 0.0]), bits)
+    assert q.tolist() == [limit, 0]
+    q, _ = quantize_tokens(torch.tensor([-5.0, 0.0]), bits)
+    assert q.tolist() == [-limit, 0]
 
 
 def test_bits_that_do_not_exist_are_refused():
@@ -42,38 +46,74 @@ def test_bits_that_do_not_exist_are_refused():
         quantize_tokens(torch.zeros(2, 3), 9)
 
 
-def test_four_bits_are_fifteen_levels_per_token():
-    x = torch.randn(20, 500, generator=torch.Generator().manual_seed(0))
-    scale = x.abs().max(dim=-1, keepdim=True).values / 7
-    got = fake_quantize_tokens(x, 4)
-    assert torch.allclose(got, torch.round(x / scale) * scale, rtol=1e-6, atol=0)
-    assert max(len(row.unique()) for row in got) == 15
+def by_hand(row, bits):
+    """The integers and the scale of one token below 8 bits, from the definition: every range is tried in turn."""
+    top, best = 2**bits - 1, None
+    for clip in CLIPS:
+        low, high = clip * row.min().clamp(max=0), clip * row.max().clamp(min=0)
+        scale = (high / top - low / top).clamp(min=torch.finfo(row.dtype).tiny)
+        zero_point = (-low / scale).round()
+        q = ((row / scale).round() + zero_point).clamp(0, top) - zero_point
+        error = (q * scale - row).square().sum()
+        if best is None or error < best[0]:
+            best = error, q, scale
+    return best[1:]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7])
+@pytest.mark.parametrize("kind", ["normal", "gelu", "outlier"])
+def test_below_eight_bits_a_token_has_the_best_of_some_ranges(bits, kind):
+    x = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
+    if kind == "gelu":
+        x = torch.nn.functional.gelu(x)
+    elif kind == "outlier":
+        x[:, 3] = 9
+    q, scale = quantize_tokens(x, bits)
+    for row, got, step in zip(x, q, scale, strict=True):
+        expected = by_hand(row, bits)
+        assert torch.equal(got, expected[0])
+        assert step == expected[1]
+    assert int((q.amax(-1) - q.amin(-1)).max()) == token_limit(bits)
+
+
+def test_a_one_sided_token_uses_all_levels():
+    """A GELU's output is nearly positive: a symmetric grid would spend half of its levels on nothing."""
+    x = torch.nn.functional.gelu(2 * torch.randn(50, 200, generator=torch.Generator().manual_seed(1)))
+    error = (fake_quantize_tokens(x, 4) - x).square().sum()
+    scale = x.abs().amax(-1, keepdim=True) / 7
+    assert error < 0.4 * ((x / scale).round() * scale - x).square().sum()
 
 
 @given(x=tensors(), bits=st.integers(2, 8))
-def test_integers_are_within_the_limit_and_half_a_step_of_the_numbers(x, bits):
+def test_integers_are_within_the_limit_and_no_worse_than_the_whole_range(x, bits):
     x = compute(x)
     q, scale = quantize_tokens(x, bits)
-    assert torch.equal(scale, token_scale(x, bits))
     assert scale.shape == (*x.shape[:-1], 1)
     assert q.dtype == scale.dtype == x.dtype
     assert bool((scale >= torch.finfo(x.dtype).tiny).all())
     assert torch.equal(q, q.round())
-    assert float(q.abs().max()) <= token_limit(bits)
-    # x / scale, up to 127, is itself rounded: 127 eps more than half a step
+    assert float((q.amax(-1) - q.amin(-1)).max()) <= (254 if bits == 8 else token_limit(bits))
+    assert float(q.abs().max()) <= 127
+    # x / scale, up to 127, is itself rounded: 127 eps more than half a step; below 8 bits also the zero point
     error = (x.double() - q.double() * scale.double()).abs()
-    assert bool((error <= scale.double() * (0.5 + 127 * torch.finfo(x.dtype).eps)).all())
+    half = 0.5 + 127 * torch.finfo(x.dtype).eps
+    if bits == 8:
+        assert torch.equal(scale, token_scale(x))
+        assert bool((error <= scale.double() * half).all())
+    else:
+        low, high = x.amin(-1, keepdim=True).clamp(max=0).double(), x.amax(-1, keepdim=True).clamp(min=0).double()
+        step = ((high - low) / token_limit(bits)).clamp(min=torch.finfo(x.dtype).tiny)
+        whole = (2 * half * step).square().sum(-1) * x.shape[-1]
+        assert bool((error.square().sum(-1) <= whole).all())
 
 
-@given(x=tensors(), bits=st.integers(2, 8))
-def test_a_token_uses_its_whole_range(x, bits):
+@given(x=tensors())
+def test_a_token_uses_its_whole_range(x):
     x = compute(x)
-    q, _ = quantize_tokens(x, bits)
+    q, _ = quantize_tokens(x)
     largest = x.abs().amax(-1)
-    normal = (
-        largest > token_limit(bits) * 2 * torch.finfo(x.dtype).tiny
-    )  # below, the scale ends at the smallest normal number
-    assert bool((q.abs().amax(-1)[normal] == token_limit(bits)).all())
+    normal = largest > 254 * torch.finfo(x.dtype).tiny  # below, the scale ends at the smallest normal number
+    assert bool((q.abs().amax(-1)[normal] == 127).all())
 
 
 @given(x=tensors())

@@ -194,13 +194,16 @@ def _quantize_slice(x: Tensor, q: Tensor, compute: torch.dtype, grid: InputGrid)
         q.copy_(torch.div(x, grid.scale, out=real).round_().add_(grid.zero_point).clamp_(-half, half - 1))
         sums = real.sum(-1, keepdim=True)
         return sums * 0 + grid.scale, sums.to(torch.int32)
+    if grid.bits != 8:
+        rounded, scale = grid.quantize(x.to(compute))
+        q.copy_(rounded)
+        return scale, rounded.sum(-1, keepdim=True).to(torch.int32)
     if x.dtype == compute:
         magnitude = torch.abs(x, out=real)
     else:
         x = real.copy_(x)
         magnitude = x.abs()
-    limit = token_limit(grid.bits)
-    scale = magnitude.amax(-1, keepdim=True).mul_(1 / limit).clamp_(min=torch.finfo(compute).tiny)
+    scale = magnitude.amax(-1, keepdim=True).mul_(1 / token_limit(8)).clamp_(min=torch.finfo(compute).tiny)
     q.copy_(torch.div(x, scale, out=real).round_())
     return scale, real.sum(-1, keepdim=True).to(torch.int32)
 
