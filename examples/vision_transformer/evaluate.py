@@ -74,8 +74,8 @@ def score_all(
     """Scores of all models, the first of them the reference; they see each batch of ``size`` pictures in turn."""
     scores = {name: Score() for name in models}
     with tqdm(total=len(images), desc="Evaluating", unit="image") as bar:
-        for pixel_values in batches(images, processor, size):
-            expected, truth = None, labels[bar.n : bar.n + len(pixel_values)]
+        for pixel_values, truth in zip(batches(images, processor, size), labels.split(size), strict=True):
+            expected = None
             for name, model in models.items():
                 got = logits(model, pixel_values)
                 expected = got if expected is None else expected

@@ -1,6 +1,7 @@
 """The scripts as a person runs them: what they print, their exit codes, and one line for a mistake."""
 
 import csv
+import functools
 import importlib.util
 import json
 import sys
@@ -182,6 +183,18 @@ def test_evaluate(script, model, pictures, tmp_path):
     code, out, _ = script("evaluate", *arguments, "--configs", "8:tensor", "--limit", 4)
     assert "4 pictures" in out
     assert "75.0%" in out
+
+
+def test_evaluate_scores_without_a_progress_bar(script, model, pictures, tmp_path):
+    """TQDM_DISABLE=1 stops the bar's counter, too; the labels must not depend on it."""
+    arguments = ["--model", model, "--images", pictures, "--labels", tmp_path / "labels.csv", "--batch-size", 5]
+
+    def disable(module):
+        module.tqdm = functools.partial(module.tqdm, disable=True)
+
+    code, out, _ = script("evaluate", *arguments, "--configs", "8:channel", "--device", "cpu", before=disable)
+    assert code == 0
+    assert next(line.split() for line in out.splitlines() if line.startswith("float"))[1] == "91.7%"
 
 
 @pytest.mark.parametrize(
