@@ -54,7 +54,9 @@ class ViTQuantizer:
         activation_bits: width of rounded activations, 2 to 8.
         group_size: input channels that share a scale, 32 to 128 in steps of 8; None for all of an output channel.
         symmetric: put the weights' zero point in the middle of the grid.
-        rounding: "nearest", "gptq" (needs calibration images), or "auto": gptq if there are images.
+        rounding: "nearest"; with calibration images also "gptq", by the error at each layer's output, or "gptaq", which
+            makes up for the error of the layers before, too, and takes half as long again; or "auto": gptaq if there
+            are images.
         equalize: even out the ranges of input channels first, which changes nothing before rounding, where one scale
             serves a whole weight (method "tensor") or input (static activations).
         bias_correction: True adds each layer's mean output error on the calibration images to its bias, "add" also to

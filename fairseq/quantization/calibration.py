@@ -6,7 +6,8 @@ rounded. Labels are never needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -193,7 +194,13 @@ class Stream:
         )
 
 
-def collect(inputs: Iterator[Tensor], weights: list[Tensor], names: list[str], bits: int | None) -> list[Statistics]:
+def collect(
+    inputs: Iterable[Tensor],
+    weights: list[Tensor],
+    names: list[str],
+    bits: int | None = None,
+    exact: Iterable[Tensor] | None = None,
+) -> list[Statistics]:
     """Statistics of one tensor that several layers read, for each of them with its own token weights.
 
     Args:
@@ -201,6 +208,7 @@ def collect(inputs: Iterator[Tensor], weights: list[Tensor], names: list[str], b
         weights: of all tokens, one tensor per layer; an empty one for 1 everywhere.
         names: of the layers, for errors.
         bits: find the range for static activations of this width; None for none.
+        exact: the same tensor in the float model, batch by batch, for ``Statistics.drift``.
 
     Raises:
         ValueError: an input that is not finite.
@@ -208,20 +216,29 @@ def collect(inputs: Iterator[Tensor], weights: list[Tensor], names: list[str], b
     moments: list[Tensor] = []
     means: list[Tensor] = []
     values: list[Tensor] = []
-    at, totals = 0, [0.0] * len(names)
-    for batch in inputs:
+    drifts: list[Tensor] = []
+    drift_means: list[Tensor] = []
+    at, totals, squares = 0, [0.0] * len(names), [0.0] * len(names)
+    for batch, wanted in zip(inputs, itertools.repeat(None) if exact is None else exact, strict=False):
         x = batch.float()
         if not torch.isfinite(x).all():
             raise ValueError(f"{names[0]}: its input is not finite on the calibration images")
         if not moments:
             moments = [x.new_zeros(x.shape[1], x.shape[1]) for _ in names]
             means = [x.new_zeros(x.shape[1]) for _ in names]
+            if wanted is not None:
+                drifts, drift_means = [m.clone() for m in moments], [m.clone() for m in means]
+        lost = None if wanted is None else wanted.to(x.device, x.dtype) - x
         for i, every in enumerate(weights):
             w = every[at : at + len(x)].to(x.device) if len(every) else x.new_ones(len(x))
             weighted = x * w.unsqueeze(1)
             moments[i].addmm_(x.T, weighted)
             means[i] += weighted.sum(0)
+            if lost is not None:
+                drifts[i].addmm_(lost.T, weighted)
+                drift_means[i].addmv_(lost.T, w)
             totals[i] += float(w.sum())
+            squares[i] += float(w.square().sum())
         at += len(x)
         if bits is not None:
             flat = x.flatten()
@@ -232,7 +249,14 @@ def collect(inputs: Iterator[Tensor], weights: list[Tensor], names: list[str], b
         low, high = histogram_range(sample, bits)
         rounded = quantize(sample, *range_to_qparams(low, high, bits), bits)
         span = float(low), float(high), sqnr(sample, rounded)
-    return [Statistics(m / t, mean / t, *span) for m, mean, t in zip(moments, means, totals, strict=True)]
+    return [
+        Statistics(
+            moments[i] / total, means[i] / total, *span,
+            drifts[i] / total if drifts else None, drift_means[i] / total if drifts else None,
+            total**2 / squares[i],
+        )
+        for i, total in enumerate(totals)
+    ]  # fmt: skip
 
 
 class _Reached(Exception):

@@ -21,7 +21,7 @@ class LayerConfig(LinearConfig):
 
     Attributes:
         skip: leave it in float.
-        rounding: "nearest", "gptq", or "auto", which takes gptq where there are calibration images.
+        rounding: "nearest", "gptq", "gptaq", or "auto", which takes gptaq where there are calibration images.
         bias_correction: True adds the mean error of the layer's output on the calibration images to its bias, "add"
             also to layers that have none and get one for it.
     """

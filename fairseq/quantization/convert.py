@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
+from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.modules.quantization.scalar.weights import weight_to_real
 from fairseq.quantization.calibration import Stream, collect, token_weights
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
@@ -86,10 +87,14 @@ class _Conversion:
         self.shared = {name for name, layer in self.layers.items() if uses[id(layer.weight)] > 1}
         self.before: dict[tuple[int, LayerConfig], PackedLinear] = {}
         self.stream: Stream | None = None
+        self.exact: Stream | None = None
+        self.rescaled: dict[str, Tensor] = {}
         if pixel_values is not None:
             blocks = list(dict.fromkeys(block for name, _ in model.named_modules() if (block := block_of(f"{name}.x"))))
             self.weights = token_weights(model, pixel_values, list(chosen), config.seed)
             self.stream = Stream(model, result, pixel_values, blocks)
+            if any(resolve(settings.rounding, calibrated=True) == "gptaq" for settings in chosen.values()):
+                self.exact = Stream(model, model, pixel_values, blocks)
 
     def quantize_stage(self, names: list[str]) -> Iterator[list[str]]:
         """Quantize the layers of one block (or those outside), group by group of layers that read the same tensor."""
@@ -98,6 +103,8 @@ class _Conversion:
             self._materialize(name)
         if self.stream is not None and block is not None:
             self.stream.advance_to(block)
+            if self.exact is not None:
+                self.exact.advance_to(block)
         factors = self._equalize(block, set(names) - self.shared) if self.config.equalize else {}
         for group in self._groups(names, factors):
             for name, statistics in zip(group, self._statistics(group, factors.get(group[0])), strict=True):
@@ -131,7 +138,9 @@ class _Conversion:
         if wired is not None:
             roles = {role: name for name in names if (role := role_of(name)) is not None}
             settings = {role: self.chosen[name] for role, name in roles.items()}
-            equalize(wired, settings, {role: tokens[name] for role, name in roles.items() if name in tokens})
+            known = {role: tokens[name] for role, name in roles.items() if name in tokens}
+            rescaled = equalize(wired, settings, known)
+            self.rescaled.update({name: rescaled[role] for role, name in roles.items() if role in rescaled})
             fed = {name for role, name in roles.items() if role != "fc2"}
         factors = {}
         for name in sorted(names - fed):
@@ -140,7 +149,7 @@ class _Conversion:
             if factor is not None:
                 with torch.no_grad():
                     linear.weight.div_(factor)
-                factors[name] = factor.detach()
+                factors[name] = self.rescaled[name] = factor.detach()
         return factors
 
     def _tokens(self, names: set[str]) -> dict[str, Tensor]:
@@ -163,11 +172,15 @@ class _Conversion:
         settings = [self.chosen[name] for name in group]
         if self.stream is None:
             return [None] * len(group)
-        inputs = self.stream.inputs(group[0])
-        if factor is not None:
-            inputs = (x * factor for x in inputs)
+        inputs = _scaled(self.stream.inputs(group[0]), factor)
+        if rounds_coarsely(settings[0]) and settings[0].activations == "dynamic":
+            inputs = (fake_quantize_tokens(x, settings[0].activation_bits) for x in inputs)
+        exact = None
+        if self.exact is not None:
+            exact = _scaled(self.exact.inputs(group[0]), self.rescaled.get(group[0]))
         static = [s.activation_bits for s in settings if s.activations == "static"]
-        return list(collect(inputs, [self.weights[name] for name in group], group, static[0] if static else None))
+        weights = [self.weights[name] for name in group]
+        return list(collect(inputs, weights, group, static[0] if static else None, exact))
 
     def _swap(self, name: str, statistics: Statistics | None, factor: Tensor | None) -> None:
         """Round one layer and put its quantized twin in its place, wherever the model has it."""
@@ -190,7 +203,10 @@ class _Conversion:
                 _energy(old.weight.detach().to(error.dtype), statistics), _energy(error, statistics)
             )
             if settings.bias_correction and (bias is not None or settings.bias_correction == "add"):
-                correction = (error @ statistics.mean).to(old.weight.dtype)
+                correction = error @ statistics.mean
+                if statistics.drift_mean is not None:
+                    correction += old.weight.detach().to(error.dtype) @ statistics.drift_mean
+                correction = correction.to(old.weight.dtype)
                 bias = nn.Parameter(correction if bias is None else bias.detach() + correction)
         static = statistics is not None and settings.activations == "static"
         span = (statistics.low, statistics.high) if static and statistics is not None else None
@@ -241,6 +257,10 @@ def _emulate(
         with torch.no_grad():
             layer.weight.copy_(weight_to_real(*rounded, settings.group_size))
     return layer
+
+
+def _scaled(inputs: Iterator[Tensor], factor: Tensor | None) -> Iterator[Tensor]:
+    return inputs if factor is None else (x * factor for x in inputs)
 
 
 def _energy(weight: Tensor, statistics: Statistics) -> float:

@@ -52,15 +52,21 @@ def rounds_coarsely(settings: LinearConfig) -> bool:
 
 
 @torch.no_grad()
-def equalize(wiring: Wiring, settings: Mapping[str, LinearConfig], tokens: Mapping[str, Tensor] | None = None) -> None:
+def equalize(
+    wiring: Wiring, settings: Mapping[str, LinearConfig], tokens: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Rescale the layers of one block in place; what the block computes stays the same.
 
     Args:
         wiring: the block's LayerNorms and Linear layers (see ``vit_layers.wiring``).
         settings: by role, how each layer is going to be quantized; one that is missing stays in float.
         tokens: by role, a sample of the layer's input, (tokens, in), for those with :func:`rounds_coarsely`.
+
+    Returns:
+        By role, the factor, (in,), by which the layer's input is multiplied from now on, where it is not 1.
     """
     tokens = tokens or {}
+    rescaled: dict[str, Tensor] = {}
     for norm, roles in wiring.norms:
         moments = norm.weight**2, norm.bias  # of gamma x + beta, x ~ N(0, 1)
         readers = [
@@ -74,6 +80,7 @@ def equalize(wiring: Wiring, settings: Mapping[str, LinearConfig], tokens: Mappi
             norm.bias.mul_(factor)
             for role in roles:
                 wiring.layers[role].weight.div_(factor)
+                rescaled[role] = factor
     if wiring.value_feeds_output:
         value, output = wiring.layers["value"], wiring.layers["output"]
         after = [Reader(output.weight, settings["output"], tokens.get("output"))] if "output" in settings else []
@@ -84,6 +91,8 @@ def equalize(wiring: Wiring, settings: Mapping[str, LinearConfig], tokens: Mappi
             value.weight.mul_(factor[:, None])
             if value.bias is not None:
                 value.bias.mul_(factor)
+            rescaled["output"] = factor
+    return rescaled
 
 
 @torch.no_grad()

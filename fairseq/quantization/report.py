@@ -32,11 +32,11 @@ class LayerReport:
         bytes_before, bytes_after: what it takes in memory.
         bits, method: of its weight.
         skipped: why it was left in float.
-        rounding: how the integers were chosen, "nearest" or "gptq".
+        rounding: how the integers were chosen, "nearest", "gptq" or "gptaq".
         activations: "dynamic" or "static", if its input is rounded too.
         note: why something was done differently from what was asked.
         weight_sqnr: of the rounded weight, in dB (see :func:`sqnr`).
-        output_sqnr: of the output on the calibration images, in dB.
+        output_sqnr: of the output on the calibration images, in dB: what the change of this layer's weight does to it.
         clip: see :func:`weight_statistics`.
         outlier_ratio: see :func:`weight_statistics`.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ CLIPS = (1.0, 0.9, 0.8)
 """Candidate ranges, as multiples of the one that the method gives."""
 DAMPING = 0.3
 """Added to the diagonal of H, as a share of its mean: some hundred pictures leave H uncertain."""
+CORRECTION = 0.7
+"""How much of the drift of the inputs is made up for."""
 BLOCK = 64
 SWEEPS = 2
 
@@ -33,6 +35,9 @@ class Statistics(NamedTuple):
         mean: E[x], (in,).
         low, high: the range for one static grid over all x.
         static_sqnr: the signal over the error of x on that grid, in dB.
+        drift: E[(x* - x) x^T], (in, in), x* what the layer reads in the float model; None where that is not known.
+        drift_mean: E[x* - x], (in,), likewise.
+        samples: how many tokens of equal weight tell as much: (sum of the weights)^2 / (sum of their squares).
     """
 
     second_moment: Tensor
@@ -40,6 +45,9 @@ class Statistics(NamedTuple):
     low: float = 0.0
     high: float = 0.0
     static_sqnr: float = 0.0
+    drift: Tensor | None = None
+    drift_mean: Tensor | None = None
+    samples: float = 1.0
 
 
 class Rounded(NamedTuple):
@@ -59,12 +67,12 @@ def round_weight(
         weight: (out, in), finite.
         statistics: of its inputs, or None.
         config: bits, method, group_size, symmetric.
-        rounding: "nearest", "gptq", or "auto": gptq if there are statistics, else nearest.
+        rounding: "nearest", "gptq", "gptaq", or "auto": gptaq if there are statistics, else nearest.
         name: how errors call the weight.
 
     Raises:
-        ValueError: the weight is not finite, an unknown rounding, or "gptq" without statistics or with ones of another
-            shape or with NaN.
+        ValueError: the weight is not finite, an unknown rounding, or one that needs statistics without them, or with
+            ones of another shape or with NaN.
     """
     chosen = resolve(rounding, statistics is not None)
     check_tensor(weight, name)
@@ -75,6 +83,10 @@ def round_weight(
                 f"{name}: the second moment must be of shape {expected}, got {tuple(statistics.second_moment.shape)}"
             )
         check_tensor(statistics.second_moment, f"{name}: the second moment of its inputs")
+        if chosen == "gptaq" and statistics.drift is None:
+            if rounding != "auto":
+                raise ValueError(f"{name}: rounding='gptaq' needs statistics with the drift of its inputs; got none")
+            chosen = "gptq"
     elif chosen != "nearest":
         raise ValueError(f"{name}: rounding={rounding!r} needs calibration images; without them there is 'nearest'")
     return ROUNDINGS[chosen](weight.detach(), statistics, config)
@@ -87,7 +99,7 @@ def resolve(rounding: str, calibrated: bool) -> str:
         ValueError: an unknown name.
     """
     if rounding == "auto":
-        return "gptq" if calibrated else "nearest"
+        return "gptaq" if calibrated else "nearest"
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of 'auto', {', '.join(map(repr, ROUNDINGS))}; got {rounding!r}")
     return rounding
@@ -139,11 +151,35 @@ def gptq(weight: Tensor, statistics: Statistics | None, config: LinearConfig) ->
     return Rounded(integers.to(torch.uint8), final, start.zero_point)
 
 
-ROUNDINGS: dict[str, Callable[[Tensor, Statistics | None, LinearConfig], Rounded]] = {"nearest": nearest, "gptq": gptq}
+def gptaq(weight: Tensor, statistics: Statistics | None, config: LinearConfig) -> Rounded:
+    """:func:`gptq` of the weight that makes up for the drift of the inputs, too: see :func:`undrifted`."""
+    assert statistics is not None
+    return gptq(undrifted(weight, statistics), statistics, config)
 
 
-def damped(second_moment: Tensor, weight: Tensor) -> Tensor:
-    """H in float64, symmetric, with :data:`DAMPING` added to its diagonal; the identity if all inputs were 0.
+ROUNDINGS: dict[str, Callable[[Tensor, Statistics | None, LinearConfig], Rounded]] = {
+    "nearest": nearest,
+    "gptq": gptq,
+    "gptaq": gptaq,
+}
+
+
+def undrifted(weight: Tensor, statistics: Statistics) -> Tensor:
+    """The weight, (out, in), whose product with the inputs x comes near that of ``weight`` with the float model's x*.
+
+    The layers before have changed x. E|V x - W x*|^2 is least for V = W + W E[(x* - x) x^T] H^-1 (the aim of Li et al.,
+    GPTAQ, 2025; here in closed form before rounding). What some hundred pictures tell of it holds for others in part:
+    H is damped by the number of inputs over that of the samples, and the result shrunk to :data:`CORRECTION` of it.
+    """
+    assert statistics.drift is not None
+    h = damped(statistics.second_moment, weight, weight.shape[1] / statistics.samples)
+    wanted = weight.to(h.dtype) @ statistics.drift.to(h.dtype)
+    correction = torch.cholesky_solve(wanted.T, _cholesky(h)).T
+    return (weight.to(h.dtype) + CORRECTION * correction).to(weight.dtype)
+
+
+def damped(second_moment: Tensor, weight: Tensor, share: float = DAMPING) -> Tensor:
+    """H in float64, symmetric, with a ``share`` of its mean added to its diagonal; the identity if all inputs were 0.
 
     The same for every input channel in the units in which the columns of ``weight``, (out, in), have one norm: so that
     it does not matter how equalization shares a channel's scale between the weight and the input.
@@ -152,24 +188,28 @@ def damped(second_moment: Tensor, weight: Tensor) -> Tensor:
     norms = weight.to(torch.float64).square().mean(0)
     norms = norms.clamp(min=1e-3 * float(norms.mean())) if bool((norms > 0).any()) else torch.ones_like(norms)
     mean = (h.diagonal() * norms).mean()
-    h.diagonal().add_(DAMPING * mean / norms if mean > 0 else 1.0)
+    h.diagonal().add_(share * mean / norms if mean > 0 else 1.0)
     return h
 
 
 def inverse_factor(h: Tensor) -> Tensor:
-    """The upper triangular U with H^-1 = U^T U, float64 (in, in); the damping grows tenfold until H can be factorized.
+    """The upper triangular U with H^-1 = U^T U, float64 (in, in).
 
     Holds two such matrices at a time: for the widest layers they are what memory peaks with.
     """
+    inverse = torch.cholesky_inverse(_cholesky(h))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def _cholesky(h: Tensor) -> Tensor:
+    """The lower triangular L with H = L L^T, float64 (in, in); the damping grows tenfold until H can be factorized."""
     more = 0.0
     while True:
-        lower = h.to(torch.float64, copy=True)
-        lower.diagonal().add_(more)
-        lower, failed = torch.linalg.cholesky_ex(lower)
+        damped = h.to(torch.float64, copy=True)
+        damped.diagonal().add_(more)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            return torch.linalg.cholesky(inverse, upper=True)
+            return cast(Tensor, lower)
         more = 10 * more or DAMPING * float(h.diagonal().abs().mean())
 
 

@@ -106,6 +106,19 @@ def test_collect_is_the_weighted_second_moment():
     torch.testing.assert_close(plain.second_moment, x.T @ x / 11)
 
 
+def test_collect_sees_the_drift_from_the_float_model():
+    torch.manual_seed(0)
+    batches, exact = [torch.randn(7, 5) + 1, torch.randn(4, 5)], [torch.randn(7, 5), torch.randn(4, 5)]
+    x, lost, w = torch.cat(batches), torch.cat(exact) - torch.cat(batches), torch.rand(11)
+    weighted, plain = collect(iter(batches), [w, torch.empty(0)], ["a", "b"], None, iter(exact))
+    torch.testing.assert_close(weighted.drift, (lost.T * w) @ x / w.sum())
+    torch.testing.assert_close(weighted.drift_mean, (lost.T @ w) / w.sum())
+    torch.testing.assert_close(plain.drift, lost.T @ x / 11)
+    assert weighted.samples == pytest.approx((w.sum() ** 2 / w.square().sum()).item(), rel=1e-5)
+    assert plain.samples == 11
+    assert collect(iter(batches), [w], ["a"])[0].drift is None
+
+
 def test_collect_finds_a_range_for_static_activations():
     torch.manual_seed(0)
     x = torch.randn(4000, 8)

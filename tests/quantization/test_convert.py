@@ -315,7 +315,7 @@ def test_calibrated_models_are_closer(tiny_vit, images, settings, execution):
 
 def test_both_executions_hold_the_same_calibrated_integers(tiny_vit, images):
     for method in ("tensor", "channel"):
-        config = QuantizationConfig(bits=4, method=method, activations=None)
+        config = QuantizationConfig(bits=4, method=method, activations=None, rounding="gptq")
         packed, _ = convert(tiny_vit, config, images)
         emulated, _ = convert(tiny_vit, replace(config, execution="emulated"), images)
         first = quantized_names(packed)[0]  # later layers see inputs that differ in the last digit
@@ -411,9 +411,27 @@ def test_calibration_is_repeatable(tiny_vit, images):
 def test_the_report_knows_the_errors(tiny_vit, images):
     report = convert(tiny_vit, QuantizationConfig(bits=4), images)[1]
     for layer in report.quantized:
-        assert layer.rounding == "gptq"
+        assert layer.rounding == "gptaq"
         assert 5 < layer.weight_sqnr < 40
         assert layer.output_sqnr > layer.weight_sqnr - 6
+
+
+@pytest.mark.parametrize("method", ["tensor", "channel"])
+@pytest.mark.parametrize("activations", ["static", None])
+@pytest.mark.parametrize("bits", [8, 2])
+def test_the_drift_is_that_of_the_layers_before(tiny_vit, images, monkeypatch, method, activations, bits):
+    drifts = {}
+
+    def recording(weight, statistics, config, rounding, name):
+        drifts[name] = (statistics.drift.norm() / statistics.second_moment.norm()).item()
+        return round_weight(weight, statistics, config, rounding, name)
+
+    monkeypatch.setattr("fairseq.quantization.convert.round_weight", recording)
+    convert(tiny_vit, QuantizationConfig(bits=bits, method=method, activations=activations), images)
+    first = [n for n in drifts if ".0." in n and any(role in n for role in ("query", "key", "q_proj", "k_proj"))]
+    assert all(drifts.pop(name) < 1e-6 for name in first)  # equalized, but nothing before them is rounded
+    drifts.pop(next(n for n in drifts if ".0." in n and ("value" in n or "v_proj" in n)))
+    assert all(value < 0.05 if bits == 8 else value > 0.01 for value in drifts.values())
 
 
 def test_each_layer_gets_the_statistics_of_what_it_multiplies(tiny_vit, images, monkeypatch):

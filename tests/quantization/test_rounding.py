@@ -5,7 +5,7 @@ import torch
 
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int, weight_to_real
-from fairseq.quantization.rounding import Statistics, damped, inverse_factor, resolve, round_weight
+from fairseq.quantization.rounding import Statistics, damped, inverse_factor, resolve, round_weight, undrifted
 
 SETTINGS = [
     {"method": "tensor"}, {"method": "channel"}, {"method": "histogram"}, {"method": "channel", "group_size": 32},
@@ -24,6 +24,19 @@ def layer(outputs=24, inputs=80, tokens=400, seed=0):
 
 def statistics(x):
     return Statistics(x.T @ x / len(x), x.mean(0))
+
+
+def drifted(x, exact):
+    """Statistics of inputs ``x`` that were ``exact`` in the float model."""
+    drift = exact - x
+    return statistics(x)._replace(drift=drift.T @ x / len(x), drift_mean=drift.mean(0), samples=float(len(x)))
+
+
+def noisy(exact, share, seed=1):
+    """What layers before make of their rounding: an error that is correlated with the inputs, and some that is not."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(exact.shape[1], exact.shape[1], generator=generator) / exact.shape[1] ** 0.5
+    return exact + share * (exact @ mix + exact.std() * torch.randn(exact.shape, generator=generator))
 
 
 def real(rounded, config):
@@ -139,15 +152,71 @@ def test_the_factor_is_that_of_the_inverse():
     torch.testing.assert_close(factor.T @ factor @ h, torch.eye(len(h), dtype=h.dtype), atol=1e-8, rtol=0)
 
 
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_gptaq_comes_nearer_to_the_float_output_on_other_inputs_too(settings):
+    config = LinearConfig(bits=4, **settings)
+    w, exact = layer(tokens=4000)
+    x = noisy(exact, 0.1)
+    half = len(x) // 2
+    data = drifted(x[:half], exact[:half])
+    errors = {}
+    for rounding in ("nearest", "gptq", "gptaq"):
+        got = real(round_weight(w, data, config, rounding), config)
+        errors[rounding] = [
+            (x[part] @ got.T - exact[part] @ w.T).square().sum().item()
+            for part in (slice(None, half), slice(half, None))
+        ]
+    for tokens in (0, 1):  # those that it has seen, and others
+        assert errors["gptaq"][tokens] < 0.8 * errors["gptq"][tokens] < 0.8 * errors["nearest"][tokens]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 1.0, 100.0])
+@pytest.mark.parametrize("tokens", [2, 40, 4000])
+def test_gptaq_never_errs_more_than_nearest(share, tokens):
+    w, exact = layer(8, 40, tokens)
+    x = noisy(exact, share)
+    got, plain = (
+        real(round_weight(w, drifted(x, exact), LinearConfig(bits=4, method="histogram"), rounding), LinearConfig())
+        for rounding in ("gptaq", "nearest")
+    )
+    errors = [(x @ r.T - exact @ w.T).square().sum().item() for r in (got, plain)]
+    assert errors[0] <= errors[1]
+
+
+def test_without_a_drift_gptaq_is_gptq():
+    w, x = layer()
+    config = LinearConfig(bits=4, method="channel")
+    expected = round_weight(w, statistics(x), config, "gptq").integers
+    for data, rounding in ((drifted(x, x), "gptaq"), (statistics(x), "auto")):
+        assert torch.equal(round_weight(w, data, config, rounding).integers, expected)
+
+
+def test_the_correction_is_least_squares_and_shrinks_with_the_samples(monkeypatch):
+    w, exact = layer(6, 40, 2000)
+    x = noisy(exact, 0.1)
+    data = drifted(x.double(), exact.double())
+    monkeypatch.setattr("fairseq.quantization.rounding.CORRECTION", 1.0)
+    expected = torch.linalg.lstsq(x.double(), exact.double() @ w.double().T).solution.T
+    moves = []
+    for samples in (1e12, 1000.0, 10.0, 0.1):
+        got = undrifted(w.double(), data._replace(samples=samples))
+        moves.append((got - w).norm().item())
+        if samples == 1e12:
+            torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-6)
+    assert moves == sorted(moves, reverse=True)
+    assert moves[-1] < 0.01 * moves[0]
+
+
 def test_auto_takes_what_the_data_allow():
-    assert (resolve("auto", True), resolve("auto", False), resolve("nearest", True)) == ("gptq", "nearest", "nearest")
+    assert (resolve("auto", True), resolve("auto", False), resolve("nearest", True)) == ("gptaq", "nearest", "nearest")
 
 
 @pytest.mark.parametrize(
     ("rounding", "data", "message"),
     [
-        ("best", None, "rounding must be one of 'auto', 'nearest', 'gptq'; got 'best'"),
+        ("best", None, "rounding must be one of 'auto', 'nearest', 'gptq', 'gptaq'; got 'best'"),
         ("gptq", None, "fc1: rounding='gptq' needs calibration images"),
+        ("gptaq", statistics(torch.ones(2, 80)), "fc1: rounding='gptaq' needs statistics with the drift of its inputs"),
         ("auto", Statistics(torch.eye(3), torch.zeros(3)), r"fc1: the second moment must be of shape \(80, 80\)"),
         ("auto", Statistics(torch.full((80, 80), torch.nan), torch.zeros(80)), "fc1: the second moment of its inputs"),
     ],
