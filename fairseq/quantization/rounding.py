@@ -172,10 +172,14 @@ def undrifted(weight: Tensor, statistics: Statistics) -> Tensor:
     H is damped by the number of inputs over that of the samples, and the result shrunk to :data:`CORRECTION` of it.
     """
     assert statistics.drift is not None
-    h = damped(statistics.second_moment, weight, weight.shape[1] / statistics.samples)
-    wanted = weight.to(h.dtype) @ statistics.drift.to(h.dtype)
-    correction = torch.cholesky_solve(wanted.T, _cholesky(h)).T
-    return (weight.to(h.dtype) + CORRECTION * correction).to(weight.dtype)
+    wanted = _wide(weight) @ _wide(statistics.drift)
+    factor = _cholesky(damped(statistics.second_moment, weight, weight.shape[1] / statistics.samples))
+    correction = torch.cholesky_solve(wanted.T.to(factor.dtype), factor).T
+    return (weight.to(factor.dtype) + CORRECTION * correction).to(weight.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def damped(second_moment: Tensor, weight: Tensor, share: float = DAMPING) -> Tensor:
@@ -203,14 +207,15 @@ def inverse_factor(h: Tensor) -> Tensor:
 
 def _cholesky(h: Tensor) -> Tensor:
     """The lower triangular L with H = L L^T, float64 (in, in); the damping grows tenfold until H can be factorized."""
-    more = 0.0
-    while True:
-        damped = h.to(torch.float64, copy=True)
+    h = h.to(torch.float64)
+    lower, failed = torch.linalg.cholesky_ex(h)
+    more = DAMPING * float(h.diagonal().abs().mean())
+    while failed:
+        del lower
+        more, damped = 10 * more, h.clone()
         damped.diagonal().add_(more)
         lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            return cast(Tensor, lower)
-        more = 10 * more or DAMPING * float(h.diagonal().abs().mean())
+    return cast(Tensor, lower)
 
 
 def _per_weight(parameter: Tensor, shape: torch.Size, group_size: int | None) -> Tensor:
