@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.quantization.synthetic import synthetic_images
 
 
 class Score:
@@ -145,9 +146,9 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--activation-bits", type=int, default=8, metavar="BITS", help="2 to 8, default 8")
     parser.add_argument(
-        "--calibration", default=None, metavar="FILE|COUNT",
+        "--calibration", default=None, metavar="FILE|COUNT|synthetic",
         help="calibrate on the pictures named in this file, one a line, or on so many drawn at random (the same each "
-        "time), and leave them out of the evaluation",
+        "time), and leave them out of the evaluation; or on 128 synthetic ones",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument("--limit", type=positive, default=None, help="only the first so many pictures")
@@ -159,8 +160,11 @@ def main() -> int:
     model, processor, name, images, labels = subject(args)
     calibration = None
     if args.calibration is not None:
-        chosen = drawn(args.calibration, images, args.images)
-        calibration = [images[i]() for i in chosen]
+        if args.calibration == "synthetic":
+            chosen, calibration = [], synthetic_images()
+        else:
+            chosen = drawn(args.calibration, images, args.images)
+            calibration = [images[i]() for i in chosen]
         kept = [i for i in range(len(images)) if i not in set(chosen)]
         images, labels = [images[i] for i in kept], labels[kept]
     images, labels = images[: args.limit], labels[: args.limit]
@@ -191,10 +195,11 @@ def main() -> int:
         seconds[key] = time.perf_counter() - started
 
     scores = score_all(models, images, labels, processor, args.batch_size)
+    kind = "synthetic ones" if args.calibration == "synthetic" else "others"
     print(
         f"{name}, {len(images)} pictures, all Linear layers quantized, activations: {args.activations}"
         f"{'' if args.activation_bits == 8 else f' {args.activation_bits} bits'}, "
-        f"{f'calibrated on {len(calibration)} others' if calibration else 'without calibration'}, on {device}\n"
+        f"{'without calibration' if calibration is None else f'calibrated on {len(calibration)} {kind}'}, on {device}\n"
     )
     header = ["configuration", "top-1", "top-5", "kept", "agreement", "logit MSE", "quantized in s"]
     print(table(header, [score.row(key, scores["float"], seconds.get(key)) for key, score in scores.items()]))

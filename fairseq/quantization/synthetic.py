@@ -1,8 +1,8 @@
 """Pictures made of nothing but random numbers, to calibrate on where there are no others.
 
 Discs and rounded rectangles of all sizes cover each other, plain or textured, over a background of 1/f noise: such
-"dead leaves" have edges, surfaces and a spectrum like those of photographs (Lee, Mumford and Huang, Occlusion models for
-natural images, 2001; Baradad et al., Learning to see by looking at noise, 2021).
+"dead leaves" have edges, surfaces and a spectrum like those of photographs. (Lee, Mumford and Huang, Occlusion models
+for natural images, 2001; Baradad et al., Learning to see by looking at noise, 2021.)
 """
 
 from __future__ import annotations

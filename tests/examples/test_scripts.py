@@ -230,6 +230,10 @@ def test_evaluate_calibrates_on_pictures_it_leaves_out(script, model, pictures, 
     code, out, _ = script("evaluate", *arguments, "8:channel", "--calibration", tmp_path / "names.txt")
     assert code == 0
     assert "10 pictures" in out
+    code, out, _ = script("evaluate", *arguments, "8:channel", "--calibration", "synthetic")
+    assert code == 0
+    assert "12 pictures" in out
+    assert "calibrated on 128 synthetic ones" in out
 
 
 @pytest.mark.parametrize(
