@@ -212,9 +212,10 @@ def _cholesky(h: Tensor) -> Tensor:
     more = DAMPING * float(h.diagonal().abs().mean())
     while failed:
         del lower
-        more, damped = 10 * more, h.clone()
-        damped.diagonal().add_(more)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        firmer = h.clone()
+        firmer.diagonal().add_(more)
+        lower, failed = torch.linalg.cholesky_ex(firmer)
+        more *= 10
     return cast(Tensor, lower)
 
 
