@@ -172,14 +172,11 @@ def undrifted(weight: Tensor, statistics: Statistics) -> Tensor:
     H is damped by the number of inputs over that of the samples, and the result shrunk to :data:`CORRECTION` of it.
     """
     assert statistics.drift is not None
-    wanted = _wide(weight) @ _wide(statistics.drift)
+    wide = torch.promote_types(weight.dtype, statistics.drift.dtype)
+    wanted = weight.to(wide) @ statistics.drift.to(wide)
     factor = _cholesky(damped(statistics.second_moment, weight, weight.shape[1] / statistics.samples))
     correction = torch.cholesky_solve(wanted.T.to(factor.dtype), factor).T
     return (weight.to(factor.dtype) + CORRECTION * correction).to(weight.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def damped(second_moment: Tensor, weight: Tensor, share: float = DAMPING) -> Tensor:
