@@ -176,7 +176,7 @@ class _Conversion:
         if rounds_coarsely(settings[0]) and settings[0].activations == "dynamic":
             inputs = (fake_quantize_tokens(x, settings[0].activation_bits) for x in inputs)
         exact = None
-        if self.exact is not None:
+        if self.exact is not None and any(resolve(s.rounding, calibrated=True) == "gptaq" for s in settings):
             exact = _scaled(self.exact.inputs(group[0]), self.rescaled.get(group[0]))
         static = [s.activation_bits for s in settings if s.activations == "static"]
         weights = [self.weights[name] for name in group]

@@ -12,6 +12,7 @@ from transformers import ViTForImageClassification, ViTForMaskedImageModeling, V
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar import ops
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
+from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.convert import convert
 from fairseq.quantization.dequantize import dequantize
@@ -414,6 +415,57 @@ def test_the_report_knows_the_errors(tiny_vit, images):
         assert layer.rounding == "gptaq"
         assert 5 < layer.weight_sqnr < 40
         assert layer.output_sqnr > layer.weight_sqnr - 6
+
+
+def test_narrow_activations_count_as_rounded(tiny_vit, images, monkeypatch):
+    monkeypatch.setattr("fairseq.quantization.calibration.UNIFORM_SHARE", 1.0)
+    moments = {}
+
+    def recording(weight, statistics, config, rounding, name):
+        moments.setdefault(config.activation_bits, (name, statistics))
+        return round_weight(weight, statistics, config, rounding, name)
+
+    monkeypatch.setattr("fairseq.quantization.convert.round_weight", recording)
+    for bits in (8, 2):
+        convert(tiny_vit, QuantizationConfig(method="channel", activation_bits=bits, equalize=False), images)
+    seen = []
+    hook = tiny_vit.get_submodule(moments[8][0].removesuffix(".weight")).register_forward_pre_hook(
+        lambda m, a: seen.append(a[0].flatten(0, -2))
+    )
+    with torch.no_grad():
+        tiny_vit(pixel_values=images)
+    hook.remove()
+    for bits, x in ((8, seen[0]), (2, fake_quantize_tokens(seen[0], 2))):
+        statistics = moments[bits][1]
+        torch.testing.assert_close(statistics.second_moment, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(statistics.drift, (seen[0] - x).T @ x / len(x), rtol=1e-3, atol=1e-4)
+
+
+def test_the_drift_is_known_only_where_it_is_made_up_for(tiny_vit, images, monkeypatch):
+    known = {}
+
+    def recording(weight, statistics, config, rounding, name):
+        known[name] = (rounding, statistics.drift is not None)
+        return round_weight(weight, statistics, config, rounding, name)
+
+    monkeypatch.setattr("fairseq.quantization.convert.round_weight", recording)
+    convert(tiny_vit, QuantizationConfig(overrides={"*classifier": {"rounding": "gptaq"}}, rounding="gptq"), images)
+    assert set(known.values()) == {("gptq", False), ("gptaq", True)}
+
+
+def test_bias_correction_knows_the_drift(tiny_vit, images, monkeypatch):
+    """The classifier alone is corrected: the mean of its output is then the float model's, drift included."""
+    monkeypatch.setattr("fairseq.quantization.calibration.UNIFORM_SHARE", 1.0)
+    config = QuantizationConfig(
+        bits=2, overrides={"*classifier": {"bits": 4, "bias_correction": True}}, activations=None
+    )
+    means = []
+    for changed in (config, replace(config, overrides={"*classifier": {"bits": 4}})):
+        result, _ = convert(tiny_vit, changed, images)
+        with torch.no_grad():
+            difference = result(pixel_values=images).logits - tiny_vit(pixel_values=images).logits
+        means.append(difference.mean(0).abs().max().item())
+    assert means[0] < 1e-5 < 1e-3 < means[1]
 
 
 @pytest.mark.parametrize("method", ["tensor", "channel"])
