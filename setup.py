@@ -1,9 +1,14 @@
-"""The distribution: `pip install .` for the library, with the extras onnx, plot, test, docs and dev."""
+"""The distribution: `pip install .` for the library, with the extras onnx, plot, test, docs and dev.
 
+The native kernels are compiled if there is a C++ compiler; without one everything runs on PyTorch's own operations.
+"""
+
+import platform
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fairseq" / "__init__.py").read_text(encoding="utf-8")).group(1)
@@ -17,6 +22,41 @@ TEST = ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", *ONNX, *PLOT]
 DOCS = ["sphinx>=8", "furo>=2024.8", "sphinx-copybutton>=0.5"]
 LINT = ["ruff>=0.12", "mypy>=1.16", "pre-commit>=4"]
 
+KERNELS = Path("fairseq", "modules", "quantization", "packed", "kernels")
+COMPILE = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma"]
+LEVELS = {"portable": []}  # instruction set -> the flags for its file alone; which one runs is decided at run time
+if platform.machine() in ("x86_64", "AMD64"):
+    LEVELS |= {
+        "avx2": ["-mavx2", "-mfma"],
+        "avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
+        "avx512vnni": AVX512,
+        "avx512bf16": [*AVX512, "-mavx512bf16"],
+    }
+
+
+class BuildNative(build_ext):
+    """Compiles each file of the native library with the flags of its instruction set."""
+
+    def build_extension(self, ext):
+        objects = []
+        for source in ext.sources:
+            flags = [*ext.extra_compile_args, *LEVELS.get(Path(source).stem, [])]
+            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+        target = self.get_ext_fullpath(ext.name)
+        self.compiler.link_shared_object(objects, target, extra_postargs=ext.extra_link_args, target_lang="c++")
+
+
+NATIVE = Extension(
+    ".".join((*KERNELS.parts, "_native")),
+    [str(KERNELS / "csrc" / f"{name}.cpp") for name in ("native", *LEVELS)],
+    depends=[str(KERNELS / "csrc" / f"{name}.h") for name in ("api", "attention", "block", "product", "rows", "vector")],
+    extra_compile_args=COMPILE,
+    extra_link_args=["-fopenmp"],
+    language="c++",
+    optional=True,
+)
+
 setup(
     name="fairseq",
     version=VERSION,
@@ -28,6 +68,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["fairseq", "fairseq.*"]),
     package_data={"fairseq": ["py.typed"]},
+    ext_modules=[NATIVE],
+    cmdclass={"build_ext": BuildNative},
     install_requires=REQUIREMENTS,
     extras_require={"onnx": ONNX, "plot": PLOT, "test": TEST, "docs": DOCS, "dev": [*TEST, *DOCS, *LINT]},
     classifiers=[

@@ -1,0 +1,94 @@
+// An encoder block for the rows of one thread: everything before the keys of the other rows are needed, and the rest.
+#pragma once
+
+#include "api.h"
+#include "attention.h"
+#include "product.h"
+#include "rows.h"
+
+static inline int64_t row_bytes(const Linear& linear) { return divide_up(linear.in, 4) * 4; }
+static inline int64_t panel_count(const Linear& linear) { return divide_up(linear.out, PANEL); }
+
+// LayerNorm and rounding of the own rows, into the shared integers.
+static void norm_rows(const Linear& linear, const float* x, int64_t width, const float* weight, const float* bias,
+                      float epsilon, const Shared& shared, Own& own) {
+  for (int64_t t = 0; t < own.tile_count; t++) {
+    const Tile& tile = own.tiles[t];
+    for (int64_t i = 0; i < tile.rows; i++) {
+      const int64_t row = tile.row + i;
+      layer_norm(x + row * width, width, weight, bias, epsilon, own.row);
+      quantize(own.row, linear, own.row, shared.integers + tile.row * row_bytes(linear), i, tile.rows,
+               shared.scales + row, shared.sums + row);
+    }
+  }
+  lap(own, STAGE_NORM);
+}
+
+static void before_attention(const Block& block, const float* x, const Shared& shared, Own& own) {
+  const Heads heads(block.heads, block.head_size, shared.tokens);
+  const Linear* linears[] = {&block.query, &block.key, &block.value};
+  norm_rows(block.query, x, block.width, block.norm1_weight, block.norm1_bias, block.norm1_epsilon, shared, own);
+  for (int part = QUERY; part <= VALUE; part++) {
+    const Linear& linear = *linears[part];
+    auto sink = [&](const Tile& tile, int64_t column, const float* values) {
+      const int64_t columns = linear.out - column < PANEL ? linear.out - column : PANEL;
+      for (int64_t i = 0; i < tile.rows; i++)
+        place_row((Part)part, heads, shared, tile, i, column, columns, values + PANEL * i);
+    };
+    multiply(linear, shared.integers, shared.scales, shared.sums, 0, own.tiles, own.tile_count, 0, panel_count(linear),
+             own, sink);
+  }
+  for (int64_t t = 0; t < own.tile_count; t++) fill_up(heads, shared, own.tiles[t]);
+  lap(own, STAGE_ATTENTION);
+}
+
+// out = h + MLP(LayerNorm(h)), h = x + output projection of the attended values; the MLP `slice` rows at a time.
+static void after_attention(const Block& block, const float* x, const Shared& shared, Own& own, int64_t slice, float* out) {
+  attend(block.heads, block.head_size, block.scaling, shared, own);
+  lap(own, STAGE_ATTENTION);
+  for (int64_t t = 0; t < own.tile_count; t++) {
+    const Tile& tile = own.tiles[t];
+    for (int64_t i = 0; i < tile.rows; i++) {
+      const int64_t row = tile.row + i;
+      quantize(shared.attended + row * block.output.in, block.output, own.row,
+               shared.integers + tile.row * row_bytes(block.output), i, tile.rows, shared.scales + row,
+               shared.sums + row);
+    }
+  }
+  lap(own, STAGE_QUANTIZE);
+  linear(block.output, shared, own, 0, panel_count(block.output), false, x, out);
+  norm_rows(block.fc1, out, block.width, block.norm2_weight, block.norm2_bias, block.norm2_epsilon, shared, own);
+  for (int64_t first = 0, last; first < own.tile_count; first = last) {
+    const Tile* tiles = own.tiles + first;
+    const int64_t row = tiles->row;
+    int64_t rows = 0;
+    for (last = first; last < own.tile_count && rows + own.tiles[last].rows <= slice; last++) rows += own.tiles[last].rows;
+    auto to_hidden = [&](const Tile& tile, int64_t column, const float* values) {
+      for (int64_t i = 0; i < tile.rows; i++)
+        for (int64_t j = 0; j < PANEL && column + j < block.mlp; j += LANES)
+          store(own.hidden + (tile.row - row + i) * block.mlp + column + j, gelu_of(load<Floats>(values + PANEL * i + j)),
+                block.mlp - column - j);
+    };
+    multiply(block.fc1, shared.integers, shared.scales, shared.sums, 0, tiles, last - first, 0, panel_count(block.fc1),
+             own, to_hidden);
+    for (int64_t t = 0; t < last - first; t++) {
+      for (int64_t i = 0; i < tiles[t].rows; i++) {
+        const int64_t at = tiles[t].row - row;
+        quantize(own.hidden + (at + i) * block.mlp, block.fc2, own.row, own.hidden_integers + at * row_bytes(block.fc2),
+                 i, tiles[t].rows, own.hidden_scales + at + i, own.hidden_sums + at + i);
+      }
+    }
+    lap(own, STAGE_QUANTIZE);
+    auto add = [&](const Tile& tile, int64_t column, const float* values) {
+      for (int64_t i = 0; i < tile.rows; i++) {
+        for (int64_t j = 0; j < PANEL && column + j < block.width; j += LANES) {
+          float* to = out + (tile.row + i) * block.width + column + j;
+          const int64_t left = block.width - column - j;
+          store(to, load<Floats>(to, left) + load<Floats>(values + PANEL * i + j), left);
+        }
+      }
+    };
+    multiply(block.fc2, own.hidden_integers, own.hidden_scales, own.hidden_sums, row, tiles, last - first, 0,
+             panel_count(block.fc2), own, add);
+  }
+}

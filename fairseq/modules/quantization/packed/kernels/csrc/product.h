@@ -1,0 +1,234 @@
+// Products of a tile of rows and a panel of 32 outputs, of bytes and of bfloat16, and what follows them.
+#pragma once
+
+#include "api.h"
+#include "rows.h"
+#include "vector.h"
+
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+template <int... I>
+struct Numbers {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  typedef Numbers<I...> type;
+};
+
+#if defined(__AVX512VNNI__)
+
+// All sums of a tile stay in registers. As intrinsics over an array gcc 12 keeps them on the stack, at a third of the
+// speed; as one instruction of assembly each, over an array that only constants index, it does not.
+template <int... I>
+static inline __attribute__((always_inline)) void product_of(const uint8_t* tile, const uint8_t* panel, int64_t steps,
+                                                             int32_t* sums, Numbers<I...>) {
+  const int rows = sizeof...(I);
+  __m512i left[rows], right[rows];
+  ((left[I] = right[I] = _mm512_setzero_si512()), ...);
+  for (int64_t step = 0; step < steps; step++, tile += 4 * rows, panel += 4 * PANEL) {
+    __m512i first = _mm512_loadu_si512(panel), second = _mm512_loadu_si512(panel + 64);
+    ([&] {
+      __m512i x;
+      asm("vpbroadcastd %1, %0" : "=v"(x) : "m"(*(const uint8_t(*)[4])(tile + 4 * I)));
+      asm("vpdpbusd %2, %1, %0" : "+v"(left[I]) : "v"(x), "v"(first));
+      asm("vpdpbusd %2, %1, %0" : "+v"(right[I]) : "v"(x), "v"(second));
+    }(), ...);
+  }
+  ((_mm512_storeu_si512(sums + PANEL * I, left[I]), _mm512_storeu_si512(sums + PANEL * I + 16, right[I])), ...);
+}
+
+#else
+
+// Four products of bytes per lane and step: exact, unlike AVX2's own, which saturates at 16 bits.
+static inline Ints dot4(const uint8_t* x, const uint8_t* weights, Ints sums) {
+#if defined(__AVXVNNI__)
+  int32_t four;
+  memcpy(&four, x, 4);
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, _mm256_set1_epi32(four), _mm256_loadu_si256((const __m256i*)weights));
+#elif defined(__AVX2__)
+  int32_t four;
+  memcpy(&four, x, 4);
+  __m256i wide = _mm256_cvtepu8_epi16(_mm_set1_epi32(four));
+  __m256i low = _mm256_madd_epi16(wide, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)weights)));
+  __m256i high = _mm256_madd_epi16(wide, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(weights + 16))));
+  return sums + (Ints)_mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0xd8);
+#else
+  for (int lane = 0; lane < LANES; lane++)
+    for (int k = 0; k < 4; k++) sums[lane] += x[k] * (int8_t)weights[4 * lane + k];
+  return sums;
+#endif
+}
+
+template <int... I>
+static inline __attribute__((always_inline)) void product_of(const uint8_t* tile, const uint8_t* panel, int64_t steps,
+                                                             int32_t* sums, Numbers<I...>) {
+  const int rows = sizeof...(I);
+  for (int64_t column = 0; column < PANEL; column += LANES) {
+    Ints total[rows] = {};
+    for (int64_t step = 0; step < steps; step++) {
+      const uint8_t* weights = panel + 4 * (PANEL * step + column);
+      ((total[I] = dot4(tile + 4 * (rows * step + I), weights, total[I])), ...);
+    }
+    ((store(sums + PANEL * I + column, total[I])), ...);
+  }
+}
+
+#endif
+
+// Products of bfloat16 pairs, summed in float: out[row][column] of `stride` floats a row.
+template <int... I>
+static inline __attribute__((always_inline)) void half_product_of(const uint16_t* tile, const uint16_t* panel,
+                                                                  int64_t steps, float* out, int64_t stride,
+                                                                  Numbers<I...>) {
+  const int rows = sizeof...(I);
+#if defined(__AVX512BF16__)
+  __m512 left[rows], right[rows];
+  ((left[I] = right[I] = _mm512_setzero_ps()), ...);
+  for (int64_t step = 0; step < steps; step++, tile += 2 * rows, panel += 2 * PANEL) {
+    __m512i first = _mm512_loadu_si512(panel), second = _mm512_loadu_si512(panel + 32);
+    ([&] {
+      __m512i x;
+      asm("vpbroadcastd %1, %0" : "=v"(x) : "m"(*(const uint16_t(*)[2])(tile + 2 * I)));
+      asm("vdpbf16ps %2, %1, %0" : "+v"(left[I]) : "v"(x), "v"(first));
+      asm("vdpbf16ps %2, %1, %0" : "+v"(right[I]) : "v"(x), "v"(second));
+    }(), ...);
+  }
+  ((_mm512_storeu_ps(out + stride * I, left[I]), _mm512_storeu_ps(out + stride * I + 16, right[I])), ...);
+#else
+  for (int64_t column = 0; column < PANEL; column += LANES) {
+    Floats total[rows] = {};
+    for (int64_t step = 0; step < steps; step++) {
+      Words pairs = load<Words>((const uint32_t*)(panel + 2 * (PANEL * step + column)));
+      Floats even = (Floats)(pairs << 16), odd = (Floats)(pairs & 0xffff0000u);
+      ([&] {
+        const uint16_t* x = tile + 2 * (rows * step + I);
+        uint32_t low = (uint32_t)x[0] << 16, high = (uint32_t)x[1] << 16;
+        float x_even, x_odd;
+        memcpy(&x_even, &low, 4);
+        memcpy(&x_odd, &high, 4);
+        total[I] = total[I] + even * x_even + odd * x_odd;
+      }(), ...);
+    }
+    ((store(out + stride * I + column, total[I])), ...);
+  }
+#endif
+}
+
+template <int rows>
+static __attribute__((noinline)) void product_rows(const uint8_t* tile, const uint8_t* panel, int64_t steps, int32_t* sums) {
+  product_of(tile, panel, steps, sums, typename Count<rows>::type());
+}
+
+template <int rows>
+static __attribute__((noinline)) void half_product_rows(const uint16_t* tile, const uint16_t* panel, int64_t steps,
+                                                        float* out, int64_t stride) {
+  half_product_of(tile, panel, steps, out, stride, typename Count<rows>::type());
+}
+
+static void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums) {
+  switch (rows) {
+#define ROWS(n) case n: return product_rows<n>(tile, panel, steps, sums)
+    ROWS(1); ROWS(2); ROWS(3); ROWS(4); ROWS(5); ROWS(6); ROWS(7);
+    ROWS(8); ROWS(9); ROWS(10); ROWS(11); ROWS(12); ROWS(13); ROWS(14);
+#undef ROWS
+  }
+}
+
+static void half_product(const uint16_t* tile, const uint16_t* panel, int64_t rows, int64_t steps, float* out,
+                         int64_t stride) {
+  switch (rows) {
+#define ROWS(n) case n: return half_product_rows<n>(tile, panel, steps, out, stride)
+    ROWS(1); ROWS(2); ROWS(3); ROWS(4); ROWS(5); ROWS(6); ROWS(7);
+    ROWS(8); ROWS(9); ROWS(10); ROWS(11); ROWS(12); ROWS(13); ROWS(14);
+#undef ROWS
+  }
+}
+
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Two codes a byte to one.
+static void unpack(const uint8_t* narrow, int64_t steps, uint8_t* panel) {
+  typedef uint8_t Line __attribute__((vector_size(64)));
+  for (int64_t step = 0; step < steps; step++, narrow += 64, panel += 128) {
+    Line both;
+    memcpy(&both, narrow, 64);
+    Line low = both & 15, high = both >> 4;
+    memcpy(panel, &low, 64);
+    memcpy(panel + 64, &high, 64);
+  }
+}
+
+extern "C" double fairseq_seconds();
+
+// Adds the time since the last call to a stage.
+static inline void lap(Own& own, Stage stage) {
+  if (__builtin_expect(own.stages == nullptr, 1)) return;
+  double now = fairseq_seconds();
+  own.stages[stage] += now - own.started;
+  own.started = now;
+}
+
+// y = x @ W.T + bias of the own tiles for the panels first ... last - 1; `sink` takes each tile's results:
+// sink(tile, column, values), values (rows, PANEL), of which those beyond the last output are zero or nonsense.
+// `integers`, `scales` and `sums` are of the rows from `first_row` on.
+template <typename Sink>
+static inline void multiply(const Linear& linear, const uint8_t* integers, const float* scales, const int32_t* sums,
+                            int64_t first_row, const Tile* tiles, int64_t tile_count, int64_t first, int64_t last,
+                            Own& own, Sink sink) {
+  const int64_t steps = divide_up(linear.in, 4);
+  for (int64_t panel = first; panel < last; panel++) {
+    const int64_t column = panel * PANEL, columns = linear.out - column;
+    const uint8_t* codes = linear.panels + panel * steps * 4 * PANEL / (linear.narrow ? 2 : 1);
+    if (linear.narrow) {
+      unpack(codes, steps, own.panel);
+      codes = own.panel;
+      lap(own, STAGE_UNPACK);
+    }
+    float scale[PANEL], bias[PANEL];
+    int32_t zero[PANEL], offset[PANEL];
+    for (int64_t j = 0; j < PANEL; j++) {
+      const int64_t n = column + (j < columns ? j : 0), s = n * linear.scale_step;
+      scale[j] = linear.scale[s];
+      bias[j] = linear.bias ? linear.bias[n] : 0.0f;
+      zero[j] = (int32_t)linear.zero[s] - linear.zero_offset;
+      offset[j] = 128 * linear.sums[n];
+    }
+    for (int64_t t = 0; t < tile_count; t++) {
+      const Tile& tile = tiles[t];
+      const int64_t row = tile.row - first_row;
+      product(integers + row * steps * 4, codes, tile.rows, steps, own.accumulators);
+      lap(own, STAGE_PRODUCT);
+      for (int64_t j = 0; j < PANEL; j += LANES) {
+        const Ints zeros = load<Ints>(zero + j), offsets = load<Ints>(offset + j);
+        const Floats scaled = load<Floats>(scale + j), added = load<Floats>(bias + j);
+        for (int64_t i = 0; i < tile.rows; i++) {
+          Ints total = load<Ints>(own.accumulators + PANEL * i + j) - offsets - zeros * sums[row + i];
+          Floats real = __builtin_convertvector(total, Floats) * scaled * scales[row + i] + added;
+          store(own.values + PANEL * i + j, real);
+        }
+      }
+      sink(tile, column, own.values);
+      lap(own, STAGE_EPILOGUE);
+    }
+  }
+}
+
+// Whole rows of results to (rows, linear.out): y, GELU of y, or residual + y.
+static void linear(const Linear& linear, const Shared& shared, Own& own, int64_t first, int64_t last, bool with_gelu,
+                   const float* residual, float* out) {
+  auto sink = [&](const Tile& tile, int64_t column, const float* values) {
+    for (int64_t i = 0; i < tile.rows; i++) {
+      for (int64_t j = 0; j < PANEL && column + j < linear.out; j += LANES) {
+        const int64_t at = (tile.row + i) * linear.out + column + j, left = linear.out - column - j;
+        Floats y = load<Floats>(values + PANEL * i + j);
+        if (with_gelu) y = gelu_of(y);
+        if (residual) y = y + load<Floats>(residual + at, left);
+        store(out + at, y, left);
+      }
+    }
+  };
+  multiply(linear, shared.integers, shared.scales, shared.sums, 0, own.tiles, own.tile_count, first, last, own, sink);
+}
