@@ -9,10 +9,13 @@ from torch.nn import functional as F
 WIDTH = 32
 """Outputs of a panel."""
 
+GROUP = 16
+"""Inputs are filled up to a multiple of it."""
+
 
 def panels_shape(outputs: int, inputs: int, bits: int) -> tuple[int, int, int]:
     """(panels, steps of 4 inputs, bytes of a step) of a weight; below 5 bits two codes share a byte."""
-    return -(-outputs // WIDTH), -(-inputs // 4), WIDTH * 4 // (2 if is_narrow(bits) else 1)
+    return -(-outputs // WIDTH), -(-inputs // GROUP) * GROUP // 4, WIDTH * 4 // (2 if is_narrow(bits) else 1)
 
 
 def is_narrow(bits: int) -> bool:

@@ -6,8 +6,8 @@
 // One Linear: y = x @ W.T + bias, W[n, k] = scale[n] * (code[n, k] - zero[n]).
 //
 // panels: the codes in the order in which the products read them, 32 outputs (a panel) at a time: [panel][k / 4][32][4]
-// bytes, K and N filled up with zeros. Below 5 bits two outputs share a byte: [panel][k / 4][16][4], output j of the
-// panel in the low half, output j + 16 in the high half.
+// bytes, filled up with zeros to 16 inputs and 32 outputs. Below 5 bits two outputs share a byte: [panel][k / 4][16][4],
+// output j of the panel in the low half, output j + 16 in the high half.
 struct Linear {
   const uint8_t* panels;
   const int32_t* sums;       // (out,): the sum of each output's codes
@@ -35,7 +35,11 @@ enum Stage { STAGE_NORM, STAGE_PRODUCT, STAGE_EPILOGUE, STAGE_ATTENTION, STAGE_Q
 
 const int64_t PANEL = 32;     // outputs of a panel
 const int64_t TILE = 14;      // most rows of a tile: 28 accumulators, 2 weight vectors, 2 spare, of 32 registers
+const int64_t GROUP = 16;     // bytes of a row that lie together in a tile; the next group is that of the next row
 const int64_t ALIGNMENT = 64;
+
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t steps_of(int64_t in) { return divide_up(in, GROUP) * (GROUP / 4); }  // of 4 inputs, of a panel
 
 // Rows that are multiplied together: all of one image, the first is `row` of the call.
 struct Tile {
@@ -45,7 +49,7 @@ struct Tile {
 
 // Memory of one call, for all of its threads.
 struct Shared {
-  uint8_t* integers;            // of all rows, in tiles: bytes of 4 columns, row by row, then the next 4 columns
+  uint8_t* integers;            // of all rows, in tiles: GROUP columns of each row, then the next GROUP
   float* scales;                // (rows,): of the integers
   int32_t* sums;                // (rows,): of the integers
   uint16_t *queries, *keys, *values;  // bfloat16, see attention.h
@@ -58,7 +62,7 @@ struct Own {
   Tile* tiles;
   int64_t tile_count;
   float* row;                   // one row of any layer
-  float* values;                // TILE x PANEL results
+  float* values;                // TILE x PANEL
   int32_t* accumulators;        // TILE x PANEL
   uint8_t* panel;               // the codes of a panel, a byte each
   float* scores;                // TILE x tokens, filled up to panels

@@ -6,7 +6,7 @@
 #include "product.h"
 #include "rows.h"
 
-static inline int64_t row_bytes(const Linear& linear) { return divide_up(linear.in, 4) * 4; }
+static inline int64_t row_bytes(const Linear& linear) { return steps_of(linear.in) * 4; }
 static inline int64_t panel_count(const Linear& linear) { return divide_up(linear.out, PANEL); }
 
 // LayerNorm and rounding of the own rows, into the shared integers.
@@ -30,10 +30,10 @@ static void before_attention(const Block& block, const float* x, const Shared& s
   norm_rows(block.query, x, block.width, block.norm1_weight, block.norm1_bias, block.norm1_epsilon, shared, own);
   for (int part = QUERY; part <= VALUE; part++) {
     const Linear& linear = *linears[part];
-    auto sink = [&](const Tile& tile, int64_t column, const float* values) {
-      const int64_t columns = linear.out - column < PANEL ? linear.out - column : PANEL;
-      for (int64_t i = 0; i < tile.rows; i++)
-        place_row((Part)part, heads, shared, tile, i, column, columns, values + PANEL * i);
+    auto sink = [&](const Tile& tile, int64_t column) {
+      return [=, &tile, place = Placer((Part)part, heads, shared, tile, column, linear.out)](int64_t i, Floats y) {
+        place(i, y);
+      };
     };
     multiply(linear, shared.integers, shared.scales, shared.sums, 0, own.tiles, own.tile_count, 0, panel_count(linear),
              own, sink);
@@ -63,11 +63,12 @@ static void after_attention(const Block& block, const float* x, const Shared& sh
     const int64_t row = tiles->row;
     int64_t rows = 0;
     for (last = first; last < own.tile_count && rows + own.tiles[last].rows <= slice; last++) rows += own.tiles[last].rows;
-    auto to_hidden = [&](const Tile& tile, int64_t column, const float* values) {
-      for (int64_t i = 0; i < tile.rows; i++)
-        for (int64_t j = 0; j < PANEL && column + j < block.mlp; j += LANES)
-          store(own.hidden + (tile.row - row + i) * block.mlp + column + j, gelu_of(load<Floats>(values + PANEL * i + j)),
-                block.mlp - column - j);
+    auto to_hidden = [&](const Tile& tile, int64_t column) {
+      float* to = own.hidden + (tile.row - row) * block.mlp + column;
+      const int64_t left = block.mlp - column, stride = block.mlp;
+      return [=](int64_t i, Floats y) {
+        if (left > 0) store(to + i * stride, gelu_of(y), left);
+      };
     };
     multiply(block.fc1, shared.integers, shared.scales, shared.sums, 0, tiles, last - first, 0, panel_count(block.fc1),
              own, to_hidden);
@@ -79,14 +80,12 @@ static void after_attention(const Block& block, const float* x, const Shared& sh
       }
     }
     lap(own, STAGE_QUANTIZE);
-    auto add = [&](const Tile& tile, int64_t column, const float* values) {
-      for (int64_t i = 0; i < tile.rows; i++) {
-        for (int64_t j = 0; j < PANEL && column + j < block.width; j += LANES) {
-          float* to = out + (tile.row + i) * block.width + column + j;
-          const int64_t left = block.width - column - j;
-          store(to, load<Floats>(to, left) + load<Floats>(values + PANEL * i + j), left);
-        }
-      }
+    auto add = [&](const Tile& tile, int64_t column) {
+      float* to = out + tile.row * block.width + column;
+      const int64_t left = block.width - column, stride = block.width;
+      return [=](int64_t i, Floats y) {
+        if (left > 0) store(to + i * stride, load<Floats>(to + i * stride, left) + y, left);
+      };
     };
     multiply(block.fc2, own.hidden_integers, own.hidden_scales, own.hidden_sums, row, tiles, last - first, 0,
              panel_count(block.fc2), own, add);

@@ -89,9 +89,8 @@ struct Layout {
   }
 };
 
-static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t padded(int64_t in) { return divide_up(in, 4) * 4; }
+static int64_t padded(int64_t in) { return steps_of(in) * 4; }
 
 struct Sizes {
   int64_t rows, images, tokens;        // of the call
@@ -104,16 +103,16 @@ struct Sizes {
 
 // Lays out everything in `layout`; without memory only its size.
 static void lay_out(Layout& layout, const Sizes& sizes, Shared& shared, Own* own) {
-  const int64_t pairs = divide_up(sizes.head_size, 2), panels = divide_up(sizes.head_size, PANEL);
-  const int64_t key_panels = divide_up(sizes.tokens, PANEL), token_pairs = divide_up(sizes.tokens, 2);
+  const int64_t numbers = divide_up(sizes.head_size, GROUP / 2) * GROUP / 2, panels = divide_up(sizes.head_size, PANEL);
+  const int64_t key_panels = divide_up(sizes.tokens, PANEL);
   shared.rows = sizes.rows;
   shared.tokens = sizes.tokens;
   layout.take(shared.integers, sizes.rows * padded(sizes.width));
   layout.take(shared.scales, sizes.rows);
   layout.take(shared.sums, sizes.rows);
-  layout.take(shared.queries, sizes.heads * sizes.rows * pairs * 2);
-  layout.take(shared.keys, sizes.images * sizes.heads * key_panels * pairs * PANEL * 2);
-  layout.take(shared.values, sizes.images * sizes.heads * panels * token_pairs * PANEL * 2);
+  layout.take(shared.queries, sizes.heads * sizes.rows * numbers);
+  layout.take(shared.keys, sizes.images * sizes.heads * key_panels * numbers * PANEL);
+  layout.take(shared.values, sizes.images * sizes.heads * panels * key_panels * PANEL * PANEL);
   layout.take(shared.attended, sizes.rows * sizes.heads * sizes.head_size);
   for (int thread = 0; thread < sizes.threads; thread++) {
     Own& mine = own[thread];
@@ -123,7 +122,7 @@ static void lay_out(Layout& layout, const Sizes& sizes, Shared& shared, Own* own
     layout.take(mine.accumulators, TILE * PANEL);
     layout.take(mine.panel, padded(sizes.longest) * PANEL);
     layout.take(mine.scores, sizes.heads ? TILE * key_panels * PANEL : 0);
-    layout.take(mine.weights, sizes.heads ? TILE * token_pairs * 2 : 0);
+    layout.take(mine.weights, sizes.heads ? TILE * key_panels * PANEL : 0);
     layout.take(mine.hidden, sizes.slice * sizes.mlp);
     layout.take(mine.hidden_integers, sizes.slice * padded(sizes.mlp));
     layout.take(mine.hidden_scales, sizes.slice);
@@ -239,7 +238,7 @@ EXPORT int fairseq_product(int level, const Linear* linear, const int8_t* q, int
     uint8_t* integers = shared.integers + tile.row * steps * 4;
     for (int64_t i = 0; i < tile.rows; i++)
       for (int64_t k = 0; k < steps * 4; k++)
-        integers[(k / 4 * tile.rows + i) * 4 + k % 4] = k < linear->in ? q[(tile.row + i) * linear->in + k] ^ 0x80 : 0;
+        integers[(k / GROUP * tile.rows + i) * GROUP + k % GROUP] = k < linear->in ? q[(tile.row + i) * linear->in + k] ^ 0x80 : 0;
     for (int64_t panel = 0; panel * PANEL < linear->out; panel++) {
       const uint8_t* codes = linear->panels + panel * steps * 4 * PANEL / (linear->narrow ? 2 : 1);
       if (linear->narrow) {

@@ -28,14 +28,17 @@ static inline __attribute__((always_inline)) void product_of(const uint8_t* tile
   const int rows = sizeof...(I);
   __m512i left[rows], right[rows];
   ((left[I] = right[I] = _mm512_setzero_si512()), ...);
-  for (int64_t step = 0; step < steps; step++, tile += 4 * rows, panel += 4 * PANEL) {
-    __m512i first = _mm512_loadu_si512(panel), second = _mm512_loadu_si512(panel + 64);
-    ([&] {
-      __m512i x;
-      asm("vpbroadcastd %1, %0" : "=v"(x) : "m"(*(const uint8_t(*)[4])(tile + 4 * I)));
-      asm("vpdpbusd %2, %1, %0" : "+v"(left[I]) : "v"(x), "v"(first));
-      asm("vpdpbusd %2, %1, %0" : "+v"(right[I]) : "v"(x), "v"(second));
-    }(), ...);
+  for (int64_t step = 0; step < steps; step += 4, tile += GROUP * rows) {
+#pragma GCC unroll 4
+    for (int64_t four = 0; four < GROUP; four += 4, panel += 4 * PANEL) {
+      const __m512i first = _mm512_loadu_si512(panel), second = _mm512_loadu_si512(panel + 64);
+      ([&] {
+        __m512i x;
+        asm("vpbroadcastd %1, %0" : "=v"(x) : "m"(*(const uint8_t(*)[4])(tile + GROUP * I + four)));
+        asm("vpdpbusd %2, %1, %0" : "+v"(left[I]) : "v"(x), "v"(first));
+        asm("vpdpbusd %2, %1, %0" : "+v"(right[I]) : "v"(x), "v"(second));
+      }(), ...);
+    }
   }
   ((_mm512_storeu_si512(sums + PANEL * I, left[I]), _mm512_storeu_si512(sums + PANEL * I + 16, right[I])), ...);
 }
@@ -70,13 +73,15 @@ static inline __attribute__((always_inline)) void product_of(const uint8_t* tile
     Ints total[rows] = {};
     for (int64_t step = 0; step < steps; step++) {
       const uint8_t* weights = panel + 4 * (PANEL * step + column);
-      ((total[I] = dot4(tile + 4 * (rows * step + I), weights, total[I])), ...);
+      ((total[I] = dot4(tile + step / 4 * GROUP * rows + GROUP * I + step % 4 * 4, weights, total[I])), ...);
     }
     ((store(sums + PANEL * I + column, total[I])), ...);
   }
 }
 
 #endif
+
+const int64_t HALVES = GROUP / 2;  // numbers of bfloat16 in a group
 
 // Products of bfloat16 pairs, summed in float: out[row][column] of `stride` floats a row.
 template <int... I>
@@ -87,14 +92,17 @@ static inline __attribute__((always_inline)) void half_product_of(const uint16_t
 #if defined(__AVX512BF16__)
   __m512 left[rows], right[rows];
   ((left[I] = right[I] = _mm512_setzero_ps()), ...);
-  for (int64_t step = 0; step < steps; step++, tile += 2 * rows, panel += 2 * PANEL) {
-    __m512i first = _mm512_loadu_si512(panel), second = _mm512_loadu_si512(panel + 32);
-    ([&] {
-      __m512i x;
-      asm("vpbroadcastd %1, %0" : "=v"(x) : "m"(*(const uint16_t(*)[2])(tile + 2 * I)));
-      asm("vdpbf16ps %2, %1, %0" : "+v"(left[I]) : "v"(x), "v"(first));
-      asm("vdpbf16ps %2, %1, %0" : "+v"(right[I]) : "v"(x), "v"(second));
-    }(), ...);
+  for (int64_t step = 0; step < steps; step += 4, tile += HALVES * rows) {
+#pragma GCC unroll 4
+    for (int64_t two = 0; two < HALVES; two += 2, panel += 2 * PANEL) {
+      const __m512i first = _mm512_loadu_si512(panel), second = _mm512_loadu_si512(panel + 32);
+      ([&] {
+        __m512i x;
+        asm("vpbroadcastd %1, %0" : "=v"(x) : "m"(*(const uint16_t(*)[2])(tile + HALVES * I + two)));
+        asm("vdpbf16ps %2, %1, %0" : "+v"(left[I]) : "v"(x), "v"(first));
+        asm("vdpbf16ps %2, %1, %0" : "+v"(right[I]) : "v"(x), "v"(second));
+      }(), ...);
+    }
   }
   ((_mm512_storeu_ps(out + stride * I, left[I]), _mm512_storeu_ps(out + stride * I + 16, right[I])), ...);
 #else
@@ -104,7 +112,7 @@ static inline __attribute__((always_inline)) void half_product_of(const uint16_t
       Words pairs = load<Words>((const uint32_t*)(panel + 2 * (PANEL * step + column)));
       Floats even = (Floats)(pairs << 16), odd = (Floats)(pairs & 0xffff0000u);
       ([&] {
-        const uint16_t* x = tile + 2 * (rows * step + I);
+        const uint16_t* x = tile + step / 4 * HALVES * rows + HALVES * I + step % 4 * 2;
         uint32_t low = (uint32_t)x[0] << 16, high = (uint32_t)x[1] << 16;
         float x_even, x_odd;
         memcpy(&x_even, &low, 4);
@@ -147,8 +155,6 @@ static void half_product(const uint16_t* tile, const uint16_t* panel, int64_t ro
   }
 }
 
-static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Two codes a byte to one.
 static void unpack(const uint8_t* narrow, int64_t steps, uint8_t* panel) {
   typedef uint8_t Line __attribute__((vector_size(64)));
@@ -172,13 +178,13 @@ static inline void lap(Own& own, Stage stage) {
 }
 
 // y = x @ W.T + bias of the own tiles for the panels first ... last - 1; `sink` takes each tile's results:
-// sink(tile, column, values), values (rows, PANEL), of which those beyond the last output are zero or nonsense.
+// sink(tile, column)(i, y), the outputs from `column` on of row i of the tile, zeros or nonsense beyond the last one.
 // `integers`, `scales` and `sums` are of the rows from `first_row` on.
 template <typename Sink>
 static inline void multiply(const Linear& linear, const uint8_t* integers, const float* scales, const int32_t* sums,
                             int64_t first_row, const Tile* tiles, int64_t tile_count, int64_t first, int64_t last,
                             Own& own, Sink sink) {
-  const int64_t steps = divide_up(linear.in, 4);
+  const int64_t steps = steps_of(linear.in);
   for (int64_t panel = first; panel < last; panel++) {
     const int64_t column = panel * PANEL, columns = linear.out - column;
     const uint8_t* codes = linear.panels + panel * steps * 4 * PANEL / (linear.narrow ? 2 : 1);
@@ -204,13 +210,12 @@ static inline void multiply(const Linear& linear, const uint8_t* integers, const
       for (int64_t j = 0; j < PANEL; j += LANES) {
         const Ints zeros = load<Ints>(zero + j), offsets = load<Ints>(offset + j);
         const Floats scaled = load<Floats>(scale + j), added = load<Floats>(bias + j);
+        const auto put = sink(tile, column + j);
         for (int64_t i = 0; i < tile.rows; i++) {
           Ints total = load<Ints>(own.accumulators + PANEL * i + j) - offsets - zeros * sums[row + i];
-          Floats real = __builtin_convertvector(total, Floats) * scaled * scales[row + i] + added;
-          store(own.values + PANEL * i + j, real);
+          put(i, __builtin_convertvector(total, Floats) * scaled * scales[row + i] + added);
         }
       }
-      sink(tile, column, own.values);
       lap(own, STAGE_EPILOGUE);
     }
   }
@@ -219,16 +224,14 @@ static inline void multiply(const Linear& linear, const uint8_t* integers, const
 // Whole rows of results to (rows, linear.out): y, GELU of y, or residual + y.
 static void linear(const Linear& linear, const Shared& shared, Own& own, int64_t first, int64_t last, bool with_gelu,
                    const float* residual, float* out) {
-  auto sink = [&](const Tile& tile, int64_t column, const float* values) {
-    for (int64_t i = 0; i < tile.rows; i++) {
-      for (int64_t j = 0; j < PANEL && column + j < linear.out; j += LANES) {
-        const int64_t at = (tile.row + i) * linear.out + column + j, left = linear.out - column - j;
-        Floats y = load<Floats>(values + PANEL * i + j);
-        if (with_gelu) y = gelu_of(y);
-        if (residual) y = y + load<Floats>(residual + at, left);
-        store(out + at, y, left);
-      }
-    }
+  auto sink = [&](const Tile& tile, int64_t column) {
+    return [=, &linear, &tile](int64_t i, Floats y) {
+      const int64_t at = (tile.row + i) * linear.out + column, left = linear.out - column;
+      if (left <= 0) return;
+      if (with_gelu) y = gelu_of(y);
+      if (residual) y = y + load<Floats>(residual + at, left);
+      store(out + at, y, left);
+    };
   };
   multiply(linear, shared.integers, shared.scales, shared.sums, 0, own.tiles, own.tile_count, first, last, own, sink);
 }

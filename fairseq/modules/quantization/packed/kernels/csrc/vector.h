@@ -7,6 +7,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX2__)
@@ -29,6 +33,26 @@ static inline Vector load(const Element* from) {
   Vector vector;
   memcpy(&vector, from, sizeof(vector));
   return vector;
+}
+
+struct All {};  // in the place of a count: all lanes
+
+template <typename Vector, typename Element>
+static inline Vector load(const Element* from, All) {
+  return load<Vector>(from);
+}
+
+template <typename Vector, typename Element>
+static inline void store(Element* to, Vector vector, All) {
+  memcpy(to, &vector, sizeof(vector));
+}
+
+// visit(i, All) for every whole vector of `count` elements, then visit(i, rest) for the rest.
+template <typename Visit>
+static inline __attribute__((always_inline)) void each(int64_t count, Visit visit) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) visit(i, All());
+  if (i < count) visit(i, count - i);
 }
 
 // The first `count` lanes from memory, zeros in the others.
@@ -74,11 +98,17 @@ static inline float largest(Floats vector) {
   return result;
 }
 
-static inline bool any(Ints mask) {
-  Ints all = mask;
-  int32_t result = 0;
-  for (int lane = 0; lane < LANES; lane++) result |= all[lane];
-  return result != 0;
+// Whether a lane of x is above the limit.
+static inline bool any_above(Floats x, float limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(limit), _CMP_GT_OQ)) != 0;
+#else
+  for (int lane = 0; lane < LANES; lane++)
+    if (x[lane] > limit) return true;
+  return false;
+#endif
 }
 
 // 1.5 * 2**23: what is added to it comes out rounded half to even, as an integer in the low bits of the sum.
