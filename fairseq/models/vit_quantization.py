@@ -18,6 +18,7 @@ from fairseq.quantization.compare import ModelComparison, compare_models
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.convert import convert
 from fairseq.quantization.dequantize import dequantize
+from fairseq.quantization.engine import optimize
 from fairseq.quantization.images import pixel_values
 from fairseq.quantization.plan import check_model
 from fairseq.quantization.report import LayerReport, QuantizationReport
@@ -105,7 +106,14 @@ class ViTQuantizer:
     def __repr__(self) -> str:
         return f"ViTQuantizer({self.config})"
 
-    def quantize_model(self, model: Model, calibration: Any = None, processor: Any = None, images: int = 128) -> Model:
+    def quantize_model(
+        self,
+        model: Model,
+        calibration: Any = None,
+        processor: Any = None,
+        images: int = 128,
+        engine: str = "auto",
+    ) -> Model:
         """Return a quantized deep copy of ``model``, with the same call signature; ``model`` itself is not changed.
 
         Args:
@@ -115,18 +123,21 @@ class ViTQuantizer:
                 tensor of pixel values (N, C, H, W), a list of PIL images or files, a folder, or a DataLoader.
             processor: the model's image processor, for pictures that are not tensors.
             images: how many of them are used, drawn with ``seed``.
+            engine: "fused" runs each encoder block as one native call, "layers" layer by layer, as it would on
+                another device; "auto" fuses what it can.
 
         Raises:
             TypeError: not a module.
+            RuntimeError: ``engine="fused"``, and the native kernels were not built.
             ValueError: already quantized, on the meta device, weights with NaN or Inf, no layer of a ViT in it, an
-                override that matches nothing, pictures that cannot be used, or a setting that needs pictures without
-                them. The message names the layers or the picture.
+                override that matches nothing, pictures that cannot be used, a setting that needs pictures without
+                them, or ``engine="fused"`` and no block that can be. The message names the layers or the picture.
         """
         check_model(model)
         if calibration is None and processor is not None:
             raise ValueError("a processor was given but no pictures; pass calibration=images, too")
         pixels = None if calibration is None else pixel_values(calibration, model, processor, images, self.config.seed)
-        quantized, self.report = convert(model, self.config, pixels)
+        quantized, self.report = convert(model, self.config, pixels, engine)
         logger.info("%s", self.report)
         return cast(Model, quantized)
 
@@ -163,6 +174,20 @@ class ViTQuantizer:
         errors = measure(model, pixels, self.config)
         sizes = {name: model.get_submodule(name).get_parameter("weight").numel() for name in errors}
         return assign_bits(errors, sizes, average_bits=average_bits)
+
+    @staticmethod
+    def optimize(model: Model, engine: str = "fused") -> Model:
+        """Return a copy of a packed model whose encoder blocks run as one native call each; ``model`` is not changed.
+
+        ``quantize_model`` does it already with ``engine="auto"`` or ``"fused"``; this is for a model made with
+        ``engine="layers"``, or to be told why a block cannot be fused.
+
+        Raises:
+            TypeError: not a module.
+            RuntimeError: the native kernels were not built.
+            ValueError: nothing in ``model`` is packed, or no block can be fused; the message says why.
+        """
+        return cast(Model, optimize(model, engine))
 
     @staticmethod
     def dequantize_model(model: Model) -> Model:

@@ -20,6 +20,7 @@ from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.modules.quantization.scalar.weights import weight_to_real
 from fairseq.quantization.calibration import Stream, collect, token_weights
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
+from fairseq.quantization.engine import check_engine, fuse
 from fairseq.quantization.equalization import equalize, input_factor, rounds_coarsely
 from fairseq.quantization.plan import check_data_free, check_model, make_plan, stages
 from fairseq.quantization.report import LayerReport, QuantizationReport, decibels, weight_statistics
@@ -31,7 +32,7 @@ MIN_STATIC_SQNR = 28.0
 
 
 def convert(
-    model: nn.Module, config: QuantizationConfig, pixel_values: Tensor | None = None
+    model: nn.Module, config: QuantizationConfig, pixel_values: Tensor | None = None, engine: str = "auto"
 ) -> tuple[nn.Module, QuantizationReport]:
     """Quantize a deep copy of ``model``: (the copy, what was done). ``model`` stays as it is.
 
@@ -43,13 +44,16 @@ def convert(
         model: a HuggingFace ViT.
         config: what to do.
         pixel_values: calibration images, (N, C, H, W), or None.
+        engine: "auto", "fused" or "layers", see :mod:`fairseq.quantization.engine`.
 
     Raises:
         TypeError: ``model`` is not a module.
+        RuntimeError: ``engine="fused"``, and the native kernels were not built.
         ValueError: it holds no weights (meta device), is quantized already, has none of the known layers, an override
-            matches none of them, a weight is not finite, or a setting needs calibration images and there are none. The
-            message names the layer.
+            matches none of them, a weight is not finite, a setting needs calibration images and there are none, or
+            ``engine="fused"`` and no block can be. The message names the layer.
     """
+    check_engine(engine, config.execution)
     check_model(model)
     layers = linear_layers(model)
     plan = make_plan(layers, config)
@@ -66,7 +70,9 @@ def convert(
     result.register_forward_hook(tuple_while_tracing)
     if packed and hasattr(result, "save_pretrained"):
         vars(result)["save_pretrained"] = refuse_save_pretrained
-    return result, _make_report(model, result, layers, plan, config.execution, work.done)
+    fused = fuse(result, engine) if packed and engine != "layers" else {}
+    report = _make_report(model, result, layers, plan, config.execution, work.done)
+    return result, replace(report, fused_blocks=sum(reason is None for reason in fused.values()))
 
 
 class _Conversion:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
+from fairseq.quantization.engine import unfuse
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -26,6 +27,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     if not any(isinstance(module, PackedLinear | EmulatedLinear) for module in model.modules()):
         raise ValueError("nothing in the model is quantized; pass what quantize_model returned")
     result = copy.deepcopy(model)
+    unfuse(result)
     plain: dict[int, nn.Parameter] = {}  # by the integers or weight that layers share
     for old in list(result.modules()):
         if not isinstance(old, PackedLinear | EmulatedLinear):

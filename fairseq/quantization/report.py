@@ -67,12 +67,14 @@ class QuantizationReport:
         bytes_before: what all parameters and buffers of the original model take in memory.
         bytes_after: the same of the quantized model.
         execution: "packed", or "emulated", which needs the float weights and makes nothing smaller.
+        fused_blocks: encoder blocks that run as one native call each.
     """
 
     layers: tuple[LayerReport, ...]
     bytes_before: int
     bytes_after: int
     execution: str = "packed"
+    fused_blocks: int = 0
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
@@ -101,6 +103,8 @@ class QuantizationReport:
         if notes:
             shown = "; ".join(f"{note} ({count} layer{'s'[: count > 1]})" for note, count in notes[:3])
             lines.append(f"Notes: {shown}" + ("; ..." if len(notes) > 3 else ""))
+        if self.fused_blocks:
+            lines.append(f"Fused {self.fused_blocks} encoder blocks: one native call each on the CPU")
         lines.append(self.size())
         return "\n".join(lines)
 
@@ -137,7 +141,9 @@ class QuantizationReport:
         layers = [
             {key: _to_json(value) for key, value in asdict(layer).items() if value is not None} for layer in self.layers
         ]
-        head = {"execution": self.execution, "bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
+        head = {
+            key: getattr(self, key) for key in ("execution", "fused_blocks", "bytes_before", "bytes_after")
+        }  # fmt: skip
         lines = ",\n".join(f"    {json.dumps(layer, allow_nan=False)}" for layer in layers)
         text = json.dumps(head, indent=2)[:-2] + f',\n  "layers": [\n{lines}\n  ]\n}}\n'
         write_file(path, text.encode())

@@ -43,6 +43,7 @@ ROLES: dict[str, str] = {
     "fc1": r"intermediate\.dense$|mlp\.fc1$",
     "fc2": r"^output\.dense$|mlp\.fc2$",
 }
+NORMS = ("layernorm_before", "layernorm_after")
 PRE_NORM_BLOCKS = ("ViTLayer", "DeiTLayer")
 """Blocks known to feed query, key and value from ``layernorm_before`` alone, and fc1 from ``layernorm_after`` alone."""
 
@@ -73,6 +74,13 @@ def role_of(name: str) -> str | None:
     return next((role for role, pattern in ROLES.items() if re.search(pattern, inner)), None)
 
 
+def layer_paths(block: nn.Module) -> dict[str, str]:
+    """Role -> path within ``block``, in the order of :data:`ROLES`, of the layers that have one."""
+    names = [name for name, _ in block.named_modules()]
+    found = {role: next((n for n in names if re.search(pattern, n)), None) for role, pattern in ROLES.items()}
+    return {role: name for role, name in found.items() if name is not None}
+
+
 def wiring(block: nn.Module) -> Wiring | None:
     """What feeds what in ``block``, or None if it is not one of :data:`PRE_NORM_BLOCKS` with plain layers."""
     layers = {
@@ -81,7 +89,7 @@ def wiring(block: nn.Module) -> Wiring | None:
         for role, pattern in ROLES.items()
         if re.search(pattern, name) and type(module) is nn.Linear
     }
-    before, after = (getattr(block, f"layernorm_{place}", None) for place in ("before", "after"))
+    before, after = (getattr(block, name, None) for name in NORMS)
     if type(block).__name__ not in PRE_NORM_BLOCKS or set(layers) != set(ROLES):
         return None
     if not (isinstance(before, nn.LayerNorm) and isinstance(after, nn.LayerNorm)):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.packed import kernels
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.packed.input_grid import InputGrid, correction
-from fairseq.modules.quantization.packed.kernels import cpu, functional
+from fairseq.modules.quantization.packed.kernels import cpu, functional, native, operators
 from fairseq.modules.quantization.packed.packing import STORED_BITS
+from fairseq.modules.quantization.packed.panels import from_panels, to_panels
 from fairseq.modules.quantization.packed.weight import (
     PackedWeight,
     check_integers,
@@ -50,9 +51,15 @@ class PackedLinear(nn.Module):
     :func:`~fairseq.modules.quantization.packed.input_grid.correction`.
 
     A scale keeps its dtype in ``.half()``. There is no gradient: RuntimeError in the backward pass.
+
+    After :meth:`use_native`, on the CPU, weight_codes is None and the integers lie in another buffer that is not in the
+    state dict: panels, in the order in which the native kernels read them, with code_sums, int32 (out_features,), the
+    sum of each output's codes. The state dict is the same, and so is what it loads.
     """
 
-    weight_codes: Tensor
+    weight_codes: Tensor | None
+    panels: Tensor | None
+    code_sums: Tensor | None
     scale: Tensor
     zero_point: Tensor
     settings: Tensor
@@ -61,6 +68,12 @@ class PackedLinear(nn.Module):
     input_zero_point: Tensor | None
     input_correction: Tensor | None
     input_factor: Tensor | None
+
+    PARTS = (
+        "panels", "code_sums", "scale", "zero_point", "bias", "input_factor", "input_scale", "input_zero_point",
+        "input_correction",
+    )  # fmt: skip
+    """Buffers that the native kernels need, in the order of :class:`native.Prepared`."""
 
     def __init__(
         self,
@@ -89,8 +102,13 @@ class PackedLinear(nn.Module):
         for key, value in zip(("input_scale", "input_zero_point"), qparams, strict=True):
             self.register_buffer(key, None if value is None else value.to(codes.device))
         self.register_buffer("input_factor", None if input_factor is None else input_factor.detach().clone())
-        self.register_buffer("input_correction", None, persistent=False)
+        for key in ("input_correction", "panels", "code_sums"):
+            self.register_buffer(key, None, persistent=False)
         self._correct()
+        self._native = False
+        self._prepared: native.Prepared | None = None
+        if config.backend == "native":
+            self.use_native()
 
     @classmethod
     def from_float(
@@ -164,8 +182,12 @@ class PackedLinear(nn.Module):
     def weight_matrix(self) -> PackedWeight:
         """The integers and their meaning, for a kernel."""
         centred = self.config.symmetric and self.config.bits == 8
+        codes = self.weight_codes
+        if codes is None:
+            assert self.panels is not None
+            codes = from_panels(self.panels, self.out_features, self.in_features, self.config.bits)
         return PackedWeight(
-            self.weight_codes, self.scale, self.zero_point, self.config.bits, self.in_features,
+            codes, self.scale, self.zero_point, self.config.bits, self.in_features,
             self.config.group_size, centred,
         )  # fmt: skip
 
@@ -179,8 +201,56 @@ class PackedLinear(nn.Module):
 
     @property
     def backend(self) -> str:
-        """The kernels that run this layer where it is now: "reference", "cpu" or "cuda"."""
-        return kernels.choose(self.scale.device, self.config.backend).name
+        """The kernels that run this layer where it is now: "reference", "cpu", "cuda" or "native"."""
+        return "native" if self._is_native() else kernels.choose(self.scale.device, self.config.backend).name
+
+    def native_obstacle(self) -> str | None:
+        """Why the native kernels cannot run this layer, wherever it is; None if they can."""
+        config = self.config
+        if not native.levels():
+            return native.NOT_BUILT
+        if not kernels.runs_native(config.backend):
+            return f"backend={config.backend!r}, or what {kernels.ENVIRONMENT} says"
+        if config.activations is None:
+            return "activations=None: its products are in float"
+        if config.activation_bits != 8:
+            return f"activation_bits={config.activation_bits}"
+        if config.group_size is not None:
+            return f"group_size={config.group_size}"
+        return None if self.scale.dtype == torch.float32 else f"a scale of {self.scale.dtype}"
+
+    def use_native(self, use: bool = True, shared: dict[int, tuple[Tensor, Tensor]] | None = None) -> None:
+        """Run on the native kernels from now on, whenever the layer is on the CPU, or no longer.
+
+        Args:
+            use: whether.
+            shared: filled with what was laid out, by the weight, so that layers that share theirs still do.
+
+        Raises:
+            RuntimeError: they were not built.
+            ValueError: they cannot run such a layer; the message says why.
+        """
+        obstacle = self.native_obstacle() if use else None
+        if obstacle:
+            kind = RuntimeError if obstacle == native.NOT_BUILT else ValueError
+            raise kind(f"the native kernels cannot run {self.name}: {obstacle}")
+        self._native = use
+        self._lay_out({} if shared is None else shared)
+
+    def prepared(self) -> native.Prepared:
+        """What the native kernels take for this layer as it is now, on the CPU after :meth:`use_native`."""
+        parts = self.parts()
+        if self._prepared is None or not self._prepared.is_of(parts):
+            self._prepared = native.Prepared(parts, self.sizes())
+        return self._prepared
+
+    def parts(self) -> native.Parts:
+        """The tensors that the native kernels need, see :class:`native.Prepared`."""
+        return tuple(self._buffers[key] for key in self.PARTS)
+
+    def sizes(self) -> tuple[int, int, int]:
+        """in_features, out_features, bits."""
+        return self.in_features, self.out_features, self.config.bits
 
     def integers(self) -> Tensor:
         """The weight's integers, uint8 of shape (out_features, in_features)."""
@@ -201,11 +271,19 @@ class PackedLinear(nn.Module):
         if functional.capturing():  # detached in any grad mode: a graph recorded in one is that of the other
             return self._run(input.detach())
         if torch.is_grad_enabled() and input.requires_grad:
-            result: Tensor = _NoGradient.apply(input, self)
+            result: Tensor = NoGradient.apply(input, self)
             return result
         return self._run(input)
 
     def _run(self, input: Tensor) -> Tensor:
+        if self._is_native() and not functional.recording():
+            rows = input.to(torch.float32).reshape(-1, self.in_features).contiguous()
+            if torch.compiler.is_compiling():
+                y = operators.native_linear(rows, self.parts(), self.sizes())
+            else:
+                y = native.run_linear(self.prepared().linear, rows, native.level_number())
+            y = y.to(input.dtype)
+            return y.reshape(*input.shape[:-1], self.out_features)
         chosen = kernels.choose(self.scale.device, self.config.backend)
         if self.input_factor is not None:
             input = input * self.input_factor.to(input.dtype)
@@ -218,10 +296,28 @@ class PackedLinear(nn.Module):
             y = chosen.integer(rows, self.weight_matrix, self.bias, self.input_grid)
         return y.reshape(*input.shape[:-1], self.out_features)
 
+    def _is_native(self) -> bool:
+        return self.panels is not None and kernels.runs_native(self.config.backend)
+
     @property
     def _bytewise(self) -> bool:
         """Whether each code takes a byte in memory."""
         return STORED_BITS[self.config.bits] == 8 or self.config.resident == "unpacked"
+
+    def _lay_out(self, shared: dict[int, tuple[Tensor, Tensor]] | None = None) -> None:
+        """Bring the integers into panels if the native kernels run them here, or else back into rows."""
+        wanted = self._native and self.scale.device.type == "cpu"
+        if wanted and self.weight_codes is not None:
+            known = {} if shared is None else shared
+            if id(self.weight_codes) not in known:
+                codes = self.weight_matrix.unpacked()
+                known[id(self.weight_codes)] = to_panels(codes, self.config.bits), codes.sum(1, dtype=torch.int32)
+            self.panels, self.code_sums = known[id(self.weight_codes)]
+            self.weight_codes = None
+        elif not wanted and self.panels is not None:
+            codes = self.weight_matrix.codes
+            self.weight_codes = codes if self._bytewise else pack_codes(codes, self.config.bits)
+            self.panels = self.code_sums = None
 
     def _correct(self) -> None:
         """Set ``input_correction`` from the other buffers as they are now."""
@@ -234,12 +330,17 @@ class PackedLinear(nn.Module):
         for name, buffer in kept.items():
             if buffer is not None:
                 setattr(self, name, moved(buffer, getattr(self, name).device))
+        self._lay_out()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # pointers
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._bytewise:
-            destination[prefix + "weight_codes"] = pack_codes(self.weight_codes, self.config.bits)
+        if self._bytewise or self.weight_codes is None:
+            packed = pack_codes(self.weight_matrix.codes, self.config.bits)
+            destination[prefix + "weight_codes"] = packed
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = self.state_dict()
@@ -251,11 +352,21 @@ class PackedLinear(nn.Module):
             )
         check_settings(saved["settings"], own["settings"], prefix[:-1] or self.name)
         check_static_state(state_dict, prefix, self.config.activations == "static", self.name)
-        if self._bytewise and saved["weight_codes"] is not None:
-            packed = saved["weight_codes"]
-            if packed.shape == own["weight_codes"].shape:  # else the error that every module gives for a shape
-                codes = unpack_codes(packed, self.config.bits, self.in_features)
-                state_dict = {**state_dict, prefix + "weight_codes": codes}
+        native, self._native = self._native, False
+        self._lay_out()  # into rows, where a state dict goes
+        try:
+            self._load_rows(state_dict, prefix, saved["weight_codes"], own["weight_codes"], *args)
+        finally:
+            self._native = native
+            self._lay_out()
+
+    def _load_rows(
+        self, state_dict: dict[str, Any], prefix: str, packed: Tensor | None, own: Tensor, *args: Any
+    ) -> None:
+        if self._bytewise and packed is not None and packed.shape == own.shape:
+            # of another shape: the error that every module gives
+            codes = unpack_codes(packed, self.config.bits, self.in_features)
+            state_dict = {**state_dict, prefix + "weight_codes": codes}
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._correct()
 
@@ -274,13 +385,14 @@ class PackedLinear(nn.Module):
         return ", ".join(parts)
 
 
-class _NoGradient(torch.autograd.Function):
-    """Runs the layer; the backward pass is an error that says what to do instead."""
+class NoGradient(torch.autograd.Function):
+    """Runs a layer, or a block of them; the backward pass is an error that says what to do instead."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, layer: PackedLinear) -> Tensor:
+    def forward(ctx: Any, input: Tensor, layer: Any) -> Tensor:
         ctx.layer_name = layer.name
-        return layer._run(input)
+        result: Tensor = layer._run(input)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:

@@ -42,6 +42,8 @@ TABLE = {
     "reference": Kernels("reference", None, reference.product, reference.integer, reference.weight_only),
     "cpu": Kernels("cpu", "cpu", cpu.product, cpu.integer, cpu.weight_only),
     "cuda": Kernels("cuda", "cuda", cuda.product, cuda.integer, cuda.weight_only),
+    # What a layer runs that is laid out for the native kernels when it is recorded into a graph.
+    "native": Kernels("native", "cpu", cpu.product, cpu.integer, cpu.weight_only),
 }
 
 _checked: dict[tuple[str, str], str | None] = {}
@@ -76,6 +78,12 @@ def choose(device: torch.device, backend: str = "auto") -> Kernels:
     if problem:
         raise RuntimeError(f"{origin}={wanted!r} cannot be used: {problem}")
     return kernels
+
+
+def runs_native(backend: str) -> bool:
+    """Whether a layer with that setting may run on the native kernels: the setting or the environment can forbid it."""
+    wanted = (os.environ.get(ENVIRONMENT) or "auto") if backend == "auto" else backend
+    return wanted in ("auto", "native")
 
 
 def disagreement(kernels: Kernels, device: torch.device) -> str | None:

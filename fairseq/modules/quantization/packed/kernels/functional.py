@@ -19,6 +19,11 @@ def capturing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
+def recording() -> bool:
+    """Whether operations are being recorded into a graph that must run without this library: a trace or ONNX."""
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()  # type: ignore[attr-defined]
+
+
 def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid, product: Product) -> Tensor:
     """(M, in) -> (M, out), dtype of ``x``; ``product`` is int8 (M, K), int8 (N, K) -> int32 (M, N)."""
     compute = weight.scale.dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import warnings
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -12,27 +13,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from fairseq.modules.quantization.packed.panels import is_narrow, panels_shape
+from fairseq.modules.quantization.packed.panels import is_narrow, panels_shape, to_panels
 from fairseq.modules.quantization.packed.weight import code_offset
+from fairseq.modules.quantization.scalar.tokens import quantize_tokens
 
 LEVELS = ("portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16")
 """Instruction sets that the library is compiled for, the slowest first."""
 
 ENVIRONMENT = "FAIRSEQ_QUANTIZATION_LEVEL"
-STAGES = ("LayerNorm, quantize", "integer products", "scale, bias, GELU, add", "attention", "quantize", "unpack", "wait")
+NOT_BUILT = "they were not built; install a C++ compiler (gcc or clang) and reinstall fairseq"
+STAGES = (
+    "LayerNorm, quantize",
+    "integer products",
+    "scale, bias, GELU, add",
+    "attention",
+    "quantize",
+    "unpack",
+    "wait",
+)
 """Where the time of a call goes, in the order of the C enumeration ``Stage``."""
 
 
+Parts = tuple[Tensor | None, ...]
+
+
 class Linear(Structure):
-    """One Linear, as ``struct Linear`` of csrc/api.h; ``tensors`` keeps alive what it points to."""
+    """One Linear, as ``struct Linear`` of csrc/api.h."""
 
     _fields_ = (
         ("panels", c_void_p), ("sums", c_void_p), ("scale", c_void_p), ("zero", c_void_p), ("bias", c_void_p),
         ("factor", c_void_p), ("inputs", c_int64), ("outputs", c_int64), ("narrow", c_int32),
         ("zero_offset", c_int32), ("scale_step", c_int32), ("input_scale", c_float), ("input_zero", c_int32),
     )  # fmt: skip
-    tensors: tuple[Tensor | None, ...]
 
 
 class Block(Structure):
@@ -44,7 +58,7 @@ class Block(Structure):
         *((name, c_float) for name in ("norm1_epsilon", "norm2_epsilon", "scaling")),
         *((name, c_int64) for name in ("width", "heads", "head_size", "mlp")),
     )
-    tensors: tuple[Any, ...]
+    kept: tuple[Any, ...]  # what it points to
 
 
 SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -86,10 +100,21 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def levels() -> tuple[str, ...]:
-    """The instruction sets that run here, the slowest first; empty without the library."""
+    """The instruction sets that run here and agree with the reference, the slowest first; empty without the library."""
     loaded = library()
     mask = loaded.fairseq_levels() if loaded else 0
-    return tuple(name for bit, name in enumerate(LEVELS) if mask >> bit & 1)
+    here = [bit for bit in range(len(LEVELS)) if mask >> bit & 1]
+    wrong = {bit: problem for bit in here if (problem := _disagreement(bit))}
+    for bit, problem in wrong.items():
+        warnings.warn(f"the native kernels for {LEVELS[bit]} are not used: {problem}", stacklevel=2)
+    return tuple(LEVELS[bit] for bit in here if bit not in wrong)
+
+
+@functools.cache
+def _checked_level(wanted: str) -> int:
+    if wanted not in levels():
+        raise ValueError(f"level {wanted!r} does not run here; {', '.join(levels())} do")
+    return LEVELS.index(wanted)
 
 
 def level_number(level: str | None = None) -> int:
@@ -100,68 +125,64 @@ def level_number(level: str | None = None) -> int:
         RuntimeError: the library was not built.
     """
     if not levels():
-        raise RuntimeError(
-            "the native kernels were not built; install a C++ compiler (gcc or clang) and reinstall fairseq"
-        )
-    wanted = level or os.environ.get(ENVIRONMENT) or levels()[-1]
-    if wanted not in levels():
-        raise ValueError(f"level {wanted!r} does not run here; {', '.join(levels())} do")
-    return LEVELS.index(wanted)
+        raise RuntimeError(f"no native kernels: {NOT_BUILT}")
+    return _checked_level(level or os.environ.get(ENVIRONMENT) or levels()[-1])
 
 
-def make_linear(
-    panels: Tensor,
-    sums: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    bias: Tensor | None,
-    factor: Tensor | None,
-    in_features: int,
-    out_features: int,
-    bits: int,
-    input_scale: float = 0.0,
-    input_zero: int = 0,
-) -> Linear:
-    """Check tensors and point to them.
+class Prepared:
+    """A layer's tensors as the kernels take them, and the :class:`Linear` that points to them.
 
     Args:
-        panels: uint8, of ``panels_shape(out_features, in_features, bits)``.
-        sums: int32 (out_features,), of each output's codes.
-        scale: float32 (1,) or (out_features,).
-        zero_point: uint8, the shape of ``scale``.
-        bias: float32 (out_features,) or None; with a static range the correction is in it.
-        factor: float32 (in_features,) or None.
-        bits: 2 to 8.
-        input_scale, input_zero: of a static range; 0 for a scale per row.
+        parts: panels, uint8 of ``panels_shape(out_features, in_features, bits)``; sums, int32 (out_features,), of each
+            output's codes; scale, float32 (1,) or (out_features,); zero_point, uint8, the shape of ``scale``; bias,
+            (out_features,); factor, (in_features,); and of a static range input_scale (1,), input_zero_point (1,) and
+            correction, (out_features,). The last five may be None.
+        sizes: in_features, out_features, bits.
 
     Raises:
         ValueError: another dtype, shape, device or stride; the message names the tensor.
     """
-    outputs, inputs = out_features, in_features
-    scales = (1,) if scale.numel() == 1 else (outputs,)
-    _check("panels", panels, torch.uint8, panels_shape(outputs, inputs, bits))
-    _check("sums", sums, torch.int32, (outputs,))
-    _check("scale", scale, torch.float32, scales)
-    _check("zero_point", zero_point, torch.uint8, scales)
-    if bias is not None:
-        _check("bias", bias, torch.float32, (outputs,))
-    if factor is not None:
-        _check("factor", factor, torch.float32, (inputs,))
-    linear = Linear(
-        panels.data_ptr(), sums.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), _pointer(bias), _pointer(factor),
-        inputs, outputs, is_narrow(bits), code_offset(bits), scales != (1,), input_scale, input_zero,
-    )  # fmt: skip
-    linear.tensors = panels, sums, scale, zero_point, bias, factor
-    return linear
+
+    def __init__(self, parts: Parts, sizes: Sequence[int]):
+        self.parts = parts
+        panels, sums, scale, zero_point, bias, factor, input_scale, input_zero_point, correction = parts
+        inputs, outputs, bits = sizes
+        assert panels is not None and sums is not None and scale is not None and zero_point is not None
+        floating = (bias, factor, correction)
+        bias, factor, correction = (None if t is None else t.to(torch.float32) for t in floating)
+        copies = [t for t in floating if t is not None and (t.dtype != torch.float32 or correction is not None)]
+        self.versions = [(t, version(t)) for t in copies]
+        if correction is not None:
+            bias = correction if bias is None else bias + correction
+        scales = (1,) if scale.numel() == 1 else (outputs,)
+        _check("panels", panels, torch.uint8, panels_shape(outputs, inputs, bits))
+        _check("sums", sums, torch.int32, (outputs,))
+        _check("scale", scale, torch.float32, scales)
+        _check("zero_point", zero_point, torch.uint8, scales)
+        if bias is not None:
+            _check("bias", bias, torch.float32, (outputs,))
+        if factor is not None:
+            _check("factor", factor, torch.float32, (inputs,))
+        self.tensors = panels, sums, scale, zero_point, bias, factor  # kept alive
+        fixed = (0.0, 0) if input_scale is None or input_zero_point is None else (input_scale, input_zero_point)
+        self.linear = Linear(
+            *(_pointer(tensor) for tensor in self.tensors), inputs, outputs, is_narrow(bits), code_offset(bits),
+            scales != (1,), float(fixed[0]), int(fixed[1]),
+        )  # fmt: skip
+
+    def is_of(self, parts: Parts) -> bool:
+        """Whether the layer has these very tensors, and those of which there are copies are unchanged."""
+        same = all(mine is its for mine, its in zip(self.parts, parts, strict=True))
+        return same and all(version(tensor) == number for tensor, number in self.versions)
 
 
 def make_block(
-    linears: Sequence[Linear], norms: Sequence[Tensor], epsilons: Sequence[float], scaling: float, heads: int
+    layers: Sequence[Prepared], norms: Sequence[Tensor], epsilons: Sequence[float], scaling: float, heads: int
 ) -> Block:
     """Check that the parts of an encoder block fit together, and point to them.
 
     Args:
-        linears: query, key, value, output, fc1, fc2.
+        layers: query, key, value, output, fc1, fc2.
         norms: weight and bias of the LayerNorm before attention, and of the one after; float32 (width,).
         epsilons: of the two.
         scaling: what products of queries and keys are multiplied by.
@@ -170,7 +191,8 @@ def make_block(
     Raises:
         ValueError: sizes that do not fit together; the message gives them.
     """
-    query, key, value, output, fc1, fc2 = linears
+    linears = [layer.linear for layer in layers]
+    query, _, _, _, fc1, _ = linears
     width, inner, mlp = query.inputs, query.outputs, fc1.outputs
     sizes = [(linear.inputs, linear.outputs) for linear in linears]
     expected = [(width, inner)] * 3 + [(inner, width), (width, mlp), (mlp, width)]
@@ -180,7 +202,7 @@ def make_block(
         _check(name, norm, torch.float32, (width,))
     pointers = (norm.data_ptr() for norm in norms)
     block = Block(*linears, *pointers, *epsilons, scaling, width, heads, inner // heads, mlp)
-    block.tensors = (*(linear.tensors for linear in linears), *norms)
+    block.kept = (*layers, *norms)
     return block
 
 
@@ -189,10 +211,8 @@ def run_block(block: Block, x: Tensor, level: int, stages: Any = None, slice_row
     _check("hidden_states", x, torch.float32, (*x.shape[:2], block.width))
     out = torch.empty_like(x)
     if x.numel():
-        loaded = library()
-        assert loaded is not None
         _raise(
-            loaded.fairseq_block(
+            _library().fairseq_block(
                 level, block, x.data_ptr(), x.shape[0], x.shape[1], out.data_ptr(), torch.get_num_threads(),
                 slice_rows, stages,
             )
@@ -210,15 +230,109 @@ def run_linear(
         _check("residual", residual, torch.float32, shape)
     out = torch.empty(shape)
     if out.numel():
-        loaded = library()
-        assert loaded is not None
         _raise(
-            loaded.fairseq_linear(
+            _library().fairseq_linear(
                 level, linear, x.data_ptr(), len(x), gelu, _pointer(residual), out.data_ptr(), torch.get_num_threads(),
                 stages,
             )
         )  # fmt: skip
     return out
+
+
+def gelu(x: Tensor, level: int) -> Tensor:
+    """x * (1 + erf(x / sqrt(2))) / 2 to 1e-5: float32 -> float32, the same shape."""
+    _check("x", x, torch.float32, tuple(x.shape))
+    out = torch.empty_like(x)
+    _library().fairseq_gelu(level, x.data_ptr(), x.numel(), out.data_ptr())
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, level: int) -> Tensor:
+    """LayerNorm over the last dimension: float32 (rows, width) -> the same."""
+    rows, width = x.shape
+    _check("x", x, torch.float32, (rows, width))
+    _check("weight", weight, torch.float32, (width,))
+    _check("bias", bias, torch.float32, (width,))
+    out = torch.empty_like(x)
+    pointers = x.data_ptr(), rows, width, weight.data_ptr(), bias.data_ptr(), epsilon, out.data_ptr()
+    _library().fairseq_layer_norm(level, *pointers)
+    return out
+
+
+def quantize(x: Tensor, layer: Prepared, level: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The integers that a layer makes of its input: float32 (rows, in) -> int8 (rows, in), scales and sums (rows,)."""
+    _check("x", x, torch.float32, (len(x), layer.linear.inputs))
+    q, scales, sums = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x)), x.new_empty(len(x), dtype=torch.int32)
+    pointers = (tensor.data_ptr() for tensor in (q, scales, sums))
+    _raise(_library().fairseq_quantize(level, layer.linear, x.data_ptr(), len(x), *pointers))
+    return q, scales, sums
+
+
+def product(q: Tensor, layer: Prepared, level: int) -> Tensor:
+    """int8 (rows, in) times a layer's codes, transposed: int32 (rows, out), exact."""
+    _check("q", q, torch.int8, (len(q), layer.linear.inputs))
+    out = torch.empty(len(q), layer.linear.outputs, dtype=torch.int32)
+    _raise(_library().fairseq_product(level, layer.linear, q.data_ptr(), len(q), out.data_ptr()))
+    return out
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, scaling: float, level: int) -> Tensor:
+    """softmax(scaling * q @ k.T) @ v for each head: float32 (images, tokens, heads * size) three times -> the same.
+
+    Products are of numbers rounded to bfloat16, summed in float32; the softmax is in float32.
+    """
+    images, tokens, width = query.shape
+    if heads < 1 or width % heads:
+        raise ValueError(f"a width of {width} does not divide into {heads} heads")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check(name, tensor, torch.float32, (images, tokens, width))
+    out = torch.empty_like(query)
+    if out.numel():
+        sizes = width, images, tokens, heads, width // heads
+        pointers = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        threads = torch.get_num_threads()
+        _raise(_library().fairseq_attention(level, *pointers, *sizes, scaling, out.data_ptr(), threads))
+    return out
+
+
+def _disagreement(level: int) -> str | None:
+    """How a level differs from the reference on small cases, or None."""
+    random = torch.Generator().manual_seed(0)
+    for bits in (8, 4):
+        low, high = (-128, 128) if bits == 8 else (0, 16)
+        codes = torch.randint(low, high, (40, 70), generator=random).to(torch.int8)
+        q = torch.randint(-128, 128, (19, 70), generator=random).to(torch.int8)
+        codes[0], q[0] = low, 127  # the largest products, which saturate where sums are kept in 16 bits
+        scale, zero = torch.rand(40, generator=random) + 0.1, torch.full((40,), 2 ** (bits - 1), dtype=torch.uint8)
+        parts = to_panels(codes, bits), codes.sum(1, dtype=torch.int32), scale, zero
+        layer = Prepared((*parts, None, None, None, None, None), (70, 40, bits))
+        exact = q.to(torch.int64) @ codes.to(torch.int64).T
+        if not torch.equal(product(q, layer, level), exact.to(torch.int32)):
+            return f"their integer product at {bits} bits differs from the reference's"
+        x = torch.randn(19, 70, generator=random)
+        rounded, token_scale = quantize_tokens(x)
+        centred = codes.double() - (zero.double() - code_offset(bits))[:, None]
+        expected = (rounded * token_scale).double() @ (centred * scale[:, None]).T
+        if not torch.allclose(run_linear(layer.linear, x, level).double(), expected, rtol=1e-4, atol=1e-3):
+            return f"their layer at {bits} bits differs from the reference"
+    query, key, value = torch.randn(3, 2, 35, 40, generator=random)
+    parts = [t.view(2, 35, 2, 20).transpose(1, 2) for t in (query, key, value)]
+    expected = F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(2, 35, 40)
+    if not torch.allclose(attention(query, key, value, 2, 20**-0.5, level), expected, atol=0.03):
+        return "their attention differs from the reference"
+    return None
+
+
+def _library() -> ctypes.CDLL:
+    loaded = library()
+    if loaded is None:
+        raise RuntimeError(f"no native kernels: {NOT_BUILT}")
+    return loaded
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 for an inference tensor, which does not know."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

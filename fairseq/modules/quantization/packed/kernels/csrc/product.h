@@ -184,10 +184,10 @@ template <typename Sink>
 static inline void multiply(const Linear& linear, const uint8_t* integers, const float* scales, const int32_t* sums,
                             int64_t first_row, const Tile* tiles, int64_t tile_count, int64_t first, int64_t last,
                             Own& own, Sink sink) {
-  const int64_t steps = steps_of(linear.in);
+  const int64_t steps = steps_of(linear.in), bytes = steps * 4 * PANEL / (linear.narrow ? 2 : 1);
   for (int64_t panel = first; panel < last; panel++) {
     const int64_t column = panel * PANEL, columns = linear.out - column;
-    const uint8_t* codes = linear.panels + panel * steps * 4 * PANEL / (linear.narrow ? 2 : 1);
+    const uint8_t *codes = linear.panels + panel * bytes, *next = codes + bytes;
     if (linear.narrow) {
       unpack(codes, steps, own.panel);
       codes = own.panel;
@@ -205,6 +205,9 @@ static inline void multiply(const Linear& linear, const uint8_t* integers, const
     for (int64_t t = 0; t < tile_count; t++) {
       const Tile& tile = tiles[t];
       const int64_t row = tile.row - first_row;
+      if (panel + 1 < last)  // each tile has its share of the next panel brought from memory
+        for (int64_t at = bytes * t / tile_count; at < bytes * (t + 1) / tile_count; at += ALIGNMENT)
+          __builtin_prefetch(next + at, 0, 2);
       product(integers + row * steps * 4, codes, tile.rows, steps, own.accumulators);
       lap(own, STAGE_PRODUCT);
       for (int64_t j = 0; j < PANEL; j += LANES) {

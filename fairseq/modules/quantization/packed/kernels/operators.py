@@ -1,0 +1,58 @@
+"""The native kernels as operators of torch, which torch.compile and torch.export take as they are.
+
+A plain call bypasses them: what they check and point to anew each time is kept with the layer there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fairseq.modules.quantization.packed.kernels import native
+
+PARTS = 9  # tensors of a layer
+
+
+@torch.library.custom_op("fairseq::native_linear", mutates_args=())
+def native_linear(x: Tensor, parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    """float32 (rows, in) -> (rows, out); ``parts`` and ``sizes`` as for :class:`native.Prepared`."""
+    return native.run_linear(native.Prepared(tuple(parts), sizes).linear, x, native.level_number())
+
+
+@native_linear.register_fake
+def _(x: Tensor, parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    return x.new_empty(x.shape[0], sizes[1])
+
+
+@torch.library.custom_op("fairseq::native_block", mutates_args=())
+def native_block(
+    x: Tensor,
+    parts: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    norms: Sequence[Tensor],
+    epsilons: Sequence[float],
+    scaling: float,
+    heads: int,
+) -> Tensor:
+    """An encoder block: float32 (images, tokens, width) -> the same.
+
+    ``parts`` and ``sizes`` are those of the query, key, value, output, fc1 and fc2 layers, one after the other; the
+    rest as for :func:`native.make_block`.
+    """
+    layers = [native.Prepared(tuple(parts[i * PARTS :][:PARTS]), sizes[3 * i : 3 * i + 3]) for i in range(6)]
+    return native.run_block(native.make_block(layers, norms, epsilons, scaling, heads), x, native.level_number())
+
+
+@native_block.register_fake
+def _(
+    x: Tensor,
+    parts: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    norms: Sequence[Tensor],
+    epsilons: Sequence[float],
+    scaling: float,
+    heads: int,
+) -> Tensor:
+    return torch.empty_like(x)
