@@ -50,9 +50,7 @@ class BuildNative(build_ext):
 NATIVE = Extension(
     ".".join((*KERNELS.parts, "_native")),
     [str(KERNELS / "csrc" / f"{name}.cpp") for name in ("native", *LEVELS)],
-    depends=[
-        str(KERNELS / "csrc" / f"{name}.h") for name in ("api", "attention", "block", "product", "rows", "vector")
-    ],
+    depends=[str(header) for header in sorted((KERNELS / "csrc").glob("*.h"))],
     extra_compile_args=COMPILE,
     extra_link_args=["-fopenmp"],
     language="c++",

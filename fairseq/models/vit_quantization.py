@@ -179,15 +179,15 @@ class ViTQuantizer:
     def optimize(model: Model, engine: str = "fused") -> Model:
         """Return a copy of a packed model whose encoder blocks run as one native call each; ``model`` is not changed.
 
-        ``quantize_model`` does it already with ``engine="auto"`` or ``"fused"``; this is for a model made with
-        ``engine="layers"``, or to be told why a block cannot be fused.
+        ``quantize_model`` does it already where it can; this is for a model made with ``engine="layers"``, or to be
+        told why a block cannot be fused. With ``engine="layers"`` it is the way back, before an export.
 
         Raises:
             TypeError: not a module.
             RuntimeError: the native kernels were not built.
             ValueError: nothing in ``model`` is packed, or no block can be fused; the message says why.
         """
-        return cast(Model, optimize(model, engine))
+        return optimize(model, engine)
 
     @staticmethod
     def dequantize_model(model: Model) -> Model:

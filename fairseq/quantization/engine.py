@@ -77,15 +77,11 @@ class FusedBlock(nn.Module):
     def _fits(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the native block gives what this call asks for."""
         asked = [*args, *(value for key, value in kwargs.items() if key not in HARMLESS)]
-        if self.training or functional.recording() or any(value is not None and value is not False for value in asked):
+        if self.training or functional.recording() or not kernels.runs_native("auto"):
             return False
-        if (
-            not kernels.runs_native("auto")
-            or x.ndim != 3
-            or x.device.type != "cpu"
-            or not x.is_floating_point()
-            or x.dtype == torch.float64
-        ):
+        if any(value is not None and value is not False for value in asked):
+            return False
+        if x.ndim != 3 or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return False
         if torch.compiler.is_compiling():
             return all(cast(PackedLinear, self.get_submodule(p)).panels is not None for p in self.plan.layers)
@@ -131,7 +127,7 @@ class Current:
         prepared = [layer.prepared() for layer in layers]
         self.block = native.make_block(prepared, floats, plan.epsilons, plan.scaling, plan.heads)
         self.inner = [module for module in block.modules() if module is not block]
-        self.seen = [
+        self.seen: list[tuple[Any, str]] = [
             *((block.get_submodule(path.rpartition(".")[0])._modules, path.rpartition(".")[2]) for path in plan.layers),
             *((layer._buffers, key) for layer in layers for key in PackedLinear.PARTS),
             *((norm._parameters, key) for norm in norms for key in ("weight", "bias")),
@@ -166,6 +162,8 @@ def check_engine(engine: str, execution: str = "packed") -> None:
 def optimize(model: Model, engine: str = "fused") -> Model:
     """A copy of a packed model whose encoder blocks run as one native call each; see :func:`fuse`.
 
+    With "layers" it is one that runs layer by layer, its integers in rows: for exporters.
+
     Raises:
         TypeError: not a module.
         ValueError: nothing in it is packed; an unknown engine; or as :func:`fuse`.
@@ -176,7 +174,10 @@ def optimize(model: Model, engine: str = "fused") -> Model:
     if not any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ValueError("nothing in the model is packed; pass what quantize_model returned with execution='packed'")
     result = copy.deepcopy(model)
-    fuse(result, engine)
+    if engine == "layers":
+        unfuse(result)
+    else:
+        fuse(result, engine)
     return result
 
 
@@ -202,9 +203,8 @@ def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
     plans = {name: _plan(block) for name, block in blocks.items()}
     reasons = {name: plan if isinstance(plan, str) else None for name, plan in plans.items()}
     if engine == "fused" and all(reasons.values()):
-        why = next(
-            (f"{name}: {reason}" for name, reason in reasons.items()), "there is no block of a ViT or DeiT in it"
-        )
+        found = [f"{name}: {reason}" for name, reason in reasons.items()]
+        why = found[0] if found else "there is no block of a ViT or DeiT in it"
         raise ValueError(f"engine='fused': no encoder block can be fused; {why}")
     shared: dict[int, tuple[Tensor, Tensor]] = {}
     for layer in model.modules():
@@ -241,24 +241,22 @@ def _plan(block: nn.Module) -> Plan | str:
             return f"its {role} layer: {obstacle}"
     packed = cast(dict[str, PackedLinear], layers)
     readers = [packed[role] for role in ("query", "key", "value")]
-    if len({layer.input_grid.key() for layer in readers}) > 1 or any(
-        layer.input_factor is not None for layer in readers
-    ):
+    grids = {layer.input_grid.key() for layer in readers}
+    if len(grids) > 1 or any(layer.input_factor is not None for layer in readers):
         return "its query, key and value layers round their input differently"
     norms = [getattr(block, name, None) for name in NORMS]
     if any(type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None for norm in norms):
         return "its norms are not LayerNorms with weight and bias"
-    attention = [module for module in block.modules() if hasattr(module, "num_attention_heads")]
-    attention = [module for module in attention if hasattr(module, "scaling")]
-    if len(attention) != 1 or packed["query"].out_features % attention[0].num_attention_heads:
+    attention = [m for m in block.modules() if hasattr(m, "num_attention_heads") and hasattr(m, "scaling")]
+    if len(attention) != 1:
         return "it has no attention module with num_attention_heads and scaling"
+    heads, scaling = int(attention[0].num_attention_heads), float(attention[0].scaling)  # type: ignore[arg-type]
+    if packed["query"].out_features % heads:
+        return f"its {packed['query'].out_features} columns do not divide into {heads} heads"
     if not _has_gelu(block):
         return "its activation is not the exact GELU"
-    epsilons = cast(list[nn.LayerNorm], norms)
-    return Plan(
-        tuple(paths.values()), NORMS, (epsilons[0].eps, epsilons[1].eps), int(attention[0].num_attention_heads),
-        float(attention[0].scaling),
-    )  # fmt: skip
+    before, after = cast(list[nn.LayerNorm], norms)
+    return Plan(tuple(paths.values()), NORMS, (before.eps, after.eps), heads, scaling)
 
 
 @torch.no_grad()
@@ -295,7 +293,7 @@ def _unfused(kind: type) -> type:
 
 
 @functools.cache
-def _fused(kind: type) -> type:
+def _fused(kind: type) -> Any:
     """The class of a fused block of a ``kind``."""
     return type(f"Fused{kind.__name__}", (FusedBlock, kind), {"__module__": __name__, "__doc__": FusedBlock.__doc__})
 

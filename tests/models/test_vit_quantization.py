@@ -20,8 +20,8 @@ from fairseq.modules.quantization.scalar.ops import METHODS
 SETTINGS = [(8, "tensor", 1.0), (4, "tensor", 1.0), (4, "channel", 1.0), (4, "histogram", 1.0), (4, "tensor", 0.5)]
 
 
-def quantize(model, bits, method, p):
-    return ViTQuantizer(bits=bits, method=method, p=p).quantize_model(model)
+def quantize(model, bits, method, p, engine="auto"):
+    return ViTQuantizer(bits=bits, method=method, p=p).quantize_model(model, engine=engine)
 
 
 def fresh(model):
@@ -138,7 +138,7 @@ def test_moves_and_casts(tiny_vit, pixels, device):
 
 @pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4, "activations": None}], ids=str)
 def test_compile_and_export_take_the_whole_model(tiny_vit, pixels, settings):
-    quantized = ViTQuantizer(**settings).quantize_model(tiny_vit)
+    quantized = ViTQuantizer(**settings).quantize_model(tiny_vit, engine="layers")
     batch = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
     exported = torch.export.export(quantized, (), {"pixel_values": pixels}, dynamic_shapes=batch).module()
     compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")
@@ -184,7 +184,7 @@ def test_call_signature_is_the_same(tiny_vit, pixels):
 
 
 def test_torchscript_runs_in_a_process_without_fairseq(tiny_vit, pixels, tmp_path):
-    quantized = quantize(tiny_vit, 4, "tensor", 1.0)
+    quantized = quantize(tiny_vit, 4, "tensor", 1.0, engine="layers")
     traced = torch.jit.trace(quantized, pixels)
     traced.save(str(tmp_path / "vit.pt"))
     np.save(tmp_path / "pixels.npy", pixels.numpy())
@@ -220,7 +220,7 @@ def test_onnx_holds_integers_and_gives_the_same_logits(tmp_path, settings, nodes
         image_size=32, patch_size=8,
     )).eval()  # fmt: skip
     quantizer = ViTQuantizer(**settings)
-    quantized, x = quantizer.quantize_model(model), torch.randn(3, 3, 32, 32)
+    quantized, x = quantizer.quantize_model(model, engine="layers"), torch.randn(3, 3, 32, 32)
     path = tmp_path / "vit_int4_model.onnx"
     torch.onnx.export(quantized, x, str(path), input_names=["pixel_values"], output_names=["logits"], verbose=False)
     graph = onnx.load(path).graph

@@ -44,7 +44,7 @@ def test_weight_only_is_the_float_model_with_emulated_weights(tiny_vit, pixels, 
 @pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4, "method": "histogram"}, {"bits": 3, "method": "channel",
                                       "group_size": 32, "symmetric": True}], ids=str)  # fmt: skip
 def test_both_executions_hold_the_same_integers_and_give_nearly_the_same_logits(tiny_vit, pixels, settings):
-    packed, _ = convert(tiny_vit, QuantizationConfig(**settings))
+    packed, _ = convert(tiny_vit, QuantizationConfig(**settings), engine="layers")
     emulated, report = convert(tiny_vit, QuantizationConfig(**settings, execution="emulated"))
     assert quantized_names(packed) == quantized_names(emulated) == [layer.name for layer in report.quantized]
     for name in quantized_names(packed):
@@ -211,7 +211,7 @@ def test_a_shared_weight_stays_shared_and_is_counted_once(tiny_vit):
     layers = linear_layers(tiny_vit)
     first, second = (n for n in layers if n.endswith(("fc1", "intermediate.dense")))
     layers[second].weight = layers[first].weight
-    result, report = convert(tiny_vit, QuantizationConfig(bits=4, equalize=False))
+    result, report = convert(tiny_vit, QuantizationConfig(bits=4, equalize=False), engine="layers")
     one, other = result.get_submodule(first), result.get_submodule(second)
     assert one.weight_codes is other.weight_codes
     assert not torch.equal(one.bias, other.bias)
@@ -222,7 +222,7 @@ def test_a_shared_weight_stays_shared_and_is_counted_once(tiny_vit):
 
 
 def test_report_counts_bytes(tiny_vit):
-    result, report = convert(tiny_vit, QuantizationConfig(bits=4, method="channel"))
+    result, report = convert(tiny_vit, QuantizationConfig(bits=4, method="channel"), engine="layers")
     weights = [m.weight for m in linear_layers(tiny_vit).values()]
     total = sum(p.numel() * 4 for p in tiny_vit.parameters())
     assert report.bytes_before == total

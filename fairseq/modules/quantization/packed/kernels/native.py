@@ -30,7 +30,7 @@ STAGES = (
     "scale, bias, GELU, add",
     "attention",
     "quantize",
-    "unpack",
+    "unpack 4 bits",
     "wait",
 )
 """Where the time of a call goes, in the order of the C enumeration ``Stage``."""
@@ -147,7 +147,8 @@ class Prepared:
         self.parts = parts
         panels, sums, scale, zero_point, bias, factor, input_scale, input_zero_point, correction = parts
         inputs, outputs, bits = sizes
-        assert panels is not None and sums is not None and scale is not None and zero_point is not None
+        if panels is None or sums is None or scale is None or zero_point is None:
+            raise ValueError("a native layer needs panels, sums, a scale and a zero point; one of them is None")
         floating = (bias, factor, correction)
         bias, factor, correction = (None if t is None else t.to(torch.float32) for t in floating)
         copies = [t for t in floating if t is not None and (t.dtype != torch.float32 or correction is not None)]
@@ -316,8 +317,8 @@ def _disagreement(level: int) -> str | None:
         if not torch.allclose(run_linear(layer.linear, x, level).double(), expected, rtol=1e-4, atol=1e-3):
             return f"their layer at {bits} bits differs from the reference"
     query, key, value = torch.randn(3, 2, 35, 40, generator=random)
-    parts = [t.view(2, 35, 2, 20).transpose(1, 2) for t in (query, key, value)]
-    expected = F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(2, 35, 40)
+    by_head = [t.view(2, 35, 2, 20).transpose(1, 2) for t in (query, key, value)]
+    expected = F.scaled_dot_product_attention(*by_head).transpose(1, 2).reshape(2, 35, 40)
     if not torch.allclose(attention(query, key, value, 2, 20**-0.5, level), expected, atol=0.03):
         return "their attention differs from the reference"
     return None

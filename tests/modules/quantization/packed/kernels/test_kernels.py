@@ -454,7 +454,7 @@ def test_the_forced_kernels_are_those_that_run(monkeypatch):
 
 @pytest.mark.usefixtures("fresh")
 def test_unknown_names_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"^backend must be one of auto, reference, cpu, cuda; got 'gpu'"):
+    with pytest.raises(ValueError, match=r"^backend must be one of auto, reference, cpu, cuda, native; got 'gpu'"):
         choose(CPU, "gpu")
     monkeypatch.setenv(kernels.ENVIRONMENT, "gpu")
     with pytest.raises(ValueError, match=f"^{kernels.ENVIRONMENT} must be one of auto, .*; got 'gpu'"):
