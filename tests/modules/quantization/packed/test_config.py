@@ -36,7 +36,7 @@ def test_equal_settings_make_equal_configs():
         *({"activations": kind, "activation_bits": bits} for kind in ("dynamic", "static") for bits in range(2, 9)),
         {"symmetric": True},
         {"resident": "unpacked"},
-        *({"backend": backend} for backend in ("auto", "reference", "cpu", "cuda")),
+        *({"backend": backend} for backend in ("auto", "reference", "cpu", "cuda", "native")),
     ],
 )
 def test_accepted(settings):
@@ -78,7 +78,11 @@ ONE_OF = r"{} must be one of {}; got {}$"
         ({"activations": ["dynamic"]}, ValueError, r"activations must be .*; got \['dynamic'\]$"),
         ({"resident": "float"}, ValueError, ONE_OF.format("resident", "'packed', 'unpacked'", "'float'")),
         ({"resident": None}, ValueError, ONE_OF.format("resident", "'packed', 'unpacked'", "None")),
-        ({"backend": "gpu"}, ValueError, ONE_OF.format("backend", "'auto', 'reference', 'cpu', 'cuda'", "'gpu'")),
+        (
+            {"backend": "gpu"},
+            ValueError,
+            ONE_OF.format("backend", "'auto', 'reference', 'cpu', 'cuda', 'native'", "'gpu'"),
+        ),
         ({"symmetric": 1}, TypeError, "symmetric must be True or False, got 1$"),
         ({"symmetric": None}, TypeError, "symmetric must be True or False, got None$"),
     ],

@@ -22,8 +22,6 @@ static inline Halves bfloat16(Floats x) {
 #endif
 }
 
-static inline Floats from_bfloat16(Halves halves) { return (Floats)(__builtin_convertvector(halves, Words) << 16); }
-
 struct Heads {
   int64_t heads, size, pairs, panels, key_panels, token_pairs;  // pairs and panels of columns; panels, pairs of tokens
   Heads(int64_t heads, int64_t size, int64_t tokens)
@@ -141,9 +139,9 @@ static inline float softmax(float* scores, int64_t tokens, float scaling, uint16
   const float top = largest(most);
   Floats total = {};
   for (int64_t j = 0; j < divide_up(tokens, HALVES) * HALVES; j += LANES) {  // whole groups
-    const Halves weights = bfloat16(exp_of((load<Floats>(scores + j) - top) * scaling));
-    total += from_bfloat16(weights);
-    store_groups(weights, tile + j / HALVES * HALVES * rows + HALVES * row + j % HALVES, rows);
+    const Floats weights = exp_of((load<Floats>(scores + j) - top) * scaling);
+    total += weights;
+    store_groups(bfloat16(weights), tile + j / HALVES * HALVES * rows + HALVES * row + j % HALVES, rows);
   }
   return sum(total);
 }

@@ -11,11 +11,15 @@ static inline Floats gelu_of(Floats x) {
       8.194348896e-03f,  -6.058012618e-02f, 1.912505653e-01f, -3.086178868e-01f, 1.794655779e-01f,
       2.598730352e-01f,  -6.340375484e-01f, 4.618007528e-01f, 1.788213130e-01f,  -5.494658837e-01f,
       2.049030888e-01f,  2.368763455e-01f,  -1.686572991e-01f, -3.988635261e-02f, 4.006091723e-02f};
-  Floats size = (Floats)(bits_of(x) & 0x7fffffff);
-  Floats s = (size > 5.5f ? floats(5.5f) : size) * (2 / 5.5f) - 1.0f;
-  Floats value = s * g[14] + g[13];
-  for (int power = 12; power >= 0; power--) value = value * s + g[power];
-  return (x > 0.0f ? x : x != x ? x : floats(0.0f)) - value;
+  const Floats size = (Floats)(bits_of(x) & 0x7fffffff);
+  const Floats s = (size > 5.5f ? floats(5.5f) : size) * (2 / 5.5f) - 1.0f, square = s * s;
+  Floats even = square * g[14] + g[12], odd = square * g[13] + g[11];  // two chains, each half as long
+  for (int power = 10; power >= 2; power -= 2) {
+    even = even * square + g[power];
+    odd = odd * square + g[power - 1];
+  }
+  even = even * square + g[0];
+  return (x < 0.0f ? floats(0.0f) : x) - (odd * s + even);
 }
 
 static void gelu(const float* x, int64_t count, float* y) {
@@ -86,7 +90,7 @@ static void quantize(const float* x, const Linear& grid, float* scratch, uint8_t
   float magnitude;
   memcpy(&magnitude, &most_bits, 4);
   uint8_t* to = tile + GROUP * row;
-  Ints total = {};
+  Words total = {};  // of garbage, too, for a row that holds NaN
   if (grid.input_scale > 0) {
     const float fixed = grid.input_scale, inverse = 1.0f / fixed;
     const Floats bound = floats(1024.0f * fixed);  // beyond every grid, within what `rounded` can do
@@ -96,7 +100,7 @@ static void quantize(const float* x, const Linear& grid, float* scratch, uint8_t
       Ints q = rounded(value, fixed, inverse) + grid.input_zero;
       q = q < -128 ? ints(-128) : q > 127 ? ints(127) : q;
       put(q, to, rows, i, left);
-      total += keep(q, left);
+      total += (Words)keep(q, left);
     });
     *scale = magnitude != magnitude ? magnitude : fixed;
   } else {
@@ -105,9 +109,9 @@ static void quantize(const float* x, const Linear& grid, float* scratch, uint8_t
     each(width, [&](int64_t i, auto left) {
       const Ints q = rounded(load<Floats>(x + i, left), own, inverse);
       put(q, to, rows, i, left);
-      total += q;
+      total += (Words)q;
     });
     *scale = own;
   }
-  *sum_of_row = sum((Words)total);
+  *sum_of_row = sum(total);
 }

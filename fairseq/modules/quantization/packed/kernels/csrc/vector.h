@@ -55,13 +55,23 @@ static inline __attribute__((always_inline)) void each(int64_t count, Visit visi
   if (i < count) visit(i, count - i);
 }
 
-// The first `count` lanes from memory, zeros in the others.
+// Parts of a vector, apart, so that whole ones need not go through memory.
 template <typename Vector, typename Element>
-static inline Vector load(const Element* from, int64_t count) {
-  if (count >= LANES) return load<Vector>(from);
+static __attribute__((noinline, cold)) Vector load_part(const Element* from, int64_t count) {
   Vector vector = {};
   memcpy(&vector, from, sizeof(Element) * count);
   return vector;
+}
+
+template <typename Vector, typename Element>
+static __attribute__((noinline, cold)) void store_part(Element* to, Vector vector, int64_t count) {
+  memcpy(to, &vector, sizeof(Element) * count);
+}
+
+// The first `count` lanes from memory, zeros in the others.
+template <typename Vector, typename Element>
+static inline Vector load(const Element* from, int64_t count) {
+  return __builtin_expect(count >= LANES, 1) ? load<Vector>(from) : load_part<Vector>(from, count);
 }
 
 template <typename Vector, typename Element>
@@ -71,31 +81,47 @@ static inline void store(Element* to, Vector vector) {
 
 template <typename Vector, typename Element>
 static inline void store(Element* to, Vector vector, int64_t count) {
-  if (count >= LANES) return store(to, vector);
-  memcpy(to, &vector, sizeof(Element) * count);
+  if (__builtin_expect(count >= LANES, 1)) store(to, vector);
+  else store_part(to, vector, count);
 }
 
 static inline Ints bits_of(Floats x) { return (Ints)x; }
 static inline Floats largest(Floats a, Floats b) { return a > b ? a : b; }
 static inline Ints largest(Ints a, Ints b) { return a > b ? a : b; }
 
-template <typename Vector>
-static inline auto sum(Vector vector) {
-  auto total = vector[0];
-  for (int lane = 1; lane < LANES; lane++) total += vector[lane];
-  return total;
+// All lanes combined, halves with halves, in a number of steps that is the logarithm of theirs.
+template <typename Vector, typename Combine>
+static inline auto reduce(Vector vector, Combine combine) {
+  typedef decltype(vector[0] + vector[0]) Element;
+  typedef Element Four __attribute__((vector_size(16)));
+#if LANES == 16
+  typedef Element Eight __attribute__((vector_size(32)));
+  const Eight half = combine(__builtin_shufflevector(vector, vector, 0, 1, 2, 3, 4, 5, 6, 7),
+                             __builtin_shufflevector(vector, vector, 8, 9, 10, 11, 12, 13, 14, 15));
+#else
+  const auto half = vector;
+#endif
+#if LANES >= 8
+  const Four quarter = combine(__builtin_shufflevector(half, half, 0, 1, 2, 3), __builtin_shufflevector(half, half, 4, 5, 6, 7));
+#else
+  const Four quarter = half;
+#endif
+  const Four two = combine(quarter, __builtin_shufflevector(quarter, quarter, 2, 3, 0, 1));
+  const Four one = combine(two, __builtin_shufflevector(two, two, 1, 0, 3, 2));
+  return (Element)one[0];
 }
 
+static inline float sum(Floats vector) {
+  return reduce(vector, [](auto a, auto b) { return a + b; });
+}
+static inline int32_t sum(Words vector) {
+  return (int32_t)reduce(vector, [](auto a, auto b) { return a + b; });
+}
 static inline int32_t largest(Ints vector) {
-  int32_t result = vector[0];
-  for (int lane = 1; lane < LANES; lane++) result = vector[lane] > result ? vector[lane] : result;
-  return result;
+  return reduce(vector, [](auto a, auto b) { return a > b ? a : b; });
 }
-
 static inline float largest(Floats vector) {
-  float result = vector[0];
-  for (int lane = 1; lane < LANES; lane++) result = vector[lane] > result ? vector[lane] : result;
-  return result;
+  return reduce(vector, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // Whether a lane of x is above the limit.
@@ -114,17 +140,15 @@ static inline bool any_above(Floats x, float limit) {
 // 1.5 * 2**23: what is added to it comes out rounded half to even, as an integer in the low bits of the sum.
 static const float ROUNDER = 12582912.0f;
 
-// e**x for x <= 0, to 2e-7 of the value; 0 below -87.
+// e**x for x <= 0, to 3e-7 of the value; below -87 that of -87, 2e-38. 2**f, f in [-1/2, 1/2], is a polynomial of degree
+// 5, the interpolation at Chebyshev's nodes.
 static inline Floats exp_of(Floats x) {
-  Floats scaled = largest(x, floats(-87.0f)) * 1.44269504f;
-  Floats shifted = scaled + ROUNDER;
-  Floats part = scaled - (shifted - ROUNDER);  // in [-1/2, 1/2]
-  Floats value = part * 1.33335581e-3f + 9.61812910e-3f;  // Taylor's coefficients ln(2)**n / n!, the last one higher
-  value = value * part + 5.55041087e-2f;
-  value = value * part + 2.40226507e-1f;
-  value = value * part + 6.93147181e-1f;
-  value = value * part + 1.0f;
-  Ints exponent = bits_of(shifted) << 23;
-  Floats result = (Floats)(bits_of(value) + exponent);
-  return x > -87.0f ? result : x != x ? x : floats(0.0f);
+  const Floats scaled = (x < -87.0f ? floats(-87.0f) : x) * 1.44269504f;
+  const Floats shifted = scaled + ROUNDER;
+  const Floats f = scaled - (shifted - ROUNDER), square = f * f;
+  const Floats low = f * 6.931471880e-01f + 1.000000075f, middle = f * 5.550357114e-02f + 2.402210749e-01f;
+  const Floats high = f * 1.339086336e-03f + 9.676031918e-03f;
+  const Floats value = (high * square + middle) * square + low;
+  const Floats result = (Floats)(bits_of(value) + (bits_of(shifted) << 23));
+  return x != x ? x : result;
 }
