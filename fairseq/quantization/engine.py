@@ -206,7 +206,7 @@ def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
         found = [f"{name}: {reason}" for name, reason in reasons.items()]
         why = found[0] if found else "there is no block of a ViT or DeiT in it"
         raise ValueError(f"engine='fused': no encoder block can be fused; {why}")
-    shared: dict[int, tuple[Tensor, Tensor]] = {}
+    shared: dict[int, Any] = {}
     for layer in model.modules():
         if isinstance(layer, PackedLinear) and layer.native_obstacle() is None:
             layer.use_native(shared=shared)
@@ -222,12 +222,13 @@ def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
 
 def unfuse(model: nn.Module) -> None:
     """Undo :func:`fuse`, in place."""
+    shared: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, FusedBlock):
             module.__class__ = _unfused(type(module))
             del module.plan, module._current
         elif isinstance(module, PackedLinear):
-            module.use_native(False)
+            module.use_native(False, shared)
 
 
 def _plan(block: nn.Module) -> Plan | str:

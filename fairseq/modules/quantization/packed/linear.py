@@ -12,7 +12,7 @@ from fairseq.modules.quantization.packed import kernels
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.packed.input_grid import InputGrid, correction
 from fairseq.modules.quantization.packed.kernels import cpu, functional, native, operators
-from fairseq.modules.quantization.packed.packing import STORED_BITS
+from fairseq.modules.quantization.packed.packing import STORED_BITS, packed_length
 from fairseq.modules.quantization.packed.panels import from_panels, to_panels
 from fairseq.modules.quantization.packed.weight import (
     PackedWeight,
@@ -219,12 +219,12 @@ class PackedLinear(nn.Module):
             return f"group_size={config.group_size}"
         return None if self.scale.dtype == torch.float32 else f"a scale of {self.scale.dtype}"
 
-    def use_native(self, use: bool = True, shared: dict[int, tuple[Tensor, Tensor]] | None = None) -> None:
+    def use_native(self, use: bool = True, shared: dict[int, Any] | None = None) -> None:
         """Run on the native kernels from now on, whenever the layer is on the CPU, or no longer.
 
         Args:
             use: whether.
-            shared: filled with what was laid out, by the weight, so that layers that share theirs still do.
+            shared: filled with what was laid out, by what it was, so that layers that share their integers still do.
 
         Raises:
             RuntimeError: they were not built.
@@ -304,19 +304,24 @@ class PackedLinear(nn.Module):
         """Whether each code takes a byte in memory."""
         return STORED_BITS[self.config.bits] == 8 or self.config.resident == "unpacked"
 
-    def _lay_out(self, shared: dict[int, tuple[Tensor, Tensor]] | None = None) -> None:
+    def _lay_out(self, shared: dict[int, Any] | None = None) -> None:
         """Bring the integers into panels if the native kernels run them here, or else back into rows."""
+        shared = {} if shared is None else shared
         wanted = self._native and self.scale.device.type == "cpu"
-        if wanted and self.weight_codes is not None:
-            known = {} if shared is None else shared
-            if id(self.weight_codes) not in known:
+        rows, panels, bits = self.weight_codes, self.panels, self.config.bits
+        if wanted and rows is not None:
+            if id(rows) not in shared:
                 codes = self.weight_matrix.unpacked()
-                known[id(self.weight_codes)] = to_panels(codes, self.config.bits), codes.sum(1, dtype=torch.int32)
-            self.panels, self.code_sums = known[id(self.weight_codes)]
+                shared[id(rows)] = rows, to_panels(codes, bits), codes.sum(1, dtype=torch.int32)
+            _, self.panels, self.code_sums = shared[id(rows)]
             self.weight_codes = None
-        elif not wanted and self.panels is not None:
-            codes = self.weight_matrix.codes
-            self.weight_codes = codes if self._bytewise else pack_codes(codes, self.config.bits)
+        elif not wanted and panels is not None:
+            if id(panels) not in shared:
+                codes = self.weight_matrix.codes
+                shape = (self.out_features, packed_length(self.in_features, bits))
+                packed = codes.new_empty(shape, dtype=torch.uint8) if codes.is_meta else pack_codes(codes, bits)
+                shared[id(panels)] = panels, codes if self._bytewise else packed
+            _, self.weight_codes = shared[id(panels)]
             self.panels = self.code_sums = None
 
     def _correct(self) -> None:
@@ -337,10 +342,11 @@ class PackedLinear(nn.Module):
         return {**self.__dict__, "_prepared": None}  # pointers
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._bytewise or self.weight_codes is None:
-            packed = pack_codes(self.weight_matrix.codes, self.config.bits)
-            destination[prefix + "weight_codes"] = packed
+            destination[prefix + "weight_codes"] = pack_codes(self.weight_matrix.codes, self.config.bits)
+        kept = dict(destination)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(kept)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = self.state_dict()

@@ -9,7 +9,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class Block(Structure):
 
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "fairseq_levels": (),
+    "fairseq_size": (c_int,),
     "fairseq_gelu": (c_int, c_void_p, c_int64, c_void_p),
     "fairseq_layer_norm": (c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float, c_void_p),
     "fairseq_quantize": (c_int, POINTER(Linear), c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
@@ -95,7 +96,6 @@ def library() -> ctypes.CDLL | None:
         for name, arguments in SIGNATURES.items():
             function = getattr(loaded, name)
             function.argtypes, function.restype = arguments, c_int
-        loaded.fairseq_level_name.restype = c_char_p
         return loaded
     return None
 

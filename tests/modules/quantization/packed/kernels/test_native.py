@@ -1,0 +1,586 @@
+"""The native kernels: every instruction set that runs here, against PyTorch, exactly where integers are involved."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from torch.nn import functional as F
+
+from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
+from fairseq.modules.quantization.packed.kernels import native, reference
+from fairseq.modules.quantization.packed.panels import to_panels
+from fairseq.modules.quantization.scalar.tokens import quantize_static, quantize_tokens
+
+LEVELS = [native.LEVELS.index(name) for name in native.levels()]
+each_level = pytest.mark.parametrize("level", LEVELS, ids=lambda level: native.LEVELS[level])
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Whatever the number of processors: some errors need a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def layer_of(inputs, outputs, bits=8, seed=0, zero=None, one_scale=False, factor=False, static=None, codes=None):
+    """A layer's tensors for the kernels, its codes, and its weight in float64."""
+    random = generator(seed)
+    low, high = (-128, 128) if bits == 8 else (0, 2**bits)
+    if codes is None:
+        codes = torch.randint(low, high, (outputs, inputs), generator=random).to(torch.int8)
+    count = 1 if one_scale else outputs
+    scale = torch.rand(count, generator=random) * 0.01 + 1e-4
+    zero_point = torch.randint(0, 2**bits, (count,), generator=random).to(torch.uint8)
+    if zero is not None:
+        zero_point.fill_(zero)
+    bias = torch.randn(outputs, generator=random)
+    r = torch.rand(inputs, generator=random) + 0.5 if factor else None
+    fixed = (
+        (None, None) if static is None else (torch.tensor([static[0]]), torch.tensor([static[1]], dtype=torch.int32))
+    )
+    parts = to_panels(codes, bits), codes.sum(1, dtype=torch.int32), scale, zero_point, bias, r, *fixed, None
+    centred = codes.double() - (zero_point.double() - (128 if bits == 8 else 0))[:, None]
+    return native.Prepared(parts, (inputs, outputs, bits)), codes, centred * scale.double()[:, None]
+
+
+def integers(rows, columns, seed=0):
+    return torch.randint(-128, 128, (rows, columns), generator=generator(seed)).to(torch.int8)
+
+
+def test_it_is_built_where_there_is_a_compiler():
+    if shutil.which("g++") or shutil.which("clang++"):
+        assert native.library() is not None
+        assert native.levels()[0] == "portable"
+
+
+def test_levels_are_what_the_processor_has():
+    file = Path("/proc/cpuinfo")
+    flags = file.read_text() if file.exists() else ""
+    assert ("avx512vnni" in native.levels()) == ("avx512_vnni" in flags and "avx512dq" in flags)
+    assert ("avx512bf16" in native.levels()) == ("avx512_bf16" in flags and "avx512_vnni" in flags)
+    assert ("avx2" in native.levels()) == (" avx2" in flags and " fma" in flags)
+
+
+def test_a_level_that_does_not_run_here_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"'sse9' does not run here; portable, .* do"):
+        native.level_number("sse9")
+    monkeypatch.setenv(native.ENVIRONMENT, "portable")
+    assert native.level_number() == 0
+    monkeypatch.delenv(native.ENVIRONMENT)
+    assert native.level_number() == LEVELS[-1]
+
+
+def test_a_level_that_disagrees_is_not_used(monkeypatch):
+    exact = native.product
+    monkeypatch.setattr(native, "product", lambda q, layer, level: exact(q, layer, level) + (level == 0))
+    native.levels.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="the native kernels for portable are not used: their integer product"):
+            names = native.levels()
+        assert names == tuple(native.LEVELS[level] for level in LEVELS if level)
+    finally:
+        native.levels.cache_clear()
+
+
+# Integer products.
+
+
+@each_level
+@pytest.mark.parametrize("bits", [8, 5, 4, 2])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (14, 16, 32), (15, 17, 33), (29, 75, 21), (197, 192, 100)])
+def test_products_are_exact(level, bits, shape):
+    rows, inputs, outputs = shape
+    layer, codes, _ = layer_of(inputs, outputs, bits)
+    q = integers(rows, inputs)
+    assert torch.equal(native.product(q, layer, level), reference.product(q, codes))
+
+
+@each_level
+@pytest.mark.parametrize("rows", range(1, 16))
+def test_every_height_of_a_tile(level, rows):
+    layer, codes, _ = layer_of(37, 40)
+    q = integers(rows, 37, seed=rows)
+    assert torch.equal(native.product(q, layer, level), reference.product(q, codes))
+
+
+@each_level
+@pytest.mark.parametrize("code", [-128, 127])
+@pytest.mark.parametrize("q", [-128, -127, 127])
+def test_the_largest_sums_do_not_saturate(level, q, code):
+    for inputs in (1, 2, 63, 3072, 65535):
+        layer, _, _ = layer_of(inputs, 3, codes=torch.full((3, inputs), code, dtype=torch.int8))
+        got = native.product(torch.full((2, inputs), q, dtype=torch.int8), layer, level)
+        assert bool((got == inputs * q * code).all())
+
+
+@hypothesis_settings(max_examples=40)
+@given(
+    rows=st.integers(1, 40), inputs=st.integers(1, 90), outputs=st.integers(1, 80), bits=st.integers(2, 8),
+    seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_all_levels_agree_with_the_portable_one(rows, inputs, outputs, bits, seed):
+    layer, _, _ = layer_of(inputs, outputs, bits, seed)
+    q = integers(rows, inputs, seed)
+    x = torch.randn(rows, inputs, generator=generator(seed)) * 10 ** float(seed % 7 - 3)
+    product, rounded = native.product(q, layer, 0), native.quantize(x, layer, 0)
+    y = native.run_linear(layer.linear, x, 0)
+    for level in LEVELS[1:]:
+        assert torch.equal(native.product(q, layer, level), product)
+        assert all(map(torch.equal, native.quantize(x, layer, level), rounded))
+        assert torch.allclose(native.run_linear(layer.linear, x, level), y, rtol=1e-5, atol=1e-5 * float(y.abs().max()))
+
+
+# Rows.
+
+
+@each_level
+@hypothesis_settings(max_examples=60)
+@given(rows=st.integers(1, 5), width=st.integers(1, 100), seed=st.integers(0, 10**6), size=st.integers(-40, 36))
+def test_rows_round_as_the_reference_rounds(level, rows, width, seed, size):
+    layer, _, _ = layer_of(width, 1)
+    x = torch.randn(rows, width, generator=generator(seed)) * 10.0**size
+    q, scale, sums = native.quantize(x, layer, level)
+    expected, expected_scale = quantize_tokens(x)
+    assert torch.equal(q, expected.to(torch.int8))
+    assert torch.equal(scale, expected_scale[:, 0])
+    assert torch.equal(sums, q.sum(1, dtype=torch.int32))
+
+
+@each_level
+def test_halves_round_to_even(level):
+    """x / scale is a half exactly, or a hair from it, where a product with 1 / scale rounds to the other side."""
+    layer, _, _ = layer_of(2000, 1)
+    scale = torch.rand(50, 1, generator=generator(3)) * 3
+    halves = torch.randint(-126, 126, (50, 2000), generator=generator(4)) + 0.5
+    x = halves * scale
+    x[:, 0] = 127 * scale[:, 0]
+    x[::2, 1:] = x[::2, 1:].nextafter(torch.tensor(INF))
+    expected, expected_scale = quantize_tokens(x)
+    q, got_scale, _ = native.quantize(x, layer, level)
+    assert torch.equal(got_scale, expected_scale[:, 0])
+    assert torch.equal(q, expected.to(torch.int8))
+
+
+@each_level
+@pytest.mark.parametrize(("scale", "zero"), [(0.02, -64), (1.5, 0), (1e-3, 127)])
+def test_static_rows_saturate_as_the_reference_does(level, scale, zero):
+    layer, _, _ = layer_of(75, 3, static=(scale, zero))
+    x = torch.randn(9, 75, generator=generator(0)) * 3
+    x[0, :4] = torch.tensor([INF, -INF, 1e30, -1e30])
+    q, token_scale, sums = native.quantize(x, layer, level)
+    expected, _ = quantize_static(x, torch.tensor([scale]), torch.tensor([zero]))
+    assert torch.equal(q, expected.to(torch.int8))
+    assert bool((token_scale == torch.tensor(scale)).all())
+    assert torch.equal(sums, q.sum(1, dtype=torch.int32))
+    x[3, 5] = NAN
+    assert native.quantize(x, layer, level)[1].isnan().tolist() == [row == 3 for row in range(9)]
+
+
+@each_level
+def test_zeros_denormals_and_the_largest_numbers(level):
+    layer, _, _ = layer_of(20, 2)
+    info = torch.finfo(torch.float32)
+    x = torch.zeros(5, 20)
+    x[1], x[2], x[3, 7], x[4] = 1e-42, info.tiny, info.max, -info.max
+    expected, scale = quantize_tokens(x)
+    q, got, _ = native.quantize(x, layer, level)
+    assert torch.equal(q, expected.to(torch.int8))
+    assert torch.equal(got, scale[:, 0])
+
+
+@each_level
+def test_factors_are_applied_first(level):
+    layer, _, _ = layer_of(45, 2, factor=True)
+    x = torch.randn(3, 45, generator=generator(0))
+    factor = layer.tensors[5]
+    assert torch.equal(native.quantize(x, layer, level)[0], quantize_tokens(x * factor)[0].to(torch.int8))
+
+
+@each_level
+def test_gelu_is_accurate_to_1e_5(level):
+    x = torch.linspace(-20, 20, 100_003)
+    got = native.gelu(x, level)
+    assert float((got.double() - F.gelu(x.double())).abs().max()) < 2e-6
+    ends = torch.tensor([0.0, -0.0, 1e30, -1e30, 1e-40, INF, -INF])
+    expected = torch.tensor([0.0, 0.0, 1e30, 0.0, 0.0, INF, 0.0])
+    assert torch.allclose(native.gelu(ends, level), expected, atol=2e-6)
+    assert bool(native.gelu(torch.full((37,), NAN), level).isnan().all())
+
+
+@each_level
+@pytest.mark.parametrize("width", [1, 3, 16, 24, 192, 769])
+def test_layer_norm(level, width):
+    x = torch.randn(7, width, generator=generator(0)) * 3 + 5
+    weight, bias = torch.randn(2, width, generator=generator(1))
+    got = native.layer_norm(x, weight, bias, 1e-6, level)
+    expected = F.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-6)
+    assert torch.allclose(got.double(), expected, rtol=1e-5, atol=2e-5)
+
+
+# Layers.
+
+
+@each_level
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"bits": 4}, {"bits": 3, "one_scale": True}, {"bits": 7, "zero": 64}, {"zero": 128}, {"factor": True},
+        {"one_scale": True, "zero": 0}, {"zero": 255},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [(1, 75, 21), (29, 33, 70), (130, 48, 1000)])
+def test_a_layer_is_its_integers_scaled(level, settings, shape):
+    rows, inputs, outputs = shape
+    layer, _, weight = layer_of(inputs, outputs, **settings)
+    x, bias = torch.randn(rows, inputs, generator=generator(1)), layer.tensors[4].double()
+    q, scale = quantize_tokens(x if layer.tensors[5] is None else x * layer.tensors[5])
+    terms = (q.double() * scale).abs() @ weight.abs().T + bias.abs()
+    expected = (q.double() * scale) @ weight.T + bias
+    got = native.run_linear(layer.linear, x, level)
+    assert bool(((got - expected).abs() <= 1e-6 * terms).all())
+    activated = native.run_linear(layer.linear, x, level, gelu=True)
+    assert torch.allclose(activated.double(), F.gelu(expected), atol=2e-5)
+    residual = torch.randn(rows, outputs, generator=generator(2))
+    assert torch.equal(native.run_linear(layer.linear, x, level, residual=residual), got + residual)
+
+
+@each_level
+def test_bad_numbers_stay_in_their_row(level):
+    layer, _, _ = layer_of(40, 50)
+    x = torch.randn(6, 40, generator=generator(0))
+    broken = x.clone()
+    broken[1, 3], broken[4, 39] = NAN, INF
+    got, expected = (native.run_linear(layer.linear, rows, level) for rows in (broken, x))
+    assert bool(got[1].isnan().all())
+    assert not bool(got[4].isfinite().any())
+    assert torch.equal(got[[0, 2, 3, 5]], expected[[0, 2, 3, 5]])
+
+
+def test_memory_that_is_not_aligned():
+    layer, _, _ = layer_of(40, 50)
+    x = torch.randn(1 + 6 * 40, generator=generator(0))[1:].view(6, 40)
+    assert x.data_ptr() % 16 != 0
+    for level in LEVELS:
+        assert torch.equal(native.run_linear(layer.linear, x, level), native.run_linear(layer.linear, x.clone(), level))
+
+
+def test_the_same_bits_for_any_number_of_threads_and_rows():
+    layer, _, _ = layer_of(64, 300, 4)
+    x = torch.randn(150, 64, generator=generator(0))
+    for level in LEVELS:
+        expected = native.run_linear(layer.linear, x, level)
+        for threads in (1, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(native.run_linear(layer.linear, x, level), expected)
+        assert torch.equal(torch.cat([native.run_linear(layer.linear, row[None], level) for row in x]), expected)
+        torch.set_num_threads(2)
+
+
+def test_no_rows_give_no_rows():
+    layer, _, _ = layer_of(8, 5)
+    for level in LEVELS:
+        assert native.run_linear(layer.linear, torch.empty(0, 8), level).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda t: t[:, :-1], "panels must be a contiguous torch.uint8 tensor of shape"),
+        (0, lambda t: t.to(torch.int32), "panels must be .* got torch.int32"),
+        (1, lambda t: t[:-1], "sums must be a contiguous torch.int32 tensor of shape"),
+        (2, lambda t: t.double(), "scale must be a contiguous torch.float32"),
+        (2, lambda t: torch.cat([t, t])[::2], "scale must be .* strides"),
+        (3, lambda t: t[:2], "zero_point must be"),
+        (4, lambda t: t[1:], "bias must be"),
+        (2, lambda t: None, "one of them is None"),
+    ],
+)
+def test_tensors_are_checked_before_they_are_pointed_to(place, change, message):
+    layer, _, _ = layer_of(20, 12)
+    parts = list(layer.parts)
+    parts[place] = change(parts[place])
+    with pytest.raises(ValueError, match=message):
+        native.Prepared(tuple(parts), (20, 12, 8))
+
+
+def test_inputs_are_checked_before_they_are_pointed_to():
+    layer, _, _ = layer_of(20, 12)
+    for x in (torch.ones(3, 19), torch.ones(3, 20).double(), torch.ones(20, 3).T, torch.ones(3, 20, device="meta")):
+        with pytest.raises(ValueError, match=r"x must be a contiguous torch.float32 tensor of shape \(3, 20\)"):
+            native.run_linear(layer.linear, x, 0)
+    with pytest.raises(ValueError, match="residual must be"):
+        native.run_linear(layer.linear, torch.ones(3, 20), 0, residual=torch.ones(3, 11))
+    with pytest.raises(ValueError, match=r"q must be a contiguous torch\.int8"):
+        native.product(torch.ones(3, 20), layer, 0)
+
+
+# Attention.
+
+
+def attention_of(query, key, value, heads, scaling):
+    parts = [t.double().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value)]
+    return F.scaled_dot_product_attention(*parts, scale=scaling).transpose(1, 2).flatten(2)
+
+
+@each_level
+@pytest.mark.parametrize(
+    ("images", "tokens", "heads", "size"),
+    [(1, 1, 1, 8), (1, 2, 1, 1), (2, 7, 2, 5), (3, 50, 2, 16), (1, 33, 1, 80), (2, 197, 3, 64), (1, 785, 1, 32),
+     (5, 16, 4, 24), (1, 31, 1, 33)],
+)  # fmt: skip
+def test_attention_is_that_of_numbers_in_bfloat16(level, images, tokens, heads, size):
+    query, key, value = torch.randn(3, images, tokens, heads * size, generator=generator(0))
+    got = native.attention(query, key, value, heads, size**-0.5, level)
+    rounded = (t.bfloat16().float() for t in (query, key, value))
+    expected = attention_of(*rounded, heads, size**-0.5)
+    # What is left is the rounding of the softmax: 2**-9 of each of its numbers.
+    assert float((got - expected).abs().max()) < 2**-8 * float(value.abs().max())
+    assert float((got - expected).pow(2).mean().sqrt()) < 2**-9 * float(value.abs().mean())
+
+
+@each_level
+def test_attention_is_the_same_for_any_batch_and_threads(level):
+    query, key, value = torch.randn(3, 5, 21, 48, generator=generator(0))
+    expected = native.attention(query, key, value, 2, 0.2, level)
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        assert torch.equal(native.attention(query, key, value, 2, 0.2, level), expected)
+    alone = [native.attention(*(t[i : i + 1] for t in (query, key, value)), 2, 0.2, level) for i in range(5)]
+    assert torch.equal(torch.cat(alone), expected)
+
+
+@each_level
+def test_attention_keeps_nan_in_its_image_and_head(level):
+    query, key, value = torch.randn(3, 2, 9, 32, generator=generator(0))
+    expected = native.attention(query, key, value, 2, 0.25, level)
+    value = value.clone()
+    value[1, 4, 3] = NAN
+    got = native.attention(query, key, value, 2, 0.25, level)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1, :, 16:], expected[1, :, 16:])
+    assert bool(got[1, :, 3].isnan().all())
+    large = native.attention(query * 1e4, key * 1e4, expected * 0 + 1, 2, 0.25, level)
+    assert torch.allclose(large, torch.ones_like(large), atol=0.01)
+
+
+def test_attention_checks_its_sizes():
+    x = torch.ones(1, 3, 10)
+    with pytest.raises(ValueError, match="a width of 10 does not divide into 3 heads"):
+        native.attention(x, x, x, 3, 1.0, 0)
+    with pytest.raises(ValueError, match="key must be"):
+        native.attention(x, x[:, :2], x, 2, 1.0, 0)
+
+
+# Processes and threads.
+
+
+def test_threads_that_call_at_once():
+    layer, _, _ = layer_of(70, 90)
+    inputs = [torch.randn(rows, 70, generator=generator(rows)) for rows in (1, 20, 60, 200)]
+    expected = [native.run_linear(layer.linear, x, LEVELS[-1]) for x in inputs]
+    wrong = []
+
+    def run(x, y):
+        torch.set_num_threads(2)
+        wrong.extend(1 for _ in range(20) if not torch.equal(native.run_linear(layer.linear, x, LEVELS[-1]), y))
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_process_runs_on_one_thread_and_does_not_hang():
+    code = """
+import os, sys, torch
+from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
+torch.set_num_threads(2)
+layer = PackedLinear.from_float(torch.nn.Linear(64, 96), LinearConfig(8, backend="native"))
+x = torch.randn(100, 64)
+with torch.inference_mode():
+    expected = layer(x)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(layer(x), expected) else 1)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_no_second_pool_of_threads():
+    """The library's OpenMP is torch's, by the loader: the process has one of them."""
+    file = Path("/proc/self/maps")
+    maps = file.read_text().split() if file.exists() else []
+    pools = {entry for entry in maps if "libgomp" in os.path.basename(entry)}
+    torch_has = any(os.sep + "torch" + os.sep in pool for pool in pools)
+    assert not torch_has or sum(os.path.basename(pool).startswith("libgomp.so") for pool in pools) == 1
+
+
+def test_profile_adds_up_to_the_time_of_the_threads():
+    layer, _, _ = layer_of(256, 512)
+    x = torch.randn(400, 256)
+    with native.profile() as seconds:
+        native.run_linear(layer.linear, x, LEVELS[-1])
+    assert list(seconds) == list(native.STAGES)
+    assert seconds["integer products"] > 0
+    assert seconds["unpack 4 bits"] == seconds["attention"] == 0
+    assert 0 < sum(seconds.values()) < 60
+    with native.profile() as outer, native.profile():
+        native.run_linear(layer.linear, x, LEVELS[-1])
+    assert not any(outer.values())
+
+
+# PackedLinear on them.
+
+
+def packed(**settings):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(settings.pop("inputs", 75), settings.pop("outputs", 21))
+    return PackedLinear.from_float(linear, LinearConfig(**settings), "fc")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"bits": 4}, {"bits": 4, "resident": "unpacked"}, {"bits": 3, "method": "channel"},
+        {"bits": 2, "symmetric": True}, {"bits": 8, "method": "channel", "symmetric": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_packed_layer_gives_what_the_reference_gives(settings):
+    layer, plain = packed(**settings, backend="native"), packed(**settings, backend="reference")
+    assert layer.backend == "native"
+    assert layer.weight_codes is None
+    x = torch.randn(3, 5, 75, generator=generator(1))
+    with torch.no_grad():
+        assert torch.allclose(layer(x), plain(x), rtol=1e-5, atol=1e-4)
+        for dtype in (torch.float16, torch.bfloat16):
+            assert layer(x.to(dtype)).dtype == dtype
+            assert torch.allclose(layer(x.to(dtype)).float(), plain(x.to(dtype)).float(), rtol=0.02, atol=0.02)
+    assert torch.equal(layer.integers(), plain.integers())
+    assert torch.equal(layer.dequantize(), plain.dequantize())
+
+
+def test_static_layers_run_natively():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(75, 21)
+    layers = [
+        PackedLinear.from_float(linear, LinearConfig(8, activations="static", backend=backend), "fc", (-1.5, 3.0))
+        for backend in ("native", "reference")
+    ]
+    x = torch.randn(30, 75, generator=generator(1)) * 2
+    with torch.no_grad():
+        assert torch.allclose(layers[0](x), layers[1](x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bits": 8}, {"bits": 4}, {"bits": 3}, {"bits": 4, "resident": "unpacked"}], ids=str
+)
+def test_the_state_dict_is_that_of_rows(settings):
+    native_layer, rows = packed(**settings), packed(**settings)
+    native_layer.use_native()
+    saved, expected = native_layer.state_dict(), rows.state_dict()
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[key], expected[key]) for key in saved)
+    torch.manual_seed(1)
+    other = PackedLinear.from_float(torch.nn.Linear(75, 21), LinearConfig(**settings), "fc")
+    other.use_native()
+    x = torch.randn(4, 75)
+    with torch.no_grad():
+        before = other(x)
+        other.load_state_dict(saved)
+        assert other.backend == "native"
+        assert torch.equal(other(x), native_layer(x))
+        assert not torch.equal(other(x), before)
+
+
+def test_a_load_that_fails_leaves_the_layer_as_it_was():
+    layer, x = packed(bits=4), torch.randn(4, 75)
+    layer.use_native()
+    with torch.no_grad():
+        expected = layer(x)
+        wrong = {**layer.state_dict(), "scale": torch.ones(5)}
+        with pytest.raises(RuntimeError, match="size mismatch for scale"):
+            layer.load_state_dict(wrong)
+        assert layer.backend == "native"
+        assert torch.equal(layer(x), expected)
+
+
+def test_changes_in_place_are_seen():
+    layer, x = packed(bits=8, method="channel"), torch.randn(4, 75)
+    layer.use_native()
+    with torch.no_grad():
+        before = layer(x)
+        layer.bias.add_(1)
+        assert torch.allclose(layer(x), before + 1, atol=1e-5)
+        layer.bias = layer.bias + 1
+        assert torch.allclose(layer(x), before + 2, atol=1e-5)
+    half = packed(bits=8).to(torch.bfloat16)
+    half.use_native()
+    with torch.no_grad():
+        before = half(x)
+        half.bias.add_(1)
+        assert torch.allclose(half(x), before + 1, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activations": None}, "cannot run fc: activations=None"),
+        ({"activation_bits": 4}, "cannot run fc: activation_bits=4"),
+        ({"method": "channel", "group_size": 32}, "cannot run fc: group_size=32"),
+        ({"backend": "reference"}, "cannot run fc: backend='reference'"),
+    ],
+)
+def test_what_they_cannot_run_is_refused(settings, message):
+    layer = packed(**settings)
+    with pytest.raises(ValueError, match=message):
+        layer.use_native()
+    assert layer.panels is None
+    with pytest.raises(ValueError, match=r"a scale of torch\.float64"):
+        PackedLinear.from_float(torch.nn.Linear(8, 8).double(), LinearConfig(backend="native"))
+
+
+def test_without_the_library_there_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(native, "levels", lambda: ())
+    with pytest.raises(RuntimeError, match=r"the native kernels cannot run fc: they were not built; install a C\+\+"):
+        packed(backend="native")
+    with pytest.raises(RuntimeError, match="no native kernels: they were not built"):
+        native.level_number()
+
+
+def test_the_environment_decides_over_auto(monkeypatch):
+    layer = packed()
+    layer.use_native()
+    assert layer.backend == "native"
+    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_BACKEND", "reference")
+    assert layer.backend == "reference"
+    x = torch.randn(3, 75)
+    assert torch.equal(layer(x), reference.integer(x, layer.weight_matrix, layer.bias, layer.input_grid))
+
+
+def test_structures_have_the_size_that_the_library_has():
+    """Written out by the library itself: a field more on one side would shift all that follow."""
+    loaded = native.library()
+    assert ctypes.sizeof(native.Linear) == loaded.fairseq_size(0)
+    assert ctypes.sizeof(native.Block) == loaded.fairseq_size(1)
