@@ -9,6 +9,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fairseq" / "__init__.py").read_text(encoding="utf-8")).group(1)
@@ -39,12 +40,23 @@ class BuildNative(build_ext):
     """Compiles each file of the native library with the flags of its instruction set."""
 
     def build_extension(self, ext):
-        objects = []
-        for source in ext.sources:
-            flags = [*ext.extra_compile_args, *LEVELS.get(Path(source).stem, [])]
-            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+        first, *others = ext.sources
+        objects, known = [], []
+        for source in others:
+            level = Path(source).stem
+            try:
+                objects += self.compile(source, [*ext.extra_compile_args, *LEVELS[level]])
+                known.append(f"-DWITH_{level}")
+            except CompileError as error:
+                if level == "portable":
+                    raise
+                self.warn(f"this compiler does not know {level}, which is left out: {error}")
+        objects += self.compile(first, [*ext.extra_compile_args, *known])
         target = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, target, extra_postargs=ext.extra_link_args, target_lang="c++")
+
+    def compile(self, source, flags):
+        return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
 
 
 NATIVE = Extension(

@@ -6,10 +6,12 @@ import copy
 import functools
 import logging
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +25,9 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 ENGINES = ("auto", "fused", "layers")
+SETTINGS = ("scaling", "num_attention_heads", "activation_fn", "intermediate_act_fn")
+"""What the modules of a block are set to, and a native block was made for."""
+
 HARMLESS = ("output_hidden_states", "return_dict", "interpolate_pos_encoding")
 """Arguments of a model that reach its blocks and change nothing in them."""
 
@@ -84,10 +89,12 @@ class FusedBlock(nn.Module):
         if x.ndim != 3 or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return False
         if torch.compiler.is_compiling():
-            return all(cast(PackedLinear, self.get_submodule(p)).panels is not None for p in self.plan.layers)
+            layers = [cast(PackedLinear, self.get_submodule(path)) for path in self.plan.layers]
+            inner = [module for module in self.modules() if module is not self]
+            return all(layer.panels is not None for layer in layers) and not _any_watched(inner)
         if self._current is None or not self._current.holds():
-            self._current = Current.of(self, self.plan)
-        return self._current is not None and not any(map(_watched, self._current.inner))
+            self._current = Current.of(self)
+        return self._current is not None and not _any_watched(self._current.inner)
 
     def _run(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.to(torch.float32).contiguous()
@@ -117,39 +124,51 @@ class FusedBlock(nn.Module):
 
 
 class Current:
-    """The native block of a :class:`FusedBlock` as its layers are now."""
+    """The native block of a :class:`FusedBlock` as its parts are now."""
 
     def __init__(self, block: nn.Module, plan: Plan):
         layers = [cast(PackedLinear, block.get_submodule(path)) for path in plan.layers]
         norms = [cast(nn.LayerNorm, block.get_submodule(name)) for name in plan.norms]
-        tensors = [tensor.detach() for norm in norms for tensor in (norm.weight, norm.bias)]
-        floats = [tensor.to(torch.float32).contiguous() for tensor in tensors]
+        tensors = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
+        floats = [tensor.detach().to(torch.float32).contiguous() for tensor in tensors]
         prepared = [layer.prepared() for layer in layers]
         self.block = native.make_block(prepared, floats, plan.epsilons, plan.scaling, plan.heads)
         self.inner = [module for module in block.modules() if module is not block]
-        self.seen: list[tuple[Any, str]] = [
-            *((block.get_submodule(path.rpartition(".")[0])._modules, path.rpartition(".")[2]) for path in plan.layers),
-            *((layer._buffers, key) for layer in layers for key in PackedLinear.PARTS),
-            *((norm._parameters, key) for norm in norms for key in ("weight", "bias")),
-        ]  # fmt: skip
-        self.found = [holder[key] for holder, key in self.seen]
-        copied = [norm for norm in tensors if norm.dtype != torch.float32]
-        self.versions = [*((tensor, native.version(tensor)) for tensor in copied)]
+        self.seen: list[tuple[dict[str, Any], str]] = [
+            *((module._modules, name) for module in block.modules() for name in module._modules),
+            *((layer._buffers, name) for layer in layers for name in PackedLinear.PARTS),
+            *((norm._parameters, name) for norm in norms for name in ("weight", "bias")),
+            *((norm.__dict__, "eps") for norm in norms),
+            *((module.__dict__, name) for module in self.inner for name in SETTINGS if name in module.__dict__),
+        ]
+        self.found = [holder[name] for holder, name in self.seen]
+        self.addressed = [thing for thing in self.found if isinstance(thing, Tensor)]
+        self.pointers = [tensor.data_ptr() for tensor in self.addressed]
+        copied = [tensor for tensor in tensors if tensor.dtype != torch.float32]
+        self.versions: list[tuple[Tensor, int]] = [(tensor, native.version(tensor)) for tensor in copied]
         self.versions += [pair for layer in prepared for pair in layer.versions]
 
     @classmethod
-    def of(cls, block: nn.Module, plan: Plan) -> Current | None:
-        """None where a layer is no longer packed or not on the CPU."""
-        layers = [block.get_submodule(path) for path in plan.layers]
-        fit = all(isinstance(layer, PackedLinear) and layer.panels is not None for layer in layers)
-        return cls(block, plan) if fit else None
+    def of(cls, block: FusedBlock) -> Current | None:
+        """None where a part no longer fits, or is not on the CPU."""
+        plan = _plan(block)
+        if isinstance(plan, str):
+            return None
+        block.plan = plan
+        layers = [cast(PackedLinear, block.get_submodule(path)) for path in plan.layers]
+        return None if any(layer.panels is None for layer in layers) else cls(block, plan)
 
     def holds(self) -> bool:
-        """Whether the block still consists of the same layers and tensors, and those that were copied are unchanged."""
-        for (holder, key), found in zip(self.seen, self.found):
-            if holder.get(key) is not found:
+        """Whether the block still has the same modules, tensors and settings; of copies, that they are unchanged.
+
+        A copied tensor that is changed behind PyTorch's back, through ``.data``, is not noticed.
+        """
+        for (holder, name), found in zip(self.seen, self.found):
+            if holder.get(name) is not found:
                 return False
-        return all(native.version(tensor) == number for tensor, number in self.versions)
+        return self.pointers == [tensor.data_ptr() for tensor in self.addressed] and all(
+            native.version(tensor) == number for tensor, number in self.versions
+        )
 
 
 def check_engine(engine: str, execution: str = "packed") -> None:
@@ -252,6 +271,8 @@ def _plan(block: nn.Module) -> Plan | str:
     if len(attention) != 1:
         return "it has no attention module with num_attention_heads and scaling"
     heads, scaling = int(attention[0].num_attention_heads), float(attention[0].scaling)  # type: ignore[arg-type]
+    if not scaling > 0:
+        return f"its scaling is {scaling}"
     if packed["query"].out_features % heads:
         return f"its {packed['query'].out_features} columns do not divide into {heads} heads"
     if not _has_gelu(block):
@@ -269,11 +290,17 @@ def _has_gelu(block: nn.Module) -> bool:
     return len(functions) == 1 and torch.allclose(functions[0](x), F.gelu(x), rtol=0, atol=1e-6)
 
 
-def _watched(module: nn.Module) -> bool:
-    """Whether someone sees what goes through a module, or has replaced its forward."""
-    if not module._forward_hooks and not module._forward_pre_hooks:
-        return "forward" in module.__dict__
-    return any(map(_active, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
+def _any_watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether someone sees what goes through one of the modules, or has changed what it does."""
+    if module_globals._global_forward_hooks or module_globals._global_forward_pre_hooks:
+        return True
+    for module in modules:
+        if module.training or "forward" in module.__dict__:
+            return True
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if _active(hook):
+                return True
+    return False
 
 
 def _active(hook: Any) -> bool:

@@ -1,6 +1,7 @@
 """The fused engine: that a block gives what its layers give, and stays the model that it was."""
 
 import copy
+import inspect
 import io
 import os
 import pickle
@@ -74,7 +75,6 @@ def block_by_hand(block, x):
 @pytest.mark.parametrize(
     "settings", [{"bits": 8}, {"bits": 4, "method": "channel"}, {"activations": "static"}], ids=str
 )
-@torch.no_grad()
 def test_a_block_is_its_parts(tiny_vit, pixels, settings):
     calibration = pixels if "activations" in settings else None
     quantizer = ViTQuantizer(**settings, rounding="nearest")
@@ -236,6 +236,81 @@ def test_changes_are_seen(tiny_vit, pixels, monkeypatch):
         block.set_submodule(block.plan.layers[0], nn.Linear(24, 24))
         assert changed()
         assert calls == [2 * len(seen) - 1]  # that block has a float layer, and is no longer fused
+
+
+@pytest.mark.parametrize("change", ["norm", "attention", "activation", "eps", "scaling", "data", "shared memory"])
+def test_changes_of_structure_are_seen(tiny_vit, pixels, change):
+    quantizer = ViTQuantizer(bits=8, method="channel")
+    fused, layers = (quantizer.quantize_model(tiny_vit, engine=engine) for engine in ("fused", "layers"))
+    before = logits(fused, pixels)
+
+    def apply(block):
+        if change == "norm":
+            block.layernorm_before = nn.LayerNorm(24)
+        elif change == "attention":
+            other = copy.deepcopy(block.attention)
+            for module in other.modules():
+                if isinstance(module, PackedLinear):
+                    module.bias = -module.bias
+            block.attention = other
+        elif change == "activation":
+            holder = next(m for m in block.modules() if {"activation_fn", "intermediate_act_fn"} & set(m._modules))
+            setattr(holder, ({"activation_fn", "intermediate_act_fn"} & set(holder._modules)).pop(), nn.ReLU())
+        elif change == "eps":
+            block.layernorm_before.eps = 1.0
+        elif change == "scaling":
+            next(m for m in block.modules() if hasattr(m, "scaling")).scaling *= 3
+        elif change == "data":
+            for module in block.modules():
+                if isinstance(module, PackedLinear | nn.LayerNorm):
+                    module.bias.data = -module.bias.data
+        else:
+            block.share_memory()
+
+    first = [next(m for m in model.modules() if type(m).__name__.endswith("ViTLayer")) for model in (fused, layers)]
+    with torch.no_grad():
+        for block in first:
+            apply(block)
+        got, expected = logits(fused, pixels), logits(layers, pixels)
+    assert torch.equal(got, before) == (change == "shared memory")
+    assert torch.allclose(got, expected, atol=0.08)
+
+
+def test_heads_wider_than_the_model(pixels):
+    """The rows of one layer must not reach into those that another thread holds for the next one."""
+    if "head_dim" not in inspect.getsource(ViTModel.__init__.__globals__["ViTAttention"]):
+        pytest.skip("this transformers has heads of width / heads only")
+    for head_dim in (64, 8):
+        torch.manual_seed(0)
+        config = vit_config(hidden_size=48, num_attention_heads=3, head_dim=head_dim)
+        fused = ViTQuantizer(bits=8).quantize_model(ViTForImageClassification(config).eval(), engine="fused")
+        hidden, before = torch.randn(1, 61, 48), torch.get_num_threads()
+        with torch.no_grad():
+            expected = blocks(fused)[0](hidden)
+            try:
+                torch.set_num_threads(2)
+                assert all(torch.equal(blocks(fused)[0](hidden), expected) for _ in range(60))
+            finally:
+                torch.set_num_threads(before)
+
+
+def test_dropout_in_training_mode_alone(tiny_vit, pixels, monkeypatch):
+    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    calls = count_calls(monkeypatch)
+    for module in blocks(fused)[0].modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert not torch.equal(logits(fused, pixels), logits(fused, pixels))
+    assert calls == [2]  # the other block, twice
+
+
+def test_hooks_of_all_modules_see_the_layers(tiny_vit, pixels, monkeypatch):
+    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    calls, seen = count_calls(monkeypatch), []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module))):
+        logits(fused, pixels)
+    assert calls == [0]
+    assert seen.count(PackedLinear) == 13
 
 
 def test_who_looks_into_a_block_sees_its_layers(tiny_vit, pixels, monkeypatch):
@@ -459,6 +534,16 @@ def test_compile_sees_one_operator_per_block(tiny_vit, pixels):
         assert torch.equal(compiled(pixels).logits, logits(fused, pixels))
         assert graphs[0].count("native_block") >= 2
         assert torch.equal(compiled(pixels[:2]).logits, logits(fused, pixels[:2]))
+
+
+def test_compiled_blocks_call_hooks(tiny_vit, pixels):
+    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    seen = []
+    blocks(fused)[0].layernorm_after.register_forward_hook(lambda *args: seen.append(1))
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(fused, backend="eager")(pixels)
+    assert seen
 
 
 def test_export_takes_a_fused_model(tiny_vit, pixels):

@@ -281,7 +281,8 @@ class PackedLinear(nn.Module):
             if torch.compiler.is_compiling():
                 y = operators.native_linear(rows, self.parts(), self.sizes())
             else:
-                y = native.run_linear(self.prepared().linear, rows, native.level_number())
+                prepared = self.prepared()  # kept alive by this name, whatever other threads do
+                y = native.run_linear(prepared.linear, rows, native.level_number())
             y = y.to(input.dtype)
             return y.reshape(*input.shape[:-1], self.out_features)
         chosen = kernels.choose(self.scale.device, self.config.backend)

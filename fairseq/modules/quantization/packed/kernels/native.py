@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import sysconfig
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ LEVELS = ("portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16")
 """Instruction sets that the library is compiled for, the slowest first."""
 
 ENVIRONMENT = "FAIRSEQ_QUANTIZATION_LEVEL"
+LIBRARY = "FAIRSEQ_QUANTIZATION_LIBRARY"
+"""Names another build of the library, such as one with a sanitizer."""
 NOT_BUILT = "they were not built; install a C++ compiler (gcc or clang) and reinstall fairseq"
 STAGES = (
     "LayerNorm, quantize",
@@ -43,6 +46,8 @@ Parts = tuple[Tensor | None, ...]
 
 class Linear(Structure):
     """One Linear, as ``struct Linear`` of csrc/api.h."""
+
+    kept: tuple[Any, ...]  # what it points to
 
     _fields_ = (
         ("panels", c_void_p), ("sums", c_void_p), ("scale", c_void_p), ("zero", c_void_p), ("bias", c_void_p),
@@ -88,16 +93,22 @@ def library() -> ctypes.CDLL | None:
 
     torch's OpenMP is in the process by then, and the loader takes it for this library, too: one pool of threads.
     """
-    for file in sorted(Path(__file__).parent.glob("_native*.so")):
-        try:
-            loaded = ctypes.CDLL(str(file))
-        except OSError:
-            continue
+    chosen = os.environ.get(LIBRARY)
+    file = Path(chosen) if chosen else Path(__file__).with_name("_native" + sysconfig.get_config_var("EXT_SUFFIX"))
+    try:
+        loaded = ctypes.CDLL(str(file))
         for name, arguments in SIGNATURES.items():
             function = getattr(loaded, name)
             function.argtypes, function.restype = arguments, c_int
-        return loaded
-    return None
+        if (loaded.fairseq_size(0), loaded.fairseq_size(1)) != (ctypes.sizeof(Linear), ctypes.sizeof(Block)):
+            raise OSError(f"{file} was built from another version of its sources; reinstall fairseq")
+    except (OSError, AttributeError) as error:
+        if chosen:
+            raise
+        if file.exists():
+            warnings.warn(f"the native kernels do not load: {error}", stacklevel=2)
+        return None
+    return loaded
 
 
 @functools.cache
@@ -175,9 +186,10 @@ class Prepared:
         inputs, outputs, bits = sizes
         if panels is None or sums is None or scale is None or zero_point is None:
             raise ValueError("a native layer needs panels, sums, a scale and a zero point; one of them is None")
-        floating = (bias, factor, correction)
-        bias, factor, correction = (None if t is None else t.to(torch.float32) for t in floating)
-        copies = [t for t in floating if t is not None and (t.dtype != torch.float32 or correction is not None)]
+        given = (bias, factor, correction)
+        bias, factor, correction = (None if t is None else t.to(torch.float32) for t in given)
+        copies = [t for t in given if t is not None and (t.dtype != torch.float32 or correction is not None)]
+        copies += [t for t in (input_scale, input_zero_point) if t is not None]
         self.versions = [(t, version(t)) for t in copies]
         if correction is not None:
             bias = correction if bias is None else bias + correction
@@ -190,17 +202,22 @@ class Prepared:
             _check("bias", bias, torch.float32, (outputs,))
         if factor is not None:
             _check("factor", factor, torch.float32, (inputs,))
-        self.tensors = panels, sums, scale, zero_point, bias, factor  # kept alive
+        self.tensors = panels, sums, scale, zero_point, bias, factor
+        self.pointers = _pointers(parts)
         fixed = (0.0, 0) if input_scale is None or input_zero_point is None else (input_scale, input_zero_point)
         self.linear = Linear(
             *(_pointer(tensor) for tensor in self.tensors), inputs, outputs, is_narrow(bits), code_offset(bits),
             scales != (1,), float(fixed[0]), int(fixed[1]),
         )  # fmt: skip
+        self.linear.kept = self.tensors
 
     def is_of(self, parts: Parts) -> bool:
-        """Whether the layer has these very tensors, and those of which there are copies are unchanged."""
+        """Whether the layer has these very tensors, in the same memory, and those that were copied are unchanged.
+
+        A copied one that is changed behind PyTorch's back, through ``.data``, is not noticed.
+        """
         same = all(mine is its for mine, its in zip(self.parts, parts, strict=True))
-        return same and all(version(tensor) == number for tensor, number in self.versions)
+        return same and self.pointers == _pointers(parts) and all(version(t) == number for t, number in self.versions)
 
 
 def make_block(
@@ -225,6 +242,8 @@ def make_block(
     expected = [(width, inner)] * 3 + [(inner, width), (width, mlp), (mlp, width)]
     if sizes != expected or inner % heads:
         raise ValueError(f"an encoder block with {heads} heads has layers of (in, out) {expected}, got {sizes}")
+    if not scaling > 0:
+        raise ValueError(f"the scaling of attention must be positive, got {scaling}")
     for name, norm in zip(("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"), norms, strict=True):
         _check(name, norm, torch.float32, (width,))
     pointers = (norm.data_ptr() for norm in norms)
@@ -253,7 +272,7 @@ def run_linear(linear: Linear, x: Tensor, level: int, gelu: bool = False, residu
     shape = (len(x), linear.outputs)
     if residual is not None:
         _check("residual", residual, torch.float32, shape)
-    out = torch.empty(shape)
+    out = x.new_empty(shape)
     if out.numel():
         _raise(
             _library().fairseq_linear(
@@ -296,7 +315,7 @@ def quantize(x: Tensor, layer: Prepared, level: int) -> tuple[Tensor, Tensor, Te
 def product(q: Tensor, layer: Prepared, level: int) -> Tensor:
     """int8 (rows, in) times a layer's codes, transposed: int32 (rows, out), exact."""
     _check("q", q, torch.int8, (len(q), layer.linear.inputs))
-    out = torch.empty(len(q), layer.linear.outputs, dtype=torch.int32)
+    out = q.new_empty(len(q), layer.linear.outputs, dtype=torch.int32)
     _raise(_library().fairseq_product(level, layer.linear, q.data_ptr(), len(q), out.data_ptr()))
     return out
 
@@ -309,6 +328,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, scaling: fl
     images, tokens, width = query.shape
     if heads < 1 or width % heads:
         raise ValueError(f"a width of {width} does not divide into {heads} heads")
+    if not scaling > 0:
+        raise ValueError(f"the scaling of attention must be positive, got {scaling}")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check(name, tensor, torch.float32, (images, tokens, width))
     out = torch.empty_like(query)
@@ -321,26 +342,35 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, scaling: fl
 
 
 def _disagreement(level: int) -> str | None:
-    """How a level differs from the reference on small cases, or None."""
-    random = torch.Generator().manual_seed(0)
+    """How a level differs from the reference on small cases, or None; whatever the caller's context is."""
+    try:
+        with torch.inference_mode(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            return _compare(level)
+    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+        return f"they fail with {type(error).__name__}: {error}"
+
+
+def _compare(level: int) -> str | None:
+    random, real = torch.Generator().manual_seed(0), torch.float32
     for bits in (8, 4):
         low, high = (-128, 128) if bits == 8 else (0, 16)
         codes = torch.randint(low, high, (40, 70), generator=random).to(torch.int8)
         q = torch.randint(-128, 128, (19, 70), generator=random).to(torch.int8)
         codes[0], q[0] = low, 127  # the largest products, which saturate where sums are kept in 16 bits
-        scale, zero = torch.rand(40, generator=random) + 0.1, torch.full((40,), 2 ** (bits - 1), dtype=torch.uint8)
+        scale = torch.rand(40, generator=random, dtype=real) + 0.1
+        zero = torch.full((40,), 2 ** (bits - 1), dtype=torch.uint8)
         parts = to_panels(codes, bits), codes.sum(1, dtype=torch.int32), scale, zero
         layer = Prepared((*parts, None, None, None, None, None), (70, 40, bits))
         exact = q.to(torch.int64) @ codes.to(torch.int64).T
         if not torch.equal(product(q, layer, level), exact.to(torch.int32)):
             return f"their integer product at {bits} bits differs from the reference's"
-        x = torch.randn(19, 70, generator=random)
+        x = torch.randn(19, 70, generator=random, dtype=real)
         rounded, token_scale = quantize_tokens(x)
         centred = codes.double() - (zero.double() - code_offset(bits))[:, None]
         expected = (rounded * token_scale).double() @ (centred * scale[:, None]).T
         if not torch.allclose(run_linear(layer.linear, x, level).double(), expected, rtol=1e-4, atol=1e-3):
             return f"their layer at {bits} bits differs from the reference"
-    query, key, value = torch.randn(3, 2, 35, 40, generator=random)
+    query, key, value = torch.randn(3, 2, 35, 40, generator=random, dtype=real)
     by_head = [t.view(2, 35, 2, 20).transpose(1, 2) for t in (query, key, value)]
     expected = F.scaled_dot_product_attention(*by_head).transpose(1, 2).reshape(2, 35, 40)
     if not torch.allclose(attention(query, key, value, 2, 20**-0.5, level), expected, atol=0.03):
@@ -358,6 +388,10 @@ def _library() -> ctypes.CDLL:
 def version(tensor: Tensor) -> int:
     """How often a tensor was written to; 0 for an inference tensor, which does not know."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

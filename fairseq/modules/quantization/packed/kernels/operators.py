@@ -18,7 +18,8 @@ PARTS = 9  # tensors of a layer
 @torch.library.custom_op("fairseq::native_linear", mutates_args=())
 def native_linear(x: Tensor, parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
     """float32 (rows, in) -> (rows, out); ``parts`` and ``sizes`` as for :class:`native.Prepared`."""
-    return native.run_linear(native.Prepared(tuple(parts), sizes).linear, x, native.level_number())
+    layer = native.Prepared(tuple(parts), sizes)
+    return native.run_linear(layer.linear, x, native.level_number())
 
 
 @native_linear.register_fake

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -16,7 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
-from fairseq.modules.quantization.packed.kernels import native, reference
+from fairseq.modules.quantization.packed.kernels import native, operators, reference
 from fairseq.modules.quantization.packed.panels import to_panels
 from fairseq.modules.quantization.scalar.tokens import quantize_static, quantize_tokens
 
@@ -382,6 +383,8 @@ def test_attention_keeps_nan_in_its_image_and_head(level):
 
 def test_attention_checks_its_sizes():
     x = torch.ones(1, 3, 10)
+    with pytest.raises(ValueError, match="the scaling of attention must be positive, got 0"):
+        native.attention(x, x, x, 2, 0, 0)
     with pytest.raises(ValueError, match="a width of 10 does not divide into 3 heads"):
         native.attention(x, x, x, 3, 1.0, 0)
     with pytest.raises(ValueError, match="key must be"):
@@ -541,6 +544,63 @@ def test_changes_in_place_are_seen():
         before = half(x)
         half.bias.add_(1)
         assert torch.allclose(half(x), before + 1, atol=0.05)
+
+
+def test_memory_that_moves_is_seen():
+    layer, x = packed(bits=8, method="channel"), torch.randn(4, 75)
+    layer.use_native()
+    with torch.no_grad():
+        before = layer(x)
+        layer.share_memory()
+        assert torch.equal(layer(x), before)
+        layer.bias.data = layer.bias.data + 1
+        assert torch.allclose(layer(x), before + 1, atol=1e-5)
+
+
+def test_static_ranges_that_change_are_seen():
+    torch.manual_seed(0)
+    config = LinearConfig(8, activations="static", backend="native")
+    layer = PackedLinear.from_float(torch.nn.Linear(75, 21), config, "fc", (-1.5, 3.0))
+    x = torch.randn(4, 75)
+    with torch.no_grad():
+        before = layer(x)
+        layer.input_scale.mul_(2)
+        assert not torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("settings", [{}, {"activations": "static"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_and_a_compiled_layer_give_the_same(settings, dtype):
+    """Of a bias in half precision, and of a static range, there are copies that must live as long as the call."""
+    torch.manual_seed(0)
+    span = (-1.5, 3.0) if settings else None
+    layer = PackedLinear.from_float(torch.nn.Linear(75, 90), LinearConfig(**settings), "fc", span).to(dtype)
+    layer.use_native()
+    x = torch.randn(40, 75)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = layer(x)
+        for _ in range(5):
+            assert torch.equal(operators.native_linear(x, layer.parts(), layer.sizes()), expected)
+            assert torch.equal(compiled(x), expected)
+    torch.library.opcheck(operators.native_linear, (x, list(layer.parts()), list(layer.sizes())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_device_do_not_matter(dtype):
+    layer, _, _ = layer_of(40, 50)
+    x, q = torch.randn(6, 40), integers(6, 40)
+    expected = native.run_linear(layer.linear, x, 0), native.product(q, layer, 0)
+    native.levels.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"), torch.autocast("cpu"), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert native.levels()
+            got = native.run_linear(layer.linear, x, 0), native.product(q, layer, 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ struct Shared {
   uint16_t *queries, *keys, *values;  // bfloat16, see attention.h
   float* attended;              // (rows, heads * head_size)
   int64_t rows, tokens;
+  int64_t stride;               // bytes of a row among the integers, the same for all layers: rows stay with their thread
 };
 
 // Memory of one thread.

@@ -11,6 +11,8 @@
 #include "product.h"
 #include "vector.h"
 
+namespace {  // each instruction set has its own
+
 // Rounds half to even to bfloat16; NaN stays NaN.
 static inline Halves bfloat16(Floats x) {
 #if defined(__AVX512BF16__)
@@ -175,3 +177,5 @@ static void attend(int64_t head_count, int64_t size, float scaling, const Shared
     }
   }
 }
+
+}  // namespace

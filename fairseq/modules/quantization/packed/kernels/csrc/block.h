@@ -6,6 +6,8 @@
 #include "product.h"
 #include "rows.h"
 
+namespace {  // each instruction set has its own
+
 static inline int64_t row_bytes(const Linear& linear) { return steps_of(linear.in) * 4; }
 static inline int64_t panel_count(const Linear& linear) { return divide_up(linear.out, PANEL); }
 
@@ -17,7 +19,7 @@ static void norm_rows(const Linear& linear, const float* x, int64_t width, const
     for (int64_t i = 0; i < tile.rows; i++) {
       const int64_t row = tile.row + i;
       layer_norm(x + row * width, width, weight, bias, epsilon, own.row);
-      quantize(own.row, linear, own.row, shared.integers + tile.row * row_bytes(linear), i, tile.rows,
+      quantize(own.row, linear, own.row, shared.integers + tile.row * shared.stride, i, tile.rows,
                shared.scales + row, shared.sums + row);
     }
   }
@@ -35,7 +37,7 @@ static void before_attention(const Block& block, const float* x, const Shared& s
         place(i, y);
       };
     };
-    multiply(linear, shared.integers, shared.scales, shared.sums, 0, own.tiles, own.tile_count, 0, panel_count(linear),
+    multiply(linear, shared.integers, shared.stride, shared.scales, shared.sums, 0, own.tiles, own.tile_count, 0, panel_count(linear),
              own, sink);
   }
   for (int64_t t = 0; t < own.tile_count; t++) fill_up(heads, shared, own.tiles[t]);
@@ -51,7 +53,7 @@ static void after_attention(const Block& block, const float* x, const Shared& sh
     for (int64_t i = 0; i < tile.rows; i++) {
       const int64_t row = tile.row + i;
       quantize(shared.attended + row * block.output.in, block.output, own.row,
-               shared.integers + tile.row * row_bytes(block.output), i, tile.rows, shared.scales + row,
+               shared.integers + tile.row * shared.stride, i, tile.rows, shared.scales + row,
                shared.sums + row);
     }
   }
@@ -70,7 +72,7 @@ static void after_attention(const Block& block, const float* x, const Shared& sh
         if (left > 0) store(to + i * stride, gelu_of(y), left);
       };
     };
-    multiply(block.fc1, shared.integers, shared.scales, shared.sums, 0, tiles, last - first, 0, panel_count(block.fc1),
+    multiply(block.fc1, shared.integers, shared.stride, shared.scales, shared.sums, 0, tiles, last - first, 0, panel_count(block.fc1),
              own, to_hidden);
     for (int64_t t = 0; t < last - first; t++) {
       for (int64_t i = 0; i < tiles[t].rows; i++) {
@@ -87,7 +89,9 @@ static void after_attention(const Block& block, const float* x, const Shared& sh
         if (left > 0) store(to + i * stride, load<Floats>(to + i * stride, left) + y, left);
       };
     };
-    multiply(block.fc2, own.hidden_integers, own.hidden_scales, own.hidden_sums, row, tiles, last - first, 0,
+    multiply(block.fc2, own.hidden_integers, row_bytes(block.fc2), own.hidden_scales, own.hidden_sums, row, tiles, last - first, 0,
              panel_count(block.fc2), own, add);
   }
 }
+
+}  // namespace

@@ -6,6 +6,13 @@
 
 #include "api.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else  // nothing is watched
+#define ASAN_POISON_MEMORY_REGION(from, count) (void)0
+#define ASAN_UNPOISON_MEMORY_REGION(from, count) (void)0
+#endif
+
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -15,10 +22,7 @@ static int omp_get_num_threads() { return 1; }
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-extern const Kernels kernels_portable;
-#if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avxvnni, kernels_avx512vnni, kernels_avx512bf16;
-#endif
+extern const Kernels kernels_portable, kernels_avx2, kernels_avxvnni, kernels_avx512vnni, kernels_avx512bf16;
 
 static bool supports(int level) {
 #if defined(__x86_64__)
@@ -38,12 +42,21 @@ static bool supports(int level) {
 
 static const Kernels* kernels_of(int level) {
   if (!supports(level)) return nullptr;
-#if defined(__x86_64__)
-  const Kernels* all[] = {&kernels_portable, &kernels_avx2, &kernels_avxvnni, &kernels_avx512vnni, &kernels_avx512bf16};
-  return all[level];
-#else
-  return &kernels_portable;
+  switch (level) {  // those that the compiler knew, see setup.py
+#ifdef WITH_avx2
+    case 1: return &kernels_avx2;
 #endif
+#ifdef WITH_avxvnni
+    case 2: return &kernels_avxvnni;
+#endif
+#ifdef WITH_avx512vnni
+    case 3: return &kernels_avx512vnni;
+#endif
+#ifdef WITH_avx512bf16
+    case 4: return &kernels_avx512bf16;
+#endif
+  }
+  return level == 0 ? &kernels_portable : nullptr;
 }
 
 const int LEVELS = 5;
@@ -64,10 +77,13 @@ static int threads_for(int wanted) { return forked || wanted < 1 ? 1 : wanted; }
 // Memory that a calling thread keeps for its next call, given back when the thread ends.
 struct Arena {
   uint8_t* memory = nullptr;
-  size_t size = 0, used = 0;
-  ~Arena() { free(memory); }
+  size_t size = 0;
+  ~Arena() {
+    ASAN_UNPOISON_MEMORY_REGION(memory, size);
+    free(memory);
+  }
   bool reserve(size_t wanted) {
-    used = 0;
+    ASAN_UNPOISON_MEMORY_REGION(memory, size);
     if (wanted <= size) return true;
     free(memory);
     size = 0;
@@ -78,14 +94,16 @@ struct Arena {
 };
 static thread_local Arena arena;
 
-// Lays out arrays one after the other: in a first pass without memory, to add up their sizes.
+// Lays out arrays one after the other, with a gap that belongs to none: in a first pass without memory, to add up sizes.
 struct Layout {
   uint8_t* memory;
   size_t used;
   template <typename Type>
   void take(Type*& pointer, int64_t count) {
+    const size_t bytes = count * sizeof(Type), step = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT + ALIGNMENT;
     pointer = memory ? (Type*)(memory + used) : nullptr;
-    used += ((size_t)count * sizeof(Type) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT + ALIGNMENT;
+    if (memory) ASAN_POISON_MEMORY_REGION(memory + used + bytes, step - bytes);
+    used += step;
   }
 };
 
@@ -107,7 +125,8 @@ static void lay_out(Layout& layout, const Sizes& sizes, Shared& shared, Own* own
   const int64_t key_panels = divide_up(sizes.tokens, PANEL);
   shared.rows = sizes.rows;
   shared.tokens = sizes.tokens;
-  layout.take(shared.integers, sizes.rows * padded(sizes.width));
+  shared.stride = padded(sizes.width);
+  layout.take(shared.integers, sizes.rows * shared.stride);
   layout.take(shared.scales, sizes.rows);
   layout.take(shared.sums, sizes.rows);
   layout.take(shared.queries, sizes.heads * sizes.rows * numbers);
@@ -187,7 +206,7 @@ const int MOST_THREADS = 1024;
 // Bit n: whether this processor runs level n (portable, avx2, avxvnni, avx512vnni, avx512bf16).
 EXPORT int fairseq_levels() {
   int result = 0;
-  for (int level = 0; level < LEVELS; level++) result |= supports(level) << level;
+  for (int level = 0; level < LEVELS; level++) result |= (kernels_of(level) != nullptr) << level;
   return result;
 }
 
@@ -233,7 +252,7 @@ EXPORT int fairseq_product(int level, const Linear* linear, const int8_t* q, int
   const int64_t steps = padded(linear->in) / 4;
   for (int64_t t = 0; t < own.tile_count; t++) {
     const Tile& tile = own.tiles[t];
-    uint8_t* integers = shared.integers + tile.row * steps * 4;
+    uint8_t* integers = shared.integers + tile.row * shared.stride;
     for (int64_t i = 0; i < tile.rows; i++)
       for (int64_t k = 0; k < steps * 4; k++)
         integers[(k / GROUP * tile.rows + i) * GROUP + k % GROUP] = k < linear->in ? q[(tile.row + i) * linear->in + k] ^ 0x80 : 0;
@@ -299,7 +318,7 @@ EXPORT int fairseq_linear(int level, const Linear* linear, const float* x, int64
       const Tile& tile = whole.tiles[t];
       for (int64_t i = 0; i < tile.rows; i++)
         kernels.quantize(x + (tile.row + i) * linear->in, *linear, mine.row,
-                         shared.integers + tile.row * padded(linear->in), i, tile.rows, shared.scales + tile.row + i,
+                         shared.integers + tile.row * shared.stride, i, tile.rows, shared.scales + tile.row + i,
                          shared.sums + tile.row + i);
       if (mine.stages) {
         const double now = fairseq_seconds();

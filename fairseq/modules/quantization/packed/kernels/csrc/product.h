@@ -9,6 +9,10 @@
 #include <immintrin.h>
 #endif
 
+extern "C" double fairseq_seconds();
+
+namespace {  // each instruction set has its own
+
 template <int... I>
 struct Numbers {};
 template <int N, int... I>
@@ -167,8 +171,6 @@ static void unpack(const uint8_t* narrow, int64_t steps, uint8_t* panel) {
   }
 }
 
-extern "C" double fairseq_seconds();
-
 // Adds the time since the last call to a stage.
 static inline void lap(Own& own, Stage stage) {
   if (__builtin_expect(own.stages == nullptr, 1)) return;
@@ -179,10 +181,10 @@ static inline void lap(Own& own, Stage stage) {
 
 // y = x @ W.T + bias of the own tiles for the panels first ... last - 1; `sink` takes each tile's results:
 // sink(tile, column)(i, y), the outputs from `column` on of row i of the tile, zeros or nonsense beyond the last one.
-// `integers`, `scales` and `sums` are of the rows from `first_row` on.
+// `integers`, `stride` bytes a row, `scales` and `sums` are of the rows from `first_row` on.
 template <typename Sink>
-static inline void multiply(const Linear& linear, const uint8_t* integers, const float* scales, const int32_t* sums,
-                            int64_t first_row, const Tile* tiles, int64_t tile_count, int64_t first, int64_t last,
+static inline void multiply(const Linear& linear, const uint8_t* integers, int64_t stride, const float* scales,
+                            const int32_t* sums, int64_t first_row, const Tile* tiles, int64_t tile_count, int64_t first, int64_t last,
                             Own& own, Sink sink) {
   const int64_t steps = steps_of(linear.in), bytes = steps * 4 * PANEL / (linear.narrow ? 2 : 1);
   for (int64_t panel = first; panel < last; panel++) {
@@ -208,7 +210,7 @@ static inline void multiply(const Linear& linear, const uint8_t* integers, const
       if (panel + 1 < last)  // each tile has its share of the next panel brought from memory
         for (int64_t at = bytes * t / tile_count; at < bytes * (t + 1) / tile_count; at += ALIGNMENT)
           __builtin_prefetch(next + at, 0, 2);
-      product(integers + row * steps * 4, codes, tile.rows, steps, own.accumulators);
+      product(integers + row * stride, codes, tile.rows, steps, own.accumulators);
       lap(own, STAGE_PRODUCT);
       for (int64_t j = 0; j < PANEL; j += LANES) {
         const Ints zeros = load<Ints>(zero + j), offsets = load<Ints>(offset + j);
@@ -236,5 +238,7 @@ static void linear(const Linear& linear, const Shared& shared, Own& own, int64_t
       store(out + at, y, left);
     };
   };
-  multiply(linear, shared.integers, shared.scales, shared.sums, 0, own.tiles, own.tile_count, first, last, own, sink);
+  multiply(linear, shared.integers, shared.stride, shared.scales, shared.sums, 0, own.tiles, own.tile_count, first, last, own, sink);
 }
+
+}  // namespace

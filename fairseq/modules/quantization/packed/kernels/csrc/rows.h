@@ -4,6 +4,8 @@
 #include "api.h"
 #include "vector.h"
 
+namespace {  // each instruction set has its own
+
 // x * (1 + erf(x / sqrt(2))) / 2 = max(x, 0) - g(|x|), g(u) = u * (1 - Phi(u)); g is a polynomial of degree 14 in
 // 2 u / 5.5 - 1 on [0, 5.5], its interpolation at Chebyshev's nodes, and below 1.2e-7 beyond. Off by 1.2e-6 at most.
 static inline Floats gelu_of(Floats x) {
@@ -115,3 +117,5 @@ static void quantize(const float* x, const Linear& grid, float* scratch, uint8_t
   }
   *sum_of_row = sum(total);
 }
+
+}  // namespace

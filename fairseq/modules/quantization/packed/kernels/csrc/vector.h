@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+namespace {  // each instruction set has its own
+
 #if defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX2__)
@@ -152,3 +154,5 @@ static inline Floats exp_of(Floats x) {
   const Floats result = (Floats)(bits_of(value) + (bits_of(shifted) << 23));
   return x != x ? x : result;
 }
+
+}  // namespace
