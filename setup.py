@@ -3,8 +3,10 @@
 The native kernels are compiled if there is a C++ compiler; without one everything runs on PyTorch's own operations.
 """
 
+import os
 import platform
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -41,19 +43,23 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext):
         first, *others = ext.sources
-        objects, known = [], []
-        for source in others:
-            level = Path(source).stem
-            try:
-                objects += self.compile(source, [*ext.extra_compile_args, *LEVELS[level]])
-                known.append(f"-DWITH_{level}")
-            except CompileError as error:
-                if level == "portable":
-                    raise
-                self.warn(f"this compiler does not know {level}, which is left out: {error}")
-        objects += self.compile(first, [*ext.extra_compile_args, *known])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = list(pool.map(lambda source: self.compile_level(ext, source), others))
+        known = [f"-DWITH_{Path(source).stem}" for source, objects in zip(others, compiled) if objects]
+        objects = sum(compiled, self.compile(first, [*ext.extra_compile_args, *known]))
         target = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, target, extra_postargs=ext.extra_link_args, target_lang="c++")
+
+    def compile_level(self, ext, source):
+        """The object of one instruction set; none where the compiler does not know it."""
+        level = Path(source).stem
+        try:
+            return self.compile(source, [*ext.extra_compile_args, *LEVELS[level]])
+        except CompileError as error:
+            if level == "portable":
+                raise
+            self.warn(f"this compiler does not know {level}, which is left out: {error}")
+            return []
 
     def compile(self, source, flags):
         return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)

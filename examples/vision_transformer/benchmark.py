@@ -11,6 +11,11 @@ held (Linux only); "of int8 peak", the multiply-adds of all Linear layers per se
 product measured in this run (blank where the products are in float). "top-1" and "agreement" (the share of pictures
 with the float model's class) are over the pictures of --images and --labels; for a model that knows their classes, as
 the embedded one does, over the 500 that ship with the project.
+
+--profile adds where the time of the native kernels goes, by operation, in milliseconds of a forward and as a share of
+it; "outside" is PyTorch and Python: the patch embedding, the last LayerNorm, whatever is not fused. "roofline" is the
+share that the integer products of all Linear layers would take at the peak, if nothing else took time. A last table
+has the layers alone, beside torch._int_mm on the same shapes.
 """
 
 from __future__ import annotations
@@ -57,6 +62,8 @@ from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification
 
 from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
+from fairseq.modules.quantization.packed.kernels import native
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
 NAMES = ["bfloat16", *SETTINGS]
@@ -75,7 +82,9 @@ def build(size: str) -> nn.Module:
 def configured(name: str, model: nn.Module) -> nn.Module:
     """``model`` in the configuration called ``name``; for bfloat16 it is ``model`` itself that is changed."""
     if name in SETTINGS:
-        return quantize(ViTQuantizer(**SETTINGS[name]), model)
+        settings = dict(SETTINGS[name])
+        engine = settings.pop("engine", "auto")
+        return quantize(ViTQuantizer(**settings), model, engine=engine)
     return model.bfloat16() if name == "bfloat16" else model
 
 
@@ -133,6 +142,88 @@ def measure_speed(models: dict[str, nn.Module], batch: int, rounds: int) -> dict
         }
         for name, values in times.items()
     }
+
+
+def measure_profile(model: nn.Module, batch: int, rounds: int) -> dict[str, float] | None:
+    """Milliseconds of a forward by operation, and outside of the native kernels; None for a model without them.
+
+    Medians over the rounds; looking at the clock makes the kernels a few percent slower than in the other tables.
+    """
+    pixel_values, profiles = noise(model, batch), []
+    for _ in range(rounds + 1):  # the first does not count
+        started = time.perf_counter()
+        with native.profile() as seconds:
+            logits(model, pixel_values)
+        elapsed = time.perf_counter() - started
+        by_operation = {stage: 1000 * value / torch.get_num_threads() for stage, value in seconds.items()}
+        profiles.append({**by_operation, "outside": 1000 * elapsed - sum(by_operation.values())})
+    if not any(profiles[0][stage] for stage in native.STAGES):
+        return None
+    return {key: statistics.median(profile[key] for profile in profiles[1:]) for key in profiles[0]}
+
+
+def measure_linears(model: nn.Module, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Rates of a native 8-bit layer and of ``torch._int_mm`` in turns, for each shape of a Linear in the blocks.
+
+    The layer rounds its float input and scales its output; ``torch._int_mm`` takes integers and leaves them.
+    """
+    shapes: dict[tuple[int, int, int], None] = {}
+    handles = [
+        layer.register_forward_hook(
+            lambda layer, _, out: shapes.setdefault((out.numel() // layer.out_features, *reversed(layer.weight.shape)))
+        )
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    logits(model, noise(model, batch))
+    for handle in handles:
+        handle.remove()
+    results = []
+    for rows, inputs, outputs in shapes:
+        if rows < 16:  # the classifier's few rows wait for memory
+            continue
+        layer = PackedLinear.from_float(nn.Linear(inputs, outputs), LinearConfig(8, "channel", backend="native"))
+        x = torch.randn(rows, inputs)
+        q, codes = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((rows, inputs), (outputs, inputs)))
+        candidates = {"native": lambda: layer(x), "_int_mm": lambda: torch._int_mm(q, codes.t())}
+        times: dict[str, list[float]] = {name: [] for name in candidates}
+        with torch.inference_mode():
+            for _ in range(10 * rounds):
+                for name, run_once in candidates.items():
+                    started = time.perf_counter()
+                    run_once()
+                    times[name].append(time.perf_counter() - started)
+        rates = {name: 2 * rows * inputs * outputs / statistics.median(values) for name, values in times.items()}
+        results.append({"rows": rows, "in": inputs, "out": outputs, **rates})
+    return results
+
+
+def show_linears(linears: list[dict[str, Any]]) -> str:
+    """The table of :func:`measure_linears`."""
+    rows = [
+        [f"{one['rows']} x {one['in']} -> {one['out']}"]
+        + [f"{one[name] / 1e12:.2f} TOPS" for name in ("native", "_int_mm")]
+        + [f"{one['native'] / one['_int_mm']:.0%}"]
+        for one in linears
+    ]
+    return table(["layer", "native", "torch._int_mm", "ratio"], rows)
+
+
+def show_profile(profiles: dict[str, dict[str, float]], roofline: float) -> str:
+    """The table of one batch size: a row per operation, ms and share of each configuration."""
+    header, rows = ["operation"], []
+    for name in profiles:
+        header += [name, "share"]
+    for stage in (*native.STAGES, "outside"):
+        row = [stage]
+        for profile in profiles.values():
+            row += [f"{profile[stage]:.2f} ms", f"{profile[stage] / sum(profile.values()):.0%}"]
+        rows.append(row)
+    totals, shares = ["all"], ["roofline"]
+    for profile in profiles.values():
+        totals += [f"{sum(profile.values()):.2f} ms", ""]
+        shares += [f"{roofline:.2f} ms", f"{roofline / sum(profile.values()):.0%}"]
+    return table(header, [*rows, totals, shares])
 
 
 def measure_own_memory(name: str, args: argparse.Namespace) -> dict[str, int]:
@@ -269,6 +360,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="folder of pictures, to measure accuracy with")
     parser.add_argument("--labels", type=Path, help="CSV with the columns file and class_index")
     parser.add_argument("--limit", type=positive, default=None, help="only the first so many pictures")
+    parser.add_argument("--profile", action="store_true", help="where the milliseconds of the native kernels go")
     parser.add_argument("--json", type=Path, help="write every figure here")
     parser.add_argument("--picture", type=Path, help="draw accuracy, size and speed here, a .png")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # what measure_memory asks of a child process
@@ -319,9 +411,16 @@ def measure(models: dict[str, nn.Module], source: list[str], args: argparse.Name
     for name in tqdm(models, desc="Memory", unit="process", leave=False):
         held = measure_memory(name, source, args)
         fixed[name] = {"weight_bytes": weight_bytes(models[name]), "memory": held}
+    profiles: dict[str, dict[str, dict[str, float]]] = {}
+    linears: dict[str, list[dict[str, Any]]] = {}
     for batch in args.batch:
         peak = max(peak, int8_peak())
         speeds[str(batch)] = measure_speed(models, batch, args.rounds)
+        if args.profile:
+            measured = {name: measure_profile(model, batch, args.rounds) for name, model in models.items()}
+            profiles[str(batch)] = {name: profile for name, profile in measured.items() if profile}
+            if profiles[str(batch)]:
+                linears[str(batch)] = measure_linears(models["float32"], batch, args.rounds)
     per_picture = operations(models["float32"])
     for timings in speeds.values():
         for name, timing in timings.items():
@@ -334,7 +433,7 @@ def measure(models: dict[str, nn.Module], source: list[str], args: argparse.Name
     }  # fmt: skip
     return {
         "machine": machine, "rounds": args.rounds, "operations_per_picture": per_picture, "int8_peak_tops": peak / 1e12,
-        "configurations": fixed, "batches": speeds,
+        "configurations": fixed, "batches": speeds, "profiles": profiles, "linears": linears,
     }  # fmt: skip
 
 
@@ -345,6 +444,10 @@ def report(result: dict[str, Any], args: argparse.Namespace) -> None:
     print(f"{result['rounds']} rounds, int8 peak {result['int8_peak_tops']:.2f} TOPS, {result['pictures']} pictures")
     for batch in result["batches"]:
         print(f"\nBatch {batch}\n{show(result, batch)}")
+        if result["profiles"].get(batch):
+            roofline = 1000 * int(batch) * result["operations_per_picture"] / 1e12 / result["int8_peak_tops"]
+            print(f"\nBatch {batch}, by operation\n{show_profile(result['profiles'][batch], roofline)}")
+            print(f"\nBatch {batch}, Linear layers alone\n{show_linears(result['linears'][batch])}")
     held = result["configurations"]["float32"]["memory"]
     if held:
         print(f"\nOf what is resident, Python and PyTorch take {held['before_model'] / 1e6:.0f} MB without any model.")

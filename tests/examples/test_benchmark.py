@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.packed.kernels import native
+from fairseq.quantization.engine import FusedBlock
 
 FOLDER = Path(__file__).parents[2] / "examples" / "vision_transformer"
 EIGHT, FOUR = "8-bit channel", "4-bit channel"
@@ -64,6 +66,10 @@ def test_candidates_are_packed_and_run(tiny_vit, pixels):
     module = load("bench_candidates")
     candidates = module.candidates(tiny_vit)
     assert list(candidates) == list(module.SETTINGS)
+    fused = {
+        name for name, candidate in candidates.items() if any(isinstance(m, FusedBlock) for m in candidate.modules())
+    }
+    assert fused == {"8-bit channel", "8-bit tensor", "4-bit channel"}
     expected = tiny_vit(pixels).logits
     for name, candidate in candidates.items():
         with torch.inference_mode():
@@ -76,7 +82,6 @@ def test_candidates_are_packed_and_run(tiny_vit, pixels):
         assert not any(isinstance(m, torch.nn.Linear) for m in candidate.modules())
         assert {m.config.bits for m in layers} == {int(name[0])}
         assert {m.config.activations for m in layers} == {None if "weight-only" in name else "dynamic"}
-        assert {m.config.resident for m in layers} == {"unpacked" if "unpacked" in name else "packed"}
 
 
 def test_every_figure_is_written(benchmark_script, model, tmp_path):
@@ -90,11 +95,14 @@ def test_every_figure_is_written(benchmark_script, model, tmp_path):
     assert result["machine"]["torch"] == torch.__version__
     assert result["machine"]["processor"]
     configurations = result["configurations"]
-    assert len(configurations) == 8
+    assert len(configurations) == 9
     assert all(fixed["memory"] == HELD for fixed in configurations.values())
     size = {name: fixed["weight_bytes"] for name, fixed in configurations.items()}
     assert size["bfloat16"] == size["float32"] / 2
-    assert size[FOUR] < size[EIGHT] == size["4-bit channel, unpacked"]
+    assert size[FOUR] < size[EIGHT]
+    assert size["4-bit channel, layers"] < size["8-bit channel, layers"] == size["8-bit weight-only"]
+    assert result["profiles"] == {}
+    assert "by operation" not in out
     assert list(result["batches"]) == ["1", "3"]
     tokens, linears = 17, 2 * (4 * 24 * 24 + 2 * 24 * 40)
     assert result["operations_per_picture"] == 2 * (tokens * linears + 24 * 7)
@@ -114,6 +122,27 @@ def test_every_figure_is_written(benchmark_script, model, tmp_path):
     row = next(line for line in out.splitlines() if line.startswith("float32"))
     assert row.split()[3] == "1.00x"
     assert "3 MB" in row
+
+
+def test_the_profile(benchmark_script, model, tmp_path):
+    file = tmp_path / "result.json"
+    names = [EIGHT, "8-bit channel, layers"]
+    script = ["--model", model, "--rounds", 2, "--batch", 2, "--configs", *names, "--profile", "--json", file]
+    code, out, _ = benchmark_script(*script)
+    assert code == 0
+    (linears,) = json.loads(file.read_text())["linears"].values()
+    assert [(one["rows"], one["in"], one["out"]) for one in linears] == [(34, 24, 24), (34, 24, 40), (34, 40, 24)]
+    assert all(one["native"] > 0 and one["_int_mm"] > 0 for one in linears)
+    assert "34 x 24 -> 40" in out
+    (profile,) = json.loads(file.read_text())["profiles"]["2"].values()  # the other two run no native kernel
+    assert set(profile) == {*native.STAGES, "outside"}
+    assert profile["unpack 4 bits"] == 0
+    assert all(profile[name] > 0 for name in ("integer products", "attention", "outside"))
+    lines = out.split("Batch 2, by operation\n")[1].splitlines()
+    assert lines[1].split() == ["operation", *EIGHT.split(), "share"]
+    assert [line[: len("scale, bias, GELU, add")].strip() for line in lines[3:13]] == [
+        *native.STAGES, "outside", "all", "roofline",
+    ]  # fmt: skip
 
 
 def test_eight_bits_are_less_than_half(benchmark_script, tmp_path, monkeypatch):

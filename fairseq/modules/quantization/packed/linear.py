@@ -13,7 +13,7 @@ from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.packed.input_grid import InputGrid, correction
 from fairseq.modules.quantization.packed.kernels import cpu, functional, native, operators
 from fairseq.modules.quantization.packed.packing import STORED_BITS, packed_length
-from fairseq.modules.quantization.packed.panels import from_panels, to_panels
+from fairseq.modules.quantization.packed.panels import from_panels, sums_of, to_panels
 from fairseq.modules.quantization.packed.weight import (
     PackedWeight,
     check_integers,
@@ -54,7 +54,7 @@ class PackedLinear(nn.Module):
 
     After :meth:`use_native`, on the CPU, weight_codes is None and the integers lie in another buffer that is not in the
     state dict: panels, in the order in which the native kernels read them, with code_sums, int32 (out_features,), the
-    sum of each output's codes. The state dict is the same, and so is what it loads.
+    sum of each output's codes, above 4 bits. The state dict is the same, and so is what it loads.
     """
 
     weight_codes: Tensor | None
@@ -313,7 +313,7 @@ class PackedLinear(nn.Module):
         if wanted and rows is not None:
             if id(rows) not in shared:
                 codes = self.weight_matrix.unpacked()
-                shared[id(rows)] = rows, to_panels(codes, bits), codes.sum(1, dtype=torch.int32)
+                shared[id(rows)] = rows, to_panels(codes, bits), sums_of(codes, bits)
             _, self.panels, self.code_sums = shared[id(rows)]
             self.weight_codes = None
         elif not wanted and panels is not None:

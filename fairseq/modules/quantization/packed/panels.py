@@ -34,6 +34,11 @@ def to_panels(codes: Tensor, bits: int) -> Tensor:
     return ordered.reshape(count, steps, -1)
 
 
+def sums_of(codes: Tensor, bits: int) -> Tensor | None:
+    """The sum of each output's codes, int32 (out,); None below 5 bits, where unpacking adds them up anew."""
+    return None if is_narrow(bits) else codes.sum(1, dtype=torch.int32)
+
+
 def from_panels(panels: Tensor, outputs: int, inputs: int, bits: int) -> Tensor:
     """Undoes :func:`to_panels`: int8 (out, in)."""
     count, steps, _ = panels_shape(outputs, inputs, bits)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairseq.modules.quantization.packed.panels import is_narrow, panels_shape, to_panels
+from fairseq.modules.quantization.packed.panels import is_narrow, panels_shape, sums_of, to_panels
 from fairseq.modules.quantization.packed.weight import code_offset
 from fairseq.modules.quantization.scalar.tokens import quantize_tokens
 
@@ -171,9 +171,9 @@ class Prepared:
 
     Args:
         parts: panels, uint8 of ``panels_shape(out_features, in_features, bits)``; sums, int32 (out_features,), of each
-            output's codes; scale, float32 (1,) or (out_features,); zero_point, uint8, the shape of ``scale``; bias,
-            (out_features,); factor, (in_features,); and of a static range input_scale (1,), input_zero_point (1,) and
-            correction, (out_features,). The last five may be None.
+            output's codes, or None below 5 bits; scale, float32 (1,) or (out_features,); zero_point, uint8, the shape
+            of ``scale``; bias, (out_features,); factor, (in_features,); and of a static range input_scale (1,),
+            input_zero_point (1,) and correction, (out_features,). The last five may be None.
         sizes: in_features, out_features, bits.
 
     Raises:
@@ -184,8 +184,8 @@ class Prepared:
         self.parts = parts
         panels, sums, scale, zero_point, bias, factor, input_scale, input_zero_point, correction = parts
         inputs, outputs, bits = sizes
-        if panels is None or sums is None or scale is None or zero_point is None:
-            raise ValueError("a native layer needs panels, sums, a scale and a zero point; one of them is None")
+        if panels is None or scale is None or zero_point is None or (sums is None) != is_narrow(bits):
+            raise ValueError("a native layer needs panels, sums above 4 bits, a scale and a zero point")
         given = (bias, factor, correction)
         bias, factor, correction = (None if t is None else t.to(torch.float32) for t in given)
         copies = [t for t in given if t is not None and (t.dtype != torch.float32 or correction is not None)]
@@ -195,7 +195,8 @@ class Prepared:
             bias = correction if bias is None else bias + correction
         scales = (1,) if scale.numel() == 1 else (outputs,)
         _check("panels", panels, torch.uint8, panels_shape(outputs, inputs, bits))
-        _check("sums", sums, torch.int32, (outputs,))
+        if sums is not None:
+            _check("sums", sums, torch.int32, (outputs,))
         _check("scale", scale, torch.float32, scales)
         _check("zero_point", zero_point, torch.uint8, scales)
         if bias is not None:
@@ -359,7 +360,7 @@ def _compare(level: int) -> str | None:
         codes[0], q[0] = low, 127  # the largest products, which saturate where sums are kept in 16 bits
         scale = torch.rand(40, generator=random, dtype=real) + 0.1
         zero = torch.full((40,), 2 ** (bits - 1), dtype=torch.uint8)
-        parts = to_panels(codes, bits), codes.sum(1, dtype=torch.int32), scale, zero
+        parts = to_panels(codes, bits), sums_of(codes, bits), scale, zero
         layer = Prepared((*parts, None, None, None, None, None), (70, 40, bits))
         exact = q.to(torch.int64) @ codes.to(torch.int64).T
         if not torch.equal(product(q, layer, level), exact.to(torch.int32)):

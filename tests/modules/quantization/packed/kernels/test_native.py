@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
 from fairseq.modules.quantization.packed.kernels import native, operators, reference
-from fairseq.modules.quantization.packed.panels import to_panels
+from fairseq.modules.quantization.packed.panels import sums_of, to_panels
 from fairseq.modules.quantization.scalar.tokens import quantize_static, quantize_tokens
 
 LEVELS = [native.LEVELS.index(name) for name in native.levels()]
@@ -55,7 +55,7 @@ def layer_of(inputs, outputs, bits=8, seed=0, zero=None, one_scale=False, factor
     fixed = (
         (None, None) if static is None else (torch.tensor([static[0]]), torch.tensor([static[1]], dtype=torch.int32))
     )
-    parts = to_panels(codes, bits), codes.sum(1, dtype=torch.int32), scale, zero_point, bias, r, *fixed, None
+    parts = to_panels(codes, bits), sums_of(codes, bits), scale, zero_point, bias, r, *fixed, None
     centred = codes.double() - (zero_point.double() - (128 if bits == 8 else 0))[:, None]
     return native.Prepared(parts, (inputs, outputs, bits)), codes, centred * scale.double()[:, None]
 
@@ -310,7 +310,7 @@ def test_no_rows_give_no_rows():
         (2, lambda t: torch.cat([t, t])[::2], "scale must be .* strides"),
         (3, lambda t: t[:2], "zero_point must be"),
         (4, lambda t: t[1:], "bias must be"),
-        (2, lambda t: None, "one of them is None"),
+        (2, lambda t: None, "needs panels, sums above 4 bits, a scale"),
     ],
 )
 def test_tensors_are_checked_before_they_are_pointed_to(place, change, message):

@@ -10,7 +10,7 @@
 // output j of the panel in the low half, output j + 16 in the high half.
 struct Linear {
   const uint8_t* panels;
-  const int32_t* sums;       // (out,): the sum of each output's codes
+  const int32_t* sums;       // (out,): the sum of each output's codes; null where two share a byte, and are added up anew
   const float* scale;        // (out,), or (1,) with scale_step 0
   const uint8_t* zero;       // as scale; the code of 0.0 is zero - zero_offset
   const float* bias;         // (out,), or null

@@ -159,16 +159,35 @@ static void half_product(const uint16_t* tile, const uint16_t* panel, int64_t ro
   }
 }
 
-// Two codes a byte to one.
-static void unpack(const uint8_t* narrow, int64_t steps, uint8_t* panel) {
+// Two codes a byte to one, and the sum of each output's codes, as it passes by.
+void unpack(const uint8_t* narrow, int64_t steps, uint8_t* panel, int32_t* sums) {
   typedef uint8_t Line __attribute__((vector_size(64)));
+#if defined(__AVX512VNNI__)
+  __m512i left = _mm512_setzero_si512(), right = left;
+  const __m512i ones = _mm512_set1_epi8(1);
+#else
+  Ints totals[PANEL / LANES] = {};
+  const uint8_t ones[4] = {1, 1, 1, 1};
+#endif
   for (int64_t step = 0; step < steps; step++, narrow += 64, panel += 128) {
     Line both;
     memcpy(&both, narrow, 64);
     Line low = both & 15, high = both >> 4;
     memcpy(panel, &low, 64);
     memcpy(panel + 64, &high, 64);
+#if defined(__AVX512VNNI__)
+    left = _mm512_dpbusd_epi32(left, (__m512i)low, ones);
+    right = _mm512_dpbusd_epi32(right, (__m512i)high, ones);
+#else
+    for (int64_t j = 0; j < PANEL / LANES; j++) totals[j] = dot4(ones, panel + 4 * LANES * j, totals[j]);
+#endif
   }
+#if defined(__AVX512VNNI__)
+  _mm512_storeu_si512(sums, left);
+  _mm512_storeu_si512(sums + 16, right);
+#else
+  for (int64_t j = 0; j < PANEL / LANES; j++) store(sums + LANES * j, totals[j]);
+#endif
 }
 
 // Adds the time since the last call to a stage.
@@ -190,19 +209,19 @@ static inline void multiply(const Linear& linear, const uint8_t* integers, int64
   for (int64_t panel = first; panel < last; panel++) {
     const int64_t column = panel * PANEL, columns = linear.out - column;
     const uint8_t *codes = linear.panels + panel * bytes, *next = codes + bytes;
+    float scale[PANEL], bias[PANEL];
+    int32_t zero[PANEL], sum[PANEL], offset[PANEL];
     if (linear.narrow) {
-      unpack(codes, steps, own.panel);
+      unpack(codes, steps, own.panel, sum);
       codes = own.panel;
       lap(own, STAGE_UNPACK);
     }
-    float scale[PANEL], bias[PANEL];
-    int32_t zero[PANEL], offset[PANEL];
     for (int64_t j = 0; j < PANEL; j++) {
       const int64_t n = column + (j < columns ? j : 0), s = n * linear.scale_step;
       scale[j] = linear.scale[s];
       bias[j] = linear.bias ? linear.bias[n] : 0.0f;
       zero[j] = (int32_t)linear.zero[s] - linear.zero_offset;
-      offset[j] = 128 * linear.sums[n];
+      offset[j] = 128 * (linear.narrow ? sum[j] : linear.sums[n]);
     }
     for (int64_t t = 0; t < tile_count; t++) {
       const Tile& tile = tiles[t];
@@ -213,11 +232,12 @@ static inline void multiply(const Linear& linear, const uint8_t* integers, int64
       product(integers + row * stride, codes, tile.rows, steps, own.accumulators);
       lap(own, STAGE_PRODUCT);
       for (int64_t j = 0; j < PANEL; j += LANES) {
-        const Ints zeros = load<Ints>(zero + j), offsets = load<Ints>(offset + j);
+        const Words zeros = load<Words>(zero + j), offsets = load<Words>(offset + j);
         const Floats scaled = load<Floats>(scale + j), added = load<Floats>(bias + j);
         const auto put = sink(tile, column + j);
         for (int64_t i = 0; i < tile.rows; i++) {
-          Ints total = load<Ints>(own.accumulators + PANEL * i + j) - offsets - zeros * sums[row + i];
+          // As words: the sum of a row that holds NaN is garbage, and its product may overflow.
+          const Ints total = (Ints)(load<Words>(own.accumulators + PANEL * i + j) - offsets - zeros * (uint32_t)sums[row + i]);
           put(i, __builtin_convertvector(total, Floats) * scaled * scales[row + i] + added);
         }
       }
