@@ -71,11 +71,13 @@ PAUSE = 0.1  # seconds in which idle threads of the turn before stop spinning
 TURN = 0.2  # seconds of a turn: its time is the median of the forwards that begin in them
 
 
-def build(size: str) -> nn.Module:
-    """A ViT with random weights and 1000 classes, the same at every call."""
+def build(size: str, pixels: int = 224) -> nn.Module:
+    """A ViT with random weights and 1000 classes for pictures of ``pixels`` x ``pixels``, the same at every call."""
     hidden, heads = SIZES[size]
     torch.manual_seed(0)
-    config = ViTConfig(hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden, num_labels=1000)
+    config = ViTConfig(
+        hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden, num_labels=1000, image_size=pixels
+    )  # fmt: skip
     return ViTForImageClassification(config).eval()
 
 
@@ -178,24 +180,25 @@ def measure_linears(model: nn.Module, batch: int, rounds: int) -> list[dict[str,
     logits(model, noise(model, batch))
     for handle in handles:
         handle.remove()
-    results = []
-    for rows, inputs, outputs in shapes:
-        if rows < 16:  # the classifier's few rows wait for memory
-            continue
-        layer = PackedLinear.from_float(nn.Linear(inputs, outputs), LinearConfig(8, "channel", backend="native"))
-        x = torch.randn(rows, inputs)
-        q, codes = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((rows, inputs), (outputs, inputs)))
-        candidates = {"native": lambda: layer(x), "_int_mm": lambda: torch._int_mm(q, codes.t())}
-        times: dict[str, list[float]] = {name: [] for name in candidates}
-        with torch.inference_mode():
-            for _ in range(10 * rounds):
-                for name, run_once in candidates.items():
-                    started = time.perf_counter()
-                    run_once()
-                    times[name].append(time.perf_counter() - started)
-        rates = {name: 2 * rows * inputs * outputs / statistics.median(values) for name, values in times.items()}
-        results.append({"rows": rows, "in": inputs, "out": outputs, **rates})
-    return results
+    # The few rows of the classifier only wait for its weight to come from memory.
+    return [measure_linear(*shape, rounds) for shape in shapes if shape[0] >= 16]
+
+
+def measure_linear(rows: int, inputs: int, outputs: int, rounds: int) -> dict[str, Any]:
+    """Operations per second, medians of ten turns a round."""
+    layer = PackedLinear.from_float(nn.Linear(inputs, outputs), LinearConfig(8, "channel", backend="native"))
+    x = torch.randn(rows, inputs)
+    q, codes = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((rows, inputs), (outputs, inputs)))
+    candidates = {"native": lambda: layer(x), "_int_mm": lambda: torch._int_mm(q, codes.t())}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    with torch.inference_mode():
+        for _ in range(10 * rounds):
+            for name, run_once in candidates.items():
+                started = time.perf_counter()
+                run_once()
+                times[name].append(time.perf_counter() - started)
+    rates = {name: 2 * rows * inputs * outputs / statistics.median(values) for name, values in times.items()}
+    return {"rows": rows, "in": inputs, "out": outputs, **rates}
 
 
 def show_linears(linears: list[dict[str, Any]]) -> str:
@@ -229,7 +232,7 @@ def show_profile(profiles: dict[str, dict[str, float]], roofline: float) -> str:
 def measure_own_memory(name: str, args: argparse.Namespace) -> dict[str, int]:
     """In a process of its own: what it holds once the model is configured and has run, and held before."""
     before = memory()["resident"]
-    model = configured(name, build(args.size) if args.size else load_model(args.model).model)
+    model = configured(name, build(args.size, args.pixels) if args.size else load_model(args.model).model)
     for _ in range(3):
         logits(model, noise(model, max(args.batch)))
     gc.collect()
@@ -353,6 +356,7 @@ def parse() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", default=None, help="folder or hub id; default: as in test_with_image.py")
     which.add_argument("--size", choices=SIZES, help="random weights and 1000 classes instead, for speed only")
+    parser.add_argument("--pixels", type=positive, default=224, help="side of the pictures of --size, in patches of 16")
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
@@ -372,6 +376,8 @@ def check(args: argparse.Namespace) -> None:
     unknown = [name for name in args.configs if name not in NAMES]
     if unknown:
         raise UserError(f"--configs: {unknown[0]!r} is not one of {'; '.join(NAMES)}")
+    if args.pixels % 16:
+        raise UserError(f"--pixels {args.pixels}: not a multiple of 16, the side of a patch")
     if bool(args.images) != bool(args.labels):
         raise UserError("--images and --labels go together")
     if args.images and args.size:
@@ -392,11 +398,15 @@ def main() -> int:
     if args.measure:
         print(json.dumps(measure_own_memory(args.measure, args)))
         return 0
-    model, processor, title = (build(args.size), None, f"ViT-{args.size}") if args.size else load_model(args.model)
+    model, processor, title = (
+        (build(args.size, args.pixels), None, f"ViT-{args.size}") if args.size else load_model(args.model)
+    )
     pictures = find_pictures(args, model.config)
     names = ["float32", *dict.fromkeys(args.configs)]
     models = {name: configured(name, copy.deepcopy(model) if name == "bfloat16" else model) for name in names}
-    result = measure(models, ["--size", args.size] if args.size else ["--model", model.name_or_path], args)
+    result = measure(
+        models, ["--size", args.size, "--pixels", args.pixels] if args.size else ["--model", model.name_or_path], args
+    )
     result = {"model": title, "pictures": len(pictures[0]) if pictures else 0, **result}
     if pictures:
         for name, accuracy in measure_accuracy(models, *pictures, processor).items():

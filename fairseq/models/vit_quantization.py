@@ -62,7 +62,7 @@ class ViTQuantizer:
         bias_correction: True adds each layer's mean output error on the calibration images to its bias, "add" also to
             layers without a bias.
         resident: "packed" or, for more speed below 5 bits and more memory, "unpacked".
-        backend: "auto", or the kernels that must run: "reference", "cpu", "cuda".
+        backend: "auto", or the kernels that must run: "reference", "cpu", "cuda", "native".
 
     Attributes:
         config: the settings, a frozen :class:`~fairseq.quantization.config.QuantizationConfig`.

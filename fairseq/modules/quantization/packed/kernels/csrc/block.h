@@ -37,8 +37,8 @@ static void before_attention(const Block& block, const float* x, const Shared& s
         place(i, y);
       };
     };
-    multiply(linear, shared.integers, shared.stride, shared.scales, shared.sums, 0, own.tiles, own.tile_count, 0, panel_count(linear),
-             own, sink);
+    multiply(linear, shared.integers, shared.stride, shared.scales, shared.sums, 0, own.tiles, own.tile_count, 0,
+             panel_count(linear), part < VALUE ? linears[part + 1] : nullptr, own, sink);
   }
   for (int64_t t = 0; t < own.tile_count; t++) fill_up(heads, shared, own.tiles[t]);
   lap(own, STAGE_ATTENTION);
@@ -58,7 +58,7 @@ static void after_attention(const Block& block, const float* x, const Shared& sh
     }
   }
   lap(own, STAGE_QUANTIZE);
-  linear(block.output, shared, own, 0, panel_count(block.output), false, x, out);
+  linear_then(block.output, &block.fc1, shared, own, 0, panel_count(block.output), false, x, out);
   norm_rows(block.fc1, out, block.width, block.norm2_weight, block.norm2_bias, block.norm2_epsilon, shared, own);
   for (int64_t first = 0, last; first < own.tile_count; first = last) {
     const Tile* tiles = own.tiles + first;
@@ -72,8 +72,8 @@ static void after_attention(const Block& block, const float* x, const Shared& sh
         if (left > 0) store(to + i * stride, gelu_of(y), left);
       };
     };
-    multiply(block.fc1, shared.integers, shared.stride, shared.scales, shared.sums, 0, tiles, last - first, 0, panel_count(block.fc1),
-             own, to_hidden);
+    multiply(block.fc1, shared.integers, shared.stride, shared.scales, shared.sums, 0, tiles, last - first, 0,
+             panel_count(block.fc1), &block.fc2, own, to_hidden);
     for (int64_t t = 0; t < last - first; t++) {
       for (int64_t i = 0; i < tiles[t].rows; i++) {
         const int64_t at = tiles[t].row - row;
@@ -90,7 +90,7 @@ static void after_attention(const Block& block, const float* x, const Shared& sh
       };
     };
     multiply(block.fc2, own.hidden_integers, row_bytes(block.fc2), own.hidden_scales, own.hidden_sums, row, tiles, last - first, 0,
-             panel_count(block.fc2), own, add);
+             panel_count(block.fc2), last < own.tile_count ? &block.fc1 : nullptr, own, add);
   }
 }
 

@@ -286,8 +286,10 @@ EXPORT int fairseq_linear(int level, const Linear* linear, const float* x, int64
   const int64_t panels = divide_up(linear->out, PANEL), tiles = divide_up(rows, TILE);
   threads = threads_for(threads > MOST_THREADS ? MOST_THREADS : threads);
   const int64_t tile_group = 8;  // whose integers stay in the cache while panels pass
-  const int64_t panel_group = most(1, panels < 16 * threads ? divide_up(panels, 2 * threads) : 8);
-  const int64_t tile_groups = divide_up(tiles, tile_group), panel_groups = divide_up(panels, panel_group);
+  const int64_t tile_groups = divide_up(tiles, tile_group);
+  // Whole rows of output where there are rows enough for all threads, or else some panels.
+  const int64_t panel_group = tile_groups >= 3 * threads ? panels : most(1, divide_up(panels, 2 * threads));
+  const int64_t panel_groups = divide_up(panels, panel_group);
   if (tile_groups * panel_groups < threads) threads = (int)(tile_groups * panel_groups);
   Sizes sizes = {};
   sizes.rows = sizes.tokens = rows;

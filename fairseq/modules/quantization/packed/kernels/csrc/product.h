@@ -198,17 +198,20 @@ static inline void lap(Own& own, Stage stage) {
   own.started = now;
 }
 
+int64_t panel_bytes(const Linear& linear) { return steps_of(linear.in) * 4 * PANEL / (linear.narrow ? 2 : 1); }
+
 // y = x @ W.T + bias of the own tiles for the panels first ... last - 1; `sink` takes each tile's results:
 // sink(tile, column)(i, y), the outputs from `column` on of row i of the tile, zeros or nonsense beyond the last one.
+// `then` is what is multiplied next, or null.
 // `integers`, `stride` bytes a row, `scales` and `sums` are of the rows from `first_row` on.
 template <typename Sink>
 static inline void multiply(const Linear& linear, const uint8_t* integers, int64_t stride, const float* scales,
                             const int32_t* sums, int64_t first_row, const Tile* tiles, int64_t tile_count, int64_t first, int64_t last,
-                            Own& own, Sink sink) {
-  const int64_t steps = steps_of(linear.in), bytes = steps * 4 * PANEL / (linear.narrow ? 2 : 1);
+                            const Linear* then, Own& own, Sink sink) {
+  const int64_t steps = steps_of(linear.in), bytes = panel_bytes(linear);
   for (int64_t panel = first; panel < last; panel++) {
     const int64_t column = panel * PANEL, columns = linear.out - column;
-    const uint8_t *codes = linear.panels + panel * bytes, *next = codes + bytes;
+    const uint8_t* codes = linear.panels + panel * bytes;
     float scale[PANEL], bias[PANEL];
     int32_t zero[PANEL], sum[PANEL], offset[PANEL];
     if (linear.narrow) {
@@ -226,9 +229,11 @@ static inline void multiply(const Linear& linear, const uint8_t* integers, int64
     for (int64_t t = 0; t < tile_count; t++) {
       const Tile& tile = tiles[t];
       const int64_t row = tile.row - first_row;
-      if (panel + 1 < last)  // each tile has its share of the next panel brought from memory
-        for (int64_t at = bytes * t / tile_count; at < bytes * (t + 1) / tile_count; at += ALIGNMENT)
-          __builtin_prefetch(next + at, 0, 2);
+      // Each tile has its share of the next panel brought from memory.
+      const int64_t coming = panel + 1 < last ? bytes : then ? panel_bytes(*then) : 0;
+      const uint8_t* from = panel + 1 < last ? linear.panels + (panel + 1) * bytes : then ? then->panels : nullptr;
+      for (int64_t at = coming * t / tile_count; at < coming * (t + 1) / tile_count; at += ALIGNMENT)
+        __builtin_prefetch(from + at, 0, 2);
       product(integers + row * stride, codes, tile.rows, steps, own.accumulators);
       lap(own, STAGE_PRODUCT);
       for (int64_t j = 0; j < PANEL; j += LANES) {
@@ -247,8 +252,8 @@ static inline void multiply(const Linear& linear, const uint8_t* integers, int64
 }
 
 // Whole rows of results to (rows, linear.out): y, GELU of y, or residual + y.
-static void linear(const Linear& linear, const Shared& shared, Own& own, int64_t first, int64_t last, bool with_gelu,
-                   const float* residual, float* out) {
+static void linear_then(const Linear& linear, const Linear* then, const Shared& shared, Own& own, int64_t first,
+                        int64_t last, bool with_gelu, const float* residual, float* out) {
   auto sink = [&](const Tile& tile, int64_t column) {
     return [=, &linear, &tile](int64_t i, Floats y) {
       const int64_t at = (tile.row + i) * linear.out + column, left = linear.out - column;
@@ -258,7 +263,12 @@ static void linear(const Linear& linear, const Shared& shared, Own& own, int64_t
       store(out + at, y, left);
     };
   };
-  multiply(linear, shared.integers, shared.stride, shared.scales, shared.sums, 0, own.tiles, own.tile_count, first, last, own, sink);
+  multiply(linear, shared.integers, shared.stride, shared.scales, shared.sums, 0, own.tiles, own.tile_count, first, last, then, own, sink);
+}
+
+static void linear(const Linear& layer, const Shared& shared, Own& own, int64_t first, int64_t last, bool with_gelu,
+                   const float* residual, float* out) {
+  linear_then(layer, nullptr, shared, own, first, last, with_gelu, residual, out);
 }
 
 }  // namespace
