@@ -23,7 +23,7 @@ ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 PLOT = ["matplotlib>=3.9"]
 TEST = ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", *ONNX, *PLOT]
 DOCS = ["sphinx>=8", "furo>=2024.8", "sphinx-copybutton>=0.5"]
-LINT = ["ruff>=0.12", "mypy>=1.16", "pre-commit>=4"]
+LINT = ["ruff>=0.12", "mypy>=1.16", "pre-commit>=4", "setuptools>=77"]  # setuptools: .ci/sanitize
 
 KERNELS = Path("fairseq", "modules", "quantization", "packed", "kernels")
 COMPILE = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"]

@@ -189,7 +189,11 @@ def measure_linear(rows: int, inputs: int, outputs: int, rounds: int) -> dict[st
     layer = PackedLinear.from_float(nn.Linear(inputs, outputs), LinearConfig(8, "channel", backend="native"))
     x = torch.randn(rows, inputs)
     q, codes = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((rows, inputs), (outputs, inputs)))
-    candidates = {"native": lambda: layer(x), "_int_mm": lambda: torch._int_mm(q, codes.t())}
+    prepared, level = layer.prepared(), native.level_number()
+    candidates = {
+        "native": lambda: native.run_linear(prepared.linear, x, level),
+        "_int_mm": lambda: torch._int_mm(q, codes.t()),
+    }
     times: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.inference_mode():
         for _ in range(10 * rounds):
