@@ -33,7 +33,7 @@ static void before_attention(const Block& block, const float* x, const Shared& s
   for (int part = QUERY; part <= VALUE; part++) {
     const Linear& linear = *linears[part];
     auto sink = [&](const Tile& tile, int64_t column) {
-      return [=, &tile, place = Placer((Part)part, heads, shared, tile, column, linear.out)](int64_t i, Floats y) {
+      return [place = Placer((Part)part, heads, shared, tile, column, linear.out)](int64_t i, Floats y) {
         place(i, y);
       };
     };

@@ -26,6 +26,7 @@ extern const Kernels kernels_portable, kernels_avx2, kernels_avxvnni, kernels_av
 
 static bool supports(int level) {
 #if defined(__x86_64__)
+  __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

@@ -26,6 +26,14 @@ struct Count<0, I...> {
 
 // All sums of a tile stay in registers. As intrinsics over an array gcc 12 keeps them on the stack, at a third of the
 // speed; as one instruction of assembly each, over an array that only constants index, it does not.
+inline __attribute__((always_inline)) void add_products(const uint8_t (&x)[4], __m512i first, __m512i second,
+                                                        __m512i& left, __m512i& right) {
+  __m512i four;
+  asm("vpbroadcastd %1, %0" : "=v"(four) : "m"(x));
+  asm("vpdpbusd %2, %1, %0" : "+v"(left) : "v"(four), "v"(first));
+  asm("vpdpbusd %2, %1, %0" : "+v"(right) : "v"(four), "v"(second));
+}
+
 template <int... I>
 static inline __attribute__((always_inline)) void product_of(const uint8_t* tile, const uint8_t* panel, int64_t steps,
                                                              int32_t* sums, Numbers<I...>) {
@@ -36,12 +44,7 @@ static inline __attribute__((always_inline)) void product_of(const uint8_t* tile
 #pragma GCC unroll 4
     for (int64_t four = 0; four < GROUP; four += 4, panel += 4 * PANEL) {
       const __m512i first = _mm512_loadu_si512(panel), second = _mm512_loadu_si512(panel + 64);
-      ([&] {
-        __m512i x;
-        asm("vpbroadcastd %1, %0" : "=v"(x) : "m"(*(const uint8_t(*)[4])(tile + GROUP * I + four)));
-        asm("vpdpbusd %2, %1, %0" : "+v"(left[I]) : "v"(x), "v"(first));
-        asm("vpdpbusd %2, %1, %0" : "+v"(right[I]) : "v"(x), "v"(second));
-      }(), ...);
+      (add_products(*(const uint8_t(*)[4])(tile + GROUP * I + four), first, second, left[I], right[I]), ...);
     }
   }
   ((_mm512_storeu_si512(sums + PANEL * I, left[I]), _mm512_storeu_si512(sums + PANEL * I + 16, right[I])), ...);
@@ -87,6 +90,24 @@ static inline __attribute__((always_inline)) void product_of(const uint8_t* tile
 
 const int64_t HALVES = GROUP / 2;  // numbers of bfloat16 in a group
 
+#if defined(__AVX512BF16__)
+inline __attribute__((always_inline)) void add_half_products(const uint16_t (&x)[2], __m512i first, __m512i second,
+                                                             __m512& left, __m512& right) {
+  __m512i two;
+  asm("vpbroadcastd %1, %0" : "=v"(two) : "m"(x));
+  asm("vdpbf16ps %2, %1, %0" : "+v"(left) : "v"(two), "v"(first));
+  asm("vdpbf16ps %2, %1, %0" : "+v"(right) : "v"(two), "v"(second));
+}
+#else
+inline __attribute__((always_inline)) void add_half_products(const uint16_t* x, Floats even, Floats odd, Floats& total) {
+  const uint32_t low = (uint32_t)x[0] << 16, high = (uint32_t)x[1] << 16;
+  float x_even, x_odd;
+  memcpy(&x_even, &low, 4);
+  memcpy(&x_odd, &high, 4);
+  total = total + even * x_even + odd * x_odd;
+}
+#endif
+
 // Products of bfloat16 pairs, summed in float: out[row][column] of `stride` floats a row.
 template <int... I>
 static inline __attribute__((always_inline)) void half_product_of(const uint16_t* tile, const uint16_t* panel,
@@ -100,12 +121,7 @@ static inline __attribute__((always_inline)) void half_product_of(const uint16_t
 #pragma GCC unroll 4
     for (int64_t two = 0; two < HALVES; two += 2, panel += 2 * PANEL) {
       const __m512i first = _mm512_loadu_si512(panel), second = _mm512_loadu_si512(panel + 32);
-      ([&] {
-        __m512i x;
-        asm("vpbroadcastd %1, %0" : "=v"(x) : "m"(*(const uint16_t(*)[2])(tile + HALVES * I + two)));
-        asm("vdpbf16ps %2, %1, %0" : "+v"(left[I]) : "v"(x), "v"(first));
-        asm("vdpbf16ps %2, %1, %0" : "+v"(right[I]) : "v"(x), "v"(second));
-      }(), ...);
+      (add_half_products(*(const uint16_t(*)[2])(tile + HALVES * I + two), first, second, left[I], right[I]), ...);
     }
   }
   ((_mm512_storeu_ps(out + stride * I, left[I]), _mm512_storeu_ps(out + stride * I + 16, right[I])), ...);
@@ -115,14 +131,7 @@ static inline __attribute__((always_inline)) void half_product_of(const uint16_t
     for (int64_t step = 0; step < steps; step++) {
       Words pairs = load<Words>((const uint32_t*)(panel + 2 * (PANEL * step + column)));
       Floats even = (Floats)(pairs << 16), odd = (Floats)(pairs & 0xffff0000u);
-      ([&] {
-        const uint16_t* x = tile + step / 4 * HALVES * rows + HALVES * I + step % 4 * 2;
-        uint32_t low = (uint32_t)x[0] << 16, high = (uint32_t)x[1] << 16;
-        float x_even, x_odd;
-        memcpy(&x_even, &low, 4);
-        memcpy(&x_odd, &high, 4);
-        total[I] = total[I] + even * x_even + odd * x_odd;
-      }(), ...);
+      (add_half_products(tile + step / 4 * HALVES * rows + HALVES * I + step % 4 * 2, even, odd, total[I]), ...);
     }
     ((store(out + stride * I + column, total[I])), ...);
   }
