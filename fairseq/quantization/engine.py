@@ -295,7 +295,8 @@ def _any_watched(modules: Iterable[nn.Module]) -> bool:
     if module_globals._global_forward_hooks or module_globals._global_forward_pre_hooks:
         return True
     for module in modules:
-        if module.training or "forward" in module.__dict__:
+        forward = module.__dict__.get("forward")  # some transformers put the method itself there after a call
+        if module.training or (forward and getattr(forward, "__func__", None) is not type(module).forward):
             return True
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if _active(hook):

@@ -93,7 +93,7 @@ def test_a_block_is_its_parts(tiny_vit, pixels, settings):
     "settings",
     [
         {"bits": 8}, {"bits": 8, "method": "channel"}, {"bits": 4, "method": "histogram"}, {"bits": 4}, {"bits": 3},
-        {"bits": 8, "method": "channel", "symmetric": True}, {"bits": 8, "overrides": {"*fc1": {"bits": 4}}},
+        {"bits": 8, "method": "channel", "symmetric": True}, {"bits": 8, "overrides": {"*.1.*": {"bits": 4}}},
     ],
     ids=str,
 )  # fmt: skip
@@ -292,6 +292,18 @@ def test_heads_wider_than_the_model(pixels):
                 assert all(torch.equal(blocks(fused)[0](hidden), expected) for _ in range(60))
             finally:
                 torch.set_num_threads(before)
+
+
+def test_a_forward_that_was_replaced_is_called(tiny_vit, pixels, monkeypatch):
+    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    calls, norm = count_calls(monkeypatch), blocks(fused)[0].layernorm_before
+    expected = logits(fused, pixels)
+    norm.forward = norm.forward  # the method itself
+    assert torch.equal(logits(fused, pixels), expected)
+    assert calls == [4]
+    norm.forward = lambda x: 0 * x
+    assert not torch.allclose(logits(fused, pixels), expected, atol=0.01)
+    assert calls == [5]
 
 
 def test_dropout_in_training_mode_alone(tiny_vit, pixels, monkeypatch):
