@@ -69,7 +69,7 @@ def test_candidates_are_packed_and_run(tiny_vit, pixels):
     fused = {
         name for name, candidate in candidates.items() if any(isinstance(m, FusedBlock) for m in candidate.modules())
     }
-    assert fused == {"8-bit channel", "8-bit tensor", "4-bit channel"}
+    assert fused == ({"8-bit channel", "8-bit tensor", "4-bit channel"} if native.levels() else set())
     expected = tiny_vit(pixels).logits
     for name, candidate in candidates.items():
         with torch.inference_mode():
@@ -124,6 +124,9 @@ def test_every_figure_is_written(benchmark_script, model, tmp_path):
     assert "3 MB" in row
 
 
+@pytest.mark.skipif(
+    not native.levels(), reason="no native kernels: there was no C++ compiler when the library was installed"
+)
 def test_the_profile(benchmark_script, model, tmp_path):
     file = tmp_path / "result.json"
     names = [EIGHT, "8-bit channel, layers"]

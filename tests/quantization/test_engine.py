@@ -19,6 +19,10 @@ from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.kernels import native, reference
 from fairseq.quantization.engine import FusedBlock, fuse, optimize, unfuse
 
+pytestmark = pytest.mark.skipif(
+    not native.levels(), reason="no native kernels: there was no C++ compiler when the library was installed"
+)
+
 
 def blocks(model):
     return [module for module in model.modules() if isinstance(module, FusedBlock)]

@@ -27,8 +27,10 @@ INF, NAN = float("inf"), float("nan")
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
+def two_threads(request):
     """Whatever the number of processors: some errors need a second thread."""
+    if not LEVELS and "built" not in request.node.name:
+        pytest.skip("no native kernels: there was no C++ compiler when the library was installed")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
