@@ -1,4 +1,4 @@
-"""ViTQuantizer and compare_models: the front door.
+"""ViTQuantizer, compare_models and what compares embeddings: the front door.
 
 from fairseq.models.vit_quantization import ViTQuantizer, compare_models
 
@@ -14,7 +14,13 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from fairseq.quantization.compare import ModelComparison, compare_models
+from fairseq.quantization.compare import (
+    EmbeddingComparison,
+    ModelComparison,
+    compare_embeddings,
+    compare_models,
+    zero_shot_agreement,
+)
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.convert import convert
 from fairseq.quantization.dequantize import dequantize
@@ -24,14 +30,24 @@ from fairseq.quantization.plan import check_model
 from fairseq.quantization.report import LayerReport, QuantizationReport
 from fairseq.quantization.sensitivity import BitAssignment, assign_bits, measure, smallest_that_agrees
 
-__all__ = ["BitAssignment", "LayerReport", "ModelComparison", "QuantizationReport", "ViTQuantizer", "compare_models"]
+__all__ = [
+    "BitAssignment",
+    "EmbeddingComparison",
+    "LayerReport",
+    "ModelComparison",
+    "QuantizationReport",
+    "ViTQuantizer",
+    "compare_embeddings",
+    "compare_models",
+    "zero_shot_agreement",
+]
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class ViTQuantizer:
-    """Quantizes the Linear layers of a HuggingFace Vision Transformer.
+    """Quantizes the Linear layers of a Vision Transformer, of HuggingFace or timm.
 
     Args:
         bits: width of the integers, 2 to 8.
@@ -41,7 +57,7 @@ class ViTQuantizer:
         p: share of the selected layers that is quantized, 0 to 1; which ones, ``seed`` decides.
         quantize_attention: the query, key, value and output projections.
         quantize_mlp: the two layers of each MLP.
-        quantize_classifier: the classifier, and the pooler of a bare model.
+        quantize_classifier: the classifier, the pooler of a bare model, and projections of embeddings.
         seed: the same seed chooses the same layers, every time and everywhere.
         overrides: glob of layer names -> ``skip`` or any of ``bits``, ``method``, ``activations``, ``activation_bits``,
             ``group_size``, ``symmetric``, ``rounding``, ``bias_correction``, ``resident``, ``backend`` for those
@@ -61,6 +77,8 @@ class ViTQuantizer:
             serves a whole weight (method "tensor") or input (static activations).
         bias_correction: True adds each layer's mean output error on the calibration images to its bias, "add" also to
             layers without a bias.
+        towers: "vision", "text" or "all": which towers of a model that reads text, too, such as CLIP.
+        quantize_embeddings: also pack the convolution that embeds patches, and position embeddings (at 8 bits).
         resident: "packed" or, for more speed below 5 bits and more memory, "unpacked".
         backend: "auto", or the kernels that must run: "reference", "cpu", "cuda", "native".
 
@@ -93,13 +111,15 @@ class ViTQuantizer:
         bias_correction: bool | str = False,
         resident: str = "packed",
         backend: str = "auto",
+        towers: str = "vision",
+        quantize_embeddings: bool = False,
     ):
         self.config = QuantizationConfig(
             bits=bits, method=method, activations=activations, activation_bits=activation_bits, group_size=group_size,
             symmetric=symmetric, rounding=rounding, equalize=equalize, bias_correction=bias_correction,
             resident=resident, backend=backend, p=p, quantize_attention=quantize_attention,
             quantize_mlp=quantize_mlp, quantize_classifier=quantize_classifier, seed=seed, execution=execution,
-            overrides=dict(overrides or {}),
+            overrides=dict(overrides or {}), towers=towers, quantize_embeddings=quantize_embeddings,
         )  # fmt: skip
         self.report: QuantizationReport | None = None
 
@@ -117,10 +137,12 @@ class ViTQuantizer:
         """Return a quantized deep copy of ``model``, with the same call signature; ``model`` itself is not changed.
 
         Args:
-            model: a ViTForImageClassification, ViTModel or ViTForMaskedImageModeling on any device, in any float dtype,
-                of transformers 4.57 or later.
+            model: a ViT, DeiT, BEiT, Swin, SwinV2, DINOv2, DINOv3, ViT-MAE, ViT-MSN, CLIP or SigLIP, bare or with a
+                head, a vision-encoder-decoder, or timm's VisionTransformer, on any device, in any float dtype, of
+                transformers 4.57 or later. Others by a generic rule, with a warning.
             calibration: pictures like those that the model will see, without labels, for a smaller loss of accuracy: a
-                tensor of pixel values (N, C, H, W), a list of PIL images or files, a folder, or a DataLoader.
+                tensor of pixel values (N, C, H, W), a list of PIL images or files, a folder, or a DataLoader. They do
+                not reach a text tower, which is rounded as without them.
             processor: the model's image processor, for pictures that are not tensors.
             images: how many of them are used, drawn with ``seed``.
             engine: "fused" runs each encoder block as one native call, "layers" layer by layer, as it would on

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.scalar.ops import histogram_range, quantize, range_to_qparams
-from fairseq.quantization.compare import OUTPUTS, evaluating
+from fairseq.quantization.compare import evaluating
+from fairseq.quantization.forward import call, output_of, picture_inputs
 from fairseq.quantization.report import sqnr
 from fairseq.quantization.rounding import Statistics
 
@@ -50,9 +51,12 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
     """
     device, dtype = _where(model)
     generator = torch.Generator().manual_seed(seed)
+    inputs = picture_inputs(model, pixel_values)
     squares: dict[str, Tensor] = {}  # (N, tokens) each, allocated once: small results between large ones tear the heap
     for start in range(0, len(pixel_values), GRADIENT_BATCH_SIZE):
-        pixels = pixel_values[start : start + GRADIENT_BATCH_SIZE]
+        batch = {key: _moved(x[start : start + GRADIENT_BATCH_SIZE], device, dtype) for key, x in inputs.items()}
+        batch["pixel_values"].requires_grad_()
+        count = len(batch["pixel_values"])
         outputs: dict[str, list[Tensor]] = {name: [] for name in names}
         hooks = [
             model.get_submodule(name).register_forward_hook(lambda m, a, y, seen=outputs[name]: seen.append(y))
@@ -60,7 +64,7 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
         ]
         try:
             with evaluating(model), torch.enable_grad():
-                result = output_of(model, pixels.to(device, dtype).requires_grad_())
+                _, result = output_of(model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -71,10 +75,10 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
         gradients = torch.autograd.grad(total, [outputs[name][0] for name in called], allow_unused=True)
         for name, gradient in zip(called, gradients, strict=True):
             if gradient is not None:
-                square = gradient.float().square().sum(-1).view(len(pixels), -1)
+                square = gradient.float().square().sum(-1).view(count, -1)
                 if name not in squares:
                     squares[name] = torch.full((len(pixel_values), square.shape[1]), torch.nan)
-                squares[name][start : start + len(pixels)] = square.cpu()
+                squares[name][start : start + count] = square.cpu()
     weights = {}
     for name in names:
         values = squares[name].flatten() if name in squares else torch.empty(0)
@@ -82,16 +86,6 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
         usable = bool(torch.isfinite(mean)) and float(mean) > 0
         weights[name] = (1 - UNIFORM_SHARE) * values / mean + UNIFORM_SHARE if usable else torch.empty(0)
     return weights
-
-
-def output_of(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """The logits, last hidden state or reconstruction of ``model``."""
-    output = model(pixel_values=pixel_values)
-    for name in OUTPUTS:
-        if name in output:
-            result: Tensor = output[name]
-            return result
-    raise ValueError(f"the model returned {type(output).__name__}, which has none of {', '.join(OUTPUTS)}")
 
 
 class Stream:
@@ -108,7 +102,7 @@ class Stream:
     """
 
     def __init__(self, model: nn.Module, result: nn.Module, pixel_values: Tensor, blocks: list[str]):
-        self.model, self.pixel_values = result, pixel_values
+        self.model, self.inputs_of_all = result, picture_inputs(model, pixel_values)
         self.blocks, self.position = blocks, 0
         self.stored: list[Arguments] = []
         if blocks and self._chained(model):
@@ -146,9 +140,7 @@ class Stream:
             block = self.model.get_submodule(self.blocks[self.position])
             runs: Iterator[Callable[[], Any]] = (partial(block, *a, **k) for a, k in self.stored)
         else:
-            device, dtype = _where(self.model)
-            batches = self.pixel_values.split(BATCH_SIZE)
-            runs = (partial(self.model, pixel_values=x.to(device, dtype)) for x in batches)
+            runs = (partial(call, self.model, batch) for batch in self._batches(self.model))
 
         def stop(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             raise _Reached(args, keywords)
@@ -165,6 +157,12 @@ class Stream:
                 hook.remove()
             yield arguments
 
+    def _batches(self, model: nn.Module, size: int = BATCH_SIZE) -> Iterator[dict[str, Tensor]]:
+        """The inputs of ``size`` pictures at a time, where the model is."""
+        device, dtype = _where(model)
+        for start in range(0, len(self.inputs_of_all["pixel_values"]), size):
+            yield {key: _moved(x[start : start + size], device, dtype) for key, x in self.inputs_of_all.items()}
+
     def _chained(self, model: nn.Module) -> bool:
         """Whether each block's first argument is the very output of the one before, and the others never change."""
         calls: list[Arguments] = []
@@ -174,10 +172,9 @@ class Stream:
             module = model.get_submodule(name)
             hooks.append(module.register_forward_pre_hook(lambda m, a, k: calls.append((a, k)), with_kwargs=True))
             hooks.append(module.register_forward_hook(lambda m, a, y: outputs.append(_first(y))))
-        device, dtype = _where(model)
         try:
             with evaluating(model), torch.no_grad():
-                model(pixel_values=self.pixel_values[:1].to(device, dtype))
+                call(model, next(self._batches(model, 1)))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -269,6 +266,10 @@ class _Reached(Exception):
 
 def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _moved(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return x.to(device, dtype) if x.is_floating_point() else x.to(device)
 
 
 def _where(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -13,6 +13,7 @@ from fairseq.quantization.rounding import resolve
 
 COMPONENTS = ("attention", "mlp", "classifier")
 EXECUTIONS = ("packed", "emulated")
+TOWERS = ("vision", "text", "all")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class QuantizationConfig(LayerConfig):
             the weight (method "tensor") or the input (static activations).
         overrides: glob of layer names -> ``skip`` or any of a layer's settings; the first glob that matches a layer
             replaces those settings for it.
+        towers: "vision", "text" or "all": of a model that has both, such as CLIP, which one is selected.
+        quantize_embeddings: also pack the patch embedding, with a layer's settings, and position embeddings, at 8 bits;
+            neither counts for ``p``. For packed execution.
 
     Raises:
         TypeError, ValueError: what came and what is accepted.
@@ -65,6 +69,8 @@ class QuantizationConfig(LayerConfig):
     execution: str = "packed"
     equalize: bool = True
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    towers: str = "vision"
+    quantize_embeddings: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,19 +83,28 @@ class QuantizationConfig(LayerConfig):
             raise ValueError(f"p is the share of layers to quantize, from 0 to 1; got {self.p}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be an int, got {self.seed!r}")
-        flags = {f"quantize_{c}": getattr(self, f"quantize_{c}") for c in COMPONENTS}
+        check_one_of("towers", self.towers, TOWERS)
+        flags = {f"quantize_{c}": getattr(self, f"quantize_{c}") for c in (*COMPONENTS, "embeddings")}
         for name, value in flags.items():
             check_flag(name, value)
         if not any(flags.values()):
             raise ValueError(f"nothing is selected: at least one of {', '.join(flags)} must be True")
+        if self.quantize_embeddings and self.execution == "emulated":
+            raise ValueError(
+                "quantize_embeddings=True is a setting of execution='packed'; an emulated model trains float embeddings"
+            )
         if not isinstance(self.overrides, Mapping):
             raise TypeError(f"overrides must map globs to settings, got {self.overrides!r}")
         for glob, settings in self.overrides.items():
             self._override(glob, settings)
 
     def selects(self, component: str) -> bool:
-        """Whether layers of this component ("attention", "mlp" or "classifier") are to be quantized."""
+        """Whether layers of this component ("attention", "mlp", "classifier" or "embeddings") are to be quantized."""
         return bool(getattr(self, f"quantize_{component}"))
+
+    def selects_tower(self, tower: str) -> bool:
+        """Whether layers of this tower ("vision" or "text") are to be quantized."""
+        return self.towers in (tower, "all")
 
     def for_layer(self, name: str) -> LayerConfig:
         """The settings of the layer called ``name``, overrides included."""

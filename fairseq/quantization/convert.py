@@ -20,12 +20,24 @@ from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.modules.quantization.scalar.weights import weight_to_real
 from fairseq.quantization.calibration import Stream, collect, token_weights
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
+from fairseq.quantization.embeddings import find_embeddings, pack_embeddings
 from fairseq.quantization.engine import check_engine, fuse
 from fairseq.quantization.equalization import equalize, input_factor, rounds_coarsely
 from fairseq.quantization.plan import check_data_free, check_model, make_plan, stages
 from fairseq.quantization.report import LayerReport, QuantizationReport, decibels, weight_statistics
 from fairseq.quantization.rounding import Rounded, Statistics, resolve, round_weight
-from fairseq.quantization.vit_layers import block_of, component_of, linear_layers, reads_shared_input, role_of, wiring
+from fairseq.quantization.vit_layers import (
+    Family,
+    block_of,
+    component_of,
+    encoder_blocks,
+    family_of,
+    linear_layers,
+    reads_shared_input,
+    role_of,
+    tower_of,
+    wiring,
+)
 
 MIN_STATIC_SQNR = 28.0
 """Below it, in dB, one range for all tokens is too coarse (8 bits reach 38 on a Gaussian): the layer stays dynamic."""
@@ -41,7 +53,7 @@ def convert(
     what rounding one layer takes, and the hidden states of the calibration images.
 
     Args:
-        model: a HuggingFace ViT.
+        model: a Vision Transformer.
         config: what to do.
         pixel_values: calibration images, (N, C, H, W), or None.
         engine: "auto", "fused" or "layers", see :mod:`fairseq.quantization.engine`.
@@ -55,23 +67,31 @@ def convert(
     """
     check_engine(engine, config.execution)
     check_model(model)
+    model = separate_biases(model)
     layers = linear_layers(model)
-    plan = make_plan(layers, config)
+    family = family_of(model)
+    embeddings = find_embeddings(model, family, config)
+    plan = make_plan(layers, config, family, embeddings)
     chosen = {name: layer for name, layer in plan.items() if isinstance(layer, LayerConfig)}
+    unseen = {name: layer for name, layer in chosen.items() if tower_of(name, family) == "text"}
     if pixel_values is None:
         check_data_free(chosen)
+    else:
+        check_data_free(unseen, "pictures do not reach the text tower, which is rounded without calibration")
     packed = config.execution == "packed"
     result = copy.deepcopy(model, _without_weights(model, [layers[name] for name in chosen]) if packed else None)
-    work = _Conversion(model, result, config, chosen, pixel_values)
+    work = _Conversion(model, result, config, chosen, pixel_values, family)
     with tqdm(total=len(chosen), desc="Quantizing", unit="layer", delay=1, leave=False) as bar:
         for names in stages(list(chosen)):
             for group in work.quantize_stage(names):
                 bar.update(len(group))
+    packed_embeddings = pack_embeddings(result, embeddings, pixel_values)
     result.register_forward_hook(tuple_while_tracing)
     if packed and hasattr(result, "save_pretrained"):
         vars(result)["save_pretrained"] = refuse_save_pretrained
     fused = fuse(result, engine) if packed and engine != "layers" else {}
-    report = _make_report(model, result, layers, plan, config.execution, work.done)
+    report = _make_report(model, result, layers, plan, config.execution, work.done, family)
+    report = replace(report, layers=(*packed_embeddings, *report.layers))
     return result, replace(report, fused_blocks=sum(reason is None for reason in fused.values()))
 
 
@@ -85,6 +105,7 @@ class _Conversion:
         config: QuantizationConfig,
         chosen: dict[str, LayerConfig],
         pixel_values: Tensor | None,
+        family: Family,
     ):
         self.result, self.config, self.chosen = result, config, chosen
         self.layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in chosen}
@@ -95,9 +116,11 @@ class _Conversion:
         self.stream: Stream | None = None
         self.exact: Stream | None = None
         self.rescaled: dict[str, Tensor] = {}
+        self.unseen = set(chosen)  # layers that no calibration picture reaches
         if pixel_values is not None:
-            blocks = list(dict.fromkeys(block for name, _ in model.named_modules() if (block := block_of(f"{name}.x"))))
-            self.weights = token_weights(model, pixel_values, list(chosen), config.seed)
+            blocks = encoder_blocks(model, family)
+            self.unseen = {name for name in chosen if tower_of(name, family) == "text"}
+            self.weights = token_weights(model, pixel_values, [n for n in chosen if n not in self.unseen], config.seed)
             self.stream = Stream(model, result, pixel_values, blocks)
             if any(resolve(settings.rounding, calibrated=True) == "gptaq" for settings in chosen.values()):
                 self.exact = Stream(model, model, pixel_values, blocks)
@@ -107,7 +130,7 @@ class _Conversion:
         block = block_of(names[0])
         for name in names:
             self._materialize(name)
-        if self.stream is not None and block is not None:
+        if self.stream is not None and block in self.stream.blocks:
             self.stream.advance_to(block)
             if self.exact is not None:
                 self.exact.advance_to(block)
@@ -147,7 +170,8 @@ class _Conversion:
             known = {role: tokens[name] for role, name in roles.items() if name in tokens}
             rescaled = equalize(wired, settings, known)
             self.rescaled.update({name: rescaled[role] for role, name in roles.items() if role in rescaled})
-            fed = {name for role, name in roles.items() if role != "fc2"}
+            own = {"fc2"} if wired.value_feeds_output else {"fc2", "output"}
+            fed = {name for role, name in roles.items() if role not in own}
         factors = {}
         for name in sorted(names - fed):
             linear = cast(nn.Linear, self.result.get_submodule(name))
@@ -165,7 +189,7 @@ class _Conversion:
         found: dict[str, Tensor] = {}
         shared: dict[str | None, Tensor] = {}  # by block: query, key and value read one tensor
         for name in names:
-            if rounds_coarsely(self.chosen[name]):
+            if name not in self.unseen and rounds_coarsely(self.chosen[name]):
                 if not reads_shared_input(name):
                     found[name] = self.stream.sample(name)
                     continue
@@ -176,7 +200,7 @@ class _Conversion:
 
     def _statistics(self, group: list[str], factor: Tensor | None) -> list[Statistics | None]:
         settings = [self.chosen[name] for name in group]
-        if self.stream is None:
+        if self.stream is None or group[0] in self.unseen:
             return [None] * len(group)
         inputs = _scaled(self.stream.inputs(group[0]), factor)
         if rounds_coarsely(settings[0]) and settings[0].activations == "dynamic":
@@ -191,7 +215,7 @@ class _Conversion:
     def _swap(self, name: str, statistics: Statistics | None, factor: Tensor | None) -> None:
         """Round one layer and put its quantized twin in its place, wherever the model has it."""
         settings, old = self.chosen[name], cast(nn.Linear, self.result.get_submodule(name))
-        note = None
+        note = None if statistics is not None or self.stream is None else "not calibrated: pictures do not reach it"
         if statistics is not None and settings.activations == "static" and statistics.static_sqnr < MIN_STATIC_SQNR:
             settings = replace(settings, activations="dynamic")
             note = f"dynamic instead of static: below {MIN_STATIC_SQNR:.0f} dB with one range for all tokens"
@@ -281,6 +305,21 @@ def _without_weights(model: nn.Module, chosen: list[nn.Module]) -> dict[int, Any
     return {id(w): nn.Parameter(w.new_empty(0), requires_grad=w.requires_grad) for w in weights}
 
 
+def separate_biases(model: nn.Module) -> nn.Module:
+    """A copy, on the same tensors, in which timm's BEiT and EVA call their qkv layer and then add its bias.
+
+    Otherwise they multiply by its weight themselves. Other models come back as they are.
+    """
+    if not any(hasattr(module, "qkv_bias_separate") for module in model.modules()):
+        return model
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    result = copy.deepcopy(model, shared)
+    for module in result.modules():
+        if hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True  # type: ignore[assignment]
+    return result
+
+
 def tuple_while_tracing(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook: HuggingFace's outputs are dictionaries, which torch.jit.trace refuses; give it a tuple."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -306,12 +345,13 @@ def _make_report(
     plan: dict[str, LayerConfig | str],
     execution: str,
     done: Mapping[str, Mapping[str, Any]],
+    family: Family,
 ) -> QuantizationReport:
     records = []
     for name, decision in plan.items():
         linear, now = layers[name], result.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        record = LayerReport(name, component_of(name), (linear.out_features, linear.in_features), _bytes(linear), 0)
+        record = LayerReport(name, component_of(name, family), (linear.out_features, linear.in_features), _bytes(linear), 0)
         record = replace(record, bytes_after=_bytes(now))
         if isinstance(decision, LayerConfig):
             records.append(replace(record, bits=decision.bits, method=decision.method, **done[name]))

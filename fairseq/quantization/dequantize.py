@@ -1,4 +1,4 @@
-"""dequantize: a copy of a quantized model with plain float Linear layers, for tools that know only those."""
+"""dequantize: a copy of a quantized model with plain float layers, for tools that know only those."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding
+from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedParameters, unpack_parameters
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
 from fairseq.quantization.engine import unfuse
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """A copy of a quantized model with plain float Linear layers again, which hold the rounded weights.
+    """A copy of a quantized model with plain float layers again, which hold the rounded weights.
 
     For tools that know only float models, such as ``save_pretrained``. Activations are no longer rounded.
 
@@ -28,6 +30,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         raise ValueError("nothing in the model is quantized; pass what quantize_model returned")
     result = copy.deepcopy(model)
     unfuse(result)
+    _dequantize_embeddings(result)
     plain: dict[int, nn.Parameter] = {}  # by the integers or weight that layers share
     for old in list(result.modules()):
         if not isinstance(old, PackedLinear | EmulatedLinear):
@@ -45,6 +48,29 @@ def dequantize(model: nn.Module) -> nn.Module:
             result.set_submodule(alias, new)
     vars(result).pop("save_pretrained", None)
     return result
+
+
+def _dequantize_embeddings(model: nn.Module) -> None:
+    """Packed embeddings to plain ones, in place."""
+    new: nn.Module
+    for old in list(model.modules()):
+        if isinstance(old, PackedParameters):
+            unpack_parameters(old)
+        if isinstance(old, PackedPatchEmbedding):
+            weight, bias = old.weight, old.bias
+            size, inputs = old.kernel_size, old.in_channels
+            new = nn.Conv2d(inputs, old.out_channels, size, size, bias=bias is not None, device="meta")
+            new.weight = nn.Parameter(weight)
+            if bias is not None:
+                new.bias = nn.Parameter(bias.detach().clone())
+        elif isinstance(old, PackedEmbedding):
+            new = nn.Embedding(old.num_embeddings, old.embedding_dim, old.padding_idx, _weight=old.weight)
+        else:
+            continue
+        carry_hooks(old, new)
+        new.train(old.training)
+        for alias in names_of(model, old):
+            model.set_submodule(alias, new)
 
 
 def _effective_weight(layer: EmulatedLinear) -> Tensor:

@@ -19,7 +19,7 @@ from fairseq.modules.quantization.packed import PackedLinear, kernels
 from fairseq.modules.quantization.packed.config import check_one_of
 from fairseq.modules.quantization.packed.kernels import functional, native, operators
 from fairseq.modules.quantization.packed.linear import NoGradient
-from fairseq.quantization.vit_layers import NORMS, PRE_NORM_BLOCKS, layer_paths
+from fairseq.quantization.vit_layers import FUSABLE_BLOCKS, NORMS, layer_paths
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -314,7 +314,7 @@ def _active(hook: Any) -> bool:
 
 
 def _fusable_class(module: nn.Module) -> bool:
-    return _unfused(type(module)).__name__ in PRE_NORM_BLOCKS
+    return _unfused(type(module)).__name__ in FUSABLE_BLOCKS
 
 
 def _unfused(kind: type) -> type:

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from fairseq.quantization.forward import vision_config
+from fairseq.quantization.vit_layers import takes_any_size
+
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 RECOMMENDED, FEW = 128, 32
 ACCEPTED = (
@@ -33,7 +36,9 @@ def pixel_values(
             folder, searched recursively (hidden files apart) and sorted by name; a mapping with "pixel_values"; or a
             DataLoader, a dataset, or any iterable of such pictures or of batches: a tensor, a mapping with
             "pixel_values", or a tuple or list that starts with one, whose other items, the labels, are ignored.
-        model: its ``config``, where it has one, says how many channels and which height and width are expected.
+        model: its ``config``, where it has one, says how many channels and which height and width are expected; that of
+            the vision tower or encoder, where it has several. Families that resize their position embeddings to each
+            picture take any height and width.
         processor: makes pixel values of PIL images and files, which are converted to RGB first; the default is the one
             in the local folder that the model was loaded from.
         limit: where there are more pictures, which of them is drawn without repetition, and only those are decoded;
@@ -272,8 +277,9 @@ def _rgb(name: str, picture: Any) -> Any:
 
 def _check_each(names: list[str], values: list[Tensor], model: nn.Module) -> None:
     """ValueError for the first picture that is of another shape than the model's, or not finite."""
-    config = getattr(model, "config", None)
-    channels, size = getattr(config, "num_channels", None), getattr(config, "image_size", None)
+    config = vision_config(model)
+    channels = getattr(config, "num_channels", None)
+    size = None if takes_any_size(config) else getattr(config, "image_size", None)
     height, width = (size, size) if isinstance(size, int) or size is None else size
     first = values[0].shape
     wanted = tuple(first[i] if x is None else x for i, x in enumerate((channels, height, width)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from fairseq.modules.quantization.scalar.modules import QuantizedWeight
 from fairseq.modules.quantization.scalar.modules.replace import obstacle
 from fairseq.modules.quantization.scalar.ops import check_tensor
 from fairseq.quantization.config import COMPONENTS, LayerConfig, QuantizationConfig
-from fairseq.quantization.vit_layers import block_of, component_of
+from fairseq.quantization.vit_layers import VIT, Family, block_of, component_of, kept_reason, tower_of
 
 SKIPPED = "skipped by an override"
 
@@ -35,10 +35,20 @@ def check_model(model: nn.Module) -> None:
             check_tensor(parameter, name)
 
 
-def make_plan(layers: dict[str, nn.Module], config: QuantizationConfig) -> dict[str, LayerConfig | str]:
-    """For each Linear by name, its settings, or in words why it stays in float."""
-    components = {name: component_of(name) for name in layers}
-    found = set(components.values())
+def make_plan(
+    layers: dict[str, nn.Module], config: QuantizationConfig, family: Family = VIT, others: Iterable[str] = ()
+) -> dict[str, LayerConfig | str]:
+    """For each Linear by name, its settings, or in words why it stays in float.
+
+    Args:
+        layers: every Linear of the model, by name.
+        config: what to do.
+        family: which of them is what.
+        others: names that an override may match, too: of embeddings.
+    """
+    _check_towers(layers, config, family)
+    components = {name: component_of(name, family) for name in layers}
+    found = {c for name, c in components.items() if config.selects_tower(tower_of(name, family))}
     missing = [c for c in ("attention", "mlp") if config.selects(c) and c not in found]
     if missing or not found & set(COMPONENTS):
         seen = ", ".join(layers) if len(layers) <= 8 else f"{', '.join(list(layers)[:8])}, ... ({len(layers)} in all)"
@@ -46,9 +56,10 @@ def make_plan(layers: dict[str, nn.Module], config: QuantizationConfig) -> dict[
             f"found no {' and no '.join(missing or COMPONENTS)} layer of a HuggingFace ViT in this model; "
             + (f"its Linear layers are {seen}" if layers else "it has no Linear layer")
         )
-    plan = {name: _decide(name, layers[name], component, config) for name, component in components.items()}
+    plan = {name: _decide(name, layers[name], component, config, family) for name, component in components.items()}
     selected = [name for name, decision in plan.items() if isinstance(decision, LayerConfig)]
     candidates = [name for name, decision in plan.items() if name in selected or decision == SKIPPED]
+    candidates += others
     if not candidates:
         reasons = "; ".join(sorted({str(decision) for decision in plan.values()}))
         raise ValueError(f"no layer is left to quantize: {reasons}")
@@ -64,20 +75,36 @@ def make_plan(layers: dict[str, nn.Module], config: QuantizationConfig) -> dict[
     }
 
 
-def _decide(name: str, layer: nn.Module, component: str | None, config: QuantizationConfig) -> LayerConfig | str:
+def _check_towers(layers: dict[str, nn.Module], config: QuantizationConfig, family: Family) -> None:
+    """ValueError if the model has not the tower that is asked for."""
+    there = {tower_of(name, family) for name in layers}
+    if layers and config.towers != "all" and config.towers not in there:
+        raise ValueError(
+            f"towers={config.towers!r}, but this model ({family.name}) has only a {' and a '.join(sorted(there))} tower"
+        )
+
+
+def _decide(
+    name: str, layer: nn.Module, component: str | None, config: QuantizationConfig, family: Family
+) -> LayerConfig | str:
     """The settings of one layer, or why it stays in float, before the share ``p`` is drawn."""
+    kept, tower = kept_reason(name, family), tower_of(name, family)
+    if kept is not None:
+        return kept
     if component is None:
         return "not an attention, MLP or classifier layer"
     if type(layer) is not nn.Linear:
         return f"a {type(layer).__name__}, not a plain nn.Linear"
+    if not config.selects_tower(tower):
+        return f"of the {tower} tower, and towers={config.towers!r}"
     if not config.selects(component):
         return f"quantize_{component}=False"
     settings = config.for_layer(name)
     return SKIPPED if settings.skip else obstacle(layer) or settings
 
 
-def check_data_free(chosen: Mapping[str, LayerConfig]) -> None:
-    """ValueError if a layer has a setting that needs calibration images."""
+def check_data_free(chosen: Mapping[str, LayerConfig], why: str | None = None) -> None:
+    """ValueError if a layer has a setting that needs calibration images; ``why`` they are of no use to it, if so."""
     for name, settings in chosen.items():
         needs = {
             f"activations={settings.activations!r}": settings.activations == "static",
@@ -86,7 +113,9 @@ def check_data_free(chosen: Mapping[str, LayerConfig]) -> None:
         }
         for setting, needed in needs.items():
             if needed:
-                raise ValueError(f"{name}: {setting} needs images; call quantize_model(model, calibration=images)")
+                raise ValueError(
+                    f"{name}: {setting} needs images; {why or 'call quantize_model(model, calibration=images)'}"
+                )
 
 
 def stages(names: list[str]) -> list[list[str]]:

@@ -21,13 +21,13 @@ MEASURES = ("weight_sqnr", "output_sqnr", "clip", "outlier_ratio")
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One Linear, and either how it was quantized and with what error, or why it was left in float.
+    """One Linear (or embedding), and either how it was quantized and with what error, or why it was left in float.
 
     What does not apply, or was not measured, is None.
 
     Attributes:
         name: its full name in the model.
-        component: "attention", "mlp", "classifier".
+        component: "attention", "mlp", "classifier", "embeddings".
         shape: of its weight, (out, in).
         bytes_before, bytes_after: what it takes in memory.
         bits, method: of its weight.
@@ -63,7 +63,7 @@ class QuantizationReport:
     """What happened to a model; ``print`` it, or its ``table()``.
 
     Attributes:
-        layers: every Linear of the model, in order.
+        layers: every Linear of the model, in order; before them the embeddings, if those were to be quantized.
         bytes_before: what all parameters and buffers of the original model take in memory.
         bytes_after: the same of the quantized model.
         execution: "packed", or "emulated", which needs the float weights and makes nothing smaller.
@@ -91,8 +91,10 @@ class QuantizationReport:
     def __str__(self) -> str:
         settings = Counter(f"{layer.bits}-bit {layer.method}" for layer in self.quantized)
         components = Counter(layer.component for layer in self.quantized)
+        embeddings = components["embeddings"]
         lines = [
-            f"Quantized {len(self.quantized)} linear layers"
+            f"Quantized {len(self.quantized) - embeddings} linear layers"
+            + (f" and {embeddings} embeddings" if embeddings else "")
             + (f": {_counts(settings)} ({_counts(components)})" if self.quantized else "")
         ]
         for reason, count in Counter(layer.skipped for layer in self.skipped).items():

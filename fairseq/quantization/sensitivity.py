@@ -26,11 +26,20 @@ from tqdm import tqdm
 
 from fairseq.modules.quantization.scalar.ops import check_bits, check_tensor
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int, weight_to_real
-from fairseq.quantization.compare import OUTPUTS, compare_models
+from fairseq.quantization.compare import compare_models
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
 from fairseq.quantization.convert import convert
+from fairseq.quantization.forward import output_of, picture_inputs
 from fairseq.quantization.plan import check_model, make_plan
-from fairseq.quantization.vit_layers import block_of, component_of, linear_layers
+from fairseq.quantization.vit_layers import (
+    Family,
+    block_of,
+    component_of,
+    encoder_blocks,
+    family_of,
+    linear_layers,
+    tower_of,
+)
 
 CHOICES = (2, 3, 4, 5, 6, 8)
 SAME_CURVATURE = 2.5
@@ -83,11 +92,18 @@ def measure(
     check_model(model)
     widths = _check_choices(choices)
     _check_pictures(pixel_values, batch_size)
-    plan = make_plan(linear_layers(model), config)
+    family = family_of(model)
+    plan = make_plan(linear_layers(model), config, family)
     chosen = {name: settings for name, settings in plan.items() if isinstance(settings, LayerConfig)}
+    unseen = [name for name in chosen if tower_of(name, family) == "text"]
+    if unseen:
+        raise ValueError(
+            f"towers={config.towers!r} selects {unseen[0]} and other layers of the text tower, and pictures do not "
+            "reach them; measure with towers='vision'"
+        )
     if not chosen:
         return {}
-    replay = _Replay(model, pixel_values, batch_size)
+    replay = _Replay(model, pixel_values, batch_size, family)
     errors: dict[str, dict[int, float]] = {}
     order = sorted((replay.place(name), name) for name in chosen)
     for place, name in tqdm(order, desc="Measuring sensitivity", unit="layer", delay=1, leave=False):
@@ -151,13 +167,15 @@ class _Replay:
     model's output; where it does not hold, every run is a whole one.
     """
 
-    def __init__(self, model: nn.Module, pixel_values: Tensor, batch_size: int) -> None:
+    def __init__(self, model: nn.Module, pixel_values: Tensor, batch_size: int, family: Family) -> None:
         shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.model = copy.deepcopy(model, shared).eval()
         like = next(model.parameters())
-        self.batches = [pictures.to(like.device, like.dtype) for pictures in pixel_values.split(batch_size)]
-        blocks = dict.fromkeys(block_of(name) for name in linear_layers(model))
-        self.blocks = [name for name in blocks if name is not None]
+        inputs = picture_inputs(model, pixel_values)
+        moved = {k: x.to(like.device, like.dtype if x.is_floating_point() else x.dtype) for k, x in inputs.items()}
+        starts = range(0, len(pixel_values), batch_size)
+        self.batches = [{k: x[start : start + batch_size] for k, x in moved.items()} for start in starts]
+        self.family, self.blocks = family, encoder_blocks(model, family)
         self.start, self.batch = 0, 0
         self.chained = True  # as far as is known
         self.before: list[Any] = []  # what block start - 1 returned for each batch
@@ -171,7 +189,7 @@ class _Replay:
         """Of the block that holds a layer; behind the last one for the classifier."""
         block = block_of(name)
         if block is None:
-            return len(self.blocks) if component_of(name) == "classifier" else 0
+            return len(self.blocks) if component_of(name, self.family) == "classifier" else 0
         return self.blocks.index(block)
 
     def weight(self, name: str) -> Tensor:
@@ -203,14 +221,11 @@ class _Replay:
     def _run(self) -> list[Tensor]:
         """The output for each batch, float64."""
         outputs = []
-        for batch, pictures in enumerate(self.batches):
+        for batch, inputs in enumerate(self.batches):
             self.batch = batch
             with torch.no_grad():
-                output = self.model(pixel_values=pictures)
-            self.kind = next((k for k in OUTPUTS if isinstance(output, Mapping) and k in output), "")
-            if not self.kind:
-                raise ValueError(f"the model returned {type(output).__name__}, which has none of {', '.join(OUTPUTS)}")
-            outputs.append(output[self.kind].double())
+                self.kind, output = output_of(self.model, inputs)
+            outputs.append(output.double())
         return outputs
 
     def _skipping(self, forward: Callable[..., Any], place: int) -> Callable[..., Any]:
