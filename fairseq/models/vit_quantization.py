@@ -9,11 +9,13 @@ mse_loss, mae_loss, top1_match = compare_models(model, quantized_model, inputs, 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from fairseq.quantization import checkpoint
 from fairseq.quantization.compare import (
     EmbeddingComparison,
     ModelComparison,
@@ -25,6 +27,7 @@ from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.convert import convert
 from fairseq.quantization.dequantize import dequantize
 from fairseq.quantization.engine import optimize
+from fairseq.quantization.huggingface import FairseqViTConfig, disable_save_pretrained, enable_save_pretrained
 from fairseq.quantization.images import pixel_values
 from fairseq.quantization.plan import check_model
 from fairseq.quantization.report import LayerReport, QuantizationReport
@@ -32,6 +35,7 @@ from fairseq.quantization.sensitivity import BitAssignment, assign_bits, measure
 
 __all__ = [
     "BitAssignment",
+    "FairseqViTConfig",
     "EmbeddingComparison",
     "LayerReport",
     "ModelComparison",
@@ -160,6 +164,11 @@ class ViTQuantizer:
             raise ValueError("a processor was given but no pictures; pass calibration=images, too")
         pixels = None if calibration is None else pixel_values(calibration, model, processor, images, self.config.seed)
         quantized, self.report = convert(model, self.config, pixels, engine)
+        if self.config.execution == "packed":
+            information = {"bytes_before": self.report.bytes_before}
+            if pixels is not None:
+                information["calibration_images"] = len(pixels)
+            enable_save_pretrained(quantized, information)
         logger.info("%s", self.report)
         return cast(Model, quantized)
 
@@ -222,4 +231,45 @@ class ViTQuantizer:
             TypeError: not a module.
             ValueError: nothing in ``model`` is quantized.
         """
-        return cast(Model, dequantize(model))
+        result = dequantize(model)
+        disable_save_pretrained(result)
+        return cast(Model, result)
+
+    @staticmethod
+    def save(model: nn.Module, path: str | os.PathLike[str], information: Mapping[str, Any] | None = None) -> None:
+        """Write a packed model of any kind to one .safetensors file, whole or not at all; :meth:`load` reads it.
+
+        A HuggingFace model also has ``save_pretrained``, for a folder that ``from_pretrained`` loads.
+
+        Args:
+            model: what :meth:`quantize_model` returned; on any device.
+            path: of the file.
+            information: anything that JSON can hold, to be kept in the file for people.
+
+        Raises:
+            TypeError: not a module.
+            ValueError: nothing in it is packed, or another suffix.
+            FileNotFoundError: the folder does not exist.
+        """
+        checkpoint.save(model, path, information)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], model: Model, engine: str = "auto") -> Model:
+        """Return a packed copy of ``model`` with the weights that :meth:`save` wrote; ``model`` stays as it is.
+
+        The logits are those of the model that was saved, to the last bit. The file may come from another version of
+        transformers.
+
+        Args:
+            path: of the file; its checksums are compared before anything is made of it.
+            model: a float model of the same architecture, with any weights.
+            engine: as for :meth:`quantize_model`.
+
+        Raises:
+            TypeError: not a module.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, of a later version or of another model; the message names file and field.
+        """
+        result, information = checkpoint.load(path, model, engine)
+        enable_save_pretrained(result, information)
+        return result

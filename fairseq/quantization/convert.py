@@ -7,7 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,23 +80,29 @@ def convert(
         check_data_free(unseen, "pictures do not reach the text tower, which is rounded without calibration")
     packed = config.execution == "packed"
     result = copy.deepcopy(model, _without_weights(model, [layers[name] for name in chosen]) if packed else None)
-    work = _Conversion(model, result, config, chosen, pixel_values, family)
+    work = Conversion(model, result, config, chosen, pixel_values, family)
     with tqdm(total=len(chosen), desc="Quantizing", unit="layer", delay=1, leave=False) as bar:
         for names in stages(list(chosen)):
             for group in work.quantize_stage(names):
                 bar.update(len(group))
     packed_embeddings = pack_embeddings(result, embeddings, pixel_values)
-    result.register_forward_hook(tuple_while_tracing)
-    if packed and hasattr(result, "save_pretrained"):
-        vars(result)["save_pretrained"] = refuse_save_pretrained
-    fused = fuse(result, engine) if packed and engine != "layers" else {}
-    report = _make_report(model, result, layers, plan, config.execution, work.done, family)
-    report = replace(report, layers=(*packed_embeddings, *report.layers))
-    return result, replace(report, fused_blocks=sum(reason is None for reason in fused.values()))
+    fused_blocks = finish(result, engine if packed else "layers")
+    report = make_report(result, plan, Sizes.of(model), work.done, family, config.execution)
+    return result, replace(report, layers=(*packed_embeddings, *report.layers), fused_blocks=fused_blocks)
 
 
-class _Conversion:
-    """One model on its way to be quantized: ``result`` has the layers of the stages that are done already swapped."""
+def finish(model: nn.Module, engine: str) -> int:
+    """Make a model with quantized layers ready to run, in place; the number of encoder blocks that are fused."""
+    model.register_forward_hook(tuple_while_tracing)
+    reasons = fuse(model, engine) if engine != "layers" else {}
+    return sum(reason is None for reason in reasons.values())
+
+
+class Conversion:
+    """One model on its way to be quantized: ``result`` has the layers of the stages that are done already swapped.
+
+    ``result`` is a copy of ``model``, or ``model`` itself, whose float weights are then given up one by one.
+    """
 
     def __init__(
         self,
@@ -112,7 +118,7 @@ class _Conversion:
         self.done: dict[str, dict[str, Any]] = {}
         uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
         self.shared = {name for name, layer in self.layers.items() if uses[id(layer.weight)] > 1}
-        self.before: dict[tuple[int, LayerConfig], PackedLinear] = {}
+        self.before: dict[tuple[int | str, LayerConfig], PackedLinear] = {}
         self.stream: Stream | None = None
         self.exact: Stream | None = None
         self.rescaled: dict[str, Tensor] = {}
@@ -151,7 +157,7 @@ class _Conversion:
         return [list(group) for _, group in itertools.groupby(names, key)]
 
     def _materialize(self, name: str) -> None:
-        """Give the copy its float weight, which deepcopy left out."""
+        """Give a copy its float weight, which deepcopy left out."""
         linear = cast(nn.Linear, self.result.get_submodule(name))
         source = self.layers[name].weight
         if linear.weight.shape != source.shape:
@@ -258,11 +264,11 @@ class _Conversion:
         factor: Tensor | None,
     ) -> PackedLinear:
         """The packed layer; a weight that layers share stays shared, with the integers of the first of them."""
-        layer = PackedLinear.from_integers(*rounded, bias, settings, name, span, factor).train(
-            self.layers[name].training
-        )
+        old = self.layers.pop(name)
+        layer = PackedLinear.from_integers(*rounded, bias, settings, name, span, factor).train(old.training)
         layer.shares_input = reads_shared_input(name)
-        first = self.before.setdefault((id(self.layers[name].weight), settings), layer)
+        key = id(old.weight) if name in self.shared else name  # the id of a weight that is given up comes again
+        first = self.before.setdefault((key, settings), layer)
         layer.weight_codes, layer.scale, layer.zero_point = first.weight_codes, first.scale, first.zero_point
         return layer
 
@@ -326,35 +332,37 @@ def tuple_while_tracing(module: nn.Module, args: Any, output: Any) -> Any:
     return output.to_tuple() if tracing and hasattr(output, "to_tuple") else output
 
 
-def refuse_save_pretrained(*args: Any, **keywords: Any) -> None:
-    """``save_pretrained`` of a packed model: an error, since ``from_pretrained`` would fill it with random weights."""
-    raise RuntimeError(
-        "from_pretrained cannot load packed integers; save them with torch.save(model.state_dict(), file), or a float "
-        "model with the rounded weights with ViTQuantizer.dequantize_model(model).save_pretrained(folder)"
-    )
-
-
 def _bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
-def _make_report(
-    model: nn.Module,
+class Sizes(NamedTuple):
+    """What a float model takes: shape and bytes of each Linear by name, and the bytes of all parameters and buffers."""
+
+    layers: dict[str, tuple[tuple[int, int], int]]
+    total: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Sizes:
+        layers = cast(dict[str, nn.Linear], linear_layers(model))
+        return cls({n: ((x.out_features, x.in_features), _bytes(x)) for n, x in layers.items()}, _bytes(model))
+
+
+def make_report(
     result: nn.Module,
-    layers: dict[str, nn.Module],
     plan: dict[str, LayerConfig | str],
-    execution: str,
+    before: Sizes,
     done: Mapping[str, Mapping[str, Any]],
     family: Family,
+    execution: str = "packed",
 ) -> QuantizationReport:
+    """What became of each Linear."""
     records = []
     for name, decision in plan.items():
-        linear, now = layers[name], result.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        record = LayerReport(name, component_of(name, family), (linear.out_features, linear.in_features), _bytes(linear), 0)
-        record = replace(record, bytes_after=_bytes(now))
+        shape, size = before.layers[name]
+        record = LayerReport(name, component_of(name, family), shape, size, _bytes(result.get_submodule(name)))
         if isinstance(decision, LayerConfig):
             records.append(replace(record, bits=decision.bits, method=decision.method, **done[name]))
         else:
             records.append(replace(record, skipped=decision))
-    return QuantizationReport(tuple(records), _bytes(model), _bytes(result), execution)
+    return QuantizationReport(tuple(records), before.total, _bytes(result), execution)

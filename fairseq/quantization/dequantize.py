@@ -46,7 +46,6 @@ def dequantize(model: nn.Module) -> nn.Module:
         new.train(old.training)
         for alias in names_of(result, old):
             result.set_submodule(alias, new)
-    vars(result).pop("save_pretrained", None)
     return result
 
 

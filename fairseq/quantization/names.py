@@ -34,7 +34,8 @@ def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     renamings = [
         step.reverse_transform()
         for step in reversed(steps)
-        if isinstance(step, loading.WeightRenaming) and step not in prefixes
+        if isinstance(step, loading.WeightRenaming)
+        and step not in prefixes
         # those that begin at the beginning are for checkpoints of other classes
         and not any(pattern.startswith("^") for pattern in step.source_patterns)
     ]

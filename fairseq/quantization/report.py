@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq.quantization.files import write_file
+
 MEASURES = ("weight_sqnr", "output_sqnr", "clip", "outlier_ratio")
 
 
@@ -245,19 +247,6 @@ def weight_statistics(weight: Tensor, real: Tensor, per_tensor: bool = False) ->
 def megabytes(count: int) -> str:
     """Bytes as text, in units of 10^6."""
     return f"{count / 1e6:.1f} MB"
-
-
-def write_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file whole: whoever reads ``path`` finds what was there before, or all of ``content``."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _counts(counter: Counter[str] | Counter[str | None]) -> str:

@@ -178,6 +178,34 @@ class PackedLinear(nn.Module):
         kernels.choose(codes.device, config.backend)  # a backend that cannot run is found out here
         return layer
 
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        config: LinearConfig,
+        name: str = "linear",
+        bias: bool = True,
+        input_factor: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        scale_dtype: torch.dtype = torch.float32,
+    ) -> PackedLinear:
+        """A layer to load a state dict into: its integers are 0 and its scales 1 until then; ``dtype`` is the bias's."""
+        shape: tuple[int, ...] = (1,) if config.method == "tensor" else (out_features,)
+        if config.group_size is not None:
+            shape = (out_features, -(-in_features // config.group_size))
+        return cls(
+            torch.zeros(out_features, in_features, dtype=torch.int8, device=device),
+            torch.ones(shape, device=device, dtype=scale_dtype),
+            torch.zeros(shape, dtype=torch.uint8, device=device),
+            torch.zeros(out_features, device=device, dtype=dtype) if bias else None,
+            config,
+            name,
+            (0.0, 1.0) if config.activations == "static" else None,
+            torch.ones(in_features, device=device, dtype=dtype) if input_factor else None,
+        )
+
     @property
     def weight_matrix(self) -> PackedWeight:
         """The integers and their meaning, for a kernel."""

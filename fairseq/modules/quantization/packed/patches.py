@@ -53,16 +53,8 @@ class PackedPatchEmbedding(nn.Module):
         self.kernel_size = self.stride = cast(tuple[int, int], tuple(kernel_size))
         self.padding, self.dilation, self.groups = (0, 0), (1, 1), 1
         features = in_channels * self.kernel_size[0] * self.kernel_size[1]
-        shape: tuple[int, ...] = (1,) if config.method == "tensor" else (out_channels,)
-        if config.group_size is not None:
-            shape = (out_channels, -(-features // config.group_size))
-        self.linear = PackedLinear(
-            torch.zeros(out_channels, features, dtype=torch.int8, device=device),
-            torch.ones(shape, device=device),
-            torch.zeros(shape, dtype=torch.uint8, device=device),
-            torch.zeros(out_channels, device=device, dtype=dtype) if bias else None,
-            config,
-            f"{name}.linear",
+        self.linear = PackedLinear.empty(
+            features, out_channels, config, f"{name}.linear", bias, device=device, dtype=dtype
         )
         self.register_buffer("like", torch.empty(0, device=device, dtype=dtype), persistent=False)
 

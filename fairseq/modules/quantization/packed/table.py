@@ -80,11 +80,17 @@ class PackedTable(nn.Module):
         if rows is not None:
             flat = rows.reshape(-1)
             codes, scale, zero_point = codes[flat], scale[flat], zero_point[flat]
+        real = self._packed(codes, scale, zero_point).dequantize(torch.float32).to(self.like.dtype)
+        return real if rows is None else real.view(*rows.shape, self.columns)
+
+    def integers(self) -> Tensor:
+        """uint8, (rows, columns)."""
+        return self._packed(self.weight_codes, self.scale, self.zero_point).integers()
+
+    def _packed(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> PackedWeight:
         bits, group = self.config.bits, self.config.group_size
         codes = codes.view(torch.int8) if bits > 4 else codes
-        packed = PackedWeight(codes, scale, zero_point, bits, self.columns, group, centred=False)
-        real = packed.dequantize(torch.float32).to(self.like.dtype)
-        return real if rows is None else real.view(*rows.shape, self.columns)
+        return PackedWeight(codes, scale, zero_point, bits, self.columns, group, centred=False)
 
     def forward(self, rows: Tensor | None = None) -> Tensor:
         """As :meth:`read`."""
@@ -164,10 +170,16 @@ def pack_parameter(module: nn.Module, name: str, config: LinearConfig, full_name
     value = parameter.detach()[0]
     table = PackedTable(*value.shape, config, full_name, value.device, value.dtype)
     table.quantize_(value)
-    del module._parameters[name]
-    module.add_module(f"packed_{name}", table.train(module.training))
-    module.__class__ = with_packed(type(module), (name,))
+    install_table(module, name, table)
     return table
+
+
+def install_table(module: nn.Module, name: str, table: PackedTable) -> None:
+    """Put ``table`` in the place of a parameter of ``module``, or of the table that took it before."""
+    if name in module._parameters:
+        del module._parameters[name]
+        module.__class__ = with_packed(type(module), (name,))
+    module.add_module(f"packed_{name}", table.train(module.training))
 
 
 def unpack_parameters(module: PackedParameters) -> None:
