@@ -109,13 +109,13 @@ def fast_attention(wrapper: nn.Module) -> Iterator[None]:
         )
         return y.reshape(batch, tokens, heads, width), None
 
-    functions.register(ATTENTION, attend)
+    functions[ATTENTION] = attend
     try:
         with contextlib.suppress(ValueError, KeyError, AttributeError):  # a model that cannot choose keeps its own
             model.set_attn_implementation(ATTENTION)
         yield
     finally:
-        functions.pop(ATTENTION, None)
+        del functions[ATTENTION]
 
 
 class GraphBuilder:
@@ -239,11 +239,14 @@ class GraphBuilder:
         """The weight as real numbers, (out, in)."""
         weight, group = layer.weight_matrix, layer.config.group_size
         codes, zero_point = weight.unpacked().numpy(), weight.code_zero_point().numpy()
-        make = self.constant if layer.config.bits > 4 else self.constant4
         scale = layer.scale.numpy().astype(np.float32)
         if group is None:
             scale, zero_point = np.broadcast_to(scale, len(codes)), np.broadcast_to(zero_point, len(codes))
-        stored, zero = make(f"{name}.weight_codes", codes), make(f"{name}.zero_point", zero_point.astype(np.int8))
+        stored, zero = f"{name}.weight_codes", self.constant(f"{name}.zero_point", zero_point.astype(np.int8))
+        if layer.config.bits > 4:
+            self.constant(stored, codes)
+        else:  # of DequantizeLinear on 4 bits, onnxruntime makes a product that rounds the activations
+            stored = self.op("Cast", [self.constant4(stored, codes)], to=self.onnx.TensorProto.INT8)
         blocks = {"axis": 0} if group is None else {"axis": 1, "block_size": group}
         return self.op("DequantizeLinear", [stored, self.constant(f"{name}.scale", scale), zero], **blocks)
 
