@@ -9,6 +9,7 @@ mse_loss, mae_loss, top1_match = compare_models(model, quantized_model, inputs, 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
@@ -19,12 +20,16 @@ from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.convert import convert
 from fairseq.quantization.dequantize import dequantize
 from fairseq.quantization.engine import optimize
+from fairseq.quantization.export import ExportReport, export
 from fairseq.quantization.images import pixel_values
 from fairseq.quantization.plan import check_model
 from fairseq.quantization.report import LayerReport, QuantizationReport
 from fairseq.quantization.sensitivity import BitAssignment, assign_bits, measure, smallest_that_agrees
 
-__all__ = ["BitAssignment", "LayerReport", "ModelComparison", "QuantizationReport", "ViTQuantizer", "compare_models"]
+__all__ = [
+    "BitAssignment", "ExportReport", "LayerReport", "ModelComparison", "QuantizationReport", "ViTQuantizer",
+    "compare_models",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -201,3 +206,31 @@ class ViTQuantizer:
             ValueError: nothing in ``model`` is quantized.
         """
         return cast(Model, dequantize(model))
+
+    @staticmethod
+    def export(
+        model: nn.Module,
+        path: str | os.PathLike[str],
+        format: str = "onnx",
+        sample: Any = None,
+        *,
+        external_data: bool | None = None,
+        onnx_ops: str = "onnxruntime",
+    ) -> ExportReport:
+        """Write a packed model as a file that runs without this library, verified before it appears at ``path``.
+
+        Args:
+            model: what ``quantize_model`` returned, on the CPU; it is not changed.
+            path: ending in .onnx, .pt or .pt2.
+            format: "onnx", "torchscript" or "torch_export".
+            sample: a processor's output or pixel values, for verification; None for noise.
+            external_data: keep the weights of an ONNX file in a second one; None for only where they exceed 2 GB.
+            onnx_ops: "standard" for operators of ONNX alone, "onnxruntime" for what is fastest there.
+
+        Raises:
+            TypeError, ValueError: not a packed model on the CPU, an unknown format, a suffix that does not fit it.
+            FileNotFoundError: the folder does not exist.
+            ImportError: ``pip install "fairseq[onnx]"`` is needed.
+            RuntimeError: the file does not run, gives other outputs, or holds float weights; nothing is left.
+        """
+        return export(model, path, format, sample, external_data=external_data, onnx_ops=onnx_ops)

@@ -135,6 +135,7 @@ class GraphBuilder:
             if node.domain == DOMAIN:
                 self.layer(node)
             else:
+                del node.metadata_props[:]  # where in the Python code it comes from
                 self.nodes.append(node)
         del graph.node[:], graph.value_info[:]
         graph.node.extend(self.nodes)
@@ -236,19 +237,24 @@ class GraphBuilder:
         self.finish(layer, name, y, scale, out)
 
     def dequantized(self, layer: PackedLinear, name: str) -> str:
-        """The weight as real numbers, (out, in)."""
+        """The weight as real numbers, (out, in).
+
+        Scaled once more behind DequantizeLinear: of that and a product alone, onnxruntime makes one operator that rounds
+        the activations of blocks to 8 bits.
+        """
         weight, group = layer.weight_matrix, layer.config.group_size
-        codes, zero_point = weight.unpacked().numpy(), weight.code_zero_point().numpy()
+        codes, zero_point = weight.unpacked().numpy(), weight.code_zero_point().numpy().astype(np.int8)
+        make = self.constant if layer.config.bits > 4 else self.constant4
         scale = layer.scale.numpy().astype(np.float32)
         if group is None:
             scale, zero_point = np.broadcast_to(scale, len(codes)), np.broadcast_to(zero_point, len(codes))
-        stored, zero = f"{name}.weight_codes", self.constant(f"{name}.zero_point", zero_point.astype(np.int8))
-        if layer.config.bits > 4:
-            self.constant(stored, codes)
-        else:  # of DequantizeLinear on 4 bits, onnxruntime makes a product that rounds the activations
-            stored = self.op("Cast", [self.constant4(stored, codes)], to=self.onnx.TensorProto.INT8)
+        rows = scale.reshape(len(codes), -1).max(1, keepdims=True)  # (out, 1)
+        relative = scale / (rows[:, 0] if group is None else rows)
+        stored = [make(f"{name}.weight_codes", codes), self.constant(f"{name}.relative_scale", relative)]
+        stored.append(make(f"{name}.zero_point", zero_point))
         blocks = {"axis": 0} if group is None else {"axis": 1, "block_size": group}
-        return self.op("DequantizeLinear", [stored, self.constant(f"{name}.scale", scale), zero], **blocks)
+        real = self.op("DequantizeLinear", stored, **blocks)
+        return self.op("Mul", [real, self.constant(f"{name}.scale", rows)])
 
     def nbits(self, layer: PackedLinear, name: str, x: str) -> str:
         """onnxruntime's product with a weight of 4 or 8 bits in blocks along the inputs; activations stay in float."""
