@@ -63,8 +63,8 @@ class ExportReport:
             f"{self.format}: {', '.join(self.paths)}, {megabytes(self.bytes)}",
             f"{self.integer_weights} integer weights, {megabytes(self.integer_weight_bytes)}; "
             f"floats {megabytes(self.float_weight_bytes)}" + (f"; {nodes}" if nodes else ""),
-            f"run by itself, {', '.join(self.outputs)} differ by {self.max_difference:.2g} at most (allowed "
-            f"{self.tolerance:.2g}), {self.mean_difference:.2g} on average; top-1 the same for {self.top1_agreement:.1%}",
+            f"run by itself, {', '.join(self.outputs)} differ by at most {self.max_difference:.2g} (allowed "
+            f"{self.tolerance:.2g}), {self.mean_difference:.2g} on average; same top-1 for {self.top1_agreement:.0%}",
         ])  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _write(
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     shapes = (tuple({0: batch} for _ in inputs),)
     if format == "torchscript":
-        torch.jit.trace(wrapper, tuple(inputs.values()), check_trace=False).save(str(file))  # type: ignore[no-untyped-call]
+        torch.jit.trace(wrapper, tuple(inputs.values()), check_trace=False).save(str(file))
     elif format == "torch_export":
         torch.export.save(torch.export.export(wrapper, tuple(inputs.values()), dynamic_shapes=shapes), str(file))
     else:
@@ -229,7 +229,9 @@ def _verify(wrapper: Positional, inputs: dict[str, Tensor], file: Path, format: 
     layers = [layer for layer in wrapper.model.modules() if isinstance(layer, PackedLinear)]
     weights = [size for name, (_, _, size) in integers.items() if name.endswith("weight_codes")]
     if len(weights) < len({id(layer.weight_codes) for layer in layers}):
-        raise RuntimeError(f"the exported file holds {len(weights)} integer weights; the model has {len(layers)} layers")
+        raise RuntimeError(
+            f"the exported file holds {len(weights)} integer weights; the model has {len(layers)} layers"
+        )
 
     def run(batch: dict[str, Tensor]) -> list[Tensor]:
         return list(wrapper(*batch.values()))

@@ -90,22 +90,30 @@ def tolerance(run: Any, inputs: dict[str, Tensor], expected: list[Tensor]) -> li
     return [bound + 4 * change for bound, change in zip(bounds, changes)]
 
 
-def tensors_of(form: str, path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, Tensor], Counter[str]]:
+def tensors_of(
+    form: str, path: Path
+) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, Tensor], Counter[str]]:
     """What an exported file holds: integers by name (type, shape, bytes), float tensors by name, and its operators."""
     if form == "onnx":
         return _onnx_tensors(path)
     if form == "torchscript":
-        loaded = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
+        loaded = torch.jit.load(str(path))
         operators = Counter(node.kind() for node in loaded.inlined_graph.nodes())
         constants = [n for n in loaded.inlined_graph.nodes() if n.kind() == "prim::Constant"]
-        found = {n.output().debugName(): n.t("value") for n in constants if n.hasAttribute("value") and n.kindOf("value") == "t"}
+        found = {
+            n.output().debugName(): n.t("value")
+            for n in constants
+            if n.hasAttribute("value") and n.kindOf("value") == "t"
+        }
         found.update(loaded.named_buffers())
         found.update(loaded.named_parameters())
     else:
         program = torch.export.load(str(path))
         operators = Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
         found = {**program.state_dict, **{k: v for k, v in program.constants.items() if isinstance(v, Tensor)}}
-    integers = {n: (str(t.dtype), tuple(t.shape), t.nbytes) for n, t in found.items() if t.dtype in (torch.uint8, torch.int8)}
+    integers = {
+        n: (str(t.dtype), tuple(t.shape), t.nbytes) for n, t in found.items() if t.dtype in (torch.uint8, torch.int8)
+    }
     return integers, {n: t.detach() for n, t in found.items() if t.is_floating_point()}, operators
 
 

@@ -1,4 +1,4 @@
-"""ONNX graphs of packed models: PyTorch exports a skeleton, and each packed layer becomes nodes that run on its integers."""
+"""ONNX graphs of packed models: PyTorch exports a skeleton, and each packed layer becomes nodes on its integers."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def onnx_model(
 
 @contextlib.contextmanager
 def fast_attention(wrapper: nn.Module) -> Iterator[None]:
-    """Let the models of transformers in ``wrapper`` attend by onnxruntime's MultiHeadAttention, where they can choose."""
+    """Let the models of transformers in ``wrapper`` use onnxruntime's MultiHeadAttention, where they can."""
     modeling = sys.modules.get("transformers.modeling_utils")
     functions = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", None)
-    model = getattr(wrapper, "model", None)
+    model: Any = getattr(wrapper, "model", None)
     if functions is None or not hasattr(model, "set_attn_implementation"):
         yield
         return
@@ -103,7 +103,7 @@ def fast_attention(wrapper: nn.Module) -> Iterator[None]:
             return plain(module, query, key, value, mask, **settings)
         batch, heads, tokens, width = query.shape
         flat = [t.transpose(1, 2).reshape(batch, tokens, heads * width) for t in (query, key, value)]
-        attributes = {"num_heads": heads, "scale": float(width**-0.5 if scaling is None else scaling)}
+        attributes: dict[str, Any] = {"num_heads": heads, "scale": float(width**-0.5 if scaling is None else scaling)}
         y = torch.onnx.ops.symbolic(
             f"{CONTRIB}::MultiHeadAttention", flat, attributes, dtype=query.dtype, shape=flat[0].shape, version=1
         )
@@ -239,8 +239,8 @@ class GraphBuilder:
     def dequantized(self, layer: PackedLinear, name: str) -> str:
         """The weight as real numbers, (out, in).
 
-        Scaled once more behind DequantizeLinear: of that and a product alone, onnxruntime makes one operator that rounds
-        the activations of blocks to 8 bits.
+        Scaled once more behind DequantizeLinear: of that and a product alone, onnxruntime makes one operator that
+        rounds the activations of blocks to 8 bits.
         """
         weight, group = layer.weight_matrix, layer.config.group_size
         codes, zero_point = weight.unpacked().numpy(), weight.code_zero_point().numpy().astype(np.int8)
@@ -252,7 +252,7 @@ class GraphBuilder:
         relative = scale / (rows[:, 0] if group is None else rows)
         stored = [make(f"{name}.weight_codes", codes), self.constant(f"{name}.relative_scale", relative)]
         stored.append(make(f"{name}.zero_point", zero_point))
-        blocks = {"axis": 0} if group is None else {"axis": 1, "block_size": group}
+        blocks: dict[str, Any] = {"axis": 0} if group is None else {"axis": 1, "block_size": group}
         real = self.op("DequantizeLinear", stored, **blocks)
         return self.op("Mul", [real, self.constant(f"{name}.scale", rows)])
 
@@ -285,7 +285,8 @@ class GraphBuilder:
 
     def static_grid(self, layer: PackedLinear, name: str) -> tuple[str, str]:
         """The fixed scale of the input and its zero point as uint8."""
-        assert layer.input_scale is not None and layer.input_zero_point is not None
+        assert layer.input_scale is not None
+        assert layer.input_zero_point is not None
         scale = np.float32(layer.input_scale.item())
         zero = np.uint8(layer.input_zero_point.item() + 128)
         return self.constant(f"{name}.input_scale", scale), self.constant(f"{name}.input_zero_point", zero)

@@ -1,4 +1,4 @@
-"""export: files that run by themselves, hold integers and give the model's outputs; what is refused, and what is left."""
+"""export: files that run by themselves, hold integers and give the model's outputs; what is refused."""
 
 import copy
 import json
