@@ -36,7 +36,7 @@ def model_folder(tiny_vit, tmp_path):
 
 
 def test_there_are_pages_with_code():
-    assert {p.name for p in PAGES} >= {"README.rst", "index.rst", "usage.rst", "saving.rst"}
+    assert {p.name for p in PAGES} >= {"README.rst", "index.rst", "usage.rst", "saving.rst", "export.rst"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -27,6 +27,7 @@ from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.convert import convert
 from fairseq.quantization.dequantize import dequantize
 from fairseq.quantization.engine import optimize
+from fairseq.quantization.export import ExportReport, export
 from fairseq.quantization.huggingface import FairseqViTConfig, disable_save_pretrained, enable_save_pretrained
 from fairseq.quantization.images import pixel_values
 from fairseq.quantization.plan import check_model
@@ -34,17 +35,9 @@ from fairseq.quantization.report import LayerReport, QuantizationReport
 from fairseq.quantization.sensitivity import BitAssignment, assign_bits, measure, smallest_that_agrees
 
 __all__ = [
-    "BitAssignment",
-    "FairseqViTConfig",
-    "EmbeddingComparison",
-    "LayerReport",
-    "ModelComparison",
-    "QuantizationReport",
-    "ViTQuantizer",
-    "compare_embeddings",
-    "compare_models",
-    "zero_shot_agreement",
-]
+    "BitAssignment", "EmbeddingComparison", "ExportReport", "FairseqViTConfig", "LayerReport", "ModelComparison",
+    "QuantizationReport", "ViTQuantizer", "compare_embeddings", "compare_models", "zero_shot_agreement",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -273,3 +266,31 @@ class ViTQuantizer:
         result, information = checkpoint.load(path, model, engine)
         enable_save_pretrained(result, information)
         return result
+
+    @staticmethod
+    def export(
+        model: nn.Module,
+        path: str | os.PathLike[str],
+        format: str = "onnx",
+        sample: Any = None,
+        *,
+        external_data: bool | None = None,
+        onnx_ops: str = "onnxruntime",
+    ) -> ExportReport:
+        """Write a packed model as a file that runs without this library, verified before it appears at ``path``.
+
+        Args:
+            model: what ``quantize_model`` returned, on the CPU; it is not changed.
+            path: ending in .onnx, .pt or .pt2.
+            format: "onnx", "torchscript" or "torch_export".
+            sample: a processor's output or pixel values, for verification; None for noise.
+            external_data: keep the weights of an ONNX file in a second one; None for only where they exceed 2 GB.
+            onnx_ops: "standard" for operators of ONNX alone, "onnxruntime" for what is fastest there.
+
+        Raises:
+            TypeError, ValueError: not a packed model on the CPU, an unknown format, a suffix that does not fit it.
+            FileNotFoundError: the folder does not exist.
+            ImportError: ``pip install "fairseq[onnx]"`` is needed.
+            RuntimeError: the file does not run, gives other outputs, or holds float weights; nothing is left.
+        """
+        return export(model, path, format, sample, external_data=external_data, onnx_ops=onnx_ops)
