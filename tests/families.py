@@ -98,17 +98,12 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
         {**VIT, "mlp_ratio": 2, "layerscale_value": 0.7, "num_register_tokens": 3},
     ),
     "dinov3": _hf("DINOv3ViTModel", "DINOv3ViTConfig", {**VIT, "num_register_tokens": 3}),
-    "dinov3-gated": _hf(
-        "DINOv3ViTModel", "DINOv3ViTConfig", {**VIT, "num_register_tokens": 3, "use_gated_mlp": True}
-    ),
+    "dinov3-gated": _hf("DINOv3ViTModel", "DINOv3ViTConfig", {**VIT, "num_register_tokens": 3, "use_gated_mlp": True}),
     "vit-mae": _hf(
         "ViTMAEForPreTraining",
         "ViTMAEConfig",
-        {
-            **VIT, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2,
-            "decoder_intermediate_size": 32,
-        },
-    ),  # fmt: skip
+        {**VIT, **{f"decoder_{key}": 2 if "num" in key else 16 for key in BLOCK}},
+    ),
     "vit-mae-encoder": _hf("ViTMAEModel", "ViTMAEConfig", {**VIT, "mask_ratio": 0.0}),
     "vit-msn": _hf("ViTMSNForImageClassification", "ViTMSNConfig", VIT),
     "clip": _hf("CLIPModel", "CLIPConfig", {**TOWERS, "projection_dim": 20}),
@@ -125,9 +120,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
         "Siglip2Config",
         {**TOWERS, "vision_config": {**BLOCK, "patch_size": 4, "num_patches": 16}},
     ),
-    "siglip2-vision": _hf(
-        "Siglip2VisionModel", "Siglip2VisionConfig", {**BLOCK, "patch_size": 4, "num_patches": 16}
-    ),
+    "siglip2-vision": _hf("Siglip2VisionModel", "Siglip2VisionConfig", {**BLOCK, "patch_size": 4, "num_patches": 16}),
     "encoder-decoder": _encoder_decoder,
     "timm-vit": _timm("vit_tiny_patch16_224", **TIMM),
     "timm-deit": _timm("deit_tiny_distilled_patch16_224", **TIMM),

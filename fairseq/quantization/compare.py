@@ -102,7 +102,7 @@ def compare_embeddings(
         batch_size: pictures per run.
 
     Raises:
-        TypeError, ValueError: inputs or k are not as above, a model has no embedding, or the two differ in kind or size.
+        TypeError, ValueError: inputs or k are not as above, a model has no embedding, or the two differ.
     """
     _check_count("k", k)
     _check_count("batch_size", batch_size)
@@ -147,7 +147,9 @@ def embeddings(model: nn.Module, inputs: Tensor | Mapping[str, Any], batch_size:
             output = call(model, {name: x[start : start + batch_size] for name, x in keywords.items()})
         kind = next((name for name in EMBEDDINGS if output.get(name) is not None), "")
         if not kind:
-            raise ValueError(f"the model has no embedding: it returns none of {', '.join(EMBEDDINGS)}; see compare_models")
+            raise ValueError(
+                f"the model has no embedding: it returns none of {', '.join(EMBEDDINGS)}; see compare_models"
+            )
         value = output[kind].float().cpu()
         found.append(value.flatten(1, -2).mean(1) if value.ndim > 2 else value)
     return kind, torch.cat(found)

@@ -351,8 +351,8 @@ def _make_report(
     for name, decision in plan.items():
         linear, now = layers[name], result.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        record = LayerReport(name, component_of(name, family), (linear.out_features, linear.in_features), _bytes(linear), 0)
-        record = replace(record, bytes_after=_bytes(now))
+        shape = (linear.out_features, linear.in_features)
+        record = LayerReport(name, component_of(name, family), shape, _bytes(linear), _bytes(now))
         if isinstance(decision, LayerConfig):
             records.append(replace(record, bits=decision.bits, method=decision.method, **done[name]))
         else:

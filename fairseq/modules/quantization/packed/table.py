@@ -162,11 +162,11 @@ def pack_parameter(module: nn.Module, name: str, config: LinearConfig, full_name
     if parameter.ndim != 3 or len(parameter) != 1:
         raise ValueError(f"{full_name} must be of shape (1, rows, columns) to be packed, got {tuple(parameter.shape)}")
     value = parameter.detach()[0]
-    table = PackedTable(*value.shape, config, full_name, value.device, value.dtype)
+    table = PackedTable(value.shape[0], value.shape[1], config, full_name, value.device, value.dtype)
     table.quantize_(value)
     del module._parameters[name]
     module.add_module(f"packed_{name}", table.train(module.training))
-    module.__class__ = with_packed(type(module), (name,))
+    module.__class__ = with_packed(cast(Any, type(module)), (name,))
     return table
 
 
@@ -180,7 +180,7 @@ def unpack_parameters(module: PackedParameters) -> None:
 
 
 @functools.cache
-def with_packed(kind: type, names: tuple[str, ...]) -> Any:
+def with_packed(kind: Any, names: tuple[str, ...]) -> Any:
     """The class of a ``kind`` whose parameters of these ``names`` are packed, added to those that are already."""
     if issubclass(kind, PackedParameters):
         kind, names = kind.__mro__[2], (*kind.packed_names, *names)
