@@ -369,7 +369,7 @@ def clip(tmp_path):
     families.build("clip").save_pretrained(folder)
     size = {"height": 16, "width": 16}
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder)
-    words = {word: i for i, word in enumerate("[PAD] [UNK] a photo of cat dog bird".split())}
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "a", "photo", "of", "cat", "dog", "bird"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(

@@ -56,14 +56,15 @@ class PackedPatchEmbedding(nn.Module):
         shape: tuple[int, ...] = (1,) if config.method == "tensor" else (out_channels,)
         if config.group_size is not None:
             shape = (out_channels, -(-features // config.group_size))
-        self.linear = PackedLinear(
-            torch.zeros(out_channels, features, dtype=torch.int8, device=device),
-            torch.ones(shape, device=device),
-            torch.zeros(shape, dtype=torch.uint8, device=device),
-            torch.zeros(out_channels, device=device, dtype=dtype) if bias else None,
+        linear = PackedLinear(
+            torch.zeros(out_channels, features, dtype=torch.int8),
+            torch.ones(shape),
+            torch.zeros(shape, dtype=torch.uint8),
+            torch.zeros(out_channels, dtype=dtype) if bias else None,
             config,
             f"{name}.linear",
         )
+        self.linear = linear if device is None else linear.to(device)  # made on the CPU: meta tensors cannot be packed
         self.register_buffer("like", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
     @classmethod
@@ -76,7 +77,7 @@ class PackedPatchEmbedding(nn.Module):
         if reason := patch_obstacle(conv):
             raise ValueError(f"{name} cannot be packed: {reason}")
         size = cast(tuple[int, int], tuple(conv.kernel_size))
-        new = cls(conv.in_channels, conv.out_channels, size, linear.config, name, device="meta")
+        new = cls(conv.in_channels, conv.out_channels, size, linear.config, name)
         wanted = (new.linear.out_features, new.linear.in_features)
         if (linear.out_features, linear.in_features) != wanted:
             got = (linear.out_features, linear.in_features)

@@ -179,12 +179,15 @@ def unpack_parameters(module: PackedParameters) -> None:
         module.register_parameter(name, nn.Parameter(value.unsqueeze(0)))
 
 
-@functools.cache
 def with_packed(kind: Any, names: tuple[str, ...]) -> Any:
     """The class of a ``kind`` whose parameters of these ``names`` are packed, added to those that are already."""
     if issubclass(kind, PackedParameters):
-        kind, names = kind.__mro__[2], (*kind.packed_names, *names)
+        return _packed_class(kind.__mro__[2], (*kind.packed_names, *names))
+    return _packed_class(kind, names)
 
+
+@functools.cache
+def _packed_class(kind: Any, names: tuple[str, ...]) -> Any:
     def reader(name: str) -> property:
         return property(lambda self: self._modules[f"packed_{name}"].read().unsqueeze(0))
 

@@ -27,13 +27,13 @@ def test_rows_are_within_half_a_step(bits, group_size):
     config = LinearConfig(bits=bits, method="channel", activations=None, group_size=group_size)
     packed = PackedEmbedding.from_float(embedding, config, "positions")
     step = packed.scale if group_size is None else packed.scale.repeat_interleave(32, 1)[:, :72].T
-    assert ((packed.weight - embedding.weight).abs().T <= step / 2 * 1.001).all()
+    assert (step / 2 * 1.001 >= (packed.weight - embedding.weight).abs().T).all()
     assert packed.weight_codes.numel() <= 7 * 72 * {2: 2, 3: 4, 4: 4, 5: 8, 8: 8}[bits] / 8 + 7 * 4
     ids = torch.tensor([[3, 3], [0, 6]])
     assert torch.equal(packed(ids), packed.weight[ids])
     blank = PackedEmbedding(7, 72, config, "positions", device="meta")
     blank.load_state_dict(packed.state_dict(), assign=True)
-    assert torch.equal(PackedTable.read(blank).float() if not blank.like.is_meta else packed.weight, packed.weight)
+    assert all(torch.equal(value, packed.state_dict()[key]) for key, value in blank.state_dict().items())
 
 
 def test_dtype():
@@ -44,7 +44,7 @@ def test_dtype():
 
 def test_another_width_is_not_loaded():
     other = PackedTable(4, 6, LinearConfig(bits=5, method="channel"))
-    with pytest.raises(ValueError, match="saved with 5 bits, .* has 8 bits"):
+    with pytest.raises(ValueError, match=r"saved with 5 bits, .* has 8 bits"):
         PackedTable(4, 6, CONFIG).load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match="method must be 'channel' or 'histogram', got 'tensor'"):
         PackedTable(4, 6, LinearConfig())
