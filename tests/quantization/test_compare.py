@@ -139,7 +139,9 @@ def test_known_embeddings():
     assert got.overlap == pytest.approx(1 / 2)  # nearest: 1 0 3 2, then 3 2 3 2
     assert (got.k, got.output) == (1, "pooler_output")
     assert compare_embeddings(one, two, numbers, k=3).overlap == 1
-    assert compare_embeddings(one, one, {"pixel_values": numbers, "input_ids": numbers}, k=2)[:3] == pytest.approx((1, 1, 1))
+    assert compare_embeddings(one, one, {"pixel_values": numbers, "input_ids": numbers}, k=2)[:3] == pytest.approx(
+        (1, 1, 1)
+    )
 
 
 def test_embeddings_of_tokens_are_their_mean(tiny_vit, pixels):

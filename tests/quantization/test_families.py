@@ -83,7 +83,6 @@ ENDS = {
     "kept": ("continuous_position_bias_mlp.0", "continuous_position_bias_mlp.2", "head.attention.out_proj",
              "embeddings.patch_embedding", "decoder_embed"),
 }  # fmt: skip
-NO_TIMM = [name for name in families.NAMES if not name.startswith("timm")]
 EQUALIZED = [n for n in families.NAMES if n not in ("swinv2", "dinov2-giant", "dinov3", "dinov3-gated", "timm-beit",
                                                     "timm-eva")]  # fmt: skip
 
@@ -158,7 +157,7 @@ def test_quantized_output_is_close_and_not_equal(name, made):
 def test_flags_and_share_choose_layers(name):
     model = build(name)
     family = family_of(model)
-    report = (quantizer := ViTQuantizer(quantize_attention=False, quantize_classifier=False)).report
+    quantizer = ViTQuantizer(quantize_attention=False, quantize_classifier=False)
     quantizer.quantize_model(model, engine="layers")
     report = quantizer.report
     assert {layer.component for layer in report.quantized} == {"mlp"}
@@ -316,6 +315,55 @@ def test_embeddings(name, calibrated):
     assert shapes[0] == shapes[1]
     assert {type(m) for m in restored.modules()} == {type(m) for m in model.modules()}
     assert error(quantized, restored) < 2e-3
+
+
+def test_embeddings_that_cannot_be_packed(made):
+    model = copy.deepcopy(made("vit")[0])
+    conv = model.vit.embeddings.patch_embeddings.projection
+    conv.stride, conv.padding = (3, 3), (0, 0)
+    quantizer = ViTQuantizer(quantize_embeddings=True, overrides={"*position_embeddings": {"skip": True}})
+    quantized = quantizer.quantize_model(model)
+    reasons = {layer.name: layer.skipped for layer in quantizer.report.layers if layer.component == "embeddings"}
+    assert reasons == {
+        "vit.embeddings.patch_embeddings.projection": (
+            "its stride (3, 3) is not its kernel size (4, 4): patches overlap"
+        ),
+        "vit.embeddings.position_embeddings": "skipped by an override",
+    }
+    assert type(quantized.vit.embeddings.patch_embeddings.projection) is nn.Conv2d
+    with pytest.raises(ValueError, match="quantize_embeddings=True is a setting of execution='packed'"):
+        ViTQuantizer(quantize_embeddings=True, execution="emulated")
+    refused = pytest.raises(ValueError, match="no patch embedding and no position embeddings that are known")
+    with refused, pytest.warns(UserWarning, match="no known family"):
+        ViTQuantizer(quantize_embeddings=True).quantize_model(Unknown())
+
+
+def test_embeddings_take_the_settings_of_a_layer(made):
+    overrides = {"*projection": {"bits": 3, "method": "histogram", "bias_correction": True}}
+    quantizer = ViTQuantizer(method="channel", quantize_embeddings=True, overrides=overrides, activations="static")
+    quantized = quantizer.quantize_model(made("vit")[0], calibration=PIXELS)
+    patches, positions = quantizer.report.layers[:2]
+    assert (patches.bits, patches.method, patches.rounding, patches.activations) == (3, "histogram", "gptq", "dynamic")
+    assert patches.note == "dynamic instead of static: patches are rounded one by one"
+    assert (positions.bits, positions.method) == (8, "channel")
+    layer = quantized.vit.embeddings.patch_embeddings.projection
+    assert layer.linear.config.bits == 3
+    conv = made("vit")[0].vit.embeddings.patch_embeddings.projection
+    with torch.no_grad():
+        drift = (nn.functional.conv2d(PIXELS, layer.weight, layer.bias, 4) - conv(PIXELS)).mean((0, 2, 3))
+    assert drift.abs().max() < 1e-5  # what the correction of the bias is for
+
+
+def test_sizes_of_calibration_pictures(made):
+    """Of the vision tower's config; families that resize their position embeddings take any."""
+    large = torch.randn(4, 3, 24, 20, generator=torch.Generator().manual_seed(0))
+    for name in ("clip", "clip-classifier", "encoder-decoder", "vit"):
+        with pytest.raises(ValueError, match=r"must be \(3, 16, 16\), \(C, H, W\), as the model's config says"):
+            ViTQuantizer().quantize_model(made(name)[0], calibration=large)
+    for name in ("dinov2", "dinov3", "siglip2-vision"):
+        quantizer = ViTQuantizer()
+        quantizer.quantize_model(made(name)[0], calibration=large)
+        assert quantizer.report.quantized[0].output_sqnr > 20
 
 
 @pytest.mark.parametrize("name", TEXT)
