@@ -1,9 +1,9 @@
-"""Tiny models with random weights of every supported family, with inputs: seeded, biases not zero, in eval mode."""
+"""Tiny models with random weights of every supported family, and what they are called with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -20,14 +20,7 @@ SWIN = {
 }  # fmt: skip
 TEXT = {**BLOCK, "vocab_size": 60, "max_position_embeddings": 10, "bos_token_id": 0, "eos_token_id": 59}
 TOWERS = {"vision_config": {**BLOCK, **PICTURE}, "text_config": {**TEXT, "projection_size": 24}}
-PICTURES, PROMPTS = 5, 4
-
-
-class Built(NamedTuple):
-    """A model and what it is called with."""
-
-    model: nn.Module
-    inputs: dict[str, Tensor]
+PICTURES, PROMPTS = 6, 4
 
 
 def pictures(count: int = PICTURES, seed: int = 1) -> Tensor:
@@ -102,14 +95,8 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "vit-mae": _hf(
         "ViTMAEForPreTraining",
         "ViTMAEConfig",
-        {
-            **VIT,
-            "decoder_hidden_size": 16,
-            "decoder_num_hidden_layers": 2,
-            "decoder_num_attention_heads": 2,
-            "decoder_intermediate_size": 32,
-        },
-    ),  # fmt: skip
+        {**VIT, **{f"decoder_{key}": 2 if "num" in key else 16 for key in BLOCK}},
+    ),
     "vit-mae-encoder": _hf("ViTMAEModel", "ViTMAEConfig", {**VIT, "mask_ratio": 0.0}),
     "vit-msn": _hf("ViTMSNForImageClassification", "ViTMSNConfig", VIT),
     "clip": _hf("CLIPModel", "CLIPConfig", {**TOWERS, "projection_dim": 20}),
@@ -133,3 +120,19 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "timm-beit": _timm("beit_base_patch16_224", **TIMM, init_values=0.5),
     "timm-eva": _timm("eva02_tiny_patch14_224", **TIMM),
 }
+NAMES = list(BUILDERS)
+
+
+def build(name: str) -> nn.Module:
+    """The model of that name: weights large enough to matter, biases that are not zero; in eval mode."""
+    torch.manual_seed(0)
+    model = BUILDERS[name]()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.ndim == 2 and parameter.requires_grad and "position" not in key:
+                parameter.normal_(std=0.15)
+            elif parameter.ndim == 1 and "norm" in key:
+                parameter.uniform_(0.5, 1.5)
+    return model.eval()

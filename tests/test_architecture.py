@@ -54,7 +54,7 @@ def test_imports_run_one_way(path):
     for name in imports(path):
         if name.split(".")[0] == "fairseq":
             assert any(name == a or name.startswith(a + ".") or a.startswith(name + ".") for a in allowed), name
-        assert name.split(".")[0] not in ("transformers", "matplotlib", "onnx", "onnxruntime"), name
+        assert name.split(".")[0] not in ("transformers", "timm", "matplotlib", "onnx", "onnxruntime"), name
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

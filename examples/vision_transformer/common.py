@@ -22,9 +22,10 @@ import torch
 import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.quantization.images import SUFFIXES
 
 HERE = Path(__file__).resolve().parent
 EMBEDDED = HERE / "cifar10-vit"
@@ -64,8 +65,11 @@ class Loaded(NamedTuple):
     name: str
 
 
-def load_model(source: str | None) -> Loaded:
-    """Load a classifier from a hub id or a folder; by default ViT-Base if it can be had, else the embedded model."""
+def load_model(source: str | None, any_kind: bool = False) -> Loaded:
+    """Load a classifier from a hub id or a folder; by default ViT-Base if it can be had, else the embedded model.
+
+    With ``any_kind`` what is no classifier by its config is loaded as a model without classes.
+    """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if source is not None:
@@ -75,7 +79,7 @@ def load_model(source: str | None) -> Loaded:
             reason = hub_problem(source)
             if reason:
                 raise UserError(f"--model {source}: no such folder, and as a hub id it cannot be loaded: {reason}")
-        return _from_pretrained(source, source)
+        return _from_pretrained(source, source, any_kind)
     reason = hub_problem(DEFAULT_MODEL)
     if reason is None:
         try:
@@ -113,18 +117,36 @@ def hub_problem(model_id: str) -> str | None:
     return None
 
 
-def _from_pretrained(source: str, name: str) -> Loaded:
+def _from_pretrained(source: str, name: str, any_kind: bool = False) -> Loaded:
+    kind = "image classifier"
     try:
-        model, loading = AutoModelForImageClassification.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
-        )
+        loader = AutoModelForImageClassification
+        if any_kind and not _is_classifier(AutoConfig.from_pretrained(source)):
+            loader, kind = AutoModel, "model"
+        model, loading = loader.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
         processor = AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"cannot load the model {source}: {first_line(error)}") from error
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise UserError(f"{source} is not a whole image classifier: it has no weights for {missing}")
+        raise UserError(f"{source} is not a whole {kind}: it has no weights for {missing}")
     return Loaded(model.eval(), processor, name)
+
+
+def _is_classifier(config: Any) -> bool:
+    """Whether a model was saved as an image classifier; without a word of it, it counts as one."""
+    names = getattr(config, "architectures", None) or ["ForImageClassification"]
+    return any("ForImageClassification" in name for name in names)
+
+
+def pictures_in(folder: Path) -> list[Callable[[], Image.Image]]:
+    """All pictures in a folder and below it, in the order of their names."""
+    if not folder.is_dir():
+        raise UserError(f"--images {folder}: no such folder")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
+        raise UserError(f"--images {folder}: no picture in it")
+    return [functools.partial(read_image, file, str(file)) for file in files]
 
 
 def quantize(quantizer: ViTQuantizer, model: nn.Module, **keywords: Any) -> nn.Module:

@@ -1,15 +1,21 @@
 #!/usr/bin/env python3
-"""Accuracy of a ViT before and after quantization, over labelled pictures.
+"""Accuracy of a ViT before and after quantization, over labelled pictures; of a model without classes, its embeddings.
 
     python examples/vision_transformer/evaluate.py
     python examples/vision_transformer/evaluate.py --model DIR --images DIR --labels labels.csv
     python examples/vision_transformer/evaluate.py ... --calibration 128 --configs 4:channel 4.5:channel
+    python examples/vision_transformer/evaluate.py --model DIR --images DIR [--prompts prompts.txt]
 
 Without a model, the embedded one on the 500 pictures that come with it. The CSV has the columns ``file`` (in the
 folder) and ``class_index``. 4.5 bits stand for widths of 2 to 8 chosen layer by layer, 4.5 per weight on average.
 Columns of the result: top-1 and top-5 accuracy; "kept", top-1 as a share of the float model's; "agreement", the share
 of pictures with the float model's top-1 class; and the mean squared error of the logits. All models see each batch in
 turn.
+
+Without labels, how much of the embeddings is kept: their cosine with the float model's, the mean and the least over
+the pictures; and "overlap", the share of each picture's nearest others that are still among them. For CLIP and SigLIP
+with --prompts, a text file with a prompt for each class on a line of its own, "zero-shot": the share of pictures for
+which the most fitting prompt is the float model's.
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ from common import (
     load_model,
     logits,
     parse_configuration,
+    pictures_in,
     positive,
     quantize,
     run,
@@ -38,8 +45,10 @@ from common import (
 )
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
-from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.models.vit_quantization import ViTQuantizer, zero_shot_agreement
+from fairseq.quantization.compare import compare_vectors, embeddings
 from fairseq.quantization.synthetic import synthetic_images
 
 
@@ -85,15 +94,59 @@ def score_all(
     return scores
 
 
-def subject(args: argparse.Namespace) -> tuple[nn.Module, Any, str, list, Tensor]:
-    """Model, processor, its name, pictures to read and their labels, int64 (N,)."""
+def fidelity(
+    models: dict[str, nn.Module], images: list, processor: Any, size: int, k: int, words: Any
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Columns, and for each quantized model what they say of its embeddings against those of the first model."""
+    reference, *others = models
+    found: dict[str, list[Tensor]] = {name: [] for name in models}
+    agreed = dict.fromkeys(others, 0.0)
+    kind = ""
+    for start in tqdm(range(0, len(images), size), desc="Evaluating", unit="batch", leave=False, delay=1):
+        pictures = [read() for read in images[start : start + size]]
+        inputs = processor(images=pictures, return_tensors="pt")
+        for name, model in models.items():
+            kind, vectors = embeddings(model, inputs, size)
+            found[name].append(vectors)
+            if words is not None and name != reference:
+                agreed[name] += len(pictures) * zero_shot_agreement(models[reference], model, inputs, words, size)
+    columns = ["cosine", "least cosine", f"overlap@{k}", *(["zero-shot"] if words is not None else [])]
+    rows = {}
+    for name in others:
+        kept = compare_vectors(torch.cat(found[reference]), torch.cat(found[name]), k, kind)
+        rows[name] = [f"{kept.cosine:.5f}", f"{kept.cosine_min:.5f}", f"{kept.overlap:.1%}"]
+        rows[name] += [f"{agreed[name] / len(images):.1%}"] if words is not None else []
+    return columns, rows
+
+
+def tokenized(source: str, prompts: Path, model: nn.Module) -> Any:
+    """The prompts of a text file, one a line, as the text tower of ``model`` takes them."""
+    if not hasattr(model, "get_text_features"):
+        raise UserError(f"--prompts: {source} has no text tower")
+    try:
+        lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"--prompts {prompts}: {first_line(error)}") from None
+    if len(lines) < 2:
+        raise UserError(f"--prompts {prompts}: needs a prompt for each of at least two classes, one a line")
+    length = model.config.text_config.max_position_embeddings
+    padding = "max_length" if "siglip" in model.config.model_type else True  # as it was trained
+    return tokenizer(lines, padding=padding, truncation=True, max_length=length, return_tensors="pt")
+
+
+def subject(args: argparse.Namespace) -> tuple[nn.Module, Any, str, list, Tensor | None]:
+    """Model, processor, its name, pictures to read and their labels, int64 (N,), or None for none."""
     given = [args.model, args.images, args.labels]
     if given == [None] * 3:
         model, processor, name = load_embedded()
         images, classes = embedded_images()
         return model, processor, name, images, torch.tensor([model.config.label2id[c] for c in classes])
-    if None in given:
+    if args.model is None or args.images is None:
         raise UserError("--model, --images and --labels go together; without them the embedded model is evaluated")
+    if args.labels is None:
+        model, processor, name = load_model(args.model, any_kind=True)
+        return model, processor, name, pictures_in(args.images), None
     model, processor, name = load_model(args.model)
     return model, processor, name, *labelled_images(args.images, args.labels, model.config.num_labels)
 
@@ -133,9 +186,11 @@ def bits_and_method(text: str) -> tuple[float, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="folder or hub id of an image classifier; needs the next two")
+    parser.add_argument("--model", default=None, help="folder or hub id; needs the next")
     parser.add_argument("--images", type=Path, default=None, help="folder of pictures")
     parser.add_argument("--labels", type=Path, default=None, help="CSV with the columns file and class_index")
+    parser.add_argument("--prompts", type=Path, default=None, help="without labels: a text file, one prompt a line")
+    parser.add_argument("--neighbours", type=positive, default=5, help="without labels: of how many; default 5")
     parser.add_argument(
         "--configs", type=bits_and_method, nargs="+", default=CONFIGURATIONS, metavar="BITS:METHOD",
         help="default: 8 and 4 bits with each of tensor, channel, histogram",
@@ -158,6 +213,9 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
     model, processor, name, images, labels = subject(args)
+    if args.prompts is not None and labels is not None:
+        raise UserError("--prompts goes with --model and --images, and without --labels")
+    words = None if args.prompts is None else tokenized(args.model, args.prompts, model)
     calibration = None
     if args.calibration is not None:
         if args.calibration == "synthetic":
@@ -166,8 +224,8 @@ def main() -> int:
             chosen = drawn(args.calibration, images, args.images)
             calibration = [images[i]() for i in chosen]
         kept = [i for i in range(len(images)) if i not in set(chosen)]
-        images, labels = [images[i] for i in kept], labels[kept]
-    images, labels = images[: args.limit], labels[: args.limit]
+        images, labels = [images[i] for i in kept], None if labels is None else labels[kept]
+    images, labels = images[: args.limit], None if labels is None else labels[: args.limit]
     if not images:
         raise UserError("no picture is left to evaluate")
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -194,13 +252,21 @@ def main() -> int:
         models[key] = quantize(quantizer, model, **pictures)
         seconds[key] = time.perf_counter() - started
 
-    scores = score_all(models, images, labels, processor, args.batch_size)
+    if labels is None and len(images) <= args.neighbours:
+        raise UserError(f"--images: {len(images)} pictures; {args.neighbours} neighbours need more")
+    what = "Linear layers of the vision tower" if hasattr(model, "get_text_features") else "all Linear layers"
     kind = "synthetic ones" if args.calibration == "synthetic" else "others"
     print(
-        f"{name}, {len(images)} pictures, all Linear layers quantized, activations: {args.activations}"
+        f"{name}, {len(images)} pictures, {what} quantized, activations: {args.activations}"
         f"{'' if args.activation_bits == 8 else f' {args.activation_bits} bits'}, "
         f"{'without calibration' if calibration is None else f'calibrated on {len(calibration)} {kind}'}, on {device}\n"
     )
+    if labels is None:
+        columns, kept_of = fidelity(models, images, processor, args.batch_size, args.neighbours, words)
+        header = ["configuration", *columns, "quantized in s"]
+        print(table(header, [[key, *row, f"{seconds[key]:.1f}"] for key, row in kept_of.items()]))
+        return 0
+    scores = score_all(models, images, labels, processor, args.batch_size)
     header = ["configuration", "top-1", "top-5", "kept", "agreement", "logit MSE", "quantized in s"]
     print(table(header, [score.row(key, scores["float"], seconds.get(key)) for key, score in scores.items()]))
     return 0

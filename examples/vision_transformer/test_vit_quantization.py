@@ -16,7 +16,7 @@ from torch import nn
 
 from fairseq.models.vit_quantization import ViTQuantizer, compare_models
 from fairseq.quantization.report import megabytes
-from fairseq.quantization.vit_layers import component_of, linear_layers
+from fairseq.quantization.vit_layers import component_of, family_of, linear_layers
 
 
 def explore(model: nn.Module) -> str:
@@ -24,7 +24,7 @@ def explore(model: nn.Module) -> str:
     total = sum(p.numel() for p in model.parameters())
     groups: dict[str, list[nn.Module]] = {"attention": [], "mlp": [], "classifier": [], "other Linear": []}
     for name, layer in linear_layers(model).items():
-        groups[component_of(name) or "other Linear"].append(layer)
+        groups[component_of(name, family_of(model)) or "other Linear"].append(layer)
     rows, linear = [], 0
     for component, layers in groups.items():
         count = sum(p.numel() for layer in layers for p in layer.parameters())
@@ -49,7 +49,7 @@ def main() -> int:
     print(explore(model))
     if args.layers:
         rows = [
-            [n, component_of(n) or "other", f"{m.out_features}x{m.in_features}"]
+            [n, component_of(n, family_of(model)) or "other", f"{m.out_features}x{m.in_features}"]
             for n, m in linear_layers(model).items()
         ]
         print(table(["layer", "component", "shape"], rows))

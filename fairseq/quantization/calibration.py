@@ -49,6 +49,8 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
         By name, one weight per token, (N * tokens,), mean 1, on the CPU. A layer that was not called once, or whose
         gradient is zero or not finite, has weight 1 everywhere: an empty tensor.
     """
+    if not names:
+        return {}
     device, dtype = _where(model)
     generator = torch.Generator().manual_seed(seed)
     inputs = picture_inputs(model, pixel_values)

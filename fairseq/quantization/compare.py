@@ -102,7 +102,7 @@ def compare_embeddings(
         batch_size: pictures per run.
 
     Raises:
-        TypeError, ValueError: inputs or k are not as above, a model has no embedding, or the two differ in kind or size.
+        TypeError, ValueError: inputs or k are not as above, a model has no embedding, or the two differ.
     """
     _check_count("k", k)
     _check_count("batch_size", batch_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ def _pack(model: nn.Module, name: str, decision: LayerConfig | str, pixel_values
     else:
         table = pack_parameter(owner, last, decision, name)
         real = table.read()
-    measures = weight_statistics(matrix, real.to(matrix.dtype), per_tensor=False)
+    measures: dict[str, Any] = weight_statistics(matrix, real.to(matrix.dtype), per_tensor=False)
     return replace(
         record, bytes_after=_bytes(table), bits=decision.bits, method=decision.method, rounding="nearest", **measures
     )
@@ -98,9 +99,9 @@ def _pack(model: nn.Module, name: str, decision: LayerConfig | str, pixel_values
 
 def _patches(
     conv: nn.Conv2d, weight: Tensor, name: str, settings: LayerConfig, pixel_values: Tensor | None
-) -> tuple[PackedPatchEmbedding, dict[str, object]]:
+) -> tuple[PackedPatchEmbedding, dict[str, Any]]:
     """The packed twin of a convolution, and what the report says of it."""
-    notes: dict[str, object] = {}
+    notes: dict[str, Any] = {}
     if settings.activations == "static":
         settings = replace(settings, activations="dynamic")
         notes["note"] = "dynamic instead of static: patches are rounded one by one"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def _mapping(output: Any) -> Mapping[str, Any]:
 
 def _image_features(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """The projected embedding of each picture; transformers up to 4.57 returns it bare, 5.x as the pooler's output."""
-    features = model.get_image_features(**inputs)
+    features = cast(Any, model).get_image_features(**inputs)
     return {"image_embeds": features if isinstance(features, Tensor) else features.pooler_output}
 
 

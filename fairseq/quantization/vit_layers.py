@@ -62,10 +62,10 @@ ATTENTION = (
 MLP = r"\.\d+\.intermediate\.dense$|\.\d+\.output\.dense$|\.mlp\.fc[12]$"
 SWIN_ATTENTION = rf"\.attention\.self\.(query|key|value)$|{ATTENTION}"
 SWIN_MLP = rf"{MLP}|\.downsample\.reduction$"
-GATED_MLP = r"|\.mlp\.weights_(in|out)$|\.mlp\.(gate|up|down)_proj$"
+GATED_MLP = r"\.mlp\.weights_(in|out)$|\.mlp\.(gate|up|down)_proj$"
 CLIP_ATTENTION = r"\.self_attn\.(q|k|v|out)_proj$"
 CLIP_MLP = r"\.encoder\.layers\.\d+\.mlp\.fc[12]$"
-CLIP_EMBEDDINGS = {"patches": r"\.patch_embedding$", "positions": r"\.embeddings\.position_embedding$"}
+CLIP_PATCHES, CLIP_POSITIONS = r"\.patch_embedding$", r"\.embeddings\.position_embedding$"
 HEAD = r"\.classifier$"
 MULTIHEAD = {
     r"\.head\.attention\.out_proj$": "part of an nn.MultiheadAttention, which reads its weight and never calls it"
@@ -77,33 +77,82 @@ DECODER_EMBED = {r"\.decoder_embed$": "makes the tokens of a decoder that only p
 PATCH_LINEAR = {r"\.patch_embedding$": "the model asks it for the dtype of its weight"}
 
 FAMILIES = (
-    Family("ViT", ("vit",), (), ATTENTION, MLP, r"\.(cls_|distillation_)?classifier$|\.pooler\.dense$"),
-    Family("DeiT", ("deit",), (), ATTENTION, MLP, r"\.(cls_|distillation_)?classifier$|\.pooler\.dense$"),
-    Family("BEiT", ("beit",), (), ATTENTION, MLP, r"\.classifier$|\.lm_head$"),
-    Family("Swin", ("swin",), (), SWIN_ATTENTION, SWIN_MLP, HEAD),
-    Family("SwinV2", ("swinv2",), (), SWIN_ATTENTION, SWIN_MLP, HEAD, kept=POSITION_MLP),
-    Family("DINOv2", ("dinov2", "dinov2_with_registers"), (), ATTENTION, MLP + GATED_MLP, HEAD, any_size=True),
     Family(
-        "DINOv3", ("dinov3_vit",), (), ATTENTION, MLP + GATED_MLP, HEAD, patches=r"\.patch_embeddings$", any_size=True
+        "ViT",
+        ("vit",),
+        attention=ATTENTION,
+        mlp=MLP,
+        classifier=r"\.(cls_|distillation_)?classifier$|\.pooler\.dense$",
     ),
     Family(
-        "ViT-MAE", ("vit_mae",), (), ATTENTION, MLP, r"\.decoder_pred$", kept=DECODER_EMBED,
+        "DeiT",
+        ("deit",),
+        attention=ATTENTION,
+        mlp=MLP,
+        classifier=r"\.(cls_|distillation_)?classifier$|\.pooler\.dense$",
+    ),
+    Family("BEiT", ("beit",), attention=ATTENTION, mlp=MLP, classifier=r"\.classifier$|\.lm_head$"),
+    Family("Swin", ("swin",), attention=SWIN_ATTENTION, mlp=SWIN_MLP, classifier=HEAD),
+    Family("SwinV2", ("swinv2",), attention=SWIN_ATTENTION, mlp=SWIN_MLP, classifier=HEAD, kept=POSITION_MLP),
+    Family(
+        "DINOv2",
+        ("dinov2", "dinov2_with_registers"),
+        attention=ATTENTION,
+        mlp=f"{MLP}|{GATED_MLP}",
+        classifier=HEAD,
+        any_size=True,
+    ),
+    Family(
+        "DINOv3",
+        ("dinov3_vit",),
+        attention=ATTENTION,
+        mlp=GATED_MLP,
+        classifier=HEAD,
+        patches=r"\.patch_embeddings$",
+        any_size=True,
+    ),
+    Family(
+        "ViT-MAE",
+        ("vit_mae",),
+        attention=ATTENTION,
+        mlp=MLP,
+        classifier=r"\.decoder_pred$",
+        kept=DECODER_EMBED,
         positions=r"\.embeddings\.position_embeddings$|\.decoder_pos_embed$",
     ),
-    Family("ViT-MSN", ("vit_msn",), (), ATTENTION, MLP, HEAD),
+    Family("ViT-MSN", ("vit_msn",), attention=ATTENTION, mlp=MLP, classifier=HEAD),
     Family(
-        "CLIP", ("clip", "clip_vision_model"), (), CLIP_ATTENTION, CLIP_MLP,
-        r"\.classifier$|\.(visual|text)_projection$", text=r"\.text_model\.|\.text_projection$", **CLIP_EMBEDDINGS,
+        "CLIP",
+        ("clip", "clip_vision_model"),
+        attention=CLIP_ATTENTION,
+        mlp=CLIP_MLP,
+        classifier=r"\.classifier$|\.(visual|text)_projection$",
+        text=r"\.text_model\.|\.text_projection$",
+        patches=CLIP_PATCHES,
+        positions=CLIP_POSITIONS,
     ),
     Family(
-        "SigLIP", ("siglip", "siglip_vision_model"), (), CLIP_ATTENTION, CLIP_MLP,
-        r"\.classifier$|\.head\.mlp\.fc[12]$|\.text_model\.head$", kept=MULTIHEAD, text=r"\.text_model\.",
-        **CLIP_EMBEDDINGS,
+        "SigLIP",
+        ("siglip", "siglip_vision_model"),
+        attention=CLIP_ATTENTION,
+        mlp=CLIP_MLP,
+        classifier=r"\.classifier$|\.head\.mlp\.fc[12]$|\.text_model\.head$",
+        kept=MULTIHEAD,
+        text=r"\.text_model\.",
+        patches=CLIP_PATCHES,
+        positions=CLIP_POSITIONS,
     ),
     Family(
-        "SigLIP 2", ("siglip2", "siglip2_vision_model"), (), CLIP_ATTENTION, CLIP_MLP,
-        r"\.classifier$|\.head\.mlp\.fc[12]$|\.text_model\.head$", kept=MULTIHEAD | PATCH_LINEAR,
-        text=r"\.text_model\.", any_size=True, **CLIP_EMBEDDINGS,
+        "SigLIP 2",
+        ("siglip2", "siglip2_vision_model"),
+        attention=CLIP_ATTENTION,
+        mlp=CLIP_MLP,
+        classifier=r"\.classifier$|\.head\.mlp\.fc[12]$|\.text_model\.head$",
+        kept=MULTIHEAD | PATCH_LINEAR,
+        text=r"\.text_model\.",
+        patches=CLIP_PATCHES,
+        positions=CLIP_POSITIONS,
+        any_size=True,
     ),
     Family(
         "timm",
@@ -114,7 +163,7 @@ FAMILIES = (
         patches=r"\.patch_embed\.proj$",
         positions=r"\.pos_embed$",
     ),
-)  # fmt: skip
+)
 VIT = FAMILIES[0]
 ENCODER_DECODER = "vision-encoder-decoder"
 
@@ -160,8 +209,6 @@ def _known(model: nn.Module) -> Family | None:
     """The row of :data:`FAMILIES` for a model, or None."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     names = {f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__}
-    if isinstance(model, nn.ModuleList) or not any(True for _ in model.children()):
-        return None
     return next((f for f in FAMILIES if kind in f.model_types or names & set(f.classes)), None)
 
 
@@ -182,9 +229,13 @@ def _generic(model: nn.Module) -> Family:
     mlp = [name for name in inside if name not in attention]
     behind = names[names.index(inside[-1]) + 1 :] if inside else []
     return Family(
-        "generic", (), (), _one_of(attention), _one_of(mlp), _one_of(behind),
-        patches=r"\.patch_embed", positions=r"\.embeddings\.position_embeddings?$",
-    )  # fmt: skip
+        "generic",
+        attention=_one_of(attention),
+        mlp=_one_of(mlp),
+        classifier=_one_of(behind),
+        patches=r"\.patch_embed",
+        positions=r"\.embeddings\.position_embeddings?$",
+    )
 
 
 def _one_of(names: Iterable[str]) -> str:

@@ -356,3 +356,55 @@ def test_training_resumes_and_writes_a_folder_that_loads(script, cifar, tmp_path
 def test_training_without_data(script, tmp_path):
     code, _, _ = script("train_cifar10", "--data", tmp_path, "--output", tmp_path / "run")
     assert "--data must hold one of them" in str(code)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A folder with a tiny CLIP, its image processor, and a tokenizer of eight words."""
+    import families
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+
+    folder = tmp_path / "clip"
+    families.build("clip").save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder)
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "a", "photo", "of", "cat", "dog", "bird"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]",
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)  # fmt: skip
+    (tmp_path / "prompts.txt").write_text("a photo of a cat\na dog\n\na photo of a bird\n")
+    return folder
+
+
+def test_evaluate_embeddings(script, clip, pictures, tmp_path):
+    arguments = ["--model", clip, "--images", pictures, "--configs", "8:channel", "2:tensor", "--batch-size", 5]
+    code, out, err = script("evaluate", *arguments, "--prompts", tmp_path / "prompts.txt", "--neighbours", 3)
+    assert code == 0, err
+    assert "12 pictures, Linear layers of the vision tower quantized" in out
+    assert "overlap@3" in out
+    rows = {line.split()[0]: line.split()[2:] for line in out.splitlines() if "-bit" in line}
+    assert float(rows["2-bit"][0]) < float(rows["8-bit"][0]) <= 1
+    assert all(float(row[1]) <= float(row[0]) for row in rows.values())
+    assert all(row[2].endswith("%") and row[3].endswith("%") for row in rows.values())
+    code, out, _ = script("evaluate", *arguments, "--calibration", 4)
+    assert code == 0
+    assert "zero-shot" not in out
+
+
+def test_evaluate_embeddings_mistakes(script, clip, model, pictures, tmp_path):
+    (tmp_path / "one.txt").write_text("a cat\n")
+    cases = [
+        (["--model", clip, "--images", tmp_path / "no"], "no such folder"),
+        (["--model", clip, "--images", pictures, "--neighbours", 12], "12 pictures; 12 neighbours need more"),
+        (["--model", clip, "--images", pictures, "--prompts", tmp_path / "one.txt"], "at least two classes"),
+        (["--model", model, "--images", pictures, "--prompts", tmp_path / "one.txt"], "has no text tower"),
+        (["--prompts", tmp_path / "one.txt"], "without --labels"),
+    ]
+    for arguments, message in cases:
+        code, _, err = script("evaluate", *arguments)
+        assert code == 2
+        assert message in err

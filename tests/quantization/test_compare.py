@@ -8,7 +8,7 @@ import torch
 from transformers import BatchFeature, ViTForMaskedImageModeling, ViTModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from fairseq.quantization.compare import compare_models
+from fairseq.quantization.compare import compare_embeddings, compare_models, zero_shot_agreement
 
 
 class Fixed(torch.nn.Module):
@@ -115,3 +115,56 @@ def test_errors(tiny_vit, pixels):
 class Returns(torch.nn.Module):
     def forward(self, pixel_values):
         return pixel_values
+
+
+class Embedder(torch.nn.Module):
+    """Returns the same embeddings, a row for each picture."""
+
+    def __init__(self, *rows):
+        super().__init__()
+        self.rows = torch.nn.Parameter(torch.tensor(rows))
+
+    def forward(self, pixel_values):
+        return {"pooler_output": self.rows[pixel_values[:, 0, 0, 0].long()]}
+
+
+def test_known_embeddings():
+    numbers = torch.arange(4.0).view(4, 1, 1, 1)
+    one = Embedder([1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0])
+    two = Embedder([3.0, 0.0], [-0.04, 0.2], [0.0, 1.0], [0.1, 1.0])  # the second has gone to the others' side
+    got = compare_embeddings(one, two, numbers, k=1, batch_size=3)
+    second = (-0.04 + 0.1 * 0.2) / math.sqrt(1.01 * 0.0416)
+    assert got.cosine == pytest.approx((3 + second) / 4)
+    assert got.cosine_min == pytest.approx(second)
+    assert got.overlap == pytest.approx(1 / 2)  # nearest: 1 0 3 2, then 3 2 3 2
+    assert (got.k, got.output) == (1, "pooler_output")
+    assert compare_embeddings(one, two, numbers, k=3).overlap == 1
+    assert compare_embeddings(one, one, {"pixel_values": numbers, "input_ids": numbers}, k=2)[:3] == pytest.approx(
+        (1, 1, 1)
+    )
+
+
+def test_embeddings_of_tokens_are_their_mean(tiny_vit, pixels):
+    model = ViTModel(tiny_vit.config, add_pooling_layer=False).eval()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(p for p in other.parameters() if p.ndim == 2).add_(0.1)
+        means = [m(pixel_values=pixels).last_hidden_state.mean(1) for m in (model, other)]
+    expected = torch.nn.functional.cosine_similarity(*means)
+    got = compare_embeddings(model, other, pixels, k=2, batch_size=2)
+    assert got.cosine == pytest.approx(expected.mean().item())
+    assert got.cosine_min == pytest.approx(expected.min().item())
+    assert got.output == "last_hidden_state"
+
+
+def test_errors_of_embeddings(tiny_vit, pixels):
+    with pytest.raises(ValueError, match="k=5 neighbours need at least 6 pictures, got 5"):
+        compare_embeddings(tiny_vit, tiny_vit, pixels)
+    with pytest.raises(TypeError, match="k must be an int"):
+        compare_embeddings(tiny_vit, tiny_vit, pixels, k=True)
+    with pytest.raises(ValueError, match="no embedding: it returns none of image_embeds"):
+        compare_embeddings(*[ViTForMaskedImageModeling(tiny_vit.config)] * 2, pixels, k=1)
+    with pytest.raises(ValueError, match="the original returns logits"):
+        compare_embeddings(tiny_vit, ViTModel(tiny_vit.config), pixels, k=1)
+    with pytest.raises((TypeError, ValueError), match=r"input_ids|no logits_per_image"):
+        zero_shot_agreement(tiny_vit, tiny_vit, pixels, torch.ones(2, 3, dtype=torch.long))

@@ -427,7 +427,7 @@ class NoGradient(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, layer: Any) -> Tensor:
         ctx.layer_name = layer.name
         result: Tensor = layer._run(input)
-        return result
+        return result.clone() if result._is_view() else result  # views cannot be added to in place, as timm's BEiT does
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:

@@ -68,7 +68,7 @@ class PackedPatchEmbedding(nn.Module):
         if reason := patch_obstacle(conv):
             raise ValueError(f"{name} cannot be packed: {reason}")
         size = cast(tuple[int, int], tuple(conv.kernel_size))
-        new = cls(conv.in_channels, conv.out_channels, size, linear.config, name, device="meta")
+        new = cls(conv.in_channels, conv.out_channels, size, linear.config, name)
         wanted = (new.linear.out_features, new.linear.in_features)
         if (linear.out_features, linear.in_features) != wanted:
             got = (linear.out_features, linear.in_features)

@@ -168,7 +168,7 @@ def pack_parameter(module: nn.Module, name: str, config: LinearConfig, full_name
     if parameter.ndim != 3 or len(parameter) != 1:
         raise ValueError(f"{full_name} must be of shape (1, rows, columns) to be packed, got {tuple(parameter.shape)}")
     value = parameter.detach()[0]
-    table = PackedTable(*value.shape, config, full_name, value.device, value.dtype)
+    table = PackedTable(value.shape[0], value.shape[1], config, full_name, value.device, value.dtype)
     table.quantize_(value)
     install_table(module, name, table)
     return table
@@ -191,12 +191,15 @@ def unpack_parameters(module: PackedParameters) -> None:
         module.register_parameter(name, nn.Parameter(value.unsqueeze(0)))
 
 
-@functools.cache
-def with_packed(kind: type, names: tuple[str, ...]) -> Any:
+def with_packed(kind: Any, names: tuple[str, ...]) -> Any:
     """The class of a ``kind`` whose parameters of these ``names`` are packed, added to those that are already."""
     if issubclass(kind, PackedParameters):
-        kind, names = kind.__mro__[2], (*kind.packed_names, *names)
+        return _packed_class(kind.__mro__[2], (*kind.packed_names, *names))
+    return _packed_class(kind, names)
 
+
+@functools.cache
+def _packed_class(kind: Any, names: tuple[str, ...]) -> Any:
     def reader(name: str) -> property:
         return property(lambda self: self._modules[f"packed_{name}"].read().unsqueeze(0))
 

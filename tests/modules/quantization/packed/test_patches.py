@@ -1,0 +1,72 @@
+"""PackedPatchEmbedding is the convolution of its rounded weight; what overlaps is refused; it loads on any device."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
+from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding, patch_obstacle
+
+WEIGHT_ONLY = LinearConfig(bits=4, method="channel", activations=None)
+
+
+def packed(conv, config=WEIGHT_ONLY):
+    linear = nn.Linear(conv.weight[0].numel(), conv.out_channels, conv.bias is not None)
+    linear.weight = nn.Parameter(conv.weight.detach().flatten(1))
+    linear.bias = conv.bias
+    return PackedPatchEmbedding.from_conv(conv, PackedLinear.from_float(linear, config), "patches")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [(8, 6), (9, 7)], ids=["whole", "with a rest"])
+def test_it_is_the_convolution_of_its_weight(bias, size):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 10, (4, 3), (4, 3), bias=bias)
+    layer, x = packed(conv), torch.randn(2, 3, *size)
+    expected = F.conv2d(x, layer.weight, layer.bias, stride=(4, 3))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(layer.weight, conv.weight)
+    torch.testing.assert_close(layer.weight, conv.weight, rtol=0, atol=0.02)
+    dynamic = packed(conv, LinearConfig(bits=8, method="channel"))
+    torch.testing.assert_close(dynamic(x), conv(x), rtol=0, atol=0.05)
+
+
+def test_dtype_and_state_dict():
+    conv = nn.Conv2d(3, 10, 4, 4, bias=False)
+    layer = packed(conv)
+    assert layer.weight.dtype == torch.float32
+    half = packed(conv).half()
+    assert half.weight.dtype == half(torch.randn(1, 3, 8, 8).half()).dtype == torch.float16
+    assert half.linear.scale.dtype == torch.float32
+    for device in ("cpu", "meta"):
+        blank = PackedPatchEmbedding(3, 10, (4, 4), WEIGHT_ONLY, "patches", bias=False, device=device)
+        blank.load_state_dict(layer.state_dict(), assign=device == "meta")
+        x = torch.randn(1, 3, 8, 8)
+        assert torch.equal(blank.linear(x[..., :4, :4].flatten(1)), layer.linear(x[..., :4, :4].flatten(1)))
+
+
+@pytest.mark.parametrize(
+    ("conv", "message"),
+    [
+        (nn.Conv2d(3, 4, 4, 2), "stride .* patches overlap"),
+        (nn.Conv2d(3, 4, 4, 4, padding=1), "pads pictures"),
+        (nn.Conv2d(4, 4, 4, 4, groups=2), "2 groups"),
+        (nn.Conv2d(3, 4, 2, 2, dilation=2), "dilation"),
+    ],
+)
+def test_other_convolutions_are_refused(conv, message):
+    with pytest.raises(ValueError, match=message):
+        packed(conv)
+    assert patch_obstacle(conv)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"patches takes a tensor of shape \(N, 3, H, W\), got \(3, 8, 8\)"):
+        packed(nn.Conv2d(3, 4, 4, 4))(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="patches takes activations 'dynamic' or None"):
+        PackedPatchEmbedding(3, 4, (4, 4), LinearConfig(activations="static"), "patches")
+    with pytest.raises(ValueError, match=r"shape \(4, 48\), \(out, in\), got \(4, 5\)"):
+        PackedPatchEmbedding.from_conv(
+            nn.Conv2d(3, 4, 4, 4), PackedLinear.from_float(nn.Linear(5, 4), WEIGHT_ONLY), "p"
+        )
