@@ -345,7 +345,7 @@ def _upload(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _files_of(config: Any) -> list[str]:
-    """The files that transformers 4 found for a model, and does not tell a quantizer; they are on this machine by now."""
+    """The files that transformers 4 found for a model, and tells no quantizer; they are on this machine by now."""
     from transformers.utils import cached_file
     from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -357,8 +357,8 @@ def _files_of(config: Any) -> list[str]:
     file = cached_file(name, "model.safetensors", **found, **missing)
     if file is None:
         raise ValueError(
-            f"{name}: found no model.safetensors; a packed model is loaded from a folder or a repository, and with this "
-            "version of transformers not by subfolder= or variant="
+            f"{name}: found no model.safetensors; a packed model is loaded from a folder or a repository, and with "
+            "transformers 4 not by subfolder= or variant="
         )
     return [file]
 
@@ -366,9 +366,9 @@ def _files_of(config: Any) -> list[str]:
 def _of_this_model(model: nn.Module, contents: checkpoint.Contents) -> checkpoint.Contents:
     """Without the prefix of the base model and what has none, if a bare model is loaded from one with a head."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    if prefix != "." and not hasattr(model, prefix[:-1]) and any(name.startswith(prefix) for name in contents.parts):
-        return contents.below(prefix)
-    return contents
+    known = set(names_on_disk(model, [name for name, _ in (*model.named_modules(), *model.named_parameters())]).values())
+    bare = prefix != "." and not any(name in known for name in contents.parts)
+    return contents.below(prefix) if bare and any(n.startswith(prefix) for n in contents.parts) else contents
 
 
 def _check_complete(model: nn.Module, contents: checkpoint.Contents, names: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Quantizing a model while its weights arrive, block by block, so that no more than a block or two are ever in float."""
+"""Quantizing a model while its weights arrive, block by block: no more than a block or two are ever in float."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from fairseq.quantization.engine import check_engine
 from fairseq.quantization.plan import check_data_free, make_plan, stages
 from fairseq.quantization.report import QuantizationReport
 from fairseq.quantization.vit_layers import block_of, family_of, linear_layers
+
+INITIALIZED = "_is_hf_initialized"
 
 
 class WhileLoading:
@@ -55,12 +57,16 @@ class WhileLoading:
             module = self.model.get_submodule(block)
             if not any(parameter.is_meta for parameter in module.parameters()):
                 self._quantize(self.blocks.pop(block))
+                for part in module.modules():  # or transformers would initialize the weights that are gone
+                    vars(part)[INITIALIZED] = True
 
     def finish(self) -> QuantizationReport:
         """Quantize what is left and make the model ready to run."""
         for names in self.stages:
             if names[0] not in self.work.done:
                 self._quantize(names)
+        for part in self.model.modules():
+            vars(part).pop(INITIALIZED, None)
         embeddings = pack_embeddings(self.model, self.embeddings, None)
         fused = finish(self.model, self.engine)
         report = make_report(self.model, self.plan, self.before, self.work.done, self.family)

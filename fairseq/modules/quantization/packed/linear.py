@@ -191,7 +191,7 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
         scale_dtype: torch.dtype = torch.float32,
     ) -> PackedLinear:
-        """A layer to load a state dict into: its integers are 0 and its scales 1 until then; ``dtype`` is the bias's."""
+        """A layer to load a state dict into; its integers are 0 and its scales 1 until then. ``dtype``: of the bias."""
         shape: tuple[int, ...] = (1,) if config.method == "tensor" else (out_features,)
         if config.group_size is not None:
             shape = (out_features, -(-in_features // config.group_size))
