@@ -28,9 +28,10 @@ from fairseq.quantization.convert import convert
 from fairseq.quantization.dequantize import dequantize
 from fairseq.quantization.engine import optimize
 from fairseq.quantization.export import ExportReport, export
-from fairseq.quantization.huggingface import FairseqViTConfig, disable_save_pretrained, enable_save_pretrained
+from fairseq.quantization.huggingface import FairseqViTConfig
 from fairseq.quantization.images import pixel_values
 from fairseq.quantization.plan import check_model
+from fairseq.quantization.pretrained import disable_save_pretrained, enable_save_pretrained
 from fairseq.quantization.report import LayerReport, QuantizationReport
 from fairseq.quantization.sensitivity import BitAssignment, assign_bits, measure, smallest_that_agrees
 

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -76,10 +76,8 @@ class Contents:
 
     def below(self, prefix: str) -> Contents:
         """What has names that begin with ``prefix``, without it."""
-        layers, tensors = (
-            {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
-            for found in (self.parts, self.tensors)
-        )
+        layers = {name.removeprefix(prefix): part for name, part in self.parts.items() if name.startswith(prefix)}
+        tensors = {name.removeprefix(prefix): e for name, e in self.tensors.items() if name.startswith(prefix)}
         return Contents({**self.description, "layers": layers}, tensors)
 
 
@@ -123,7 +121,7 @@ def load(path: str | os.PathLike[str], model: Model, engine: str = "auto") -> tu
     check_is_module(model)
     contents = inspect([path])
     names = part_names(model, contents)
-    result = copy.deepcopy(separate_biases(model))
+    result = cast(Model, copy.deepcopy(separate_biases(model)))
     on_disk = part_tensors(result, contents, names)
     tensors = contents.read(contents.tensors)
     fill(result, contents, names, tensors)
@@ -140,7 +138,8 @@ def inspect(files: Iterable[str | os.PathLike[str]]) -> Contents:
     Raises:
         FileNotFoundError, ValueError: see :func:`load`.
     """
-    descriptions, tensors = [], {}
+    descriptions: list[dict[str, Any]] = []
+    tensors: dict[str, Entry] = {}
     for path in map(Path, files):
         description, entries = _inspect(path)
         descriptions.append(description)
@@ -324,7 +323,7 @@ def _metadata(path: Path, metadata: Mapping[str, str] | None) -> tuple[dict[str,
 
 def _digest(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), usedforsecurity=False)
-    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

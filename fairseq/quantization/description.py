@@ -84,7 +84,7 @@ def empty_part(model: nn.Module, name: str, entry: Mapping[str, Any], device: st
     config, flags = _read(name, entry)
     training = isinstance(holder, nn.Module) and holder.training
     scale_dtype = torch.float64 if flags["double"] else torch.float32
-    settings = {"device": device, "dtype": _dtype(part)}
+    settings: dict[str, Any] = {"device": device, "dtype": _dtype(part)}
     if isinstance(part, nn.Linear):
         layer = PackedLinear.empty(
             part.in_features, part.out_features, config, name, flags["bias"], flags["input_factor"],
@@ -108,7 +108,7 @@ def empty_part(model: nn.Module, name: str, entry: Mapping[str, Any], device: st
                 part.training
             )
         if isinstance(part, nn.Parameter) and part.ndim == 3 and len(part) == 1:
-            return PackedTable(*part.shape[1:], config, name, **settings)
+            return PackedTable(part.shape[1], part.shape[2], config, name, **settings)
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
     raise ValueError(f"{name} is a {type(part).__name__} in this model, which is not packed")

@@ -1,19 +1,15 @@
-"""HuggingFace, both directions: save_pretrained of a packed model, and from_pretrained that loads or makes one.
+"""from_pretrained of HuggingFace models that loads packed ones, or makes them while it loads.
 
 Importing this registers ``quant_method`` "fairseq_vit" with transformers.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,17 +29,16 @@ from fairseq.quantization.convert import finish
 from fairseq.quantization.description import Placeholder, empty_part, put
 from fairseq.quantization.engine import check_engine
 from fairseq.quantization.incremental import WhileLoading
-from fairseq.quantization.model_card import model_card
 from fairseq.quantization.names import names_on_disk
+from fairseq.quantization.pretrained import config_entry, enable_save_pretrained
 
 logger = logging.getLogger(__name__)
 
 VERSION_5 = hasattr(HfQuantizer, "get_quantize_ops")
 EVERY_KEY: Any = {r".*"} if VERSION_5 else [r".*"]
-LOAD_WITH = "import fairseq.models.vit_quantization before from_pretrained"
 
 
-class FairseqViTConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class FairseqViTConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of from_pretrained, and of a config.json that save_pretrained wrote.
 
     To quantize while loading, give it what :class:`~fairseq.models.vit_quantization.ViTQuantizer` takes:
@@ -72,7 +67,7 @@ class FairseqViTConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """What goes to config.json."""
         if self.description is not None:
-            return {"quant_method": FORMAT, "load_with": LOAD_WITH, "description": self.description}
+            return config_entry(self.description)
         settings = dataclasses.asdict(self.settings)
         return {"quant_method": FORMAT, "engine": self.engine, **settings}
 
@@ -84,7 +79,7 @@ class FairseqViTConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return f"FairseqViTConfig({json.dumps(self.to_dict())})"
 
 
-class FairseqViTQuantizer(HfQuantizer):  # type: ignore[misc]
+class FairseqViTQuantizer(HfQuantizer):
     """What transformers calls while it loads a model with such a config.
 
     It leaves no trace on the model, which is an ordinary module afterwards, on which ``.to()`` and ``.half()`` work.
@@ -115,8 +110,8 @@ class FairseqViTQuantizer(HfQuantizer):  # type: ignore[misc]
         return {}
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
-    ) -> nn.Module:
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
         config = self.quantization_config
         if not self.pre_quantized:
             self.arriving = WhileLoading(model, config.settings, config.engine)
@@ -140,7 +135,7 @@ class FairseqViTQuantizer(HfQuantizer):  # type: ignore[misc]
                 # a table in place of a parameter is small, and read by code that initializes weights
                 table = None if part is not None else empty_part(model, name, contents.parts[on_disk], "cpu")
                 put(model, name, table or Placeholder(part).train(part.training))
-        model._keys_to_ignore_on_load_unexpected = EVERY_KEY  # type: ignore[assignment]
+        model._keys_to_ignore_on_load_unexpected = EVERY_KEY
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -171,7 +166,7 @@ class FairseqViTQuantizer(HfQuantizer):  # type: ignore[misc]
             except (TypeError, ValueError) as error:
                 self.failure = error
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         if self.failure is not None:
             raise self.failure
@@ -184,7 +179,7 @@ class FairseqViTQuantizer(HfQuantizer):  # type: ignore[misc]
             checkpoint.fill(model, self.contents, self.names)
             vars(model).pop("_keys_to_ignore_on_load_unexpected")
             finish(model, config.engine)
-        model.config.quantization_config = config  # type: ignore[union-attr]
+        model.config.quantization_config = config
         self._leave(model)
         enable_save_pretrained(model)
         return model
@@ -196,152 +191,6 @@ class FairseqViTQuantizer(HfQuantizer):  # type: ignore[misc]
                 vars(module).pop(name, None)
             for name in ("_is_quantized", "_pre_quantization_dtype"):
                 vars(getattr(module, "config", module)).pop(name, None)
-
-
-def enable_save_pretrained(model: nn.Module, information: Mapping[str, Any] | None = None) -> None:
-    """Let a packed HuggingFace model save itself; other modules stay as they are.
-
-    Args:
-        model: a packed model.
-        information: see :func:`checkpoint.save`; kept in ``model.quantization_information``.
-    """
-    if not hasattr(type(model), "save_pretrained") or not hasattr(model, "config"):
-        return
-    if information is not None:
-        vars(model)["quantization_information"] = dict(information)
-    vars(model)["save_pretrained"] = functools.partial(save_pretrained, model)
-
-
-def disable_save_pretrained(model: nn.Module) -> None:
-    """Undo :func:`enable_save_pretrained`, of a model with float layers again."""
-    for name in ("save_pretrained", "quantization_information"):
-        vars(model).pop(name, None)
-    if hasattr(getattr(model, "config", None), "quantization_config"):
-        del model.config.quantization_config  # type: ignore[union-attr, operator]
-
-
-def save_pretrained(
-    model: nn.Module,
-    save_directory: str | os.PathLike[str],
-    *,
-    metrics: Mapping[str, Any] | None = None,
-    push_to_hub: bool = False,
-    max_shard_size: int | str = "5GB",
-    variant: str | None = None,
-    state_dict: Mapping[str, Tensor] | None = None,
-    **keywords: Any,
-) -> None:
-    """Write a folder that ``from_pretrained`` loads: config.json, safetensors, and a model card if there is none.
-
-    Each file is written beside and renamed, config.json last.
-
-    Args:
-        model: a packed HuggingFace model.
-        save_directory: it is created if it does not exist.
-        metrics: measured figures for the model card, such as ``{"top-1 accuracy": 0.764}``; kept with the model.
-        push_to_hub: also upload the folder; ``repo_id``, ``commit_message``, ``private``, ``token``, ``revision`` and
-            ``create_pr`` are for that.
-        state_dict: not accepted other than None: what is saved is the model.
-        max_shard_size, variant: as for transformers' ``save_pretrained``.
-        keywords: ``is_main_process``, and those for the upload.
-
-    Raises:
-        ValueError: nothing in the model is packed, or it is told to save something else.
-    """
-    folder = Path(save_directory)
-    if folder.is_file():
-        raise ValueError(f"save_directory must be a folder; {folder} is a file")
-    if state_dict is not None and set(state_dict) != set(model.state_dict()):
-        raise ValueError("a packed model saves its own state dict; leave state_dict at None")
-    if keywords.pop("safe_serialization", True) is False:
-        raise ValueError("a packed model is saved as safetensors only; leave safe_serialization at True")
-    upload = {key: keywords.pop(key) for key in UPLOAD if key in keywords}
-    if unknown := set(keywords) - {"is_main_process"}:
-        raise TypeError(f"save_pretrained of a packed model takes no {min(unknown)!r}")
-    if not keywords.get("is_main_process", True):
-        return
-    information = {**_information(model), **({"metrics": dict(metrics)} if metrics else {})}
-    description = json.loads(json.dumps(checkpoint.description_of(model, information)))
-    vars(model)["quantization_information"] = information
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-        temporary = Path(name)
-        _save_whole(model, temporary, description, max_shard_size, variant)
-        if not (folder / "README.md").exists():
-            (temporary / "README.md").write_text(model_card(model, description), encoding="utf-8")
-        _move(temporary, folder)
-    if push_to_hub:
-        _upload(folder, upload)
-
-
-UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
-
-
-def _save_whole(model: nn.Module, folder: Path, description: dict[str, Any], size: Any, variant: str | None) -> None:
-    """config.json, and tensors under their names on disk, with checksums."""
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]  # type: ignore[union-attr]
-    config.dtype = str(model.dtype).removeprefix("torch.")  # type: ignore[union-attr]
-    config.quantization_config = FairseqViTConfig(description=description)  # type: ignore[union-attr]
-    config.save_pretrained(folder)  # type: ignore[union-attr, operator]
-    if model.can_generate() and getattr(model, "generation_config", None) is not None:  # type: ignore[operator]
-        model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
-    tensors = checkpoint.tensors_on_disk(model)
-    tensors[_guard(tensors, description)] = torch.empty(0, dtype=torch.uint8)
-    _write_shards(tensors, folder, description, size, variant)
-
-
-def _write_shards(
-    tensors: dict[str, Tensor], folder: Path, description: dict[str, Any], size: Any, variant: str | None
-) -> None:
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    pattern = f"model{{suffix}}{f'.{variant}' if variant else ''}.safetensors"
-    split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=size)
-    for file, names in split.filename_to_tensors.items():
-        checkpoint.write({name: tensors[name] for name in names}, folder / file, description)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
-        name = f"{pattern.format(suffix='')}.index.json"
-        (folder / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _guard(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
-    """The name on disk of a float weight that the file has no numbers for.
-
-    A loader that does not know packed integers stops at its shape, instead of leaving random weights in the layers.
-    """
-    return next(f"{name}.weight" for name in description["layers"] if f"{name}.weight_codes" in tensors)
-
-
-def _information(model: nn.Module) -> dict[str, Any]:
-    known = vars(model).get("quantization_information")
-    if known is None:
-        config = getattr(getattr(model, "config", None), "quantization_config", None)
-        description = getattr(config, "description", None) or {}
-        known = description.get("information", {})
-    return dict(known)
-
-
-def _move(source: Path, folder: Path) -> None:
-    """Put the files of ``source`` into ``folder``, config.json last, and take away shards of an earlier save."""
-    files = sorted(source.iterdir(), key=lambda path: path.name == "config.json")
-    weights = {path.name for path in files}
-    for file in files:
-        os.replace(file, folder / file.name)
-    for old in (*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")):
-        if old.name not in weights:
-            old.unlink()
-
-
-def _upload(folder: Path, settings: dict[str, Any]) -> None:
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=settings.pop("token", None))
-    private = settings.pop("private", None)
-    name = settings.pop("repo_id", folder.name)
-    repository = api.create_repo(name, private=private, exist_ok=True).repo_id
-    api.upload_folder(repo_id=repository, folder_path=folder, **settings)
 
 
 def _files_of(config: Any) -> list[str]:
@@ -366,12 +215,14 @@ def _files_of(config: Any) -> list[str]:
 def _of_this_model(model: nn.Module, contents: checkpoint.Contents) -> checkpoint.Contents:
     """Without the prefix of the base model and what has none, if a bare model is loaded from one with a head."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    known = set(names_on_disk(model, [name for name, _ in (*model.named_modules(), *model.named_parameters())]).values())
+    known = set(
+        names_on_disk(model, [name for name, _ in (*model.named_modules(), *model.named_parameters())]).values()
+    )
     bare = prefix != "." and not any(name in known for name in contents.parts)
     return contents.below(prefix) if bare and any(n.startswith(prefix) for n in contents.parts) else contents
 
 
-def _check_complete(model: nn.Module, contents: checkpoint.Contents, names: Mapping[str, str]) -> None:
+def _check_complete(model: Any, contents: checkpoint.Contents, names: Mapping[str, str]) -> None:
     """ValueError if a file of a model of this class lacks a weight; of another class transformers makes up the rest."""
     if type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
         return
@@ -389,7 +240,7 @@ def _check_complete(model: nn.Module, contents: checkpoint.Contents, names: Mapp
 def _passing_class() -> Any:
     from transformers.core_model_loading import ConversionOps
 
-    class Passing(ConversionOps):  # type: ignore[misc]
+    class Passing(ConversionOps):
         """Lets a weight pass on its way into a model, and sees to those that are there already."""
 
         def __init__(self, quantizer: FairseqViTQuantizer):
