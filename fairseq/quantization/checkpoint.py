@@ -97,8 +97,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], information: Mapping[st
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"a packed model is saved as .safetensors; got {str(path)!r}")
+    description = description_of(model, information)
     with replacing(path) as temporary:
-        write(tensors_on_disk(model), temporary, description_of(model, information))
+        write(tensors_on_disk(model), temporary, description)
 
 
 def load(path: str | os.PathLike[str], model: Model, engine: str = "auto") -> tuple[Model, dict[str, Any]]:
@@ -213,7 +214,11 @@ def part_tensors(model: nn.Module, contents: Contents, names: Mapping[str, str])
     """
     found = set()
     for on_disk, name in names.items():
-        for key, wanted in _state(model, name, contents.parts[on_disk]).items():
+        try:
+            state = _state(model, name, contents.parts[on_disk])
+        except ValueError as error:
+            raise ValueError(f"{contents.files}: {error}") from None
+        for key, wanted in state.items():
             entry = contents.tensors.get(key)
             if entry is None:
                 raise ValueError(f"{contents.files}: {key} is missing")
@@ -250,7 +255,7 @@ def fill(
             part.load_state_dict({key: found[place] for key, place in keys.items()})
             check_loaded(name, part)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{contents.files}: {error}") from None
+            raise ValueError(f"{contents.files}: {' '.join(str(error).split())}") from None
         put(model, name, part)
 
 
