@@ -31,7 +31,7 @@ from fairseq.quantization.export import ExportReport, export
 from fairseq.quantization.huggingface import FairseqViTConfig
 from fairseq.quantization.images import pixel_values
 from fairseq.quantization.plan import check_model
-from fairseq.quantization.pretrained import disable_save_pretrained, enable_save_pretrained
+from fairseq.quantization.pretrained import disable_save_pretrained, enable_save_pretrained, warn_when_saving
 from fairseq.quantization.report import LayerReport, QuantizationReport
 from fairseq.quantization.sensitivity import BitAssignment, assign_bits, measure, smallest_that_agrees
 
@@ -163,6 +163,8 @@ class ViTQuantizer:
             if pixels is not None:
                 information["calibration_images"] = len(pixels)
             enable_save_pretrained(quantized, information)
+        else:
+            warn_when_saving(quantized)
         logger.info("%s", self.report)
         return cast(Model, quantized)
 

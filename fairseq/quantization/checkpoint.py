@@ -26,7 +26,7 @@ from fairseq.quantization.convert import finish, separate_biases
 from fairseq.quantization.description import check_loaded, describe, empty_part, packed_name, put
 from fairseq.quantization.engine import check_engine
 from fairseq.quantization.files import replacing
-from fairseq.quantization.names import names_on_disk
+from fairseq.quantization.names import COMPUTED, names_on_disk
 
 FORMAT = "fairseq_vit"
 VERSION = 1
@@ -126,7 +126,11 @@ def load(path: str | os.PathLike[str], model: Model, engine: str = "auto") -> tu
     on_disk = part_tensors(result, contents, names)
     tensors = contents.read(contents.tensors)
     fill(result, contents, names, tensors)
-    rest = {name: key for name, key in names_on_disk(result, result.state_dict()).items() if key not in on_disk}
+    rest = {
+        name: key
+        for name, key in names_on_disk(result, result.state_dict()).items()
+        if key not in on_disk and not name.endswith(COMPUTED)
+    }
     _check_rest(result, rest, contents, on_disk)
     result.load_state_dict({name: tensors[key] for name, key in rest.items()}, strict=False)
     finish(result, engine)
@@ -171,7 +175,7 @@ def description_of(model: nn.Module, information: Mapping[str, Any] | None = Non
 
 def tensors_on_disk(model: nn.Module) -> dict[str, Tensor]:
     """The state dict under its names on disk, on the CPU, no two tensors in the same memory."""
-    state = model.state_dict()
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(COMPUTED)}
     names = names_on_disk(model, state)
     seen: set[int] = set()
     tensors = {}

@@ -28,7 +28,7 @@ ENGINES = ("auto", "fused", "layers")
 SETTINGS = ("scaling", "num_attention_heads", "activation_fn", "intermediate_act_fn")
 """What the modules of a block are set to, and a native block was made for."""
 
-HARMLESS = ("output_hidden_states", "return_dict", "interpolate_pos_encoding")
+HARMLESS = ("output_hidden_states", "return_dict", "interpolate_pos_encoding", "num_items_in_batch")
 """Arguments of a model that reach its blocks and change nothing in them."""
 
 

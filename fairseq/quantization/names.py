@@ -9,6 +9,8 @@ from torch import nn
 
 REPAIRED = {"decoder.decoder_encoder.layer.": "decoder.decoder_layers."}
 """What transformers 5 makes of ViT-MAE's names on their way to disk -> what they are."""
+COMPUTED = ".relative_position_index"
+"""Ends the name of a tensor that a model computes from its config, and only transformers 4 saves."""
 
 
 def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

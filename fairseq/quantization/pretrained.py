@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,22 @@ def enable_save_pretrained(model: nn.Module, information: Mapping[str, Any] | No
     if information is not None:
         vars(model)["quantization_information"] = dict(information)
     vars(model)["save_pretrained"] = functools.partial(save_pretrained, model)
+
+
+def warn_when_saving(model: nn.Module) -> None:
+    """Let an emulated HuggingFace model say, when it saves itself, what ``from_pretrained`` will not know of."""
+    if hasattr(type(model), "save_pretrained") and any(name.endswith(".input_factor") for name in model.state_dict()):
+        vars(model)["save_pretrained"] = functools.partial(_save_emulated, model)
+
+
+def _save_emulated(model: Any, *args: Any, **keywords: Any) -> Any:
+    warnings.warn(
+        "the layers of this emulated model multiply their input by input_factor, which from_pretrained does not know; "
+        "to load the folder there, save ViTQuantizer.dequantize_model(model) instead",
+        UserWarning,
+        stacklevel=2,
+    )
+    return type(model).save_pretrained(model, *args, **keywords)
 
 
 def disable_save_pretrained(model: Any) -> None:

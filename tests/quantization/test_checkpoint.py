@@ -34,7 +34,8 @@ def saved(tiny_vit, tmp_path):
 
 
 SETTINGS = [
-    {"bits": 8}, {"bits": 3, "method": "channel", "group_size": 32}, {"bits": 8, "method": "channel", "symmetric": True},
+    {"bits": 8}, {"bits": 3, "method": "channel", "group_size": 32},
+    {"bits": 8, "method": "channel", "symmetric": True},
     {"bits": 4, "method": "histogram", "activations": None}, {"bits": 5, "method": "channel", "activation_bits": 6},
     {"bits": 4, "method": "channel", "resident": "unpacked", "backend": "reference"},
     {"bits": 8, "quantize_embeddings": True, "overrides": {"*classifier": {"bits": 2}}}, {"bits": 4, "p": 0.4},
@@ -103,7 +104,7 @@ def test_layers_that_share_their_integers_are_saved_apart(tiny_vit, tmp_path):
 
 
 def test_the_file_says_what_it_holds(saved):
-    _, quantized, path = saved
+    _, _, path = saved
     contents = checkpoint.inspect([path])
     assert contents.description["information"] == {"note": "a test"}
     assert contents.description["format_version"] == 1
@@ -136,7 +137,8 @@ def refused(path, model, *parts):
     with pytest.raises(ValueError, match=r"\S") as caught:
         ViTQuantizer.load(path, model)
     message = str(caught.value)
-    assert str(path) in message and "\n" not in message.strip()
+    assert str(path) in message
+    assert "\n" not in message.strip()
     for part in parts:
         assert part in message
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -218,8 +220,8 @@ def test_files_of_other_models_are_refused(saved, tmp_path):
     refused(path, model, "no packed model")
     torch.save(model.state_dict(), path)
     refused(path, model, "not a whole safetensors file")
+    torch.save(model.state_dict(), tmp_path / "vit.pt")
     with pytest.raises(ValueError, match=r"from \.safetensors files only"):
-        torch.save(model.state_dict(), tmp_path / "vit.pt")
         ViTQuantizer.load(tmp_path / "vit.pt", model)
 
 
@@ -230,7 +232,7 @@ def test_files_that_were_not_saved_together_are_refused(saved, tiny_vit, tmp_pat
     with pytest.raises(ValueError, match="is in"):
         checkpoint.inspect([path, other])
     resealed(other, lambda tensors, description: [tensors.pop(name) for name in list(tensors)[:-1]])
-    resealed(path, lambda tensors, description: tensors.pop(list(load_file(other))[0]))
+    resealed(path, lambda tensors, description: tensors.pop(next(iter(load_file(other)))))
     with pytest.raises(ValueError, match="not saved together"):
         checkpoint.inspect([path, other])
 
@@ -313,15 +315,16 @@ def mutated(data, rng):
 def test_no_mutation_of_a_file_crashes_or_loads_other_numbers(saved):
     model, quantized, path = saved
     good = path.read_bytes()
-    rng, refusals = random.Random(0), 0
+    rng, refusals, harmless = random.Random(0), 0, 0
     for number in range(MUTATIONS):
         bad = mutated(good, rng)
         path.write_bytes(bad)
         try:
             loaded = ViTQuantizer.load(path, model)
         except ValueError as error:
-            assert str(path) in str(error), f"mutation {number}: {error}"
-            refusals += 1
+            refusals += str(path) in str(error)  # one that does not name the file is not counted
         else:
             assert equal(loaded, quantized), f"mutation {number} loads other numbers"
-    assert refusals > 0.9 * MUTATIONS
+            harmless += 1
+    assert refusals + harmless == MUTATIONS
+    assert harmless < 0.1 * MUTATIONS
