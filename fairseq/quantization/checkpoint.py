@@ -252,11 +252,13 @@ def fill(
         ValueError: integers or scales that are none.
     """
     for on_disk, name in names.items():
-        part = empty_part(model, name, contents.parts[on_disk], _device(model, name))
+        part = empty_part(model, name, contents.parts[on_disk], "meta")
         keys = _on_disk(model, packed_name(model, name), part)
         found = contents.read(keys.values()) if tensors is None else tensors
+        dtypes = {key: tensor.dtype for key, tensor in part.state_dict().items()}  # biases follow the model
+        state = {key: found[place].to(_device(model, name), dtypes[key], copy=True) for key, place in keys.items()}
         try:
-            part.load_state_dict({key: found[place] for key, place in keys.items()})
+            part.load_state_dict(state, assign=True)
             check_loaded(name, part)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{contents.files}: {' '.join(str(error).split())}") from None

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
 from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding, patch_obstacle
 from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedParameters, PackedTable, install_table
-from fairseq.modules.quantization.packed.weight import check_integers
 from fairseq.modules.quantization.scalar.modules.replace import names_of
+from fairseq.modules.quantization.scalar.weights import check_settings, settings_tensor
 from fairseq.quantization.vit_layers import reads_shared_input
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(LinearConfig) if field.name != "backend")
@@ -132,16 +132,30 @@ def check_loaded(name: str, part: nn.Module) -> None:
         ValueError: an integer out of range, or a scale that is not positive and finite.
     """
     layer = part.linear if isinstance(part, PackedPatchEmbedding) else part
-    if isinstance(layer, PackedTable):
-        check_integers(layer.integers(), layer.scale, layer.zero_point, layer.config, name)
-        return
-    assert isinstance(layer, PackedLinear)
-    check_integers(layer.integers(), layer.scale, layer.zero_point, layer.config, name)
-    scale, zero_point = layer.input_scale, layer.input_zero_point
-    if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise ValueError(f"the input_scale of {name} must be positive and finite")
-    if zero_point is not None and int(zero_point.abs().max()) > 2**layer.config.activation_bits:
-        raise ValueError(f"the input_zero_point of {name} is out of range: {int(zero_point.abs().max())}")
+    assert isinstance(layer, PackedLinear | PackedTable)
+    config, columns = layer.config, layer.columns if isinstance(layer, PackedTable) else layer.in_features
+    check_settings(layer.settings, settings_tensor(config.bits, columns, config.group_size, config.symmetric), name)
+    largest = 2**config.bits - 1
+    if config.bits in (5, 6, 7):  # of others every bit pattern is an integer
+        assert layer.weight_codes is not None
+        if int(layer.weight_codes.max()) > largest or int(layer.weight_codes.min()) < 0:
+            raise ValueError(f"integers of {name} are out of range: {config.bits} bits hold 0 to {largest}")
+    if int(layer.zero_point.max()) > largest:
+        raise ValueError(f"zero points of {name} must be from 0 to {largest}; one is {int(layer.zero_point.max())}")
+    if config.symmetric and not bool((layer.zero_point == 2 ** (config.bits - 1)).all()):
+        raise ValueError(f"{name} is symmetric, so that its zero point must be {2 ** (config.bits - 1)} everywhere")
+    _check_scale(f"the scale of {name}", layer.scale)
+    if isinstance(layer, PackedLinear) and layer.input_scale is not None and layer.input_zero_point is not None:
+        _check_scale(f"the input_scale of {name}", layer.input_scale)
+        low, high = -(2 ** (config.activation_bits - 1)), 2 ** (config.activation_bits - 1) - 1
+        if not low <= int(layer.input_zero_point) <= high:
+            got = int(layer.input_zero_point)
+            raise ValueError(f"the input_zero_point of {name} must be from {low} to {high}; it is {got}")
+
+
+def _check_scale(what: str, scale: Tensor) -> None:
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(f"{what} must be positive and finite")
 
 
 def _part(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
