@@ -18,6 +18,7 @@ from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
 from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.modules.quantization.scalar.weights import weight_to_real
+from fairseq.quantization import memory
 from fairseq.quantization.calibration import Stream, collect, token_weights
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
 from fairseq.quantization.embeddings import find_embeddings, pack_embeddings
@@ -95,6 +96,7 @@ def finish(model: nn.Module, engine: str) -> int:
     """Make a model with quantized layers ready to run, in place; the number of encoder blocks that are fused."""
     model.register_forward_hook(tuple_while_tracing)
     reasons = fuse(model, engine) if engine != "layers" else {}
+    memory.release()
     return sum(reason is None for reason in reasons.values())
 
 

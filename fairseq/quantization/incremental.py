@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from fairseq.quantization import memory
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
 from fairseq.quantization.convert import Conversion, Sizes, finish, make_report
 from fairseq.quantization.embeddings import find_embeddings, pack_embeddings
@@ -74,4 +75,4 @@ class WhileLoading:
 
     def _quantize(self, names: list[str]) -> None:
         for _ in self.work.quantize_stage(names):
-            pass
+            memory.release()
