@@ -39,7 +39,7 @@ def script(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["test_ibert", "test_vit_quantization", "test_with_image", "evaluate", "train_cifar10"]
+    "name", ["test_ibert", "test_vit_quantization", "test_with_image", "evaluate", "train_cifar10", "benchmark_loading"]
 )
 def test_help(script, name):
     code, out, _ = script(name, "--help")
@@ -408,3 +408,19 @@ def test_evaluate_embeddings_mistakes(script, clip, model, pictures, tmp_path):
         code, _, err = script("evaluate", *arguments)
         assert code == 2
         assert message in err
+
+
+
+def test_loading_in_four_ways(script, model):
+    code, out, _ = script("benchmark_loading", "--model", model, "--bits", "4")
+    assert code == 0
+    rows = [line for line in out.splitlines() if line.startswith(("from_", "the same"))]
+    sizes = [float(row.split(" MB")[1].split()[-1]) for row in rows]
+    assert len(rows) == 4
+    assert sizes[1] == sizes[2] == sizes[3] <= sizes[0]
+
+
+def test_loading_without_a_folder(script):
+    code, _, err = script("benchmark_loading", "--model", "/nowhere")
+    assert code == 2
+    assert err.startswith("error: --model /nowhere")
