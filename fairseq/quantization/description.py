@@ -111,7 +111,9 @@ def empty_part(model: nn.Module, name: str, entry: Mapping[str, Any], device: st
             return PackedTable(part.shape[1], part.shape[2], config, name, **settings)
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
-    raise ValueError(f"{name} is a {type(part).__name__} in this model, which is not packed")
+    raise ValueError(
+        f"{name} is packed in the file, and in this model a {type(part).__name__}; load it into a float model"
+    )
 
 
 def put(model: nn.Module, name: str, new: nn.Module) -> None:

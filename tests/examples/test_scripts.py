@@ -410,7 +410,6 @@ def test_evaluate_embeddings_mistakes(script, clip, model, pictures, tmp_path):
         assert message in err
 
 
-
 def test_loading_in_four_ways(script, model):
     code, out, _ = script("benchmark_loading", "--model", model, "--bits", "4")
     assert code == 0

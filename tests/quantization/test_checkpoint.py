@@ -13,6 +13,7 @@ from torch import nn
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.quantization import checkpoint
+from fairseq.quantization.names import names_on_disk
 
 MUTATIONS = 2000
 
@@ -185,6 +186,23 @@ def test_tensors_that_do_not_fit_are_refused_although_their_checksums_do(saved, 
     model, _, path = saved
     resealed(path, lambda tensors, description: tensors.update({key: tensor}))
     refused(path, model, key if "shape" in part else "classifier" if "classifier" in key else key, part)
+
+
+def test_integers_and_inputs_out_of_range_are_refused(tiny_vit, pixels, tmp_path):
+    path = tmp_path / "vit.safetensors"
+    with pytest.warns(UserWarning, match="5 pictures"):
+        quantized = ViTQuantizer(bits=5, activations="static", rounding="nearest").quantize_model(tiny_vit, pixels)
+    static = next(n for n, m in quantized.named_modules() if getattr(m, "input_scale", None) is not None)
+    on_disk = names_on_disk(quantized, [static])[static]
+    for key, value in (("weight_codes", 32), ("input_zero_point", 128), ("input_scale", -1)):
+        ViTQuantizer.save(quantized, path)
+        resealed(path, lambda tensors, _, key=key, value=value: tensors[f"{on_disk}.{key}"].fill_(value))
+        refused(path, tiny_vit, static, "must be" if "input" in key else "out of range")
+
+
+def test_a_packed_model_is_none_to_load_into(saved):
+    _, quantized, path = saved
+    refused(path, quantized, "load it into a float model")
 
 
 @pytest.mark.parametrize(
