@@ -2,7 +2,7 @@ r"""Makes docs/support.rst from what the tests of every family said on two versi
 
     pytest tests/quantization -m "matrix or not matrix" -k "families or checkpoint or huggingface" \
         --junitxml=build/support-5.23.xml
-    python tests/support_matrix.py 4.57=build/support-4.57.xml 5.23=build/support-5.23.xml
+    PYTHONPATH=tests python tests/support_matrix.py 4.57=build/support-4.57.xml 5.23=build/support-5.23.xml
 
 Each cell names the versions on which its test passed; a test that failed stops the script.
 """
@@ -14,6 +14,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from families import BUILDERS
+from quantization.test_export_families import REFUSED
+
+from fairseq.quantization.export import FORMATS
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.rst"
 COLUMNS = {
@@ -35,11 +38,12 @@ HEAD = """Support matrix
 
 .. Made by tests/support_matrix.py; do not edit.
 
-Every cell is a test of a small random model of the family that passed on that version of transformers: "packed" and
-"emulated" run close to float, "calibrated" is closer with pictures than without, "embeddings" packs them, "one file"
-(``ViTQuantizer.save`` and ``load``) and "folder" (``save_pretrained`` and ``from_pretrained``) come back equal to the bit,
-"while loading" gives the integers of ``quantize_model``, and an export is checked in a process without this library. A dash
-means that it does not exist for that family: ``from_pretrained`` for timm, or what :doc:`families` and :doc:`export` say.
+Every cell is a test of a small random model of the family that passed on these versions of transformers. "packed" and
+"emulated" run close to float; "calibrated" is closer with pictures than without; "embeddings" packs them, too; "one file"
+(``ViTQuantizer.save`` and ``load``) and "folder" (``save_pretrained`` and ``from_pretrained``) come back equal to the
+bit; "while loading" gives the integers of ``quantize_model``; an exported file runs by itself on two batch sizes and
+gives the model's outputs. "no" stands for what does not exist for a family: ``from_pretrained`` of timm's models, and
+files of SigLIP 2 for any batch size, which ``export`` refuses.
 
 """
 
@@ -57,15 +61,18 @@ def outcomes(path: str) -> dict[tuple[str, str], str]:
 def cell(column: str, family: str, results: dict[str, dict[tuple[str, str], str]]) -> str:
     """The versions on which the test of a cell passed."""
     file, name = COLUMNS[column]
-    said = {version: result.get((file, name.format(family))) for version, result in results.items()}
+    refused = any((family, form) in REFUSED for form in FORMATS if f"-{form}]" in name)
+    said = {v: None if refused else result.get((file, name.format(family))) for v, result in results.items()}
     failed = [version for version, outcome in said.items() if outcome == "failed"]
     if failed:
         raise SystemExit(f"{file}::{name.format(family)} failed on transformers {', '.join(failed)}")
-    return ", ".join(version for version, outcome in said.items() if outcome == "passed") or "–"
+    return ", ".join(version for version, outcome in said.items() if outcome == "passed") or "no"
 
 
 def main(arguments: list[str]) -> None:
-    results = {version: outcomes(path) for version, _, path in (argument.partition("=") for argument in arguments)}
+    results: dict[str, dict[tuple[str, str], str]] = {}
+    for version, _, path in (argument.partition("=") for argument in arguments):
+        results.setdefault(version, {}).update(outcomes(path))  # a later file of a version wins
     rows = [["family", *COLUMNS], *([family, *(cell(c, family, results) for c in COLUMNS)] for family in BUILDERS)]
     lines = [".. list-table::", "   :header-rows: 1", "   :stub-columns: 1", ""]
     for row in rows:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.config import check_one_of
+from fairseq.quantization.convert import tuple_while_tracing
 from fairseq.quantization.engine import optimize
 from fairseq.quantization.export_check import INTEGER_OPS, float_layers, run_elsewhere, tensors_of, tolerance
+from fairseq.quantization.forward import call, picture_inputs
 from fairseq.quantization.onnx_graph import ONNX_OPS, onnx_model
 from fairseq.quantization.report import megabytes
 
@@ -73,7 +77,7 @@ class ExportReport:
 
 
 class Positional(nn.Module):
-    """A HuggingFace model that takes its inputs by position and returns the tensors of its output as a tuple."""
+    """A model that takes its inputs by position and returns the tensors of its output as a tuple."""
 
     def __init__(self, model: nn.Module, inputs: list[str], outputs: list[str]):
         super().__init__()
@@ -81,9 +85,8 @@ class Positional(nn.Module):
         self.inputs, self.outputs = inputs, outputs
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        output = self.model(**dict(zip(self.inputs, tensors)), return_dict=True)
-        values = output if isinstance(output, tuple) else tuple(output.values())  # a tuple while it is being traced
-        return tuple(value for value in values if isinstance(value, Tensor))
+        output = call(self.model, dict(zip(self.inputs, tensors)))
+        return tuple(value for value in output.values() if isinstance(value, Tensor))
 
 
 def export(
@@ -123,6 +126,9 @@ def export(
     _check(model, path, format, external_data, onnx_ops)
     with torch.no_grad():
         portable = optimize(model, engine="layers").eval().float()
+        for key, hook in list(portable._forward_hooks.items()):
+            if hook is tuple_while_tracing:  # the names of the outputs are needed
+                del portable._forward_hooks[key]
         inputs = _inputs(portable, sample)
         wrapper = Positional(portable, list(inputs), _output_names(portable, inputs))
         folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -160,6 +166,11 @@ def _check(model: nn.Module, path: Path, format: str, external_data: bool | None
             raise ValueError(
                 f"the model is on {tensor.device} ({name}); export a copy of it: copy.deepcopy(model).to('cpu')"
             )
+    if any("spatial_shapes" in inspect.signature(type(module).forward).parameters for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} resizes its position embeddings to each picture's shape, one by one, and no file for "
+            "any batch size can"
+        )
     if format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             try:
@@ -173,7 +184,7 @@ def _inputs(model: nn.Module, sample: Any) -> dict[str, Tensor]:
     if sample is None:
         sample = _noise(model)
     if isinstance(sample, Tensor):
-        sample = {getattr(model, "main_input_name", "pixel_values"): sample}
+        sample = picture_inputs(model, sample)
     if not isinstance(sample, Mapping) or not all(isinstance(t, Tensor) and t.ndim for t in sample.values()):
         raise TypeError(
             f"sample must be a tensor of pixel values or a mapping of names to tensors, got {type(sample).__name__}; "
@@ -199,7 +210,7 @@ def _noise(model: nn.Module) -> Tensor:
 
 
 def _output_names(model: nn.Module, inputs: dict[str, Tensor]) -> list[str]:
-    output = model(**inputs, return_dict=True)
+    output = call(model, inputs)
     return [name for name, value in output.items() if isinstance(value, Tensor)]
 
 
@@ -221,23 +232,47 @@ def _write(
         )  # fmt: skip
 
 
+@contextmanager
+def _called(model: nn.Module) -> Iterator[set[PackedLinear]]:
+    """The packed layers of ``model`` that are called inside."""
+    seen: set[PackedLinear] = set()
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    handles = [layer.register_forward_pre_hook(lambda layer, _: seen.add(layer)) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _idle(run: Any, inputs: dict[str, Tensor], layers: set[PackedLinear], expected: list[Tensor]) -> list[PackedLinear]:
+    """The layers on which no output depends; an exporter leaves them out."""
+    found = []
+    for layer in layers:
+        handle = layer.register_forward_hook(lambda layer, args, output: torch.zeros_like(output))
+        try:
+            found += [layer] if all(map(torch.equal, run(inputs), expected)) else []
+        finally:
+            handle.remove()
+    return found
+
+
 def _verify(wrapper: Positional, inputs: dict[str, Tensor], file: Path, format: str) -> ExportReport:
     """Run the file and look into it. RuntimeError: it is not what the model is."""
     integers, floats, operators = tensors_of(format, file)
     if inside := float_layers(wrapper.model, floats.values()):
         raise RuntimeError(f"the exported file holds {len(inside)} layers in float: {', '.join(inside[:8])}")
-    layers = [layer for layer in wrapper.model.modules() if isinstance(layer, PackedLinear)]
     weights = [size for name, (_, _, size) in integers.items() if name.endswith("weight_codes")]
-    if len(weights) < len({id(layer.weight_codes) for layer in layers}):
-        raise RuntimeError(
-            f"the exported file holds {len(weights)} integer weights; the model has {len(layers)} layers"
-        )
 
     def run(batch: dict[str, Tensor]) -> list[Tensor]:
         return list(wrapper(*batch.values()))
 
     batches = [inputs, {name: tensor[:1] for name, tensor in inputs.items()}]
-    expected = [run(batch) for batch in batches]
+    with _called(wrapper) as layers:
+        expected = [run(batch) for batch in batches]
+    count = len({id(layer.weight_codes) for layer in layers})
+    if len(weights) < count and len(weights) < count - len(_idle(run, inputs, layers, expected[0])):
+        raise RuntimeError(f"the exported file holds {len(weights)} integer weights; the model runs {count} layers")
     limits = tolerance(run, inputs, expected[0])
     got = run_elsewhere(format, file, batches)
     largest, total, count, limit = 0.0, 0.0, 0, max(limits)
