@@ -168,8 +168,8 @@ def _check(model: nn.Module, path: Path, format: str, external_data: bool | None
             )
     if any("spatial_shapes" in inspect.signature(type(module).forward).parameters for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} resizes its position embeddings to each picture's shape, one by one, and no file for "
-            "any batch size can"
+            f"{type(model).__name__} resizes its position embeddings to each picture's shape, one by one, and no file "
+            "for any batch size can"
         )
     if format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
