@@ -46,7 +46,11 @@ def compare(
         from fairseq.cli import measure
 
         models = measure.load_two(original, quantized, device, say)
-        result = {"original": original, "quantized": quantized, "images": None if images is None else str(images)}
+        result: dict[str, Any] = {
+            "original": original,
+            "quantized": quantized,
+            "images": None if images is None else str(images),
+        }
         result |= measure.difference(*models, images, count, top_k, batch_size)
     if result["kind"] == "classes":
         kept = result["match"]
@@ -123,10 +127,11 @@ def benchmark(
 
         models = measure.load_named(model, reference, device, say)
         result = {"model": model, "reference": reference, **measure.speed(models, sizes, rounds, threads)}
+    names = {"model": model, "reference": str(reference)}
     rows = []
     for size, times in result["batches"].items():
         for name, time in times.items():
-            row = [f"{size}", reference if name == "reference" else model, f"{time['ms']:.2f}"]
+            row = [f"{size}", names[name], f"{time['ms']:.2f}"]
             row += [f"{time['images_per_second']:.1f}", f"{time['ratio']:.2f}x" if reference else ""]
             rows.append([*row, f"{result['bytes'][name] / 1e6:.1f} MB"])
     header = ["batch", "model", "ms", "images/s", "speed", "weights"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq.cli.output import table
+from fairseq.modules.quantization.packed.packing import STORED_BITS
 from fairseq.quantization import checkpoint
 from fairseq.quantization.report import megabytes
 
@@ -135,8 +136,6 @@ def _bytes(entry: checkpoint.Entry) -> int:
 
 def _weight_count(tensors: dict[str, checkpoint.Entry], name: str, bits: int) -> int:
     """How many integers the packed rows hold, from their shape; a row's last byte may be filled up."""
-    from fairseq.modules.quantization.packed.packing import STORED_BITS
-
     codes = tensors.get(f"{name}.weight_codes")
     return 0 if codes is None else math.prod(codes.shape) * 8 // STORED_BITS[bits]
 

@@ -12,7 +12,7 @@ import fairseq
 from fairseq.cli import check, files, quantize
 from fairseq.cli.output import UserError, first_line
 
-FINE, DIFFERENT, MISTAKE, STOPPED = 0, 1, 2, 130
+FINE, MISTAKE, STOPPED = 0, 2, 130
 COMMAND_LINE_ERROR: Any = typer.BadParameter.__mro__[2]  # click's own base class, wherever this typer has it
 COMMANDS = (quantize.quantize, check.compare, check.evaluate, check.benchmark, files.export, files.inspect)
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             None if arguments is None else list(arguments), prog_name="fairseq-vit", standalone_mode=False
         )
     except UserError as error:
-        return _mistake(str(error))
+        return _mistake(str(error), error.code)
     except COMMAND_LINE_ERROR as error:
         path = error.ctx.command_path if error.ctx else "fairseq-vit"
         return _mistake(f"{first_line(error.format_message()).rstrip('.')}. See {path} --help")
@@ -74,6 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code or FINE
 
 
-def _mistake(message: str) -> int:
+def _mistake(message: str, code: int = MISTAKE) -> int:
     print(f"error: {message}", file=sys.stderr)
-    return MISTAKE
+    return code

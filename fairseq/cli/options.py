@@ -19,7 +19,7 @@ Images = Annotated[Path | None, typer.Option(metavar="DIR", help="A folder of pi
 
 
 def parse_override(text: str) -> tuple[str, dict[str, Any]]:
-    """ "*classifier=bits:8,method:channel" -> ("*classifier", {"bits": 8, "method": "channel"}); "skip" is skip:true."""
+    """ "*classifier=bits:8,p:x" -> ("*classifier", {"bits": 8, "p": "x"}); "skip" alone is skip:true."""
     glob, equals, settings = text.partition("=")
     found: dict[str, Any] = {}
     for item in settings.split(","):

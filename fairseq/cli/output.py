@@ -20,15 +20,25 @@ Say = Callable[[str], None]
 
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend; shown without a traceback."""
+    """A mistake that the person at the keyboard can mend; shown without a traceback.
+
+    Args:
+        message: one line.
+        code: what the program exits with.
+    """
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
 
 
 @contextmanager
 def mistakes(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
     """Inside, errors of these kinds (by default ValueError and OSError) are mistakes of the person at the keyboard."""
+    expected = kinds or (ValueError, OSError)
     try:
         yield
-    except kinds or (ValueError, OSError) as error:
+    except expected as error:
         raise UserError(prefix + first_line(error)) from error
 
 

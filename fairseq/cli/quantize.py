@@ -123,7 +123,7 @@ def _quantize(
     report = quantizer.report
     assert report is not None
     if not report.quantized:
-        raise UserError("no layer was quantized, so there is nothing to save: see --p")
+        raise UserError("no layer was quantized, so there is nothing to save: see --p", code=1)
     say(f"Saving {output}")
     with whole_folder(output) as folder:
         quantized.save_pretrained(folder)
