@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import fairseq.models.vit_quantization  # noqa: F401  # registers the format of packed models
@@ -16,7 +17,7 @@ from fairseq.quantization.checkpoint import FORMAT
 from fairseq.quantization.description import packed_parts
 
 SECONDS_TO_REACH_HUB = 3.0
-FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError)
+FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
 
 class Loaded(NamedTuple):

@@ -85,7 +85,7 @@ def test_json_and_pipeline(cli, models, pictures, tmp_path):
 
 def test_average_bits(cli, models, pictures, tmp_path):
     options = ["--average-bits", 4.5, "--calibration", pictures, "--method", "channel", "--json"]
-    overrides = ["--override", "*classifier=skip", "--override", "*query=symmetric:true"]
+    overrides = ["--override", "*classifier=skip", "--override", "*.1.attention*=symmetric:true"]
     result = cli("quantize", models / "vit", "-o", tmp_path / "out", *options, *overrides)
     assert result.code == 0, result.err
     layers = json.loads(result.out)["layers"]
@@ -94,8 +94,8 @@ def test_average_bits(cli, models, pictures, tmp_path):
     assert len({bits for bits, _ in widths}) > 1
     assert sum(bits * size for bits, size in widths) <= 4.5 * sum(size for _, size in widths)
     parts = {name: m for name, m in load(tmp_path / "out").named_modules() if isinstance(m, PackedLinear)}
-    assert {name.rpartition(".")[2] for name, m in parts.items() if m.config.symmetric} <= {"query", "q_proj"}
-    assert sum(m.config.symmetric for m in parts.values()) == 2
+    assert [".1.attention" in name for name in parts] == [m.config.symmetric for m in parts.values()]
+    assert sum(m.config.symmetric for m in parts.values()) == 4
 
 
 def test_stderr_has_progress_and_quiet_has_none(cli, models, tmp_path):
