@@ -124,7 +124,7 @@ def export(
     with torch.no_grad():
         portable = optimize(model, engine="layers").eval().float()
         inputs = _inputs(portable, sample)
-        wrapper = Positional(portable, list(inputs), _output_names(portable, inputs))
+        wrapper = Positional(portable, list(inputs), _output_names(portable, inputs)).eval()
         folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             folder.mkdir()

@@ -32,7 +32,7 @@ def test_export(cli, models, tmp_path, name, options):
         ("vit x.onnx", "vit is not quantized; quantize it first: fairseq-vit quantize vit -o OUT"),
         ("packed x.bin", ".onnx, .pt, .pt2"),
         ("packed x.pt --format onnx", "ends in .onnx"),
-        ("packed x.onnx --format tflite", "onnx, torchscript, torch_export"),
+        ("packed x.onnx --format tflite", "'onnx', 'torchscript', 'torch_export'"),
         ("packed x.onnx --ops other", "onnx_ops"),
         ("packed nowhere/x.onnx", "does not exist"),
     ],
@@ -114,7 +114,7 @@ def test_inspect_a_file(cli, models, tmp_path, tiny_vit):
 
 
 def test_inspect_shards(cli, models, tmp_path, tiny_vit):
-    ViTQuantizer(bits=8).quantize_model(tiny_vit).save_pretrained(tmp_path / "out", max_shard_size="20KB")
+    ViTQuantizer(bits=8).quantize_model(tiny_vit).save_pretrained(tmp_path / "out", max_shard_size="5KB")
     found = json.loads(cli("inspect", tmp_path / "out", "--json").out)
     assert len(found["files"]) > 1
     assert len(found["layers"]) == 13

@@ -123,6 +123,8 @@ def _read(file):
 
 
 def test_a_reader_that_goes_away_is_no_traceback(models):
-    command = f"{shlex.quote(sys.executable)} -m fairseq.cli inspect {shlex.quote(str(models / 'packed'))} --layers | true"
+    command = (
+        f"{shlex.quote(sys.executable)} -m fairseq.cli inspect {shlex.quote(str(models / 'packed'))} --layers | true"
+    )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
