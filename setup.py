@@ -86,6 +86,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["fairseq", "fairseq.*"]),
     package_data={"fairseq": ["py.typed"]},
+    entry_points={"console_scripts": ["fairseq-vit = fairseq.cli.main:main"]},
     ext_modules=[NATIVE],
     cmdclass={"build_ext": BuildNative},
     install_requires=REQUIREMENTS,

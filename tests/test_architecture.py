@@ -32,6 +32,7 @@ ALLOWED = {
     "quantization/config.py": (f"{PACKED}.config", "fairseq.quantization.rounding"),
     "quantization": (SCALAR, PACKED, "fairseq.quantization"),
     "models": ("fairseq.quantization",),
+    "cli": ("fairseq.cli", "fairseq.models", "fairseq.quantization", f"{PACKED}.packing"),
     "__init__.py": (),
 }
 

@@ -1,6 +1,8 @@
 """The guide: every python block of every page runs, in order, as it is written but for the hub id."""
 
+import csv
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from transformers import ViTImageProcessor
+
+from fairseq.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 HUB_ID = "google/vit-base-patch16-224"
@@ -49,3 +53,20 @@ def test_every_block_runs(page, model_folder, tmp_path, monkeypatch):
     for block in blocks:
         code = block.replace(f'"{HUB_ID}"', repr(str(model_folder)))
         exec(compile(code, str(page), "exec"), namespace)
+
+
+def test_every_command_of_the_command_line_page_runs(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with open("labels.csv", "w", newline="") as opened:
+        csv.writer(opened).writerows([("file", "class_index"), *((f"{i}.png", i % 7) for i in range(36))])
+    text = (ROOT / "docs" / "command_line.rst").read_text()
+    blocks = re.findall(r"^\.\. code-block:: bash\n\n((?:   .*\n|\n)+)", text, re.MULTILINE)
+    commands = [line.strip() for block in blocks for line in block.splitlines() if "fairseq-vit " in line]
+    used = set()
+    for command in commands:
+        words = shlex.split(command.replace(HUB_ID, str(model_folder)))
+        assert words.pop(0) == "fairseq-vit"
+        used.add(words[0])
+        assert main(words) == 0, command
+    assert used >= {"quantize", "compare", "evaluate", "benchmark", "export", "inspect"}

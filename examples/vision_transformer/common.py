@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import os
 import platform
@@ -11,37 +10,40 @@ import statistics
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-import numpy as np
 import torch
 import transformers
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
+from fairseq.cli.loading import hub_problem
+from fairseq.cli.output import UserError, first_line, table
+from fairseq.cli.pictures import Reader, batches, labelled_images, pictures_in, read_image
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.quantization.images import SUFFIXES
+
+__all__ = [
+    "CONFIGURATIONS", "DEFAULT_MODEL", "EMBEDDED", "PROC", "SAMPLE_IMAGE", "Loaded", "UserError", "batches",
+    "embedded_images", "first_line", "hub_problem", "int8_peak", "labelled_images", "load_embedded", "load_model",
+    "logits", "memory", "milliseconds_per_image", "parse_configuration", "pictures_in", "positive", "processor_name",
+    "quantize", "read_image", "run", "table",
+]  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
 EMBEDDED = HERE / "cifar10-vit"
 TEST_IMAGES = HERE / "assets" / "cifar10_test_500.zip"
 SAMPLE_IMAGE = HERE / "assets" / "chelsea.jpg"
 DEFAULT_MODEL = "google/vit-base-patch16-224"
-SECONDS_TO_REACH_HUB = 3.0
 
 PROC = Path("/proc/self/status")
 PEAK_SHAPES = [(1024, 1024, 1024), (8 * 197, 768, 3072)]  # (M, K, N); the second is of a ViT-Base
 
 CONFIGURATIONS = [(bits, method) for bits in (8, 4) for method in ("tensor", "channel", "histogram")]
-
-
-class UserError(Exception):
-    """A mistake that the person at the keyboard can mend; shown without a traceback."""
 
 
 def run(main: Callable[[], int]) -> None:
@@ -96,27 +98,6 @@ def load_embedded() -> Loaded:
     return _from_pretrained(str(EMBEDDED), "the embedded CIFAR-10 ViT")
 
 
-def hub_problem(model_id: str) -> str | None:
-    """Why a hub id cannot be loaded, found out within seconds; None if it can (or is in the local cache)."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        if isinstance(try_to_load_from_cache(model_id, "config.json"), str):
-            return None
-    except HFValidationError as error:
-        return first_line(error)
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return "HF_HUB_OFFLINE is set and it is not in the local cache"
-    try:
-        HfApi().model_info(model_id, timeout=SECONDS_TO_REACH_HUB)
-    except HfHubHTTPError as error:
-        return f"the HuggingFace hub refused: {first_line(error)}"
-    except Exception as error:  # the hub client's transport errors have no common base across its versions
-        return f"the HuggingFace hub did not answer: {first_line(error)}"
-    return None
-
-
 def _from_pretrained(source: str, name: str, any_kind: bool = False) -> Loaded:
     kind = "image classifier"
     try:
@@ -139,16 +120,6 @@ def _is_classifier(config: Any) -> bool:
     return any("ForImageClassification" in name for name in names)
 
 
-def pictures_in(folder: Path) -> list[Callable[[], Image.Image]]:
-    """All pictures in a folder and below it, in the order of their names."""
-    if not folder.is_dir():
-        raise UserError(f"--images {folder}: no such folder")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not files:
-        raise UserError(f"--images {folder}: no picture in it")
-    return [functools.partial(read_image, file, str(file)) for file in files]
-
-
 def quantize(quantizer: ViTQuantizer, model: nn.Module, **keywords: Any) -> nn.Module:
     """``quantizer.quantize_model``, its refusal of a model being a mistake of the person at the keyboard."""
     try:
@@ -157,24 +128,7 @@ def quantize(quantizer: ViTQuantizer, model: nn.Module, **keywords: Any) -> nn.M
         raise UserError(str(error)) from error
 
 
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
-
-
-def read_image(source: Any, name: str) -> Image.Image:
-    """Decode one picture to RGB; ``source`` is a path or an open file."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(source))  # a phone's picture, upright
-        if image.mode.startswith("I"):  # 16 bits a pixel
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        return image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{name}: no such file") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{name}: not a readable picture ({first_line(error)})") from None
-
-
-def embedded_images() -> tuple[list[Callable[[], Image.Image]], list[str]]:
+def embedded_images() -> tuple[list[Reader], list[str]]:
     """The 500 CIFAR-10 test pictures, each as a function that decodes it, and their class names."""
     archive = zipfile.ZipFile(TEST_IMAGES)
     names = archive.namelist()
@@ -184,42 +138,6 @@ def embedded_images() -> tuple[list[Callable[[], Image.Image]], list[str]]:
 def _read_from(archive: zipfile.ZipFile, name: str) -> Image.Image:
     with archive.open(name) as opened:
         return read_image(opened, name)
-
-
-def labelled_images(folder: Path, table: Path, classes: int) -> tuple[list[Callable[[], Image.Image]], Tensor]:
-    """Pictures named in a CSV with the columns file and class_index, and their labels, int64 of shape (N,)."""
-    if not folder.is_dir():
-        raise UserError(f"--images {folder}: no such folder")
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as opened:  # with or without a byte order mark
-            reader = csv.DictReader(opened, skipinitialspace=True)
-            columns, rows = reader.fieldnames or [], list(reader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--labels {table}: {first_line(error)}") from None
-    if not rows or not {"file", "class_index"} <= set(columns):
-        raise UserError(
-            f"--labels {table}: needs the columns file and class_index, and at least one row; "
-            f"it has {', '.join(columns) or 'no columns'} and {len(rows)} rows"
-        )
-    labels = []
-    for number, row in enumerate(rows, start=2):
-        text, file = (row["class_index"] or "").strip(), row["file"] or ""
-        if not text.isdecimal() or int(text) >= classes:
-            raise UserError(
-                f"--labels {table}, line {number}: class_index must be from 0 to {classes - 1}, got {text!r}"
-            )
-        labels.append(int(text))
-        if not (folder / file).is_file():
-            raise UserError(f"--labels {table}, line {number}: {folder / file} is not a file")
-    files = [folder / row["file"] for row in rows]
-    return [functools.partial(read_image, file, str(file)) for file in files], torch.tensor(labels)
-
-
-def batches(images: list[Callable[[], Image.Image]], processor: Any, size: int) -> Iterator[Tensor]:
-    """Decode, preprocess and stack: pixel_values of shape (B, 3, H, W), float32, B at most ``size``."""
-    for start in range(0, len(images), size):
-        pictures = [read() for read in images[start : start + size]]
-        yield processor(images=pictures, return_tensors="pt")["pixel_values"]
 
 
 @torch.inference_mode()
@@ -267,18 +185,6 @@ def processor_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return next(iter(names), platform.processor() or platform.machine())
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Plain text columns, which are also a reStructuredText table; the first to the left, numbers to the right."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    rule = "  ".join("=" * width for width in widths)
-
-    def line(cells: list[str]) -> str:
-        first, *others = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
-        return "  ".join([first, *others])
-
-    return "\n".join([rule, line(header), rule, *map(line, rows), rule])
 
 
 def parse_configuration(text: str) -> tuple[int, str]:

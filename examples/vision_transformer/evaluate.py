@@ -47,27 +47,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from fairseq.cli import measure
 from fairseq.models.vit_quantization import ViTQuantizer, zero_shot_agreement
 from fairseq.quantization.compare import compare_vectors, embeddings
 from fairseq.quantization.synthetic import synthetic_images
 
 
-class Score:
-    """Running sums of one model's results."""
-
-    def __init__(self) -> None:
-        self.top1 = self.top5 = self.agree = self.count = 0
-        self.squared_error, self.values = 0.0, 0
-
-    def add(self, got: Tensor, expected: Tensor, labels: Tensor) -> None:
-        """Logits of this model and of the float model, (B, classes), and labels, (B,)."""
-        first = got.argmax(-1)
-        self.top1 += int((first == labels).sum())
-        self.top5 += int((got.topk(min(5, got.shape[-1])).indices == labels[:, None]).any(-1).sum())
-        self.agree += int((first == expected.argmax(-1)).sum())
-        self.squared_error += float((got - expected).double().square().sum())
-        self.values += got.numel()
-        self.count += len(labels)
+class Score(measure.Score):
+    """Running sums of one model's results, and a row of the table."""
 
     def row(self, name: str, reference: Score, seconds: float | None) -> list[str]:
         kept = self.top1 / reference.top1 if reference.top1 else float("nan")

@@ -130,7 +130,7 @@ def export(
             if hook is tuple_while_tracing:  # the names of the outputs are needed
                 del portable._forward_hooks[key]
         inputs = _inputs(portable, sample)
-        wrapper = Positional(portable, list(inputs), _output_names(portable, inputs))
+        wrapper = Positional(portable, list(inputs), _output_names(portable, inputs)).eval()
         folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             folder.mkdir()

@@ -1,0 +1,1 @@
+"""The command line ``fairseq-vit``: quantize, compare, evaluate, benchmark, export, inspect."""

@@ -1,0 +1,76 @@
+"""``fairseq-vit export`` and ``inspect``: files for other runtimes, and what is inside a saved one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fairseq.cli.options import Json, Quiet
+from fairseq.cli.output import UserError, finish, mistakes, with_examples, working
+
+FORMATS = {".onnx": "onnx", ".pt": "torchscript", ".pt2": "torch_export"}
+
+
+@with_examples(
+    "export vit-int8 vit-int8.onnx",
+    "export vit-int8 vit-int8.onnx --ops standard --external-data",
+    "export vit-int8 vit-int8.pt2 --format torch_export",
+)
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that quantize wrote, or a hub id of one.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The file; its suffix tells the format.")],
+    format: Annotated[
+        str | None,
+        typer.Option(metavar="onnx|torchscript|torch_export", help="By default from .onnx, .pt or .pt2."),
+    ] = None,
+    ops: Annotated[
+        str, typer.Option(metavar="onnxruntime|standard", help="standard: operators of ONNX alone.")
+    ] = "onnxruntime",
+    external_data: Annotated[
+        bool, typer.Option("--external-data", help="Keep the weights of an ONNX file in a second one.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Write a quantized model as a file that runs without this library.
+
+    The file is run in a process of its own and compared with the model before it appears.
+    """
+    form = format or FORMATS.get(output.suffix)
+    if form is None:
+        raise UserError(f"{output}: its name must end in {', '.join(FORMATS)}, or --format must say what it is")
+    with working(quiet) as say:
+        from fairseq.cli.loading import load
+        from fairseq.models.vit_quantization import ViTQuantizer
+
+        say(f"Loading {model}")
+        loaded = load(model)
+        if not loaded.packed:
+            raise UserError(f"{model} is not quantized; quantize it first: fairseq-vit quantize {model} -o OUT")
+        say(f"Exporting {output}, and verifying it in another process")
+        with mistakes(ValueError, OSError, ImportError):
+            report = ViTQuantizer.export(loaded.model, output, form, external_data=external_data or None, onnx_ops=ops)
+    return finish({"model": model, **report.to_dict()}, str(report), as_json)
+
+
+@with_examples("inspect vit-int4", "inspect vit-int4 --layers", "inspect vit-int4/model.safetensors --verify --json")
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A saved folder, or a .safetensors file.")],
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read the weights, too, and compare checksums.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Tell what is inside a saved model, from its headers and config.json, without loading weights.
+
+    Exit code 1: it is not quantized.
+    """
+    with working(quiet), mistakes():
+        from fairseq.cli import contents
+
+        result = contents.read(path, verify)
+    if result is None:
+        return finish({"path": str(path), "quantized": False}, f"{path} is not quantized", as_json, 1)
+    return finish(result, contents.text(result, layers), as_json)

@@ -1,0 +1,169 @@
+"""The measurements behind ``compare``, ``evaluate`` and ``benchmark``."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fairseq.cli.loading import Loaded, load, needs_processor
+from fairseq.cli.output import Say, UserError, mistakes
+from fairseq.cli.pictures import batches, labelled_images, noise, pictures_in
+from fairseq.models.vit_quantization import compare_embeddings, compare_models
+from fairseq.quantization.forward import call, picture_inputs
+
+PAUSE = 0.1  # seconds in which idle threads of the turn before stop spinning
+NEIGHBOURS = 5
+
+
+class Score:
+    """Running sums of one classifier's results."""
+
+    def __init__(self) -> None:
+        self.top1 = self.top5 = self.agree = self.count = 0
+        self.squared_error, self.values = 0.0, 0
+
+    def add(self, got: Tensor, expected: Tensor, labels: Tensor) -> None:
+        """Logits of this model and of the reference, (B, classes), and labels, (B,)."""
+        first = got.argmax(-1)
+        self.top1 += int((first == labels).sum())
+        self.top5 += int((got.topk(min(5, got.shape[-1])).indices == labels[:, None]).any(-1).sum())
+        self.agree += int((first == expected.argmax(-1)).sum())
+        self.squared_error += float((got - expected).double().square().sum())
+        self.values += got.numel()
+        self.count += len(labels)
+
+
+def load_two(original: str, quantized: str, device: str, say: Say) -> tuple[Loaded, Loaded]:
+    """Both models; a word on stderr if the second is not quantized."""
+    say(f"Loading {original} and {quantized}")
+    first, second = load(original, device), load(quantized, device)
+    if not second.packed:
+        say(f"warning: nothing in {quantized} is quantized")
+    return first, second
+
+
+def load_named(model: str, reference: str | None, device: str, say: Say) -> dict[str, Loaded]:
+    """The "model" and, if there is one, before it the "reference"."""
+    if reference is None:
+        say(f"Loading {model}")
+        return {"model": load(model, device)}
+    first, second = load_two(reference, model, device, say)
+    return {"reference": first, "model": second}
+
+
+def difference(
+    original: Loaded, quantized: Loaded, folder: Path | None, count: int, top_k: int, batch_size: int
+) -> dict[str, Any]:
+    """What compare_models or, for a model without classes, compare_embeddings finds on pictures or noise."""
+    if folder is None:
+        pixels = noise(original.model, count)
+    else:
+        images = pictures_in(folder)[:count]
+        processor = needs_processor(original, "--images")
+        with mistakes():
+            pixels = torch.cat(list(batches(images, processor, batch_size)))  # (N, C, H, W)
+    with mistakes():
+        total: list[float] = [0.0, 0.0, 0.0]
+        for chunk in tqdm(pixels.split(batch_size), desc="Comparing", unit="batch", leave=False):
+            found = compare_models(original.model, quantized.model, chunk, top_k)
+            if found.top_k_match is None:
+                return _embeddings(original.model, quantized.model, pixels, batch_size)
+            total = [sum_ + len(chunk) * value for sum_, value in zip(total, found)]  # type: ignore[operator]
+    mse, mae, match = (value / len(pixels) for value in total)
+    return {
+        "kind": "classes", "count": len(pixels), "mse_loss": mse, "mae_loss": mae, "top_k": top_k, "match": match,
+    }  # fmt: skip
+
+
+def accuracy(
+    models: dict[str, Loaded], folder: Path, labels: Path, limit: int | None, batch_size: int
+) -> dict[str, Any]:
+    """Top-1 and top-5 of the model, and of the reference with the share of equal classes and the logits' error."""
+    for loaded in models.values():
+        if "ForImageClassification" not in type(loaded.model).__name__:
+            raise UserError(f"{loaded.name} is a {type(loaded.model).__name__}: labels need an image classifier")
+    counts = {loaded.name: int(loaded.model.config.num_labels) for loaded in models.values()}  # type: ignore[union-attr, arg-type]
+    if len(set(counts.values())) > 1:
+        raise UserError("the models have different classes: " + ", ".join(f"{n} has {c}" for n, c in counts.items()))
+    processor = needs_processor(models["model"], "--images")
+    images, truth = labelled_images(folder, labels, min(counts.values()))
+    images, truth = images[:limit], truth[:limit]
+    scores = {name: Score() for name in models}
+    with tqdm(total=len(images), desc="Evaluating", unit="image") as bar, mistakes():
+        for pixels, expected in zip(batches(images, processor, batch_size), truth.split(batch_size), strict=True):
+            logits = {name: _logits(loaded.model, pixels) for name, loaded in models.items()}
+            for name, got in logits.items():
+                scores[name].add(got, logits.get("reference", got), expected)
+            bar.update(len(pixels))
+    shares = {name: {"top1": s.top1 / s.count, "top5": s.top5 / s.count} for name, s in scores.items()}
+    score = scores["model"]
+    result: dict[str, Any] = {"count": score.count, **shares["model"]}
+    if "reference" in models:
+        result["agreement"], result["mse_loss"] = score.agree / score.count, score.squared_error / score.values
+        result["reference"] = {"model": models["reference"].name, **shares["reference"]}
+    return result
+
+
+def speed(models: dict[str, Loaded], sizes: list[int], rounds: int, threads: int | None) -> dict[str, Any]:
+    """Median times of each batch size, the models in turns, and the bytes of their weights."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    found: dict[int, dict[str, Any]] = {}
+    for size in sizes:
+        pixels = noise(models["model"].model, size)
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for _ in tqdm(range(rounds), desc=f"Batch {size}", unit="round", leave=False):
+            for name, loaded in models.items():
+                time.sleep(PAUSE)
+                _seconds(loaded.model, pixels)  # warms up
+                times[name].append(_seconds(loaded.model, pixels))
+        found[size] = {name: _summary(taken, times, size) for name, taken in times.items()}
+    weights = {name: _bytes(loaded.model) for name, loaded in models.items()}
+    return {"threads": torch.get_num_threads(), "rounds": rounds, "batches": found, "bytes": weights}
+
+
+def _summary(taken: list[float], times: dict[str, list[float]], size: int) -> dict[str, float | None]:
+    middle = statistics.median(taken)
+    ratio = None
+    if "reference" in times:
+        ratio = statistics.median(first / second for first, second in zip(times["reference"], taken))
+    return {"ms": 1000 * middle, "images_per_second": size / middle, "ratio": ratio}
+
+
+def _seconds(model: nn.Module, pixels: Tensor) -> float:
+    """Of one forward."""
+    parameter = next(model.parameters())
+    pixels = pixels.to(parameter.device, parameter.dtype)
+    if parameter.is_cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    with torch.inference_mode():
+        call(model, picture_inputs(model, pixels))
+    if parameter.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _logits(model: nn.Module, pixels: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, classes) on the CPU, float32."""
+    parameter = next(model.parameters())
+    with torch.inference_mode():
+        output = model(pixel_values=pixels.to(parameter.device, parameter.dtype))
+    return output.logits.float().cpu()
+
+
+def _embeddings(original: nn.Module, quantized: nn.Module, pixels: Tensor, batch_size: int) -> dict[str, Any]:
+    if len(pixels) < 2:
+        raise UserError("embeddings are compared on at least 2 pictures; raise --limit")
+    found = compare_embeddings(original, quantized, pixels, min(NEIGHBOURS, len(pixels) - 1), batch_size)
+    return {"kind": "embeddings", "count": len(pixels), **found._asdict()}
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))

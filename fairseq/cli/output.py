@@ -1,0 +1,108 @@
+"""What a command says: results on stdout, everything else on stderr, mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fairseq
+
+Command = TypeVar("Command", bound=Callable[..., int])
+HOUSE = Path(fairseq.__file__).parent
+Say = Callable[[str], None]
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend; shown without a traceback.
+
+    Args:
+        message: one line.
+        code: what the program exits with.
+    """
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
+@contextmanager
+def mistakes(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
+    """Inside, errors of these kinds (by default ValueError and OSError) are mistakes of the person at the keyboard."""
+    expected = kinds or (ValueError, OSError)
+    try:
+        yield
+    except expected as error:
+        raise UserError(prefix + first_line(error)) from error
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line with text in it."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)[:600]
+
+
+@contextmanager
+def working(quiet: bool) -> Iterator[Say]:
+    """What prints inside, prints to stderr; the result says more there, unless ``quiet``.
+
+    Progress bars appear on a terminal only, and warnings are a line each.
+    """
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def show(message: Warning | str, category: type[Warning], file: str, *where: Any, **more: Any) -> None:
+        if issubclass(category, UserWarning) and Path(file).is_relative_to(HOUSE):  # others are not for this person
+            say(f"warning: {first_line(str(message))}")
+
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield say
+
+
+def finish(result: Mapping[str, Any], text: str, as_json: bool, code: int = 0) -> int:
+    """Print a result, as text or as one JSON object, and return the exit code."""
+    print(json.dumps(_plain(result), indent=2, allow_nan=False) if as_json else text, flush=True)
+    return code
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Plain text columns, which are also a reStructuredText table; the first to the left, numbers to the right."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    rule = "  ".join("=" * width for width in widths)
+
+    def line(cells: list[str]) -> str:
+        first, *others = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
+        return "  ".join([first, *others]).rstrip()
+
+    return "\n".join([rule, line(header), rule, *map(line, rows), rule])
+
+
+def with_examples(*lines: str) -> Callable[[Command], Command]:
+    """Give a command the examples that its --help ends with, each without the name of the program."""
+
+    def decorate(command: Command) -> Command:
+        command.__dict__["examples"] = lines
+        return command
+
+    return decorate
+
+
+def _plain(value: Any) -> Any:
+    """For JSON, which has no infinity and no NaN: they become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,155 @@
+"""``fairseq-vit quantize``: a float model in, a folder that from_pretrained loads out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fairseq.cli.options import Device, Json, Model, Quiet, parse_bias_correction, parse_overrides
+from fairseq.cli.output import Say, UserError, finish, mistakes, with_examples, working
+from fairseq.cli.saving import check_output, whole_folder
+
+
+@with_examples(
+    "quantize google/vit-base-patch16-224 -o vit-int8",
+    "quantize ./vit --bits 4 --method channel --calibration pictures --images 128 -o vit-int4",
+    "quantize ./vit --average-bits 4.5 --calibration pictures --override '*classifier=skip' -o vit-mixed",
+)
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
+    bits: Annotated[int | None, typer.Option(help="Width of the integers, 2 to 8.  [default: 8]")] = None,
+    method: Annotated[str, typer.Option(metavar="tensor|channel|histogram", help="What shares a scale.")] = "tensor",
+    p: Annotated[float, typer.Option("--p", help="Share of the layers that is quantized.")] = 1.0,
+    activations: Annotated[
+        str, typer.Option(metavar="dynamic|static|none", help="How inputs are rounded; static needs --calibration.")
+    ] = "dynamic",
+    activation_bits: Annotated[int, typer.Option(help="2 to 8.")] = 8,
+    group_size: Annotated[int | None, typer.Option(help="Input channels that share a scale, 32 to 128.")] = None,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Zero point in the middle of the grid.")] = False,
+    rounding: Annotated[
+        str, typer.Option(metavar="auto|nearest|gptq|gptaq", help="auto: gptaq with --calibration, else nearest.")
+    ] = "auto",
+    equalize: Annotated[bool, typer.Option("--equalize/--no-equalize", help="Even out input channels first.")] = True,
+    bias_correction: Annotated[
+        str, typer.Option(metavar="no|yes|add", help="Take the mean output error off biases; add: make them for it.")
+    ] = "no",
+    attention: Annotated[bool, typer.Option("--attention/--no-attention", help="Attention projections.")] = True,
+    mlp: Annotated[bool, typer.Option("--mlp/--no-mlp", help="Layers of the MLPs.")] = True,
+    classifier: Annotated[bool, typer.Option("--classifier/--no-classifier", help="Classifier or pooler.")] = True,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Also patch and position embeddings.")] = False,
+    towers: Annotated[
+        str, typer.Option(metavar="vision|text|all", help="Which towers of a model that reads text, too.")
+    ] = "vision",
+    seed: Annotated[int, typer.Option(help="Chooses the layers of --p, and the pictures.")] = 0,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB=key:value,...", help="Other settings for layers of such names; repeatable."),
+    ] = None,
+    average_bits: Annotated[
+        float | None, typer.Option(help="Widths layer by layer, this many per weight; needs --calibration.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Pictures like those that the model will see, no labels.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many of them are used.")] = 128,
+    engine: Annotated[
+        str, typer.Option(metavar="auto|fused|layers", help="fused: an error if no encoder block can be fused.")
+    ] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Write to OUT though it holds something else.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Quantize MODEL and save it in the folder OUT, with its image processor.
+
+    OUT appears when all is written; after an error or Ctrl-C there is nothing.
+    """
+    if average_bits is not None and bits is not None:
+        raise UserError("--bits and --average-bits exclude each other")
+    if average_bits is not None and calibration is None:
+        raise UserError("--average-bits needs --calibration: widths follow from what rounding does to pictures")
+    settings = {
+        "bits": 8 if bits is None else bits, "method": method, "p": p, "activation_bits": activation_bits,
+        "activations": None if activations == "none" else activations, "group_size": group_size, "seed": seed,
+        "symmetric": symmetric, "rounding": rounding, "equalize": equalize, "quantize_attention": attention,
+        "bias_correction": parse_bias_correction(bias_correction), "quantize_mlp": mlp, "towers": towers,
+        "quantize_classifier": classifier, "quantize_embeddings": embeddings,
+        "overrides": parse_overrides(override or ()),
+    }  # fmt: skip
+    if calibration is not None and not calibration.is_dir():
+        raise UserError(f"--calibration {calibration}: no such folder")
+    check_output(output, model, force)
+    with working(quiet) as say:
+        pictures = (calibration, images, average_bits)
+        result, text = _quantize(model, output, settings, pictures, engine, device, say)
+    return finish(result, text, as_json)
+
+
+def _quantize(
+    source: str,
+    output: Path,
+    settings: dict[str, Any],
+    pictures: tuple[Path | None, int, float | None],
+    engine: str,
+    device: str,
+    say: Say,
+) -> tuple[dict[str, Any], str]:
+    from fairseq.cli.loading import load, needs_processor, tokenizer_of
+    from fairseq.models.vit_quantization import ViTQuantizer
+
+    calibration, images, average_bits = pictures
+    with mistakes(TypeError, ValueError):
+        quantizer = ViTQuantizer(**settings)
+    say(f"Loading {source}")
+    loaded = load(source, device)
+    given: dict[str, Any] = {}
+    if calibration is not None:
+        given = {"calibration": calibration, "processor": needs_processor(loaded, "--calibration"), "images": images}
+    if average_bits is not None:
+        say(f"Choosing widths, {average_bits:g} bits on average")
+        with mistakes():
+            chosen = quantizer.assign_bits(loaded.model, **given, average_bits=average_bits).overrides
+            quantizer = ViTQuantizer(**{**settings, "overrides": _merged(settings["overrides"], chosen)})
+    say(f"Quantizing {type(loaded.model).__name__}" + (f" with pictures in {calibration}" if calibration else ""))
+    started = time.perf_counter()
+    with mistakes(ValueError, OSError, *([RuntimeError] if engine == "fused" else [])):
+        quantized: Any = quantizer.quantize_model(loaded.model, **given, engine=engine)
+    seconds = time.perf_counter() - started
+    report = quantizer.report
+    assert report is not None
+    if not report.quantized:
+        raise UserError("no layer was quantized, so there is nothing to save: see --p", code=1)
+    say(f"Saving {output}")
+    with whole_folder(output) as folder:
+        quantized.save_pretrained(folder)
+        for extra in (loaded.processor, tokenizer_of(loaded)):
+            if extra is not None:
+                extra.save_pretrained(folder)
+    if loaded.processor is None:
+        say(f"warning: {source} has no image processor, so {output} has none either")
+    on_disk = sum(file.stat().st_size for file in output.glob("model*.safetensors"))
+    sizes = {"float": report.bytes_before, "quantized": report.bytes_after, "on_disk": on_disk}
+    result = {
+        "path": str(output), "model": source, "architecture": type(quantized).__name__, "sizes": sizes,
+        "quantized": len(report.quantized), "skipped": len(report.skipped), "fused_blocks": report.fused_blocks,
+        "calibration_images": quantized.quantization_information.get("calibration_images"), "seconds": seconds,
+        "layers": [asdict(layer) for layer in report.layers],
+    }  # fmt: skip
+    return result, f"{report}\nSaved {output}, {on_disk / 1e6:.1f} MB of weights"
+
+
+def _merged(given: dict[str, dict[str, Any]], chosen: dict[str, dict[str, int]]) -> dict[str, dict[str, Any]]:
+    """Overrides of --override and the widths that were chosen: a layer has both, its width as chosen."""
+    from fnmatch import fnmatchcase
+
+    found: dict[str, dict[str, Any]] = {}
+    for escaped, width in chosen.items():
+        name = escaped.replace("[[]", "[").replace("[*]", "*").replace("[?]", "?")
+        first = next((settings for glob, settings in given.items() if fnmatchcase(name, glob)), {})
+        found[escaped] = {**first, **width}
+    return {**found, **given}

@@ -1,0 +1,91 @@
+"""A folder that is written whole or not at all, whatever stops the program."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fairseq.cli.output import UserError
+
+FORMAT = "fairseq_vit"  # as in fairseq.quantization.checkpoint, which is not imported for a look at a folder
+
+
+def check_output(folder: Path, source: str, force: bool) -> None:
+    """UserError if a model from ``source`` must not be saved in ``folder``.
+
+    It may be new, empty, or hold a packed model, which is replaced; with ``force`` it may hold anything but the
+    original, and its other files stay.
+    """
+    if not folder.parent.is_dir():
+        raise UserError(f"-o {folder}: the folder {folder.parent} does not exist; create it first")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"-o {folder}: is a file; the model needs a folder")
+    if Path(source).is_dir() and folder.samefile(source):
+        raise UserError(f"-o {folder}: is the folder of the original model, which would be lost; choose another one")
+    if any(folder.iterdir()) and not force and not holds_packed_model(folder):
+        raise UserError(f"-o {folder}: is not empty and holds no quantized model; --force writes there nevertheless")
+
+
+def holds_packed_model(folder: Path) -> bool:
+    """Whether a folder's config.json is that of a packed model."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` to write to, which takes its place at the end; nothing is left of an error.
+
+    If ``folder`` is there already, it gets the new files, config.json last, and loses the weights of an earlier save.
+    """
+    folder = Path(os.path.abspath(folder))
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        with _uninterrupted():
+            if folder.exists():
+                _move(temporary, folder)
+            else:
+                os.replace(temporary, folder)
+    finally:
+        with _uninterrupted():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(source: Path, folder: Path) -> None:
+    files = sorted(source.iterdir(), key=lambda path: path.name == "config.json")
+    new = {file.name for file in files}
+    for file in files:
+        os.replace(file, folder / file.name)
+    for old in (*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")):
+        if old.name not in new:
+            old.unlink()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed and callable(before):
+            before(*pressed[0])

@@ -1,0 +1,130 @@
+"""The program as a whole: help, versions, exit codes, and what goes where."""
+
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+import typer
+
+import fairseq
+from fairseq.cli import contents
+from fairseq.cli.main import COMMANDS, app, main
+
+NAMES = [command.__name__ for command in COMMANDS]
+
+
+def python(*words, **keywords):
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, **keywords)
+
+
+def test_there_are_the_commands_that_were_promised():
+    assert set(NAMES) == {"quantize", "compare", "evaluate", "benchmark", "export", "inspect"}
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in NAMES)], ids=lambda words: " ".join(words) or "top")
+def test_help_has_examples_that_parse(cli, words):
+    result = cli(*words, "--help")
+    assert (result.code, result.err) == (0, "")
+    examples = [line.strip() for line in result.out.splitlines() if line.strip().startswith("fairseq-vit ")]
+    assert 1 <= len(examples) <= 3
+    commands = typer.main.get_command(app).commands
+    for example in examples:
+        _, name, *arguments = shlex.split(example)
+        assert not words or name == words[0]
+        context = commands[name].make_context(name, arguments)
+        assert context.params
+
+
+def test_help_and_version_load_no_torch():
+    code = (
+        "import sys\nfrom fairseq.cli.main import main\n"
+        f"for words in [['--help'], ['--version'], *([name, '--help'] for name in {NAMES})]:\n"
+        "    assert main(words) == 0\n"
+        "assert not {'torch', 'transformers', 'numpy', 'PIL'} & sys.modules.keys()"
+    )
+    done = python("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_version(cli):
+    assert cli("--version") == (0, f"fairseq-vit {fairseq.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "Missing command"),
+        (["nothing"], "nothing"),
+        (["quantize"], "Missing argument"),
+        (["quantize", "x"], "--output"),
+        (["quantize", "x", "-o", "y", "--bits", "many"], "--bits"),
+        (["inspect", "x", "--unknown"], "--unknown"),
+    ],
+)
+def test_mistakes_in_the_call_are_one_line(cli, words, said):
+    result = cli(*words)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert said in result.err
+    assert "fairseq-vit" in result.err
+
+
+def test_bugs_keep_their_traceback(models, monkeypatch):
+    monkeypatch.setattr(contents, "read", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["inspect", str(models / "packed")])
+
+
+def test_ctrl_c_is_130(cli, models, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(contents, "read", stop)
+    assert cli("inspect", models / "packed") == (130, "", "stopped\n")
+
+
+def test_a_full_disk_is_one_line(cli, models, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(contents, "read", full)
+    result = cli("inspect", models / "packed")
+    assert result == (2, "", "error: [Errno 28] No space left on device\n")
+
+
+def test_the_module_is_the_program(models):
+    done = python("-m", "fairseq.cli", "inspect", models / "vit")
+    assert (done.returncode, done.stdout, done.stderr) == (1, f"{models / 'vit'} is not quantized\n", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
+def test_a_terminal_and_a_pipe_get_the_same(models):
+    words = [sys.executable, "-m", "fairseq.cli", "inspect", str(models / "packed"), "--layers"]
+    here, there = os.openpty()
+    with subprocess.Popen(words, stdout=there, stderr=subprocess.DEVNULL) as child:
+        os.close(there)
+        seen = b""
+        while chunk := _read(here):
+            seen += chunk
+    os.close(here)
+    assert child.returncode == 0
+    assert seen.decode().replace("\r\n", "\n") == python(*words[1:]).stdout
+    assert b"\x1b" not in seen
+
+
+def _read(file):
+    try:
+        return os.read(file, 1024)
+    except OSError:  # Linux, at the end
+        return b""
+
+
+def test_a_reader_that_goes_away_is_no_traceback(models):
+    command = (
+        f"{shlex.quote(sys.executable)} -m fairseq.cli inspect {shlex.quote(str(models / 'packed'))} --layers | true"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr

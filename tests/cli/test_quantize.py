@@ -1,0 +1,251 @@
+"""quantize: what it writes, what it refuses, and that nothing is left when it is stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification, ViTForImageClassification, pipeline
+
+from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.quantization import checkpoint
+
+
+def load(folder):
+    return AutoModelForImageClassification.from_pretrained(folder).eval()
+
+
+def test_the_folder_is_the_model_that_the_settings_make(cli, models, tmp_path, pixels):
+    out = tmp_path / "out"
+    options = ["--bits", 4, "--method", "channel", "--symmetric", "--no-mlp", "--override", "*classifier=bits:6"]
+    result = cli("quantize", models / "vit", "-o", out, *options)
+    assert result.code == 0
+    assert "9 linear layers: 8 4-bit channel, 1 6-bit channel" in result.out
+    model = ViTForImageClassification.from_pretrained(models / "vit").eval()
+    quantizer = ViTQuantizer(4, "channel", symmetric=True, quantize_mlp=False, overrides={"*classifier": {"bits": 6}})
+    expected = quantizer.quantize_model(model)
+    with torch.no_grad():
+        assert torch.equal(load(out)(pixels).logits, expected(pixels).logits)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_each_setting_arrives(cli, models, pictures, tmp_path, monkeypatch):
+    seen = {}
+    init, quantize = ViTQuantizer.__init__, ViTQuantizer.quantize_model
+
+    def spy(self, **settings):
+        seen.update(settings)
+        init(self, **settings)
+
+    def spy_again(self, model, **keywords):
+        seen.update(keywords)
+        return quantize(self, model, **keywords)
+
+    monkeypatch.setattr(ViTQuantizer, "__init__", spy)
+    monkeypatch.setattr(ViTQuantizer, "quantize_model", spy_again)
+    options = (
+        "--bits 5 --method channel --p 0.5 --activations static --activation-bits 7 --symmetric --rounding gptq "
+        "--no-equalize --bias-correction add --no-attention --no-classifier --embeddings --towers all --seed 3 "
+        "--images 33 --engine layers"
+    )
+    result = cli("quantize", models / "vit", "-o", tmp_path / "x", *options.split(), "--calibration", pictures)
+    assert result.code == 0, result.err
+    seen.pop("processor")
+    assert seen == {
+        "bits": 5, "method": "channel", "p": 0.5, "activations": "static", "activation_bits": 7, "group_size": None,
+        "symmetric": True, "rounding": "gptq", "equalize": False, "bias_correction": "add", "overrides": {},
+        "quantize_attention": False, "quantize_mlp": True, "quantize_classifier": False, "quantize_embeddings": True,
+        "towers": "all", "seed": 3, "images": 33, "engine": "layers", "calibration": pictures,
+    }  # fmt: skip
+    options = ["--activations", "none", "--method", "channel", "--group-size", "32", "--no-mlp"]
+    seen.clear()
+    cli("quantize", models / "vit", "-o", tmp_path / "y", *options)
+    assert (seen["activations"], seen["group_size"], seen["quantize_mlp"], seen["bits"]) == (None, 32, False, 8)
+
+
+def test_json_and_pipeline(cli, models, pictures, tmp_path):
+    out = tmp_path / "out"
+    options = ["--bits", 4, "--method", "channel", "--calibration", pictures, "--images", 34]
+    result = cli("quantize", models / "vit", "-o", out, *options, "--json")
+    found = json.loads(result.out)
+    assert found["path"] == str(out)
+    assert found["calibration_images"] == 34
+    assert (found["quantized"], found["skipped"], len(found["layers"])) == (13, 0, 13)
+    assert found["sizes"]["quantized"] < found["sizes"]["float"]
+    assert found["sizes"]["on_disk"] == (out / "model.safetensors").stat().st_size
+    assert found["layers"][0]["rounding"] == "gptaq"
+    guess = pipeline("image-classification", model=str(out))(str(pictures / "0.png"))
+    assert guess[0]["label"].startswith("LABEL_")
+
+
+def test_average_bits(cli, models, pictures, tmp_path):
+    options = ["--average-bits", 4.5, "--calibration", pictures, "--method", "channel", "--json"]
+    overrides = ["--override", "*classifier=skip", "--override", "*.1.attention*=symmetric:true"]
+    result = cli("quantize", models / "vit", "-o", tmp_path / "out", *options, *overrides)
+    assert result.code == 0, result.err
+    layers = json.loads(result.out)["layers"]
+    assert [layer["name"] for layer in layers if layer["skipped"]] == ["classifier"]
+    widths = [(layer["bits"], layer["shape"][0] * layer["shape"][1]) for layer in layers if layer["bits"]]
+    assert len({bits for bits, _ in widths}) > 1
+    assert sum(bits * size for bits, size in widths) <= 4.5 * sum(size for _, size in widths)
+    parts = {name: m for name, m in load(tmp_path / "out").named_modules() if isinstance(m, PackedLinear)}
+    assert [".1.attention" in name for name in parts] == [m.config.symmetric for m in parts.values()]
+    assert sum(m.config.symmetric for m in parts.values()) == 4
+
+
+def test_stderr_has_progress_and_quiet_has_none(cli, models, tmp_path):
+    assert "Saving" in cli("quantize", models / "vit", "-o", tmp_path / "a").err
+    assert cli("quantize", models / "vit", "-o", tmp_path / "b", "--quiet").err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "nope"], "tensor, channel, histogram, got 'nope'"),
+        (["--bits", 9], "bits"),
+        (["--bits", 4, "--average-bits", 4], "exclude"),
+        (["--average-bits", 4], "needs --calibration"),
+        (["--activations", "static"], "needs images"),
+        (["--calibration", "nowhere"], "nowhere: no such folder"),
+        (["--override", "*classifier"], "GLOB=key:value"),
+        (["--override", "*classifier=bits:x"], "bits"),
+        (["--override", "nothing=bits:4"], "matches no selected layer"),
+        (["--override", "*=no_such:4"], "no_such"),
+        (["--towers", "text"], "towers"),
+        (["--engine", "fast"], "engine"),
+        (["--device", "tpu"], "auto, cpu, cuda"),
+        (["--bias-correction", "maybe"], "no, yes, add"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(cli, models, tmp_path, options, said):
+    result = cli("quantize", models / "vit", "-o", tmp_path / "out", *options, "--quiet")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert said in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_quantized_is_1(cli, models, tmp_path):
+    result = cli("quantize", models / "vit", "-o", tmp_path / "out", "--p", 0, "--quiet")
+    assert (result.code, result.err) == (1, "error: no layer was quantized, so there is nothing to save: see --p\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("./nowhere", "no such folder"), ("no/such", "HF_HUB_OFFLINE"), ("empty", "config.json"), ("file", "is a file")],
+)
+def test_models_that_are_none(cli, tmp_path, monkeypatch, source, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    result = cli("quantize", source, "-o", tmp_path / "out", "--quiet")
+    assert (result.code, result.out) == (2, "")
+    assert said in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_quantized_already(cli, models, tmp_path):
+    result = cli("quantize", models / "packed", "-o", tmp_path / "out", "--quiet")
+    assert result.code == 2
+    assert "quantized already" in result.err
+
+
+def test_damaged_weights(cli, models, tmp_path):
+    shutil.copytree(models / "vit", tmp_path / "vit")
+    file = tmp_path / "vit" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    result = cli("quantize", tmp_path / "vit", "-o", tmp_path / "out", "--quiet")
+    assert result.code == 2
+    assert result.err.startswith(f"error: cannot load {tmp_path / 'vit'}: ")
+
+
+def test_what_is_written_over(cli, models, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    result = cli("quantize", models / "vit", "-o", out, "--quiet")
+    assert result.code == 2
+    assert "--force" in result.err
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    assert cli("quantize", models / "vit", "-o", out, "--quiet", "--force").code == 0
+    (out / "model-00001-of-00002.safetensors").touch()
+    assert cli("quantize", models / "vit", "-o", out, "--quiet", "--bits", 3).code == 0  # a packed model is replaced
+    names = {path.name for path in out.iterdir()}
+    assert names == {"notes.txt", "README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert load(out).classifier.config.bits == 3
+    shutil.copytree(models / "vit", tmp_path / "float")
+    assert cli("quantize", models / "vit", "-o", tmp_path / "float", "--quiet").code == 2
+    for force in ([], ["--force"]):
+        result = cli("quantize", tmp_path / "float", "-o", tmp_path / "float", "--quiet", *force)
+        assert "would be lost" in result.err
+    assert "does not exist" in cli("quantize", models / "vit", "-o", tmp_path / "a" / "b", "--quiet").err
+    assert "is a file" in cli("quantize", models / "vit", "-o", out / "notes.txt", "--quiet").err
+
+
+def test_an_error_while_it_saves_leaves_nothing(cli, models, tmp_path, monkeypatch):
+    write = checkpoint.write
+
+    def full(*arguments):
+        write(*arguments)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    result = cli("quantize", models / "vit", "-o", tmp_path / "out", "--quiet")
+    assert result == (2, "", "error: [Errno 28] No space left on device\n")
+    assert not list(tmp_path.iterdir())
+
+
+SLOW = """
+import sys, time
+from fairseq.cli.main import main
+from fairseq.quantization import checkpoint
+write = checkpoint.write
+def slow(*arguments):
+    write(*arguments)
+    print("written", flush=True)
+    time.sleep(60)
+checkpoint.write = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def stopped(words, line):
+    """Start Python, press Ctrl-C when it prints ``line`` to stderr; its exit code and the rest of what it prints."""
+    child = subprocess.Popen(
+        [sys.executable, *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with child:
+        for text in child.stderr:
+            if text.startswith(line):
+                break
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    return child.returncode, out, err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send there")
+@pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
+def test_ctrl_c_while_it_saves_leaves_what_was_there(models, tmp_path, there):
+    out = tmp_path / "out"
+    if there:
+        shutil.copytree(models / "packed", out)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    words = ["-c", SLOW, "quantize", models / "vit", "-o", out]
+    assert stopped(words, "written") == (130, "", "stopped\n")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert out.exists() == there
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send there")
+def test_ctrl_c_while_it_quantizes_leaves_nothing(models, pictures, tmp_path):
+    words = ["-m", "fairseq.cli", "quantize", models / "vit", "-o", tmp_path / "out", "--average-bits", 4.5]
+    code, out, err = stopped([*words, "--calibration", pictures], "Choosing")
+    assert (code, out, err) == (130, "", "stopped\n")
+    assert not list(tmp_path.iterdir())
