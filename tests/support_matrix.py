@@ -40,10 +40,10 @@ HEAD = """Support matrix
 
 Every cell is a test of a small random model of the family that passed on these versions of transformers. "packed" and
 "emulated" run close to float; "calibrated" is closer with pictures than without; "embeddings" packs them, too; "one
-file" (``ViTQuantizer.save`` and ``load``) and "folder" (``save_pretrained`` and ``from_pretrained``) come back equal to the
-bit; "while loading" gives the integers of ``quantize_model``; an exported file runs by itself on two batch sizes and
-gives the model's outputs. "no" stands for what does not exist for a family: ``from_pretrained`` of timm's models, and
-files of SigLIP 2 for any batch size, which ``export`` refuses.
+file" (``ViTQuantizer.save`` and ``load``) and "folder" (``save_pretrained`` and ``from_pretrained``) come back equal to
+the bit; "while loading" gives the integers of ``quantize_model``; an exported file runs by itself on two batch sizes
+and gives the model's outputs. "no" stands for what does not exist for a family: ``from_pretrained`` of timm's models,
+and files of SigLIP 2 for any batch size, which ``export`` refuses.
 
 """
 
