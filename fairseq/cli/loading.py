@@ -123,7 +123,7 @@ def tokenizer_of(loaded: Loaded) -> Any:
         return None
     try:
         return importlib.import_module("transformers").AutoTokenizer.from_pretrained(loaded.name)
-    except FAILURES:
+    except (*FAILURES, TypeError):  # transformers 4, without a vocabulary
         return None
 
 

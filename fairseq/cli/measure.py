@@ -70,7 +70,7 @@ def difference(
             pixels = torch.cat(list(batches(images, processor, batch_size)))  # (N, C, H, W)
     with mistakes():
         total: list[float] = [0.0, 0.0, 0.0]
-        for chunk in tqdm(pixels.split(batch_size), desc="Comparing", unit="batch", leave=False):
+        for chunk in tqdm(pixels.split(batch_size), desc="Comparing", unit="batch", leave=False, delay=1):
             found = compare_models(original.model, quantized.model, chunk, top_k)
             if found.top_k_match is None:
                 return _embeddings(original.model, quantized.model, pixels, batch_size)
@@ -95,7 +95,7 @@ def accuracy(
     images, truth = labelled_images(folder, labels, min(counts.values()))
     images, truth = images[:limit], truth[:limit]
     scores = {name: Score() for name in models}
-    with tqdm(total=len(images), desc="Evaluating", unit="image") as bar, mistakes():
+    with tqdm(total=len(images), desc="Evaluating", unit="image", delay=1) as bar, mistakes():
         for pixels, expected in zip(batches(images, processor, batch_size), truth.split(batch_size), strict=True):
             logits = {name: _logits(loaded.model, pixels) for name, loaded in models.items()}
             for name, got in logits.items():
