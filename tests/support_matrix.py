@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from families import BUILDERS
-from quantization.test_export_families import REFUSED
+from quantization.test_export_families import REFUSED, REFUSED_BY_TORCH_2_9
 
 from fairseq.quantization.export import FORMATS
 
@@ -43,7 +43,8 @@ Every cell is a test of a small random model of the family that passed on these 
 file" (``ViTQuantizer.save`` and ``load``) and "folder" (``save_pretrained`` and ``from_pretrained``) come back equal to
 the bit; "while loading" gives the integers of ``quantize_model``; an exported file runs by itself on two batch sizes
 and gives the model's outputs. "no" stands for what does not exist for a family: ``from_pretrained`` of timm's models,
-and files of SigLIP 2 for any batch size, which ``export`` refuses.
+and files of SigLIP 2 for any batch size, which ``export`` refuses. transformers 4.57 was tested with torch 2.9, whose
+exporter fails on some; ``export`` says so.
 
 """
 
@@ -61,8 +62,11 @@ def outcomes(path: str) -> dict[tuple[str, str], str]:
 def cell(column: str, family: str, results: dict[str, dict[tuple[str, str], str]]) -> str:
     """The versions on which the test of a cell passed."""
     file, name = COLUMNS[column]
-    refused = any((family, form) in REFUSED for form in FORMATS if f"-{form}]" in name)
-    said = {v: None if refused else result.get((file, name.format(family))) for v, result in results.items()}
+    said = {version: result.get((file, name.format(family))) for version, result in results.items()}
+    if any((family, form) in REFUSED and f"-{form}]" in name for form in FORMATS):
+        return "no"
+    if any((family, form) in REFUSED_BY_TORCH_2_9 and f"-{form}]" in name for form in FORMATS):
+        said = {version: outcome for version, outcome in said.items() if version != "4.57"}
     failed = [version for version, outcome in said.items() if outcome == "failed"]
     if failed:
         raise SystemExit(f"{file}::{name.format(family)} failed on transformers {', '.join(failed)}")

@@ -135,7 +135,12 @@ def export(
         try:
             folder.mkdir()
             file = folder / path.name
-            _write(wrapper, inputs, file, format, external_data, onnx_ops)
+            try:
+                _write(wrapper, inputs, file, format, external_data, onnx_ops)
+            except Exception as error:  # exporters raise nearly anything, and long texts
+                raise RuntimeError(
+                    f"torch {torch.__version__} cannot write {type(model).__name__} as {format!r}: {_first_line(error)}"
+                ) from error
             report = _verify(wrapper, inputs, file, format)
             files = sorted(folder.iterdir(), key=lambda written: written == file)  # the one that is opened comes last
             for written in files:
@@ -143,6 +148,13 @@ def export(
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return report
+
+
+def _first_line(error: Exception) -> str:
+    """The first sentence of the innermost cause."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def _check(model: nn.Module, path: Path, format: str, external_data: bool | None, onnx_ops: str) -> None:

@@ -12,6 +12,11 @@ QUICK = {("swin", "onnx"), ("clip-vision", "onnx"), ("swin", "torchscript"), ("s
 SIGLIP2 = ("siglip2", "siglip2-vision")
 REFUSED = {(name, form): "to each picture's shape" for name in SIGLIP2 for form in exporting.FORMATS}
 """(family, format) -> what the error says."""
+REFUSED_BY_TORCH_2_9 = {
+    ("vit-mae", "onnx"), ("vit-mae", "torch_export"), ("vit-mae-encoder", "onnx"), ("vit-mae-encoder", "torch_export"),
+    ("vit-masked", "onnx"), ("swinv2", "onnx"), ("siglip-vision", "onnx"),
+}  # fmt: skip
+"""Its exporter wants another range of batch sizes, or loses a guard."""
 
 
 def run_here(form, path, batches):
@@ -43,8 +48,11 @@ def test_export(name, form, tmp_path, monkeypatch):
     quantized = ViTQuantizer(bits=8, method="channel").quantize_model(model)
     path = tmp_path / f"model{exporting.FORMATS[form]}"
     sample = picture_inputs(model, pictures(2))
-    if (name, form) in REFUSED:
-        with pytest.raises((RuntimeError, ValueError), match=REFUSED[name, form]):
+    refused = REFUSED.get((name, form))
+    if (name, form) in REFUSED_BY_TORCH_2_9 and torch.__version__ < "2.10":
+        refused = "cannot write"
+    if refused:
+        with pytest.raises((RuntimeError, ValueError), match=refused):
             ViTQuantizer.export(quantized, path, form, sample)
         assert not list(tmp_path.iterdir())
         return
