@@ -51,9 +51,9 @@ def test_export(name, form, tmp_path, monkeypatch):
     sample = picture_inputs(model, pictures(2))
     refused = REFUSED.get((name, form))
     if (name, form) in REFUSED_BY_TORCH_2_9 and torch.__version__ < "2.10":
-        refused = "cannot write"
+        refused = "cannot write|name 'L'"  # written, and then it does not run
     if refused:
-        with pytest.raises((RuntimeError, ValueError), match=refused):
+        with pytest.raises((NameError, RuntimeError, ValueError), match=refused):
             ViTQuantizer.export(quantized, path, form, sample)
         assert not list(tmp_path.iterdir())
         return
