@@ -15,7 +15,7 @@ REFUSED = {(name, form): "to each picture's shape" for name in SIGLIP2 for form 
 REFUSED_BY_TORCH_2_9 = {
     ("vit-mae", "onnx"), ("vit-mae", "torch_export"), ("vit-mae-encoder", "onnx"), ("vit-mae-encoder", "torch_export"),
     ("vit-masked", "onnx"), ("swinv2", "onnx"), ("siglip-vision", "onnx"),
-    ("siglip", "onnx"), ("siglip-classifier", "onnx"),
+    ("siglip", "onnx"), ("siglip-classifier", "onnx"), ("swin", "onnx"),
 }  # fmt: skip
 """Its exporter wants another range of batch sizes, or loses a guard."""
 
