@@ -219,8 +219,9 @@ sys.exit(main(sys.argv[1:]))
 def stopped(words, line):
     """Start Python, press Ctrl-C when it prints ``line`` to stderr; its exit code and the rest of what it prints."""
     child = subprocess.Popen(
-        [sys.executable, *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     with child:
         for text in child.stderr:
             if text.startswith(line):
