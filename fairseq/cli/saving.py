@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq.cli.output import UserError
+from fairseq.quantization.files import move_into
 
 FORMAT = "fairseq_vit"  # as in fairseq.quantization.checkpoint, which is not imported for a look at a folder
 
@@ -57,22 +58,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         with _uninterrupted():
             if folder.exists():
-                _move(temporary, folder)
+                move_into(temporary, folder)
             else:
                 os.replace(temporary, folder)
     finally:
         with _uninterrupted():
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _move(source: Path, folder: Path) -> None:
-    files = sorted(source.iterdir(), key=lambda path: path.name == "config.json")
-    new = {file.name for file in files}
-    for file in files:
-        os.replace(file, folder / file.name)
-    for old in (*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")):
-        if old.name not in new:
-            old.unlink()
 
 
 @contextmanager

@@ -177,9 +177,10 @@ def description_of(model: nn.Module, information: Mapping[str, Any] | None = Non
     return {"format_version": VERSION, "layers": layers, "information": dict(information or {})}
 
 
-def tensors_on_disk(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict under its names on disk, on the CPU, no two tensors in the same memory."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(COMPUTED)}
+def tensors_on_disk(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A state dict, or the model's, under its names on disk, on the CPU, no two tensors in the same memory."""
+    state = model.state_dict() if state is None else state
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(COMPUTED)}
     names = names_on_disk(model, state)
     seen: set[int] = set()
     tensors = {}

@@ -36,3 +36,14 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def move_into(source: Path, folder: Path) -> None:
+    """Put a saved model's files into ``folder``, config.json last, and take away weights of an earlier save."""
+    files = sorted(source.iterdir(), key=lambda path: path.name == "config.json")
+    new = {file.name for file in files}
+    for file in files:
+        os.replace(file, folder / file.name)
+    for old in (*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")):
+        if old.name not in new:
+            old.unlink()

@@ -17,6 +17,7 @@ from huggingface_hub import HfApi, split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from fairseq.quantization import checkpoint
+from fairseq.quantization.files import move_into
 from fairseq.quantization.model_card import model_card
 
 LOAD_WITH = "import fairseq.models.vit_quantization before from_pretrained"
@@ -87,7 +88,7 @@ def save_pretrained(
         metrics: measured figures for the model card, such as ``{"top-1 accuracy": 0.764}``; kept with the model.
         push_to_hub: also upload the folder; ``repo_id``, ``commit_message``, ``private``, ``token``, ``revision`` and
             ``create_pr`` are for that.
-        state_dict: not accepted other than None: what is saved is the model.
+        state_dict: saved instead of the model's own; it must have the same keys.
         max_shard_size, variant: as for transformers' ``save_pretrained``.
         keywords: ``is_main_process``, and those for the upload.
 
@@ -98,7 +99,7 @@ def save_pretrained(
     if folder.is_file():
         raise ValueError(f"save_directory must be a folder; {folder} is a file")
     if state_dict is not None and set(state_dict) != set(model.state_dict()):
-        raise ValueError("a packed model saves its own state dict; leave state_dict at None")
+        raise ValueError("state_dict must have the keys of the packed model's own; leave it at None to save that")
     if keywords.pop("safe_serialization", True) is False:
         raise ValueError("a packed model is saved as safetensors only; leave safe_serialization at True")
     upload = {key: keywords.pop(key) for key in UPLOAD if key in keywords}
@@ -112,15 +113,22 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
         temporary = Path(name)
-        _save_whole(model, temporary, description, max_shard_size, variant)
+        _save_whole(model, temporary, description, state_dict, max_shard_size, variant)
         if not (folder / "README.md").exists():
             (temporary / "README.md").write_text(model_card(model, description), encoding="utf-8")
-        _move(temporary, folder)
+        move_into(temporary, folder)
     if push_to_hub:
         _upload(folder, upload)
 
 
-def _save_whole(model: Any, folder: Path, description: dict[str, Any], size: Any, variant: str | None) -> None:
+def _save_whole(
+    model: Any,
+    folder: Path,
+    description: dict[str, Any],
+    state: Mapping[str, Tensor] | None,
+    size: Any,
+    variant: str | None,
+) -> None:
     """config.json, and tensors under their names on disk, with checksums."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -129,7 +137,7 @@ def _save_whole(model: Any, folder: Path, description: dict[str, Any], size: Any
     config.save_pretrained(folder)
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    tensors = checkpoint.tensors_on_disk(model)
+    tensors = checkpoint.tensors_on_disk(model, state)
     tensors[_guard(tensors, description)] = torch.empty(0, dtype=torch.uint8)
     _write_shards(tensors, folder, description, size, variant)
 
@@ -162,17 +170,6 @@ def _information(model: nn.Module) -> dict[str, Any]:
         description = getattr(config, "description", None) or {}
         known = description.get("information", {})
     return dict(known)
-
-
-def _move(source: Path, folder: Path) -> None:
-    """Put the files of ``source`` into ``folder``, config.json last, and take away shards of an earlier save."""
-    files = sorted(source.iterdir(), key=lambda path: path.name == "config.json")
-    weights = {path.name for path in files}
-    for file in files:
-        os.replace(file, folder / file.name)
-    for old in (*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")):
-        if old.name not in weights:
-            old.unlink()
 
 
 def _upload(folder: Path, settings: dict[str, Any]) -> None:

@@ -108,6 +108,14 @@ def test_copies_save_themselves(quantized, tmp_path):
     assert load_file(tmp_path / "model.safetensors")["vit.layernorm.weight"].eq(3).all()
 
 
+def test_a_state_dict_that_is_given_is_what_is_saved(quantized, tmp_path):
+    state = {**quantized.state_dict(), "vit.layernorm.weight": torch.full((24,), 5.0)}
+    quantized.save_pretrained(tmp_path, state_dict=state)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert loaded.vit.layernorm.weight.eq(5).all()
+    assert torch.equal(loaded.classifier.integers(), quantized.classifier.integers())
+
+
 def test_an_optimized_model_saves_the_same(quantized, tmp_path):
     ViTQuantizer.optimize(quantized, engine="layers").save_pretrained(tmp_path / "layers")
     quantized.save_pretrained(tmp_path / "fused")
@@ -130,7 +138,7 @@ def test_what_is_refused(quantized, tiny_vit, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="must be a folder"):
         quantized.save_pretrained(tmp_path / "file")
-    with pytest.raises(ValueError, match="its own state dict"):
+    with pytest.raises(ValueError, match="the keys of the packed model"):
         quantized.save_pretrained(tmp_path, state_dict={"a": torch.zeros(1)})
     with pytest.raises(ValueError, match="safetensors only"):
         quantized.save_pretrained(tmp_path, safe_serialization=False)
