@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 from families import BUILDERS
 from quantization.test_export_families import REFUSED, REFUSED_BY_TORCH_2_9
 
-from fairseq.quantization.export import FORMATS
+from fairseq.quantization.export.export import FORMATS
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.rst"
 COLUMNS = {

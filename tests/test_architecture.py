@@ -16,6 +16,19 @@ FILES = sorted(ROOT.rglob("*.py"))
 SCALAR, INTEGER = "fairseq.modules.quantization.scalar", "fairseq.modules.quantization.integer"
 PACKED = "fairseq.modules.quantization.packed"
 KERNELS = tuple(f"{SCALAR}.{leaf}" for leaf in ("ops", "weights", "tokens", "modules.replace"))
+Q = "fairseq.quantization"
+# The pipeline: each room of the model floor and those below it.
+ROOMS = {
+    "architectures": (),
+    "rounding": ("architectures",),
+    "calibration": ("rounding", "architectures"),
+    "evaluation": ("architectures",),
+    "engine": ("architectures",),
+    "conversion": ("evaluation", "engine", "calibration", "rounding", "architectures"),
+    "bit_allocation": ("conversion", "evaluation", "calibration", "rounding", "architectures"),
+    "export": ("conversion", "evaluation", "engine", "architectures"),
+    "saving": ("conversion", "evaluation", "engine", "architectures"),
+}
 ALLOWED = {
     "modules/quantization/scalar/grid.py": (),
     "modules/quantization/scalar/ranges.py": (f"{SCALAR}.grid",),
@@ -28,9 +41,13 @@ ALLOWED = {
     "modules/quantization/integer": (f"{SCALAR}.ops", INTEGER),
     "modules": (),
     "quantization/utils": (INTEGER,),
-    "quantization/rounding.py": (f"{PACKED}.config", f"{SCALAR}.ops", f"{SCALAR}.weights"),
-    "quantization/config.py": (f"{PACKED}.config", "fairseq.quantization.rounding"),
-    "quantization": (SCALAR, PACKED, "fairseq.quantization"),
+    "quantization/config.py": (f"{PACKED}.config",),
+    "quantization/files.py": (),
+    **{
+        f"quantization/{room}/": (SCALAR, PACKED, f"{Q}.config", f"{Q}.files", *(f"{Q}.{r}" for r in (room, *below)))
+        for room, below in ROOMS.items()
+    },
+    "quantization/__init__.py": (),
     "models": ("fairseq.quantization",),
     "cli": ("fairseq.cli", "fairseq.models", "fairseq.quantization", f"{PACKED}.packing"),
     "__init__.py": (),
@@ -55,7 +72,7 @@ def test_imports_run_one_way(path):
     for name in imports(path):
         if name.split(".")[0] == "fairseq":
             assert any(name == a or name.startswith(a + ".") or a.startswith(name + ".") for a in allowed), name
-        outside = () if relative == "quantization/huggingface.py" else ("transformers",)
+        outside = () if relative == "quantization/saving/huggingface.py" else ("transformers",)
         assert name.split(".")[0] not in (*outside, "timm", "matplotlib", "onnx", "onnxruntime"), name
 
 
@@ -84,4 +101,7 @@ def test_importing_the_quantizer_registers_with_transformers():
 
 
 def test_the_kernels_do_not_load_transformers():
-    assert run_python("import sys, fairseq.quantization.convert; print('transformers' in sys.modules)") == "False"
+    assert (
+        run_python("import sys, fairseq.quantization.conversion.convert; print('transformers' in sys.modules)")
+        == "False"
+    )

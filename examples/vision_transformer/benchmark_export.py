@@ -25,7 +25,7 @@ from common import UserError, load_model, positive, run, table
 from torch import nn
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.quantization.export import Positional
+from fairseq.quantization.export.export import Positional
 
 OURS: dict[str, dict[str, Any]] = {
     "ours 8-bit": {"bits": 8},

@@ -49,8 +49,8 @@ from transformers import AutoTokenizer
 
 from fairseq.cli import measure
 from fairseq.models.vit_quantization import ViTQuantizer, zero_shot_agreement
-from fairseq.quantization.compare import compare_vectors, embeddings
-from fairseq.quantization.synthetic import synthetic_images
+from fairseq.quantization.calibration.synthetic import synthetic_images
+from fairseq.quantization.evaluation.compare import compare_vectors, embeddings
 
 
 class Score(measure.Score):

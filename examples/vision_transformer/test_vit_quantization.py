@@ -15,8 +15,8 @@ from common import CONFIGURATIONS, load_model, quantize, run, table
 from torch import nn
 
 from fairseq.models.vit_quantization import ViTQuantizer, compare_models
-from fairseq.quantization.report import megabytes
-from fairseq.quantization.vit_layers import component_of, family_of, linear_layers
+from fairseq.quantization.architectures.layers import component_of, family_of, linear_layers
+from fairseq.quantization.evaluation.report import megabytes
 
 
 def explore(model: nn.Module) -> str:

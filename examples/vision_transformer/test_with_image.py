@@ -32,7 +32,7 @@ from common import (
 from torch import nn
 
 from fairseq.models.vit_quantization import ViTQuantizer, compare_models
-from fairseq.quantization.report import megabytes
+from fairseq.quantization.evaluation.report import megabytes
 
 SHORT = [(4, "tensor"), (8, "histogram")]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from fairseq.cli.output import table
 from fairseq.modules.quantization.packed.packing import STORED_BITS
-from fairseq.quantization import checkpoint
-from fairseq.quantization.report import megabytes
+from fairseq.quantization.evaluation.report import megabytes
+from fairseq.quantization.saving import checkpoint
 
 DEFAULTS = {"bits": 8, "method": "tensor", "activations": "dynamic", "activation_bits": 8, "group_size": None}
 BYTES = {"U8": 1, "I8": 1, "BOOL": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}

@@ -15,7 +15,7 @@ from fairseq.cli.loading import Loaded, load, needs_processor
 from fairseq.cli.output import Say, UserError, mistakes
 from fairseq.cli.pictures import batches, labelled_images, noise, pictures_in
 from fairseq.models.vit_quantization import compare_embeddings, compare_models
-from fairseq.quantization.forward import call, picture_inputs
+from fairseq.quantization.architectures.forward import call, picture_inputs
 
 PAUSE = 0.1  # seconds in which idle threads of the turn before stop spinning
 NEIGHBOURS = 5

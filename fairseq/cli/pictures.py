@@ -14,8 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from fairseq.cli.output import UserError, first_line
-from fairseq.quantization.forward import vision_config
-from fairseq.quantization.images import SUFFIXES
+from fairseq.quantization.architectures.forward import vision_config
+from fairseq.quantization.calibration.images import SUFFIXES
 
 Reader = Callable[[], Image.Image]
 

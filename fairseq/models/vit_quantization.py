@@ -15,25 +15,25 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from fairseq.quantization import checkpoint
-from fairseq.quantization.compare import (
+from fairseq.quantization.architectures.plan import check_model
+from fairseq.quantization.bit_allocation.sensitivity import BitAssignment, assign_bits, measure, smallest_that_agrees
+from fairseq.quantization.calibration.images import pixel_values
+from fairseq.quantization.config import QuantizationConfig
+from fairseq.quantization.conversion.convert import convert
+from fairseq.quantization.conversion.dequantize import dequantize
+from fairseq.quantization.engine.fused_block import optimize
+from fairseq.quantization.evaluation.compare import (
     EmbeddingComparison,
     ModelComparison,
     compare_embeddings,
     compare_models,
     zero_shot_agreement,
 )
-from fairseq.quantization.config import QuantizationConfig
-from fairseq.quantization.convert import convert
-from fairseq.quantization.dequantize import dequantize
-from fairseq.quantization.engine import optimize
-from fairseq.quantization.export import ExportReport, export
-from fairseq.quantization.huggingface import FairseqViTConfig
-from fairseq.quantization.images import pixel_values
-from fairseq.quantization.plan import check_model
-from fairseq.quantization.pretrained import disable_save_pretrained, enable_save_pretrained, warn_when_saving
-from fairseq.quantization.report import LayerReport, QuantizationReport
-from fairseq.quantization.sensitivity import BitAssignment, assign_bits, measure, smallest_that_agrees
+from fairseq.quantization.evaluation.report import LayerReport, QuantizationReport
+from fairseq.quantization.export.export import ExportReport, export
+from fairseq.quantization.saving import checkpoint
+from fairseq.quantization.saving.huggingface import FairseqViTConfig
+from fairseq.quantization.saving.pretrained import disable_save_pretrained, enable_save_pretrained, warn_when_saving
 
 __all__ = [
     "BitAssignment", "EmbeddingComparison", "ExportReport", "FairseqViTConfig", "LayerReport", "ModelComparison",

@@ -9,11 +9,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fairseq.modules.quantization.packed.config import LinearConfig, check_flag, check_one_of
-from fairseq.quantization.rounding import resolve
 
 COMPONENTS = ("attention", "mlp", "classifier")
 EXECUTIONS = ("packed", "emulated")
 TOWERS = ("vision", "text", "all")
+ROUNDINGS = ("nearest", "gptq", "gptaq")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LayerConfig(LinearConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flag("skip", self.skip)
-        resolve(self.rounding, calibrated=True)
+        resolve_rounding(self.rounding, calibrated=True)
         if not isinstance(self.bias_correction, bool) and self.bias_correction != "add":
             raise ValueError(f"bias_correction must be True, False or 'add'; got {self.bias_correction!r}")
 
@@ -151,3 +151,16 @@ class QuantizationConfig(LayerConfig):
             return layer
         except (TypeError, ValueError) as error:
             raise type(error)(f"override {glob!r}: {error}") from None
+
+
+def resolve_rounding(rounding: str, calibrated: bool) -> str:
+    """The rounding that "auto" stands for; any other name as it is.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if rounding == "auto":
+        return "gptaq" if calibrated else "nearest"
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of 'auto', {', '.join(map(repr, ROUNDINGS))}; got {rounding!r}")
+    return rounding

@@ -7,7 +7,7 @@ import pytest
 import safetensors
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.quantization import checkpoint
+from fairseq.quantization.saving import checkpoint
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, ViTForImageClassificat
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.quantization import checkpoint
+from fairseq.quantization.saving import checkpoint
 
 
 def load(folder):
@@ -205,7 +205,7 @@ def test_an_error_while_it_saves_leaves_nothing(cli, models, tmp_path, monkeypat
 SLOW = """
 import sys, time
 from fairseq.cli.main import main
-from fairseq.quantization import checkpoint
+from fairseq.quantization.saving import checkpoint
 write = checkpoint.write
 def slow(*arguments):
     write(*arguments)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.kernels import native
-from fairseq.quantization.engine import FusedBlock
+from fairseq.quantization.engine.fused_block import FusedBlock
 
 FOLDER = Path(__file__).parents[2] / "examples" / "vision_transformer"
 EIGHT, FOUR = "8-bit channel", "4-bit channel"

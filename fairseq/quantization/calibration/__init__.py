@@ -1,0 +1,1 @@
+"""Pictures in, statistics of each layer's inputs out."""

@@ -1,0 +1,1 @@
+"""Packed models in files: written whole, read with care."""

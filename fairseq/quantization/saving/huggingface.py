@@ -1,0 +1,270 @@
+"""from_pretrained of HuggingFace models that loads packed ones, or makes them while it loads.
+
+Importing this registers ``quant_method`` "fairseq_vit" with transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fairseq.quantization.config import QuantizationConfig
+from fairseq.quantization.conversion.convert import finish
+from fairseq.quantization.conversion.incremental import WhileLoading
+from fairseq.quantization.engine.fused_block import check_engine
+from fairseq.quantization.saving import checkpoint
+from fairseq.quantization.saving.checkpoint import FORMAT
+from fairseq.quantization.saving.description import Placeholder, empty_part, put
+from fairseq.quantization.saving.names import names_on_disk
+from fairseq.quantization.saving.pretrained import config_entry, enable_save_pretrained
+
+logger = logging.getLogger(__name__)
+
+VERSION_5 = hasattr(HfQuantizer, "get_quantize_ops")
+EVERY_KEY: Any = {r".*"} if VERSION_5 else [r".*"]
+
+
+class FairseqViTConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of from_pretrained, and of a config.json that save_pretrained wrote.
+
+    To quantize while loading, give it what :class:`~fairseq.models.vit_quantization.ViTQuantizer` takes:
+    ``FairseqViTConfig(bits=4, method="channel")``. What needs pictures is refused.
+
+    Args:
+        engine: as for ``quantize_model``.
+        description: of a saved model; from its config.json.
+        settings: of a :class:`~fairseq.quantization.config.QuantizationConfig`.
+
+    Raises:
+        TypeError, ValueError: a setting that is none; the message says what is accepted.
+    """
+
+    def __init__(self, engine: str = "auto", description: Mapping[str, Any] | None = None, **settings: Any):
+        self.quant_method = FORMAT
+        check_engine(engine)
+        self.engine = engine
+        settings = {key: value for key, value in settings.items() if key not in ("quant_method", "load_with")}
+        self.description = None if description is None else checkpoint.check_description(description, "config.json")
+        accepted = {field.name for field in dataclasses.fields(QuantizationConfig)}
+        if unknown := set(settings) - accepted:
+            raise TypeError(f"unknown setting {min(unknown)!r}; accepted are engine, {', '.join(sorted(accepted))}")
+        self.settings = QuantizationConfig(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes to config.json."""
+        if self.description is not None:
+            return config_entry(self.description)
+        settings = dataclasses.asdict(self.settings)
+        return {"quant_method": FORMAT, "engine": self.engine, **settings}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As :meth:`to_dict`."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        return f"FairseqViTConfig({json.dumps(self.to_dict())})"
+
+
+class FairseqViTQuantizer(HfQuantizer):
+    """What transformers calls while it loads a model with such a config.
+
+    It leaves no trace on the model, which is an ordinary module afterwards, on which ``.to()`` and ``.half()`` work.
+    """
+
+    requires_calibration = False
+    requires_parameters_quantization = True
+    required_packages: tuple[str, ...] = ()
+    quantization_config: FairseqViTConfig
+
+    def __init__(self, quantization_config: FairseqViTConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = quantization_config.description is not None
+        self.arriving: WhileLoading | None = None
+        self.failure: Exception | None = None
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        return True
+
+    def adjust_target_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def get_special_dtypes_update(self, model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return {}
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            self.arriving = WhileLoading(model, config.settings, config.engine)
+            return model
+        files = checkpoint_files or _files_of(model.config)
+        contents = checkpoint.inspect(files)
+        if json.loads(json.dumps(config.description)) != contents.description:
+            raise ValueError(
+                f"{files[0]}: config.json describes another model than the weights do; they were not saved "
+                "together, or one of them was changed"
+            )
+        contents = _of_this_model(model, contents)
+        names = checkpoint.part_names(model, contents)
+        checkpoint.part_tensors(model, contents, names)
+        _check_complete(model, contents, names)
+        self.contents, self.names = contents, names
+        with torch.device("cpu"):  # transformers builds the model on the meta device
+            for on_disk, name in names.items():
+                owner, _, last = name.rpartition(".")
+                part = model.get_submodule(owner)._modules.get(last)
+                # a table in place of a parameter is small, and read by code that initializes weights
+                table = None if part is not None else empty_part(model, name, contents.parts[on_disk], "cpu")
+                put(model, name, table or Placeholder(part).train(part.training))
+        model._keys_to_ignore_on_load_unexpected = EVERY_KEY
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        if self.pre_quantized:
+            return ".packed_" in f".{param_name}"
+        return self.arriving is not None and self.arriving.wants(param_name)
+
+    def create_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, **kwargs: Any
+    ) -> None:
+        """Take a weight, for transformers 4."""
+        if self.arriving is not None:
+            module, _, last = param_name.rpartition(".")
+            model.get_submodule(module).load_state_dict(
+                {last: param_value.to(target_device)}, strict=False, assign=True
+            )
+            self.advance()
+
+    def get_quantize_ops(self) -> Any:
+        """Take a weight, for transformers 5."""
+        return _passing_class()(self)
+
+    def advance(self) -> None:
+        """Quantize what has arrived whole; an error waits until loading ends, where it is not caught."""
+        if self.arriving is not None and self.failure is None:
+            try:
+                self.arriving.advance()
+            except (TypeError, ValueError) as error:
+                self.failure = error
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        if self.failure is not None:
+            raise self.failure
+        if self.arriving is not None:
+            report = self.arriving.finish()
+            logger.info("%s", report)
+            config.description = checkpoint.description_of(model)
+            config.description["information"] = {"bytes_before": report.bytes_before}
+        else:
+            checkpoint.fill(model, self.contents, self.names)
+            vars(model).pop("_keys_to_ignore_on_load_unexpected")
+            finish(model, config.engine)
+        model.config.quantization_config = config
+        self._leave(model)
+        enable_save_pretrained(model)
+        return model
+
+    @staticmethod
+    def _leave(model: nn.Module) -> None:
+        for module in model.modules():
+            for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+                vars(module).pop(name, None)
+            for name in ("_is_quantized", "_pre_quantization_dtype"):
+                vars(getattr(module, "config", module)).pop(name, None)
+
+
+def _files_of(config: Any) -> list[str]:
+    """The files that transformers 4 found for a model, and tells no quantizer; they are on this machine by now."""
+    from transformers.utils import cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    name, found = config.name_or_path, {"revision": getattr(config, "_commit_hash", None), "local_files_only": True}
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    index = cached_file(name, "model.safetensors.index.json", **found, **missing)
+    if index is not None:
+        return list(get_checkpoint_shard_files(name, index, **found)[0])
+    file = cached_file(name, "model.safetensors", **found, **missing)
+    if file is None:
+        raise ValueError(
+            f"{name}: found no model.safetensors; a packed model is loaded from a folder or a repository, and with "
+            "transformers 4 not by subfolder= or variant="
+        )
+    return [file]
+
+
+def _of_this_model(model: nn.Module, contents: checkpoint.Contents) -> checkpoint.Contents:
+    """Without the prefix of the base model and what has none, if a bare model is loaded from one with a head."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    known = set(
+        names_on_disk(model, [name for name, _ in (*model.named_modules(), *model.named_parameters())]).values()
+    )
+    bare = prefix != "." and not any(name in known for name in contents.parts)
+    return contents.below(prefix) if bare and any(n.startswith(prefix) for n in contents.parts) else contents
+
+
+def _check_complete(model: Any, contents: checkpoint.Contents, names: Mapping[str, str]) -> None:
+    """ValueError if a file of a model of this class lacks a weight; of another class transformers makes up the rest."""
+    if type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
+        return
+    packed = tuple(f"{name}." for name in names.values())
+    wanted = [name for name, _ in model.named_parameters() if not f"{name}.".startswith(packed)]
+    for name, on_disk in names_on_disk(model, wanted).items():
+        entry = contents.tensors.get(on_disk)
+        shape = tuple(model.get_parameter(name).shape)
+        if entry is None or entry.shape != shape:
+            got = "it is missing" if entry is None else f"got {entry.shape}"
+            raise ValueError(f"{contents.files}: {on_disk} must be of shape {shape}; {got}")
+
+
+@functools.cache
+def _passing_class() -> Any:
+    from transformers.core_model_loading import ConversionOps
+
+    class Passing(ConversionOps):
+        """Lets a weight pass on its way into a model, and sees to those that are there already."""
+
+        def __init__(self, quantizer: FairseqViTQuantizer):
+            self.quantizer = quantizer
+
+        def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
+            for name, value in input_dict.items():
+                value = value[0] if isinstance(value, list) else value
+                wanted = tuple(model.get_parameter(name).shape)
+                if tuple(value.shape) != wanted and self.quantizer.failure is None:
+                    got = tuple(value.shape)
+                    self.quantizer.failure = ValueError(
+                        f"{name}: the files hold the shape {got}, the model has {wanted}"
+                    )
+            self.quantizer.advance()
+            return input_dict
+
+    return Passing
+
+
+def _register() -> None:
+    if FORMAT not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(FORMAT)(FairseqViTConfig)
+        register_quantizer(FORMAT)(FairseqViTQuantizer)
+
+
+_register()

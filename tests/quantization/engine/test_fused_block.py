@@ -1,0 +1,608 @@
+"""The fused engine: that a block gives what its layers give, and stays the model that it was."""
+
+import copy
+import inspect
+import io
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import vit_config
+from torch import nn
+from transformers import DeiTConfig, DeiTForImageClassification, ViTForImageClassification, ViTModel
+
+from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.packed.kernels import native, reference
+from fairseq.quantization.engine.fused_block import FusedBlock, fuse, optimize, unfuse
+
+pytestmark = pytest.mark.skipif(
+    not native.levels(), reason="no native kernels: there was no C++ compiler when the library was installed"
+)
+
+
+def blocks(model):
+    return [module for module in model.modules() if isinstance(module, FusedBlock)]
+
+
+def logits(model, x, **keywords):
+    with torch.no_grad():
+        return model(x, **keywords).logits
+
+
+def count_calls(monkeypatch):
+    """How often a fused block has run natively, in a list of one number."""
+    calls, run = [0], native.run_block
+
+    def counted(*args, **kwargs):
+        calls[0] += 1
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(native, "run_block", counted)
+    return calls
+
+
+def assert_close(fused, layers, plain):
+    """An activation on the edge between two integers may round to either, and so may all that follows from it.
+
+    What comes of it is as large as the quantization error itself, but no larger; what a block computes,
+    test_a_block_is_its_parts sees more closely.
+    """
+    error = (layers - plain).pow(2).mean().sqrt()
+    assert (fused - layers).pow(2).mean().sqrt() < 1.5 * error
+    assert (fused - plain).pow(2).mean().sqrt() < 1.5 * error
+
+
+def block_by_hand(block, x):
+    """What a fused block computes, from its layers on the reference kernels and attention in bfloat16."""
+    layers = [block.get_submodule(path) for path in block.plan.layers]
+    query, key, value, output, fc1, fc2 = (
+        lambda rows, layer=layer: reference.integer(
+            rows.flatten(0, 1) if layer.input_factor is None else rows.flatten(0, 1) * layer.input_factor,
+            layer.weight_matrix, layer.bias, layer.input_grid,
+        ).view(*rows.shape[:2], -1)
+        for layer in layers
+    )  # fmt: skip
+    h = block.layernorm_before(x)
+    parts = (f(h).bfloat16().float().unflatten(-1, (block.plan.heads, -1)).transpose(1, 2) for f in (query, key, value))
+    q, k, v = parts
+    scores = q @ k.transpose(2, 3) * block.plan.scaling
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    attended = weights.bfloat16().float() @ v / weights.sum(-1, keepdim=True)
+    x = x + output(attended.transpose(1, 2).flatten(2))
+    return x + fc2(nn.functional.gelu(fc1(block.layernorm_after(x))))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bits": 8}, {"bits": 4, "method": "channel"}, {"activations": "static"}], ids=str
+)
+def test_a_block_is_its_parts(tiny_vit, pixels, settings):
+    calibration = pixels if "activations" in settings else None
+    quantizer = ViTQuantizer(**settings, rounding="nearest")
+    fused = quantizer.quantize_model(tiny_vit, calibration=calibration, engine="fused")
+    for block in blocks(fused):
+        x = torch.randn(4, 17, 24)
+        with torch.no_grad():
+            got, expected, nudged = block(x), block_by_hand(block, x), block_by_hand(block, x * (1 + 1e-6))
+        # Sums in another order are off by 1e-6; in a few tokens an integer then rounds to its neighbour.
+        off = (got - expected).abs().amax(-1)
+        assert float(off.median()) < 1e-4
+        assert float(off.max()) < 0.1 + 2 * float((nudged - expected).abs().max())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 8}, {"bits": 8, "method": "channel"}, {"bits": 4, "method": "histogram"}, {"bits": 4}, {"bits": 3},
+        {"bits": 8, "method": "channel", "symmetric": True}, {"bits": 8, "overrides": {"*.1.*": {"bits": 4}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_fused_model_gives_what_its_layers_give(tiny_vit, pixels, settings, monkeypatch):
+    calls, quantizer = count_calls(monkeypatch), ViTQuantizer(**settings)
+    layers = quantizer.quantize_model(tiny_vit, engine="layers")
+    assert quantizer.report.fused_blocks == 0
+    assert not blocks(layers)
+    fused = quantizer.quantize_model(tiny_vit)
+    assert quantizer.report.fused_blocks == len(blocks(fused)) == 2
+    assert "Fused 2 encoder blocks" in str(quantizer.report)
+    assert quantizer.report.bytes_after == sum(t.nbytes for t in (*fused.parameters(), *fused.buffers()))
+    got, expected, plain = (logits(m, pixels) for m in (fused, layers, tiny_vit))
+    assert calls == [2]
+    if settings["bits"] == 8:
+        assert_close(got, expected, plain)
+    else:
+        assert (got - expected).abs().max() < 0.2 * (expected - plain).abs().max()
+
+
+def test_static_ranges_are_fused_too(tiny_vit, pixels, monkeypatch):
+    quantizer = ViTQuantizer(bits=8, method="channel", activations="static", rounding="nearest")
+    layers = quantizer.quantize_model(tiny_vit, calibration=pixels, engine="layers")
+    calls, fused = count_calls(monkeypatch), quantizer.optimize(layers)
+    got, expected, plain = (logits(m, pixels) for m in (fused, layers, tiny_vit))
+    assert calls == [2]
+    assert_close(got, expected, plain)
+
+
+@pytest.mark.parametrize("width", [(32, 1), (48, 2), (40, 5), (30, 6)], ids=str)
+def test_heads_of_any_size(pixels, width):
+    torch.manual_seed(0)
+    size, heads = width
+    model = ViTForImageClassification(vit_config(hidden_size=size, num_attention_heads=heads)).eval()
+    quantizer = ViTQuantizer(bits=8, method="channel")
+    layers, fused = (quantizer.quantize_model(model, engine=engine) for engine in ("layers", "fused"))
+    assert_close(*(logits(m, pixels) for m in (fused, layers, model)))
+
+
+def test_deit_is_fused(pixels):
+    torch.manual_seed(0)
+    config = DeiTConfig(**{k: v for k, v in vit_config().to_dict().items() if k not in ("model_type", "architectures")})
+    model = DeiTForImageClassification(config).eval()
+    quantizer = ViTQuantizer(bits=8, method="channel")
+    layers, fused = (quantizer.quantize_model(model, engine=engine) for engine in ("layers", "fused"))
+    assert len(blocks(fused)) == 2
+    assert_close(*(logits(m, pixels) for m in (fused, layers, model)))
+
+
+def test_the_same_bits_whatever_the_batch_and_the_threads(tiny_vit, pixels):
+    fused = ViTQuantizer(bits=4, method="channel").quantize_model(tiny_vit, engine="fused")
+    expected, before = logits(fused, pixels), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            hidden = torch.randn(3, 17, 24)
+            block = blocks(fused)[0]
+            with torch.no_grad():
+                whole = block(hidden)
+                assert torch.equal(torch.cat([block(image) for image in hidden.split(1)]), whole)
+            assert torch.equal(logits(fused, pixels), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_state_dicts_are_those_of_layers(tiny_vit, pixels):
+    quantizer = ViTQuantizer(bits=4, method="channel")
+    fused, layers = (quantizer.quantize_model(tiny_vit, engine=engine) for engine in ("fused", "layers"))
+    saved, expected = fused.state_dict(), layers.state_dict()
+    assert list(saved) == list(expected)
+    assert all(torch.equal(saved[key], expected[key]) for key in saved)
+    assert type(fused.vit).__name__ == "ViTModel"
+    torch.manual_seed(5)
+    other = quantizer.quantize_model(ViTForImageClassification(vit_config()).eval(), engine="fused")
+    before = logits(other, pixels)
+    other.load_state_dict(torch.load(io.BytesIO(_bytes(expected)), weights_only=True))
+    assert not torch.equal(logits(other, pixels), before)
+    assert torch.equal(logits(other, pixels), logits(fused, pixels))
+    layers.load_state_dict(saved)
+
+
+def _bytes(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def test_copies_and_pickles(tiny_vit, pixels, tmp_path):
+    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    expected = logits(fused, pixels)
+    torch.save(fused, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), loaded):
+        assert len(blocks(other)) == 2
+        assert torch.equal(logits(other, pixels), expected)
+        with torch.no_grad():
+            blocks(other)[0].layernorm_before.weight.add_(1)
+            assert not torch.equal(logits(other, pixels), expected)
+    assert torch.equal(logits(fused, pixels), expected)
+
+
+def test_a_pickle_opens_in_another_process(tiny_vit, pixels, tmp_path):
+    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    torch.save((fused, pixels, logits(fused, pixels)), tmp_path / "model.pt")
+    code = (
+        "import torch\n"
+        "model, x, expected = torch.load('model.pt', weights_only=False)\n"
+        "with torch.no_grad(): assert torch.equal(model(x).logits, expected)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=os.environ)
+
+
+def test_changes_are_seen(tiny_vit, pixels, monkeypatch):
+    fused = ViTQuantizer(bits=8, method="channel").quantize_model(tiny_vit, engine="fused")
+    calls = count_calls(monkeypatch)
+    seen = [logits(fused, pixels)]
+
+    def changed():
+        seen.append(logits(fused, pixels))
+        return not any(torch.equal(seen[-1], one) for one in seen[:-1])
+
+    block = blocks(fused)[0]
+    first, last = (block.get_submodule(path) for path in (block.plan.layers[0], block.plan.layers[-1]))
+    with torch.no_grad():
+        block.layernorm_after.bias.add_(0.5)
+        assert changed()
+        block.layernorm_after.weight = nn.Parameter(block.layernorm_after.weight * 2)
+        assert changed()
+        last.bias.add_(torch.randn(24))  # not the same in all columns, which the next LayerNorm takes away
+        assert changed()
+        last.bias = last.bias * 2
+        assert changed()
+        first.scale.mul_(1.5)
+        assert changed()
+        state = {key: value.clone() for key, value in first.state_dict().items()}
+        state["weight_codes"] += 7
+        first.load_state_dict(state)
+        assert changed()
+        assert calls == [2 * len(seen)]
+        block.set_submodule(block.plan.layers[0], nn.Linear(24, 24))
+        assert changed()
+        assert calls == [2 * len(seen) - 1]  # that block has a float layer, and is no longer fused
+
+
+@pytest.mark.parametrize("change", ["norm", "attention", "activation", "eps", "scaling", "data", "shared memory"])
+def test_changes_of_structure_are_seen(tiny_vit, pixels, change):
+    quantizer = ViTQuantizer(bits=8, method="channel")
+    fused, layers = (quantizer.quantize_model(tiny_vit, engine=engine) for engine in ("fused", "layers"))
+    before = logits(fused, pixels)
+
+    def apply(block):
+        if change == "norm":
+            block.layernorm_before = nn.LayerNorm(24)
+        elif change == "attention":
+            other = copy.deepcopy(block.attention)
+            for module in other.modules():
+                if isinstance(module, PackedLinear):
+                    module.bias = -module.bias
+            block.attention = other
+        elif change == "activation":
+            holder = next(m for m in block.modules() if {"activation_fn", "intermediate_act_fn"} & set(m._modules))
+            setattr(holder, ({"activation_fn", "intermediate_act_fn"} & set(holder._modules)).pop(), nn.ReLU())
+        elif change == "eps":
+            block.layernorm_before.eps = 1.0
+        elif change == "scaling":
+            next(m for m in block.modules() if hasattr(m, "scaling")).scaling *= 3
+        elif change == "data":
+            for module in block.modules():
+                if isinstance(module, PackedLinear | nn.LayerNorm):
+                    module.bias.data = -module.bias.data
+        else:
+            block.share_memory()
+
+    first = [next(m for m in model.modules() if type(m).__name__.endswith("ViTLayer")) for model in (fused, layers)]
+    with torch.no_grad():
+        for block in first:
+            apply(block)
+        got, expected = logits(fused, pixels), logits(layers, pixels)
+    assert torch.equal(got, before) == (change == "shared memory")
+    assert torch.allclose(got, expected, atol=0.08)
+
+
+def test_heads_wider_than_the_model(pixels):
+    """The rows of one layer must not reach into those that another thread holds for the next one."""
+    if "head_dim" not in inspect.getsource(ViTModel.__init__.__globals__["ViTAttention"]):
+        pytest.skip("this transformers has heads of width / heads only")
+    for head_dim in (64, 8):
+        torch.manual_seed(0)
+        config = vit_config(hidden_size=48, num_attention_heads=3, head_dim=head_dim)
+        fused = ViTQuantizer(bits=8).quantize_model(ViTForImageClassification(config).eval(), engine="fused")
+        hidden, before = torch.randn(1, 61, 48), torch.get_num_threads()
+        with torch.no_grad():
+            expected = blocks(fused)[0](hidden)
+            try:
+                torch.set_num_threads(2)
+                assert all(torch.equal(blocks(fused)[0](hidden), expected) for _ in range(60))
+            finally:
+                torch.set_num_threads(before)
+
+
+def test_a_forward_that_was_replaced_is_called(tiny_vit, pixels, monkeypatch):
+    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    calls, norm = count_calls(monkeypatch), blocks(fused)[0].layernorm_before
+    expected = logits(fused, pixels)
+    norm.forward = norm.forward  # the method itself
+    assert torch.equal(logits(fused, pixels), expected)
+    assert calls == [4]
+    norm.forward = lambda x: 0 * x
+    assert not torch.allclose(logits(fused, pixels), expected, atol=0.01)
+    assert calls == [5]
+
+
+def test_dropout_in_training_mode_alone(tiny_vit, pixels, monkeypatch):
+    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    calls = count_calls(monkeypatch)
+    for module in blocks(fused)[0].modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert not torch.equal(logits(fused, pixels), logits(fused, pixels))
+    assert calls == [2]  # the other block, twice
+
+
+def test_hooks_of_all_modules_see_the_layers(tiny_vit, pixels, monkeypatch):
+    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    calls, seen = count_calls(monkeypatch), []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module))):
+        logits(fused, pixels)
+    assert calls == [0]
+    assert seen.count(PackedLinear) == 13
+
+
+def test_who_looks_into_a_block_sees_its_layers(tiny_vit, pixels, monkeypatch):
+    quantizer = ViTQuantizer(bits=8, method="channel")
+    fused, layers = (quantizer.quantize_model(tiny_vit, engine=engine) for engine in ("fused", "layers"))
+    calls, seen = count_calls(monkeypatch), []
+    handle = blocks(fused)[1].layernorm_after.register_forward_hook(lambda *args: seen.append(args[2]))
+    logits(fused, pixels)
+    assert len(seen) == 1
+    assert calls == [1]  # the other block
+    handle.remove()
+    logits(fused, pixels)
+    assert calls == [3]
+    blocks(fused)[1].layernorm_after.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
+    assert not torch.allclose(logits(fused, pixels), logits(layers, pixels), atol=0.05)
+
+
+def test_attentions_and_hidden_states(tiny_vit, pixels, monkeypatch):
+    tiny_vit.config._attn_implementation = "eager"
+    quantizer = ViTQuantizer(bits=8, method="channel")
+    fused, layers = (quantizer.quantize_model(tiny_vit, engine=engine) for engine in ("fused", "layers"))
+    calls = count_calls(monkeypatch)
+    expected = logits(fused, pixels)
+    assert calls == [2]
+    with torch.no_grad():
+        output, reference = (m(pixels, output_attentions=True) for m in (fused, layers))
+        assert calls == [2]
+        assert len(output.attentions) == 2
+        assert all(map(torch.equal, output.attentions, reference.attentions))
+        assert torch.equal(output.logits, reference.logits)
+        assert torch.equal(logits(fused, pixels), expected)  # the hooks that collected them are still there
+        assert calls == [4]
+        output = fused(pixels, output_hidden_states=True)
+        assert calls == [6]
+        assert len(output.hidden_states) == 3
+        assert torch.equal(output.logits, expected)
+
+
+def test_training_mode_runs_the_layers(tiny_vit, pixels, monkeypatch):
+    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    calls = count_calls(monkeypatch)
+    torch.manual_seed(0)
+    one, other = logits(fused.train(), pixels), logits(fused, pixels)
+    assert not torch.equal(one, other)  # dropout
+    assert calls == [0]
+    logits(fused.eval(), pixels)
+    assert calls == [2]
+
+
+def test_no_gradient(tiny_vit, pixels):
+    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    output = fused(pixels).logits
+    assert output.requires_grad
+    with pytest.raises(RuntimeError, match=r"classifier holds packed integers"):
+        output.sum().backward()
+    hidden = torch.randn(1, 4, 24, requires_grad=True)
+    with pytest.raises(
+        RuntimeError, match=r"^vit\.(encoder\.layer|layers)\.1 holds packed integers and has no gradient"
+    ):
+        blocks(fused)[1](hidden).sum().backward()
+    assert torch.equal(output.detach(), logits(fused, pixels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models(tiny_vit, pixels, dtype, monkeypatch):
+    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    expected, calls = logits(fused, pixels), count_calls(monkeypatch)
+    half = copy.deepcopy(fused).to(dtype)
+    got = logits(half, pixels.to(dtype))
+    assert got.dtype == dtype
+    assert calls == [2]
+    assert torch.allclose(got.float(), expected, atol=0.1)
+    with torch.no_grad():
+        blocks(half)[0].layernorm_before.weight.mul_(2)  # of which there is a copy in float32
+        assert not torch.equal(logits(half, pixels.to(dtype)), got)
+    double = copy.deepcopy(fused).to(torch.float64)
+    assert logits(double, pixels.double()).dtype == torch.float64
+    assert calls == [4]
+
+
+def test_nothing_in_nothing_out(tiny_vit):
+    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    with torch.no_grad():
+        assert blocks(fused)[0](torch.empty(0, 17, 24)).shape == (0, 17, 24)
+        assert blocks(fused)[0](torch.randn(2, 1, 24)).shape == (2, 1, 24)
+        strided = torch.randn(24, 17, 2).permute(2, 1, 0)
+        assert torch.equal(blocks(fused)[0](strided), blocks(fused)[0](strided.contiguous()))
+
+
+def test_optimize_and_back(tiny_vit, pixels):
+    layers = ViTQuantizer(bits=4).quantize_model(tiny_vit, engine="layers")
+    expected = logits(layers, pixels)
+    fused = ViTQuantizer.optimize(layers)
+    assert len(blocks(fused)) == 2
+    assert not blocks(layers)
+    assert torch.equal(logits(layers, pixels), expected)
+    again = optimize(optimize(fused))
+    assert len(blocks(again)) == 2
+    assert torch.equal(logits(again, pixels), logits(fused, pixels))
+    back = ViTQuantizer.optimize(fused, engine="layers")
+    assert not blocks(back)
+    assert all(m.panels is None for m in back.modules() if isinstance(m, PackedLinear))
+    assert torch.equal(logits(back, pixels), expected)
+    unfuse(fused)
+    assert torch.equal(logits(fused, pixels), expected)
+
+
+def test_dequantizing_a_fused_model(tiny_vit, pixels):
+    quantizer = ViTQuantizer(bits=4)
+    one, other = (quantizer.dequantize_model(quantizer.quantize_model(tiny_vit, engine=e)) for e in ("fused", "layers"))
+    assert not blocks(one)
+    assert torch.equal(logits(one, pixels), logits(other, pixels))
+
+
+def test_shared_weights_stay_shared(tiny_vit):
+    first, second = (block.get_submodule("mlp.fc1" if hasattr(block, "mlp") else "intermediate.dense")
+                     for block in tiny_vit.modules() if type(block).__name__ == "ViTLayer")  # fmt: skip
+    second.weight = first.weight
+    fused = ViTQuantizer(bits=4, equalize=False).quantize_model(tiny_vit, engine="fused")
+    one, other = (block.get_submodule(block.plan.layers[4]) for block in blocks(fused))
+    assert one.panels is other.panels
+    plain = ViTQuantizer.dequantize_model(fused)
+    weights = [m.weight for name, m in plain.named_modules() if name.endswith(("fc1", "intermediate.dense"))]
+    assert weights[0] is weights[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"activations": None}, "its query layer: activations=None"),
+        ({"activation_bits": 4}, "its query layer: activation_bits=4"),
+        ({"quantize_mlp": False}, "its fc1 layer is not packed"),
+        ({"overrides": {"*attention.q*": {"skip": True}}}, "its query layer is not packed"),
+        ({"backend": "cpu"}, "its query layer: backend='cpu'"),
+        ({"method": "channel", "group_size": 32}, "its query layer: group_size=32"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_fused_is_said(tiny_vit, pixels, settings, reason):
+    quantizer = ViTQuantizer(bits=8, **settings)
+    automatic = quantizer.quantize_model(tiny_vit)
+    assert quantizer.report.fused_blocks == 0
+    assert not blocks(automatic)
+    assert logits(automatic, pixels).isfinite().all()
+    with pytest.raises(ValueError, match=r"^engine='fused': no encoder block can be fused; vit\..*\.0: " + reason):
+        quantizer.quantize_model(tiny_vit, engine="fused")
+
+
+def test_some_blocks_are_fused(tiny_vit, pixels):
+    names = {"*.1.*fc1": {"skip": True}, "*.1.intermediate.dense": {"skip": True}}
+    names = {glob: value for glob, value in names.items() if _matches(tiny_vit, glob)}
+    quantizer = ViTQuantizer(bits=8, overrides=names)
+    fused = quantizer.quantize_model(tiny_vit, engine="fused")
+    assert quantizer.report.fused_blocks == 1
+    assert list(fuse(fused).values()) == [None, "its fc1 layer is not packed"]
+    assert logits(fused, pixels).isfinite().all()
+
+
+def _matches(model, glob):
+    from fnmatch import fnmatchcase
+
+    return any(fnmatchcase(name, glob) for name, _ in model.named_modules())
+
+
+def test_another_activation_is_not_fused(pixels):
+    model = ViTForImageClassification(vit_config(hidden_act="gelu_new")).eval()
+    with pytest.raises(ValueError, match="its activation is not the exact GELU"):
+        ViTQuantizer().quantize_model(model, engine="fused")
+    torch.manual_seed(0)
+    python = ViTForImageClassification(vit_config(hidden_act="gelu_python")).eval()
+    assert len(blocks(ViTQuantizer().quantize_model(python, engine="fused"))) == 2
+
+
+def test_errors_of_the_arguments(tiny_vit):
+    with pytest.raises(ValueError, match="engine must be one of 'auto', 'fused', 'layers'; got 'fast'"):
+        ViTQuantizer().quantize_model(tiny_vit, engine="fast")
+    with pytest.raises(ValueError, match="engine='fused' runs packed integers; execution='emulated' holds none"):
+        ViTQuantizer(execution="emulated").quantize_model(tiny_vit, engine="fused")
+    with pytest.raises(ValueError, match="nothing in the model is packed"):
+        ViTQuantizer.optimize(tiny_vit)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        ViTQuantizer.optimize("model")
+    plain = ViTQuantizer().quantize_model(tiny_vit, engine="layers")
+    renamed = nn.Sequential(*(m for m in plain.modules() if isinstance(m, PackedLinear)))
+    with pytest.raises(ValueError, match="there is no block of a ViT or DeiT in it"):
+        optimize(renamed)
+
+
+def test_without_the_library(tiny_vit, pixels, monkeypatch):
+    monkeypatch.setattr(native, "levels", lambda: ())
+    quantizer = ViTQuantizer(bits=4)
+    automatic = quantizer.quantize_model(tiny_vit)
+    assert not blocks(automatic)
+    assert {m.backend for m in automatic.modules() if isinstance(m, PackedLinear)} == {"cpu"}
+    with pytest.raises(RuntimeError, match="engine='fused' needs the native kernels: they were not built; install a"):
+        quantizer.quantize_model(tiny_vit, engine="fused")
+    assert torch.equal(logits(automatic, pixels), logits(automatic, pixels))
+
+
+def test_the_environment_forbids_it(tiny_vit, pixels, monkeypatch):
+    quantizer = ViTQuantizer(bits=8)
+    layers, fused = (quantizer.quantize_model(tiny_vit, engine=engine) for engine in ("layers", "fused"))
+    calls = count_calls(monkeypatch)
+    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_BACKEND", "cpu")
+    assert torch.equal(logits(fused, pixels), logits(layers, pixels))
+    assert calls == [0]
+    assert not blocks(quantizer.quantize_model(tiny_vit))
+
+
+def test_compile_sees_one_operator_per_block(tiny_vit, pixels):
+    fused = ViTQuantizer(bits=4, method="channel").quantize_model(tiny_vit, engine="fused")
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        assert torch.equal(compiled(pixels).logits, logits(fused, pixels))
+        assert graphs[0].count("native_block") >= 2
+        assert torch.equal(compiled(pixels[:2]).logits, logits(fused, pixels[:2]))
+
+
+def test_compiled_blocks_call_hooks(tiny_vit, pixels):
+    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    seen = []
+    blocks(fused)[0].layernorm_after.register_forward_hook(lambda *args: seen.append(1))
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(fused, backend="eager")(pixels)
+    assert seen
+
+
+def test_export_takes_a_fused_model(tiny_vit, pixels):
+    fused = ViTQuantizer(bits=8, method="channel").quantize_model(tiny_vit, engine="fused")
+    batch = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
+    exported = torch.export.export(fused, (), {"pixel_values": pixels}, dynamic_shapes=batch).module()
+    plain = logits(tiny_vit, pixels)
+    with torch.no_grad():
+        got, expected = exported(pixel_values=pixels).logits, logits(fused, pixels)
+    assert_close(got, expected, plain)
+
+
+def test_tracing_and_onnx_take_a_fused_model(tiny_vit, pixels, tmp_path):
+    """They record the layers, as PyTorch's own operations."""
+    import onnxruntime
+
+    quantizer = ViTQuantizer(bits=4, method="channel")
+    layers, fused = (quantizer.quantize_model(tiny_vit, engine=engine) for engine in ("layers", "fused"))
+    traced = torch.jit.trace(fused, pixels)
+    assert "fairseq::" not in str(traced.inlined_graph)
+    with torch.no_grad():
+        assert torch.allclose(traced(pixels)[0], logits(layers, pixels), atol=1e-5)
+    torch.onnx.export(fused, (pixels,), str(tmp_path / "vit.onnx"), input_names=["x"], verbose=False)
+    (got,) = onnxruntime.InferenceSession(tmp_path / "vit.onnx").run(None, {"x": pixels.numpy()})
+    expected, plain = logits(layers, pixels), logits(tiny_vit, pixels)
+    assert (torch.from_numpy(got) - expected).abs().max() < 0.1 * (expected - plain).abs().max()
+    assert logits(fused, pixels).shape == (5, 7)
+
+
+def test_a_bare_model(pixels):
+    torch.manual_seed(0)
+    model = ViTModel(vit_config()).eval()
+    fused = ViTQuantizer(bits=8).quantize_model(model, engine="fused")
+    with torch.no_grad():
+        assert torch.allclose(fused(pixels).pooler_output, model(pixels).pooler_output, atol=0.05)
+
+
+def test_moving_to_another_device_and_back(tiny_vit, pixels, device):
+    fused = ViTQuantizer(bits=4, method="channel").quantize_model(tiny_vit, engine="fused")
+    expected = logits(fused, pixels)
+    there = copy.deepcopy(fused).to(device)
+    moved = logits(there, pixels.to(device)).cpu()
+    assert (moved - expected).abs().max() < 0.05
+    assert torch.equal(logits(there.to("cpu"), pixels), expected)
+    meta = copy.deepcopy(fused).to("meta")
+    assert all(m.panels is None for m in meta.modules() if isinstance(m, PackedLinear))

@@ -1,0 +1,63 @@
+"""Every family in every export format; a few of them each time, all with ``pytest -m matrix``."""
+
+import pytest
+import torch
+from families import BUILDERS, build, pictures
+
+from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.quantization.architectures.forward import picture_inputs
+from fairseq.quantization.export import export as exporting
+
+QUICK = {("swin", "onnx"), ("clip-vision", "onnx"), ("swin", "torchscript"), ("siglip-vision", "torchscript")}
+SIGLIP2 = ("siglip2", "siglip2-vision")
+REFUSED = {(name, form): "to each picture's shape" for name in SIGLIP2 for form in exporting.FORMATS}
+"""(family, format) -> what the error says."""
+REFUSED_BY_TORCH_2_9 = {
+    ("vit-mae", "onnx"), ("vit-mae", "torch_export"), ("vit-mae-encoder", "onnx"), ("vit-mae-encoder", "torch_export"),
+    ("vit-masked", "onnx"), ("swinv2", "onnx"), ("siglip-vision", "onnx"),
+    ("siglip", "onnx"), ("siglip-classifier", "onnx"), ("swin", "onnx"),
+}  # fmt: skip
+"""Its exporter wants another range of batch sizes, or loses a guard."""
+
+
+def run_here(form, path, batches):
+    """The outputs of an exported file, in this process: test_export.py has the fresh ones."""
+    if form == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        runs = (session.run(None, {name: tensor.numpy() for name, tensor in batch.items()}) for batch in batches)
+        return [[torch.from_numpy(output) for output in outputs] for outputs in runs]
+    model = torch.jit.load(str(path)) if form == "torchscript" else torch.export.load(str(path)).module()
+    with torch.no_grad():
+        return [list(model(*batch.values())) for batch in batches]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(name, form, marks=[] if (name, form) in QUICK else pytest.mark.matrix, id=f"{name}-{form}")
+        for name in BUILDERS
+        for form in exporting.FORMATS
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_export(name, form, tmp_path, monkeypatch):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    monkeypatch.setattr(exporting, "run_elsewhere", run_here)
+    model = build(name)
+    quantized = ViTQuantizer(bits=8, method="channel").quantize_model(model)
+    path = tmp_path / f"model{exporting.FORMATS[form]}"
+    sample = picture_inputs(model, pictures(2))
+    refused = REFUSED.get((name, form))
+    if (name, form) in REFUSED_BY_TORCH_2_9 and torch.__version__ < "2.10":
+        refused = "cannot write|name 'L'"  # written, and then it does not run
+    if refused:
+        with pytest.raises((NameError, RuntimeError, ValueError), match=refused):
+            ViTQuantizer.export(quantized, path, form, sample)
+        assert not list(tmp_path.iterdir())
+        return
+    report = ViTQuantizer.export(quantized, path, form, sample)
+    assert report.integer_weights >= 8
+    assert report.mean_difference < 1e-2 < report.tolerance  # of roundings, one or two may go another way
+    assert report.bytes == path.stat().st_size
