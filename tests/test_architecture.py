@@ -13,6 +13,7 @@ ROOT = Path(fairseq.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # A file of the first folder that matches may import the house's modules that start with one of these.
+CONTEXT = "fairseq.modules.quantization.context"
 SCALAR, INTEGER = "fairseq.modules.quantization.scalar", "fairseq.modules.quantization.integer"
 PACKED = "fairseq.modules.quantization.packed"
 KERNELS = tuple(f"{SCALAR}.{leaf}" for leaf in ("ops", "weights", "tokens", "modules.replace"))
@@ -30,21 +31,22 @@ ROOMS = {
     "saving": ("conversion", "evaluation", "engine", "architectures"),
 }
 ALLOWED = {
+    "modules/quantization/context.py": (),
     "modules/quantization/scalar/grid.py": (),
     "modules/quantization/scalar/ranges.py": (f"{SCALAR}.grid",),
     "modules/quantization/scalar/ops.py": (f"{SCALAR}.grid", f"{SCALAR}.ranges"),
     "modules/quantization/scalar/tokens.py": (f"{SCALAR}.grid",),
     "modules/quantization/scalar/weights.py": (f"{SCALAR}.ops", f"{SCALAR}.grid"),
-    "modules/quantization/scalar": (SCALAR,),
+    "modules/quantization/scalar": (SCALAR, CONTEXT),
     "modules/quantization/packed/packing.py": (f"{SCALAR}.ops",),
-    "modules/quantization/packed": (*KERNELS, PACKED),
+    "modules/quantization/packed": (*KERNELS, PACKED, CONTEXT),
     "modules/quantization/integer": (f"{SCALAR}.ops", INTEGER),
     "modules": (),
     "quantization/utils": (INTEGER,),
     "quantization/config.py": (f"{PACKED}.config",),
     "quantization/files.py": (),
     **{
-        f"quantization/{room}/": (SCALAR, PACKED, f"{Q}.config", f"{Q}.files", *(f"{Q}.{r}" for r in (room, *below)))
+        f"quantization/{room}/": (SCALAR, PACKED, CONTEXT, f"{Q}.config", f"{Q}.files", *(f"{Q}.{r}" for r in (room, *below)))
         for room, below in ROOMS.items()
     },
     "quantization/__init__.py": (),
