@@ -21,7 +21,7 @@ from fairseq.quantization.calibration.images import pixel_values
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.conversion.convert import convert
 from fairseq.quantization.conversion.dequantize import dequantize
-from fairseq.quantization.engine.fused_block import optimize
+from fairseq.quantization.engine.fuse import optimize
 from fairseq.quantization.evaluation.compare import (
     EmbeddingComparison,
     ModelComparison,

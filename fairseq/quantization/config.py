@@ -14,6 +14,8 @@ COMPONENTS = ("attention", "mlp", "classifier")
 EXECUTIONS = ("packed", "emulated")
 TOWERS = ("vision", "text", "all")
 ROUNDINGS = ("nearest", "gptq", "gptaq")
+SKIPPED = "skipped by an override"
+"""Why such a layer stays in float."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class LayerConfig(LinearConfig):
         resolve_rounding(self.rounding, calibrated=True)
         if not isinstance(self.bias_correction, bool) and self.bias_correction != "add":
             raise ValueError(f"bias_correction must be True, False or 'add'; got {self.bias_correction!r}")
+
+    @property
+    def rounds_coarsely(self) -> bool:
+        """Whether one scale for all channels of the input is felt: a static one, or one per token below 8 bits."""
+        return self.activations == "static" or (self.activations == "dynamic" and self.activation_bits < 8)
 
 
 @dataclass(frozen=True)

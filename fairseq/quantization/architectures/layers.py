@@ -1,363 +1,17 @@
-"""Which Linear of a Vision Transformer is which, by its name in memory, for every family; and what feeds it."""
+"""The Linear layers of a model: all of them, which share a weight, and which block holds each."""
 
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable
 
 from torch import nn
-
-NEVER = r"(?!)"
-"""Matches no name."""
-
-
-@dataclass(frozen=True)
-class Family:
-    r"""How one family of models calls its layers; all patterns are searched in "." + the name of a layer.
-
-    A family has the names of all versions of transformers that are supported. Names on disk differ again; they are
-    not looked at.
-
-    Attributes:
-        name: how messages and the guide call it.
-        model_types: values of ``config.model_type`` that belong to it.
-        classes: full names of the classes, their subclasses included, for models without such a config.
-        attention, mlp, classifier: patterns of the components.
-        kept: pattern of layers that are never swapped -> why, in words.
-        text: pattern of the layers of the text tower; all others are of the vision tower.
-        patches: pattern of the convolution that embeds patches.
-        positions: pattern of tables of position embeddings, modules or parameters.
-        parts: (prefix, family, tower) of models within this one; the patterns above hold outside of them.
-        any_size: whether they resize their position embeddings to each picture, whatever the config says.
-    """
-
-    name: str
-    model_types: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-    attention: str = NEVER
-    mlp: str = NEVER
-    classifier: str = NEVER
-    kept: Mapping[str, str] = field(default_factory=dict)
-    text: str = NEVER
-    patches: str = r"\.patch_embeddings\.projection$"
-    positions: str = r"\.embeddings\.position_embeddings$"
-    parts: tuple[tuple[str, Family, str], ...] = ()
-    any_size: bool = False
-
-    @property
-    def towers(self) -> tuple[str, ...]:
-        """ "vision", and "text" where there is one."""
-        text = self.text != NEVER or any(tower == "text" for _, _, tower in self.parts)
-        return ("vision", "text") if text else ("vision",)
-
-
-# transformers up to 5.8 | 5.9 and later
-ATTENTION = (
-    r"\.attention\.attention\.(query|key|value)$|\.attention\.output\.dense$"
-    r"|\.attention\.(q|k|v|o)_proj$"
-)
-MLP = r"\.\d+\.intermediate\.dense$|\.\d+\.output\.dense$|\.mlp\.fc[12]$"
-SWIN_ATTENTION = rf"\.attention\.self\.(query|key|value)$|{ATTENTION}"
-SWIN_MLP = rf"{MLP}|\.downsample\.reduction$"
-GATED_MLP = r"\.mlp\.weights_(in|out)$|\.mlp\.(gate|up|down)_proj$"
-CLIP_ATTENTION = r"\.self_attn\.(q|k|v|out)_proj$"
-CLIP_MLP = r"\.encoder\.layers\.\d+\.mlp\.fc[12]$"
-CLIP_PATCHES, CLIP_POSITIONS = r"\.patch_embedding$", r"\.embeddings\.position_embedding$"
-HEAD = r"\.classifier$"
-MULTIHEAD = {
-    r"\.head\.attention\.out_proj$": "part of an nn.MultiheadAttention, which reads its weight and never calls it"
-}
-POSITION_MLP = {
-    r"\.continuous_position_bias_mlp\.\d+$": "makes the relative position bias, from a table that no picture changes"
-}
-DECODER_EMBED = {r"\.decoder_embed$": "makes the tokens of a decoder that only pretraining runs"}
-PATCH_LINEAR = {r"\.patch_embedding$": "the model asks it for the dtype of its weight"}
-
-FAMILIES = (
-    Family(
-        "ViT",
-        ("vit",),
-        attention=ATTENTION,
-        mlp=MLP,
-        classifier=r"\.(cls_|distillation_)?classifier$|\.pooler\.dense$",
-    ),
-    Family(
-        "DeiT",
-        ("deit",),
-        attention=ATTENTION,
-        mlp=MLP,
-        classifier=r"\.(cls_|distillation_)?classifier$|\.pooler\.dense$",
-    ),
-    Family("BEiT", ("beit",), attention=ATTENTION, mlp=MLP, classifier=r"\.classifier$|\.lm_head$"),
-    Family("Swin", ("swin",), attention=SWIN_ATTENTION, mlp=SWIN_MLP, classifier=HEAD),
-    Family("SwinV2", ("swinv2",), attention=SWIN_ATTENTION, mlp=SWIN_MLP, classifier=HEAD, kept=POSITION_MLP),
-    Family(
-        "DINOv2",
-        ("dinov2", "dinov2_with_registers"),
-        attention=ATTENTION,
-        mlp=f"{MLP}|{GATED_MLP}",
-        classifier=HEAD,
-        any_size=True,
-    ),
-    Family(
-        "DINOv3",
-        ("dinov3_vit",),
-        attention=ATTENTION,
-        mlp=GATED_MLP,
-        classifier=HEAD,
-        patches=r"\.patch_embeddings$",
-        any_size=True,
-    ),
-    Family(
-        "ViT-MAE",
-        ("vit_mae",),
-        attention=ATTENTION,
-        mlp=MLP,
-        classifier=r"\.decoder_pred$",
-        kept=DECODER_EMBED,
-        positions=r"\.embeddings\.position_embeddings$|\.decoder_pos_embed$",
-    ),
-    Family("ViT-MSN", ("vit_msn",), attention=ATTENTION, mlp=MLP, classifier=HEAD),
-    Family(
-        "CLIP",
-        ("clip", "clip_vision_model"),
-        attention=CLIP_ATTENTION,
-        mlp=CLIP_MLP,
-        classifier=r"\.classifier$|\.(visual|text)_projection$",
-        text=r"\.text_model\.|\.text_projection$",
-        patches=CLIP_PATCHES,
-        positions=CLIP_POSITIONS,
-    ),
-    Family(
-        "SigLIP",
-        ("siglip", "siglip_vision_model"),
-        attention=CLIP_ATTENTION,
-        mlp=CLIP_MLP,
-        classifier=r"\.classifier$|\.head\.mlp\.fc[12]$|\.text_model\.head$",
-        kept=MULTIHEAD,
-        text=r"\.text_model\.",
-        patches=CLIP_PATCHES,
-        positions=CLIP_POSITIONS,
-    ),
-    Family(
-        "SigLIP 2",
-        ("siglip2", "siglip2_vision_model"),
-        attention=CLIP_ATTENTION,
-        mlp=CLIP_MLP,
-        classifier=r"\.classifier$|\.head\.mlp\.fc[12]$|\.text_model\.head$",
-        kept=MULTIHEAD | PATCH_LINEAR,
-        text=r"\.text_model\.",
-        patches=CLIP_PATCHES,
-        positions=CLIP_POSITIONS,
-        any_size=True,
-    ),
-    Family(
-        "timm",
-        classes=("timm.models.vision_transformer.VisionTransformer", "timm.models.beit.Beit", "timm.models.eva.Eva"),
-        attention=r"\.attn\.(qkv|[qkv]_proj|proj)$",
-        mlp=r"\.blocks\.\d+\.mlp\.fc[12](_[gx])?$",
-        classifier=r"\.head(_dist)?$|\.attn_pool\.(q|kv|proj|mlp\.fc[12])$",
-        patches=r"\.patch_embed\.proj$",
-        positions=r"\.pos_embed$",
-    ),
-)
-VIT = FAMILIES[0]
-ENCODER_DECODER = "vision-encoder-decoder"
-
-
-def family_of(model: nn.Module) -> Family:
-    """The family of a model, by its config or class; of a model that holds such a one, by what it holds.
-
-    Warns:
-        UserWarning: it is of no known family, and the generic rule found layers: in repeated numbered blocks, those
-            below a module called "attn..." or "attention..." are attention, others mlp; behind the blocks, classifier.
-    """
-    known = _known(model)
-    if known is not None:
-        return known
-    if getattr(getattr(model, "config", None), "model_type", None) == ENCODER_DECODER:
-        return _encoder_decoder(model)
-    found = _components_by_name(model, VIT)
-    parts: dict[str, Family] = {}
-    for name, module in model.named_modules():
-        inner = _known(module) if name and not any(name.startswith(f"{prefix}.") for prefix in parts) else None
-        if inner is not None:
-            parts[name] = inner
-    if parts:
-        whole = tuple((prefix, inner, "vision") for prefix, inner in parts.items())
-        return Family(type(model).__name__, classifier=VIT.classifier, parts=whole)
-    if {"attention", "mlp"} <= found.keys():
-        return VIT
-    family = _generic(model)
-    counts = _components_by_name(model, family)
-    if {"attention", "mlp"} <= counts.keys():
-        text = ", ".join(f"{len(names)} {component} ({names[0]}, ...)" for component, names in counts.items())
-        warnings.warn(
-            f"{type(model).__name__} is of no known family; by their names, its Linear layers are taken for {text}. "
-            "Print the quantizer's report to see what was quantized",
-            UserWarning,
-            stacklevel=2,
-        )
-        return family
-    return VIT
-
-
-def _known(model: nn.Module) -> Family | None:
-    """The row of :data:`FAMILIES` for a model, or None."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    names = {f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__}
-    return next((f for f in FAMILIES if kind in f.model_types or names & set(f.classes)), None)
-
-
-def _encoder_decoder(model: nn.Module) -> Family:
-    """A vision encoder of a known family, and a text decoder by the generic rule."""
-    encoder, decoder = model.get_submodule("encoder"), model.get_submodule("decoder")
-    parts = (("encoder", family_of(encoder), "vision"), ("decoder", _generic(decoder), "text"))
-    return Family(ENCODER_DECODER, parts=parts, text=r"^\.enc_to_dec_proj$", classifier=r"^\.enc_to_dec_proj$")
-
-
-def _generic(model: nn.Module) -> Family:
-    """The generic rule, for one model: a family whose patterns are lists of names."""
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    numbered = {block: re.sub(r"\.\d+$", "", f".{block}") for name in names if (block := block_of(name))}
-    repeated = {block for block, stem in numbered.items() if list(numbered.values()).count(stem) > 1}
-    inside = [name for name in names if block_of(name) in repeated]
-    attention = [name for name in inside if re.search(r"att(entio)?n", name.removeprefix(str(block_of(name))))]
-    mlp = [name for name in inside if name not in attention]
-    behind = names[names.index(inside[-1]) + 1 :] if inside else []
-    return Family(
-        "generic",
-        attention=_one_of(attention),
-        mlp=_one_of(mlp),
-        classifier=_one_of(behind),
-        patches=r"\.patch_embed",
-        positions=r"\.embeddings\.position_embeddings?$",
-    )
-
-
-def _one_of(names: Iterable[str]) -> str:
-    return "|".join(rf"^\.{re.escape(name)}$" for name in names) or NEVER
-
-
-def _components_by_name(model: nn.Module, family: Family) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name in linear_layers(model):
-        component = component_of(name, family)
-        if component is not None:
-            found.setdefault(component, []).append(name)
-    return found
-
-
-def _part(name: str, family: Family) -> tuple[str, Family, str] | None:
-    """Of a layer within a part: its name there, the part's family, and its tower."""
-    for prefix, inner, tower in family.parts:
-        if name.startswith(f"{prefix}."):
-            return name.removeprefix(f"{prefix}."), inner, tower
-    return None
-
-
-def component_of(name: str, family: Family = VIT) -> str | None:
-    """ "attention", "mlp", "classifier" (poolers and projections included), or None for another layer."""
-    part = _part(name, family)
-    if part is not None:
-        return component_of(*part[:2])
-    if kept_reason(name, family) is not None:
-        return None
-    for component in ("attention", "mlp", "classifier"):
-        if re.search(getattr(family, component), f".{name}"):
-            return component
-    return None
-
-
-def kept_reason(name: str, family: Family = VIT) -> str | None:
-    """Why a layer is never swapped, or None."""
-    part = _part(name, family)
-    if part is not None:
-        return kept_reason(*part[:2])
-    return next((why for pattern, why in family.kept.items() if re.search(pattern, f".{name}")), None)
-
-
-def tower_of(name: str, family: Family = VIT) -> str:
-    """ "vision" or "text"."""
-    part = _part(name, family)
-    if part is not None:
-        return part[2]
-    return "text" if re.search(family.text, f".{name}") else "vision"
-
-
-def embedding_kind(name: str, family: Family = VIT) -> str | None:
-    """ "patches" or "positions" for a module or parameter that embeds them, else None."""
-    part = _part(name, family)
-    if part is not None:
-        return embedding_kind(*part[:2])
-    return next((kind for kind in ("patches", "positions") if re.search(getattr(family, kind), f".{name}")), None)
-
-
-def takes_any_size(config: object) -> bool:
-    """Whether models of this config take pictures of any height and width."""
-    kind = getattr(config, "model_type", None)
-    return any(family.any_size for family in FAMILIES if kind in family.model_types)
-
-
-def reads_shared_input(name: str) -> bool:
-    """Whether the layer is a query, key or value: the three of a layer are called with one and the same tensor."""
-    if re.search(r"cross|encoder_attn", name):
-        return False
-    return re.search(r"\.(query|key|value|[qkv]_proj)$", f".{name}") is not None
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every Linear in ``model``, subclasses included, by name and in order; a shared one once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-
-
-def encoder_blocks(model: nn.Module, family: Family, tower: str = "vision") -> list[str]:
-    """The names of the blocks of a tower that hold attention or MLP layers, in order."""
-    names = (
-        name
-        for name in linear_layers(model)
-        if tower_of(name, family) == tower and component_of(name, family) in ("attention", "mlp")
-    )
-    return [block for block in dict.fromkeys(map(block_of, names)) if block is not None]
-
-
-# Roles within a block, by the end of a name; all generations of transformers, as above; "qkv" is timm's.
-ROLES: dict[str, str] = {
-    "query": r"attention\.query$|attention\.self\.query$|att(entio)?n\.q_proj$",
-    "key": r"attention\.key$|attention\.self\.key$|att(entio)?n\.k_proj$",
-    "value": r"attention\.value$|attention\.self\.value$|att(entio)?n\.v_proj$",
-    "output": r"attention\.output\.dense$|attention\.o_proj$|attn\.out_proj$",
-    "fc1": r"intermediate\.dense$|mlp\.fc1$",
-    "fc2": r"^output\.dense$|mlp\.fc2$",
-}
-TIMM_ROLES = {"qkv": r"^attn\.qkv$", "output": r"^attn\.proj$", "fc1": r"^mlp\.fc1$", "fc2": r"^mlp\.fc2$"}
-NORMS = ("layernorm_before", "layernorm_after")
-PRE_NORM_BLOCKS: dict[str, tuple[str, str]] = {
-    "ViTLayer": NORMS, "DeiTLayer": NORMS, "ViTMAELayer": NORMS, "ViTMSNLayer": NORMS, "BeitLayer": NORMS,
-    "SwinLayer": NORMS, "Dinov2Layer": ("norm1", "norm2"), "Dinov2WithRegistersLayer": ("norm1", "norm2"),
-    "CLIPEncoderLayer": ("layer_norm1", "layer_norm2"), "SiglipEncoderLayer": ("layer_norm1", "layer_norm2"),
-    "Siglip2EncoderLayer": ("layer_norm1", "layer_norm2"), "timm.models.vision_transformer.Block": ("norm1", "norm2"),
-}  # fmt: skip
-"""Blocks known to feed query, key and value from the first norm alone, and fc1 from the second alone."""
-FUSABLE_BLOCKS = ("ViTLayer", "DeiTLayer", "ViTMAELayer", "ViTMSNLayer")
-"""Those that compute what a native block computes, with :data:`NORMS`; of what varies, the engine makes sure."""
-
-
-class Wiring(NamedTuple):
-    """What feeds what in one block.
-
-    Attributes:
-        layers: by role: "query", "key", "value", "output", "fc1", "fc2"; "qkv" for the first three where they are one.
-        norms: each LayerNorm with the roles of all layers that read its output.
-        value_feeds_output: the output projection reads averages of the value layer's output over tokens.
-    """
-
-    layers: dict[str, nn.Linear]
-    norms: list[tuple[nn.LayerNorm, tuple[str, ...]]]
-    value_feeds_output: bool
 
 
 def block_of(name: str) -> str | None:
@@ -366,42 +20,29 @@ def block_of(name: str) -> str | None:
     return found[1] if found else None
 
 
-def role_of(name: str) -> str | None:
-    """The role of a layer within its block, or None."""
-    inner = name.removeprefix(f"{block_of(name)}.")
-    roles = {**TIMM_ROLES, **ROLES, "output": rf"{ROLES['output']}|{TIMM_ROLES['output']}"}
-    return next((role for role, pattern in roles.items() if re.search(pattern, inner)), None)
+def tied_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each Linear whose weight another module uses, too: the names of all Linear layers with that weight.
+
+    A layer alone in its tuple shares its weight with something else, such as an embedding.
+    """
+    users = _users(model)
+    weights = {name: id(layer._parameters.get("weight")) for name, layer in linear_layers(model).items()}
+    shared = {name: weight for name, weight in weights.items() if users[weight] > 1}
+    return {name: tuple(other for other in shared if shared[other] == weight) for name, weight in shared.items()}
 
 
-def layer_paths(block: nn.Module) -> dict[str, str]:
-    """Role -> path within ``block``, in the order of :data:`ROLES`, of the layers that have one."""
-    names = [name for name, _ in block.named_modules()]
-    found = {role: next((n for n in names if re.search(pattern, n)), None) for role, pattern in ROLES.items()}
-    return {role: name for role, name in found.items() if name is not None}
+def tied_blocks(model: nn.Module, blocks: Iterable[str]) -> frozenset[str]:
+    """Those of the blocks called so that hold a parameter which two modules use, within the block or outside."""
+    users = _users(model)
+    return frozenset(
+        name
+        for name in blocks
+        if any(users[id(p)] > 1 for module in model.get_submodule(name).modules() for p in module._parameters.values())
+    )
 
 
-def wiring(block: nn.Module) -> Wiring | None:
-    """What feeds what in ``block``, or None if it is not one of :data:`PRE_NORM_BLOCKS` with plain layers."""
-    kind = type(block).__name__
-    timm = type(block).__module__.startswith("timm.")
-    kind = f"{type(block).__module__}.{kind}" if timm else kind
-    if kind not in PRE_NORM_BLOCKS:
-        return None
-    roles = TIMM_ROLES if timm else ROLES
-    layers = {
-        role: module
-        for name, module in block.named_modules()
-        for role, pattern in roles.items()
-        if re.search(pattern, name) and type(module) is nn.Linear
-    }
-    before, after = (getattr(block, name, None) for name in PRE_NORM_BLOCKS[kind])
-    if set(layers) != set(roles):
-        return None
-    if timm and [type(getattr(block, name)).__name__ for name in ("attn", "mlp")] != ["Attention", "Mlp"]:
-        return None  # another kind may read the norm's output elsewhere
-    if not (isinstance(before, nn.LayerNorm) and isinstance(after, nn.LayerNorm)):
-        return None
-    if before.bias is None or after.bias is None:
-        return None
-    first = tuple(role for role in ("query", "key", "value", "qkv") if role in roles)
-    return Wiring(layers, [(before, first), (after, ("fc1",))], value_feeds_output="value" in roles)
+def _users(model: nn.Module) -> Counter[int]:
+    """How many modules use each parameter, by its id; one that is not there counts once."""
+    found = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    found[id(None)] = 1
+    return found

@@ -1,19 +1,155 @@
-"""What is going to be quantized: which layers, with which settings, in which order; and what is refused beforehand."""
+"""ModelPlan: what a model is and what becomes of each part, resolved once; everything downstream takes it from here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.modules import QuantizedWeight
 from fairseq.modules.quantization.scalar.modules.replace import obstacle
 from fairseq.modules.quantization.scalar.ops import check_tensor
-from fairseq.quantization.architectures.layers import VIT, Family, block_of, component_of, kept_reason, tower_of
-from fairseq.quantization.config import COMPONENTS, LayerConfig, QuantizationConfig
+from fairseq.quantization.architectures.embeddings import find_embeddings
+from fairseq.quantization.architectures.families import (
+    Family,
+    component_of,
+    family_of,
+    kept_reason,
+    tower_of,
+)
+from fairseq.quantization.architectures.layers import block_of, linear_layers, tied_blocks, tied_layers
+from fairseq.quantization.architectures.observe import NOTHING, Observation, observe
+from fairseq.quantization.config import COMPONENTS, SKIPPED, LayerConfig, QuantizationConfig
 
-SKIPPED = "skipped by an override"
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one Linear of a model is, and what becomes of it.
+
+    Attributes:
+        name: its full name in the model; the first, if it has several.
+        component: "attention", "mlp", "classifier", or None.
+        tower: "vision" or "text".
+        block: the name of the encoder block that holds it, or None.
+        decision: its settings, or in words why it stays in float.
+        tied: the layers that share its weight, itself included; empty if nothing else uses it.
+        source: names the tensor that it reads: layers of the same source were seen to be called with one tensor.
+    """
+
+    name: str
+    component: str | None
+    tower: str
+    block: str | None
+    decision: LayerConfig | str
+    tied: tuple[str, ...] = ()
+    source: str = ""
+
+    @property
+    def chosen(self) -> bool:
+        """Whether it is going to be quantized."""
+        return isinstance(self.decision, LayerConfig)
+
+    @property
+    def settings(self) -> LayerConfig:
+        """How it is going to be quantized; of a chosen layer."""
+        return cast(LayerConfig, self.decision)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What a model is, part by part, and what becomes of it.
+
+    Attributes:
+        family: its family.
+        layers: every Linear by name, in order.
+        embeddings: by name, module or parameter, the settings or why it stays; {} unless they are to be quantized.
+        observed: what a forward pass showed; nothing where neither calibration nor equalization asks.
+        tied_blocks: blocks with a parameter that two modules use, which are not rescaled.
+    """
+
+    family: Family
+    layers: Mapping[str, LayerPlan]
+    embeddings: Mapping[str, LayerConfig | str]
+    observed: Observation = NOTHING
+    tied_blocks: frozenset[str] = frozenset()
+
+    @property
+    def chosen(self) -> list[LayerPlan]:
+        """The layers that are going to be quantized."""
+        return [layer for layer in self.layers.values() if layer.chosen]
+
+    def reaches(self, name: str) -> bool:
+        """Whether pictures reach a chosen layer; where no forward pass was seen, those of the vision tower count."""
+        if self.observed.failure is not None:
+            return self.layers[name].tower == "vision"
+        return name in self.observed.reached
+
+    def stages(self) -> list[list[LayerPlan]]:
+        """The chosen layers in the order of a forward pass: a list for each block, and one for those outside."""
+        chosen = self.chosen
+        blocks = sorted(dict.fromkeys(layer.block for layer in chosen), key=lambda block: block is None)
+        return [[layer for layer in chosen if layer.block == block] for block in blocks]
+
+    def blocks(self, tower: str | None = "vision") -> list[str]:
+        """The names of the blocks of a tower (None: of all) that hold attention or MLP layers, in order."""
+        names = (
+            layer.block
+            for layer in self.layers.values()
+            if tower in (None, layer.tower) and layer.component in ("attention", "mlp")
+        )
+        return [block for block in dict.fromkeys(names) if block is not None]
+
+
+def resolve(model: nn.Module, config: QuantizationConfig, pixel_values: Tensor | None = None) -> ModelPlan:
+    """What ``model`` is and what ``config`` makes of it; where something depends on it, seen by running the model once.
+
+    Args:
+        model: a float Vision Transformer; it stays as it is. On the meta device it is run without numbers.
+        config: what to do.
+        pixel_values: calibration pictures, (N, C, H, W), or None.
+
+    Raises:
+        ValueError: it has not the layers, the tower or the embeddings that are asked for, nothing is left to quantize,
+            a glob matches nothing, or a setting needs pictures and there are none.
+    """
+    layers, family = linear_layers(model), family_of(model)
+    embeddings = find_embeddings(model, family, config)
+    decisions = decide(layers, config, family, embeddings)
+    chosen = {name: decision for name, decision in decisions.items() if isinstance(decision, LayerConfig)}
+    towers = {name: tower_of(name, family) for name in layers}
+    if pixel_values is None:
+        check_data_free(chosen)
+    else:
+        unseen = {name: settings for name, settings in chosen.items() if towers[name] == "text"}
+        check_data_free(unseen, "pictures do not reach the text tower, which is rounded without calibration")
+    tied = tied_layers(model)
+    plan = ModelPlan(
+        family,
+        {
+            name: LayerPlan(
+                name, component_of(name, family), towers[name], block_of(name), decision, tied.get(name, ()), name
+            )
+            for name, decision in decisions.items()
+        },
+        embeddings,
+    )
+    if pixel_values is None and not (config.equalize and any(map(shares_a_scale, chosen.values()))):
+        return plan
+    seen = observe(model, list(chosen), plan.blocks(None), pixel_values, text=config.towers != "vision")
+    return replace(
+        plan,
+        tied_blocks=tied_blocks(model, plan.blocks(None)),
+        layers={name: replace(layer, source=seen.source(name)) for name, layer in plan.layers.items()},
+        observed=seen,
+    )
+
+
+def shares_a_scale(settings: LayerConfig) -> bool:
+    """Whether channels of a layer's weight or of its input share a scale, so that equalization can gain something."""
+    return settings.method == "tensor" or settings.rounds_coarsely
 
 
 def check_model(model: nn.Module) -> None:
@@ -35,8 +171,8 @@ def check_model(model: nn.Module) -> None:
             check_tensor(parameter, name)
 
 
-def make_plan(
-    layers: dict[str, nn.Module], config: QuantizationConfig, family: Family = VIT, others: Iterable[str] = ()
+def decide(
+    layers: Mapping[str, nn.Module], config: QuantizationConfig, family: Family, others: Iterable[str] = ()
 ) -> dict[str, LayerConfig | str]:
     """For each Linear by name, its settings, or in words why it stays in float.
 
@@ -75,7 +211,7 @@ def make_plan(
     }
 
 
-def _check_towers(layers: dict[str, nn.Module], config: QuantizationConfig, family: Family) -> None:
+def _check_towers(layers: Mapping[str, nn.Module], config: QuantizationConfig, family: Family) -> None:
     """ValueError if the model has not the tower that is asked for."""
     there = {tower_of(name, family) for name in layers}
     if layers and config.towers != "all" and config.towers not in there:
@@ -116,9 +252,3 @@ def check_data_free(chosen: Mapping[str, LayerConfig], why: str | None = None) -
                 raise ValueError(
                     f"{name}: {setting} needs images; {why or 'call quantize_model(model, calibration=images)'}"
                 )
-
-
-def stages(names: list[str]) -> list[list[str]]:
-    """The layers in the order of a forward pass, one list per encoder block and one for what is outside of them."""
-    blocks = dict.fromkeys(block_of(name) for name in names)
-    return [[n for n in names if block_of(n) == block] for block in sorted(blocks, key=lambda b: b is None)]

@@ -27,16 +27,7 @@ from tqdm import tqdm
 from fairseq.modules.quantization.scalar.ops import check_bits, check_tensor
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int, weight_to_real
 from fairseq.quantization.architectures.forward import output_of, picture_inputs
-from fairseq.quantization.architectures.layers import (
-    Family,
-    block_of,
-    component_of,
-    encoder_blocks,
-    family_of,
-    linear_layers,
-    tower_of,
-)
-from fairseq.quantization.architectures.plan import check_model, make_plan
+from fairseq.quantization.architectures.plan import ModelPlan, check_model, resolve
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
 from fairseq.quantization.conversion.convert import convert
 from fairseq.quantization.evaluation.compare import compare_models
@@ -92,10 +83,9 @@ def measure(
     check_model(model)
     widths = _check_choices(choices)
     _check_pictures(pixel_values, batch_size)
-    family = family_of(model)
-    plan = make_plan(linear_layers(model), config, family)
-    chosen = {name: settings for name, settings in plan.items() if isinstance(settings, LayerConfig)}
-    unseen = [name for name in chosen if tower_of(name, family) == "text"]
+    plan = resolve(model, config, pixel_values)
+    chosen = {layer.name: layer.settings for layer in plan.chosen}
+    unseen = [layer.name for layer in plan.chosen if layer.tower == "text"]
     if unseen:
         raise ValueError(
             f"towers={config.towers!r} selects {unseen[0]} and other layers of the text tower, and pictures do not "
@@ -103,7 +93,7 @@ def measure(
         )
     if not chosen:
         return {}
-    replay = _Replay(model, pixel_values, batch_size, family)
+    replay = _Replay(model, pixel_values, batch_size, plan)
     errors: dict[str, dict[int, float]] = {}
     order = sorted((replay.place(name), name) for name in chosen)
     for place, name in tqdm(order, desc="Measuring sensitivity", unit="layer", delay=1, leave=False):
@@ -167,7 +157,7 @@ class _Replay:
     model's output; where it does not hold, every run is a whole one.
     """
 
-    def __init__(self, model: nn.Module, pixel_values: Tensor, batch_size: int, family: Family) -> None:
+    def __init__(self, model: nn.Module, pixel_values: Tensor, batch_size: int, plan: ModelPlan) -> None:
         shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.model = copy.deepcopy(model, shared).eval()
         like = next(model.parameters())
@@ -175,7 +165,7 @@ class _Replay:
         moved = {k: x.to(like.device, like.dtype if x.is_floating_point() else x.dtype) for k, x in inputs.items()}
         starts = range(0, len(pixel_values), batch_size)
         self.batches = [{k: x[start : start + batch_size] for k, x in moved.items()} for start in starts]
-        self.family, self.blocks = family, encoder_blocks(model, family)
+        self.plan, self.blocks = plan, plan.blocks()
         self.start, self.batch = 0, 0
         self.chained = True  # as far as is known
         self.before: list[Any] = []  # what block start - 1 returned for each batch
@@ -187,10 +177,10 @@ class _Replay:
 
     def place(self, name: str) -> int:
         """Of the block that holds a layer; behind the last one for the classifier."""
-        block = block_of(name)
-        if block is None:
-            return len(self.blocks) if component_of(name, self.family) == "classifier" else 0
-        return self.blocks.index(block)
+        layer = self.plan.layers[name]
+        if layer.block is None:
+            return len(self.blocks) if layer.component == "classifier" else 0
+        return self.blocks.index(layer.block)
 
     def weight(self, name: str) -> Tensor:
         """The float weight of a layer."""

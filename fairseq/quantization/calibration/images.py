@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from fairseq.quantization.architectures.families import takes_any_size
 from fairseq.quantization.architectures.forward import vision_config
-from fairseq.quantization.architectures.layers import takes_any_size
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 RECOMMENDED, FEW = 128, 32

@@ -12,7 +12,7 @@ from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding
 from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedParameters, unpack_parameters
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
-from fairseq.quantization.engine.fused_block import unfuse
+from fairseq.quantization.engine.fuse import unfuse
 
 
 def dequantize(model: nn.Module) -> nn.Module:

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 from torch import nn
 
-from fairseq.quantization.architectures.layers import block_of, family_of, linear_layers
-from fairseq.quantization.architectures.plan import check_data_free, make_plan, stages
-from fairseq.quantization.config import LayerConfig, QuantizationConfig
-from fairseq.quantization.conversion.convert import Conversion, Sizes, finish, make_report
-from fairseq.quantization.conversion.embeddings import find_embeddings, pack_embeddings
+from fairseq.modules.quantization.context import plain_context
+from fairseq.quantization.architectures.plan import LayerPlan, resolve
+from fairseq.quantization.config import QuantizationConfig
+from fairseq.quantization.conversion.convert import Sizes, finish, make_report
+from fairseq.quantization.conversion.embeddings import pack_embeddings
+from fairseq.quantization.conversion.quantize_stage import Finished, quantize_stage
 from fairseq.quantization.engine import memory
-from fairseq.quantization.engine.fused_block import check_engine
+from fairseq.quantization.engine.fuse import check_engine
 from fairseq.quantization.evaluation.report import QuantizationReport
 
 INITIALIZED = "_is_hf_initialized"
@@ -37,20 +38,17 @@ class WhileLoading:
                 f"a model is quantized while it is loaded for execution='packed', got {config.execution!r}"
             )
         self.model, self.config, self.engine = model, config, engine
-        self.family = family_of(model)
         self.before = Sizes.of(model)
-        self.embeddings = find_embeddings(model, self.family, config)
-        self.plan = make_plan(linear_layers(model), config, self.family, self.embeddings)
-        chosen = {name: layer for name, layer in self.plan.items() if isinstance(layer, LayerConfig)}
-        check_data_free(chosen)
-        self.work = Conversion(model, model, config, chosen, None, self.family)
-        self.stages = stages(list(chosen))
-        self.blocks = {block: names for names in self.stages if (block := block_of(names[0])) is not None}
+        with plain_context():
+            self.plan = resolve(model, config)
+        self.finished = Finished()
+        self.stages = self.plan.stages()
+        self.blocks = {block: stage for stage in self.stages if (block := stage[0].block) is not None}
 
     def wants(self, name: str) -> bool:
         """Whether a parameter is the weight of a layer in a block that is still to be quantized."""
-        layer, _, last = name.rpartition(".")
-        return last == "weight" and layer in self.blocks.get(block_of(layer) or "", ())
+        layer = self.plan.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        return layer is not None and layer.chosen and layer.block in self.blocks
 
     def advance(self) -> None:
         """Quantize the blocks whose weights are all there."""
@@ -63,16 +61,18 @@ class WhileLoading:
 
     def finish(self) -> QuantizationReport:
         """Quantize what is left and make the model ready to run."""
-        for names in self.stages:
-            if names[0] not in self.work.done:
-                self._quantize(names)
+        for stage in self.stages:
+            if stage[0].name not in self.finished.records:
+                self._quantize(stage)
         for part in self.model.modules():
             vars(part).pop(INITIALIZED, None)
-        embeddings = pack_embeddings(self.model, self.embeddings, None)
-        fused = finish(self.model, self.engine)
-        report = make_report(self.model, self.plan, self.before, self.work.done, self.family)
+        with plain_context():
+            embeddings = pack_embeddings(self.model, self.plan.embeddings, None)
+            fused = finish(self.model, self.engine)
+        report = make_report(self.model, self.plan, self.before, self.finished.records)
         return replace(report, layers=(*embeddings, *report.layers), fused_blocks=fused)
 
-    def _quantize(self, names: list[str]) -> None:
-        for _ in self.work.quantize_stage(names):
-            memory.release()
+    def _quantize(self, stage: list[LayerPlan]) -> None:
+        with plain_context():
+            for _ in quantize_stage(self.model, stage, self.plan, self.config, self.finished):
+                memory.release()

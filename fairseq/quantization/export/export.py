@@ -19,7 +19,7 @@ from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.config import check_one_of
 from fairseq.quantization.architectures.forward import call, picture_inputs
 from fairseq.quantization.conversion.convert import tuple_while_tracing
-from fairseq.quantization.engine.fused_block import optimize
+from fairseq.quantization.engine.fuse import optimize
 from fairseq.quantization.evaluation.report import megabytes
 from fairseq.quantization.export.onnx_graph import ONNX_OPS, onnx_model
 from fairseq.quantization.export.verify import INTEGER_OPS, float_layers, run_elsewhere, tensors_of, tolerance

@@ -10,16 +10,16 @@ Li et al., RepQ-ViT, 2023, section 3.2.)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.scalar.ops import histogram_range, quantize, range_to_qparams
 from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int, weight_to_real
-from fairseq.quantization.architectures.layers import Wiring
+from fairseq.quantization.architectures.blocks import BlockPlan
+from fairseq.quantization.config import LayerConfig
 
 POWERS = (0.25, 0.5, 0.75, 1.0)
 """How much of the channels' ranges is moved; the one with the least error is taken, or none."""
@@ -29,61 +29,62 @@ ROWS = 1024
 """Output channels, evenly spaced, that the search for the factor looks at."""
 
 
-class Reader(NamedTuple):
+class Consumer(NamedTuple):
     """A layer that reads the input to be rescaled: what a factor is judged by.
 
     Attributes:
         weight: (out, in).
         settings: how it is going to be quantized.
-        tokens: a sample of that input, (tokens, in); needed where :func:`rounds_coarsely`.
+        tokens: a sample of that input, (tokens, in); needed where the settings round it coarsely.
         moments: variance and mean of each channel of that input, (in,) each, or None for 1 and 0; the channels count
             as uncorrelated.
     """
 
     weight: Tensor
-    settings: LinearConfig
+    settings: LayerConfig
     tokens: Tensor | None = None
     moments: tuple[Tensor, Tensor] | None = None
 
 
-def rounds_coarsely(settings: LinearConfig) -> bool:
-    """Whether one scale for all channels of a layer's input is felt: a static one, or one per token below 8 bits."""
-    return settings.activations == "static" or (settings.activations == "dynamic" and settings.activation_bits < 8)
-
-
 @torch.no_grad()
 def equalize(
-    wiring: Wiring, settings: Mapping[str, LinearConfig], tokens: Mapping[str, Tensor] | None = None
+    block: nn.Module,
+    plan: BlockPlan,
+    settings: Mapping[str, LayerConfig],
+    tokens: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Rescale the layers of one block in place; what the block computes stays the same.
 
     Args:
-        wiring: the block's LayerNorms and Linear layers (see ``vit_layers.wiring``).
+        block: of float layers, that was seen to compute what ``plan`` says (see ``architectures.observe.folds``).
+        plan: its norms and layers.
         settings: by role, how each layer is going to be quantized; one that is missing stays in float.
-        tokens: by role, a sample of the layer's input, (tokens, in), for those with :func:`rounds_coarsely`.
+        tokens: by role, a sample of the layer's input, (tokens, in), for those whose settings round it coarsely.
 
     Returns:
         By role, the factor, (in,), by which the layer's input is multiplied from now on, where it is not 1.
     """
     tokens = tokens or {}
+    layers = {role: cast(nn.Linear, block.get_submodule(path)) for role, path in plan.layers.items()}
     rescaled: dict[str, Tensor] = {}
-    for norm, roles in wiring.norms:
+    for path, roles in plan.norms.items():
+        norm = cast(nn.LayerNorm, block.get_submodule(path))
         moments = norm.weight**2, norm.bias  # of gamma x + beta, x ~ N(0, 1)
-        readers = [
-            Reader(wiring.layers[role].weight, settings[role], tokens.get(role), moments)
+        consumers = [
+            Consumer(layers[role].weight, settings[role], tokens.get(role), moments)
             for role in roles
             if role in settings
         ]
-        factor = channel_factor(readers)
+        factor = channel_factor(consumers)
         if factor is not None:
             norm.weight.mul_(factor)
             norm.bias.mul_(factor)
             for role in roles:
-                wiring.layers[role].weight.div_(factor)
+                layers[role].weight.div_(factor)
                 rescaled[role] = factor
-    if wiring.value_feeds_output:
-        value, output = wiring.layers["value"], wiring.layers["output"]
-        after = [Reader(output.weight, settings["output"], tokens.get("output"))] if "output" in settings else []
+    if plan.value_feeds_output:
+        value, output = layers["value"], layers["output"]
+        after = [Consumer(output.weight, settings["output"], tokens.get("output"))] if "output" in settings else []
         before = settings.get("value")
         factor = channel_factor(after, value.weight if before and before.method == "tensor" else None, before)
         if factor is not None:
@@ -96,46 +97,46 @@ def equalize(
 
 
 @torch.no_grad()
-def input_factor(weight: Tensor, settings: LinearConfig, tokens: Tensor | None = None) -> Tensor | None:
+def input_factor(weight: Tensor, settings: LayerConfig, tokens: Tensor | None = None) -> Tensor | None:
     """The factor r, (in,), by which a layer multiplies its own input, its weight being divided by it; None for 1."""
-    return channel_factor([Reader(weight, settings, tokens)])
+    return channel_factor([Consumer(weight, settings, tokens)])
 
 
 def channel_factor(
-    readers: list[Reader], feeding: Tensor | None = None, feeding_settings: LinearConfig | None = None
+    consumers: list[Consumer], feeding: Tensor | None = None, feeding_settings: LayerConfig | None = None
 ) -> Tensor | None:
-    """r of shape (in,), one for all ``readers``, whose outputs then err least; None where nothing is better than 1.
+    """r of shape (in,), one for all ``consumers``, whose outputs then err least; None where nothing is better than 1.
 
     Candidates are powers of the ranges of the weights' input channels, where one scale serves a weight, and inverse
     powers of the ranges of the input's channels, where one scale serves the input. For weights in half precision they
     are rounded to powers of two, so that rescaling rounds nothing.
 
     Args:
-        readers: the layers that read the same input.
+        consumers: the layers that read the same input.
         feeding: the weight, (in, features), whose rows are multiplied by r to make that input, if one scale serves it.
         feeding_settings: how that one is going to be quantized.
     """
     tiny = torch.finfo(torch.float32).tiny
-    dtype = readers[0].weight.dtype if readers else feeding.dtype if feeding is not None else torch.float32
+    dtype = consumers[0].weight.dtype if consumers else feeding.dtype if feeding is not None else torch.float32
     feeding = None if feeding is None else _wide(feeding)
     directions = []
-    per_tensor = [_wide(reader.weight) for reader in readers if reader.settings.method == "tensor"]
+    per_tensor = [_wide(consumer.weight) for consumer in consumers if consumer.settings.method == "tensor"]
     if per_tensor or feeding is not None:
         shared = torch.stack([w.abs().amax(0) / w.abs().max().clamp(min=tiny) for w in per_tensor]) if per_tensor else 1
         ranges = shared.amax(0) if isinstance(shared, Tensor) else torch.ones_like(feeding[:, 0])  # type: ignore[index]
         if feeding is not None:
             ranges = (ranges / feeding.abs().amax(1).clamp(min=tiny)).sqrt()
         directions.append(_normalized(ranges))
-    inputs = [r.tokens for r in readers if r.tokens is not None and rounds_coarsely(r.settings)]
+    inputs = [r.tokens for r in consumers if r.tokens is not None and r.settings.rounds_coarsely]
     if inputs:
         directions.append(1 / _normalized(torch.cat(inputs).abs().amax(0)))
     if not directions:
         return None
 
     def error(r: Tensor) -> float:
-        total = sum(float(_weight_error(reader, r)) + float(_input_error(reader, r)) for reader in readers)
+        total = sum(float(_weight_error(consumer, r)) + float(_input_error(consumer, r)) for consumer in consumers)
         if feeding is not None and feeding_settings is not None:
-            total += float(_weight_error(Reader(feeding.T, feeding_settings), 1 / r))
+            total += float(_weight_error(Consumer(feeding.T, feeding_settings), 1 / r))
         return total
 
     best, least = None, error(torch.ones_like(directions[0]))
@@ -165,14 +166,16 @@ def _sampled(weight: Tensor) -> Tensor:
     return _wide(weight[:: max(1, len(weight) // ROWS)])
 
 
-def _weight_error(reader: Reader, factor: Tensor) -> Tensor:
+def _weight_error(consumer: Consumer, factor: Tensor) -> Tensor:
     """E|D x|^2 / E|W x|^2, D the error of the weight rounded to nearest after division by ``factor``."""
-    weight, settings = _sampled(reader.weight), reader.settings
+    weight, settings = _sampled(consumer.weight), consumer.settings
     scaled = weight / factor
     scale, zero_point = observe_weight(scaled, settings.bits, settings.method, settings.group_size, settings.symmetric)
     integers = weight_to_int(scaled, scale, zero_point, settings.bits, settings.group_size)
     error = weight_to_real(integers, scale, zero_point, settings.group_size) * factor - weight
-    return _energy(error, reader.moments) / _energy(weight, reader.moments).clamp(min=torch.finfo(weight.dtype).tiny)
+    return _energy(error, consumer.moments) / _energy(weight, consumer.moments).clamp(
+        min=torch.finfo(weight.dtype).tiny
+    )
 
 
 def _energy(weight: Tensor, moments: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -182,15 +185,15 @@ def _energy(weight: Tensor, moments: tuple[Tensor, Tensor] | None) -> Tensor:
     return (weight.square() @ variance).sum() + (weight @ mean).square().sum()
 
 
-def _input_error(reader: Reader, factor: Tensor) -> Tensor | float:
-    """The same of the output's error that rounding the rescaled input makes; 0 unless :func:`rounds_coarsely`."""
-    if reader.tokens is None or not rounds_coarsely(reader.settings):
+def _input_error(consumer: Consumer, factor: Tensor) -> Tensor | float:
+    """The same of the output's error that rounding the rescaled input makes; 0 unless that is coarse."""
+    if consumer.tokens is None or not consumer.settings.rounds_coarsely:
         return 0.0
-    weight, bits = _sampled(reader.weight).to(reader.tokens.dtype), reader.settings.activation_bits
-    scaled = reader.tokens * factor
-    if reader.settings.activations == "static":
+    weight, bits = _sampled(consumer.weight).to(consumer.tokens.dtype), consumer.settings.activation_bits
+    scaled = consumer.tokens * factor
+    if consumer.settings.activations == "static":
         rounded = quantize(scaled, *range_to_qparams(*histogram_range(scaled, bits), bits), bits)
     else:
         rounded = fake_quantize_tokens(scaled, bits)
     error = ((rounded - scaled) / factor) @ weight.T
-    return error.square().sum() / (reader.tokens @ weight.T).square().sum().clamp(min=torch.finfo(weight.dtype).tiny)
+    return error.square().sum() / (consumer.tokens @ weight.T).square().sum().clamp(min=torch.finfo(weight.dtype).tiny)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fairseq.quantization.architectures.forward import separate_biases
 from fairseq.quantization.conversion.convert import finish
-from fairseq.quantization.engine.fused_block import check_engine
+from fairseq.quantization.engine.fuse import check_engine
 from fairseq.quantization.files import replacing
 from fairseq.quantization.saving.description import check_loaded, describe, empty_part, packed_name, put
 from fairseq.quantization.saving.names import COMPUTED, names_on_disk

@@ -14,7 +14,6 @@ from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding, pa
 from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedParameters, PackedTable, install_table
 from fairseq.modules.quantization.scalar.modules.replace import names_of
 from fairseq.modules.quantization.scalar.weights import check_settings, settings_tensor
-from fairseq.quantization.architectures.layers import reads_shared_input
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(LinearConfig) if field.name != "backend")
 """Which kernels run is up to the machine that loads."""
@@ -90,7 +89,6 @@ def empty_part(model: nn.Module, name: str, entry: Mapping[str, Any], device: st
             part.in_features, part.out_features, config, name, flags["bias"], flags["input_factor"],
             scale_dtype=scale_dtype, **settings,
         )  # fmt: skip
-        layer.shares_input = reads_shared_input(name)
         return layer.train(training)
     if flags["double"] or flags["input_factor"]:
         raise ValueError(f"{name}: only a Linear layer has an input factor or scales of float64")

@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.conversion.convert import finish
 from fairseq.quantization.conversion.incremental import WhileLoading
-from fairseq.quantization.engine.fused_block import check_engine
+from fairseq.quantization.engine.fuse import check_engine
 from fairseq.quantization.saving import checkpoint
 from fairseq.quantization.saving.checkpoint import FORMAT
 from fairseq.quantization.saving.description import Placeholder, empty_part, put

@@ -1,0 +1,87 @@
+"""Calibration: what pictures tell of the inputs of each layer, as the layers before it are quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
+from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan
+from fairseq.quantization.calibration.block_inputs import BlockInputs
+from fairseq.quantization.calibration.statistics import collect
+from fairseq.quantization.calibration.token_weights import token_weights
+from fairseq.quantization.config import resolve_rounding
+from fairseq.quantization.rounding.gptq import Statistics
+
+
+class Calibration:
+    """Pictures on their way through a model that is being quantized, and through the float one beside it.
+
+    Memory holds the hidden states of all pictures at one place of each model, and the statistics of the layers that
+    are being rounded. Labels are never needed.
+
+    Args:
+        model: the float model.
+        result: its copy that is being quantized, stage by stage.
+        plan: of the model.
+        pixel_values: (N, C, H, W).
+        seed: of the token weights.
+    """
+
+    def __init__(self, model: nn.Module, result: nn.Module, plan: ModelPlan, pixel_values: Tensor, seed: int):
+        self.plan, blocks = plan, plan.blocks()
+        reached = [layer.name for layer in plan.chosen if plan.reaches(layer.name)]
+        self.weights = token_weights(model, pixel_values, reached, seed)
+        self.inputs = BlockInputs(model, result, pixel_values, blocks)
+        gptaq = any(_makes_up_for_drift(layer) for layer in plan.chosen)
+        self.exact_inputs = BlockInputs(model, model, pixel_values, blocks) if gptaq else None
+
+    def enter(self, block: str | None) -> None:
+        """Go to the entrance of a block; those before it are final by now."""
+        if block in self.inputs.blocks:
+            self.inputs.advance_to(block)
+            if self.exact_inputs is not None:
+                self.exact_inputs.advance_to(block)
+
+    def tokens(self, layers: Sequence[LayerPlan]) -> dict[str, Tensor]:
+        """By name, a sample of the inputs, (tokens, in), of those layers that are going to round them coarsely."""
+        found: dict[str, Tensor] = {}
+        samples: dict[str, Tensor] = {}  # by source: layers that read one tensor
+        for layer in layers:
+            if self.plan.reaches(layer.name) and layer.settings.rounds_coarsely:
+                if layer.source not in samples:
+                    samples[layer.source] = self.inputs.sample(layer.name)
+                found[layer.name] = samples[layer.source]
+        return found
+
+    def statistics(
+        self, layers: Sequence[LayerPlan], factor: Tensor | None = None, moved: Tensor | None = None
+    ) -> list[Statistics | None]:
+        """What each of some layers reads, which are called with one tensor and round it alike.
+
+        Args:
+            layers: at least one.
+            factor: (in,), by which they multiply their input themselves.
+            moved: (in,), by which their input is multiplied in comparison with the float model's.
+        """
+        first = layers[0]
+        if not self.plan.reaches(first.name):
+            return [None] * len(layers)
+        inputs = _scaled(self.inputs.inputs(first.name), factor)
+        if first.settings.rounds_coarsely and first.settings.activations == "dynamic":
+            inputs = (fake_quantize_tokens(x, first.settings.activation_bits) for x in inputs)
+        exact = None
+        if self.exact_inputs is not None and any(map(_makes_up_for_drift, layers)):
+            exact = _scaled(self.exact_inputs.inputs(first.name), moved)
+        bits = first.settings.activation_bits if first.settings.activations == "static" else None
+        names = [layer.name for layer in layers]
+        return list(collect(inputs, [self.weights[name] for name in names], names, bits, exact))
+
+
+def _makes_up_for_drift(layer: LayerPlan) -> bool:
+    return resolve_rounding(layer.settings.rounding, calibrated=True) == "gptaq"
+
+
+def _scaled(inputs: Iterator[Tensor], factor: Tensor | None) -> Iterator[Tensor]:
+    return inputs if factor is None else (x * factor for x in inputs)

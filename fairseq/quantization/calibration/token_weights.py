@@ -1,0 +1,76 @@
+"""How much an error at each token of each layer's output matters to the model's output."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.quantization.architectures.forward import evaluating, output_of, picture_inputs
+from fairseq.quantization.calibration.block_inputs import moved, where
+
+UNIFORM_SHARE = 0.1
+"""Of a token's weight; the rest follows the gradient. Some tokens would count for nothing without it."""
+BATCH_SIZE = 2
+
+
+def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed: int = 0) -> dict[str, Tensor]:
+    """How much an error at each token of each layer's output changes the model's output.
+
+    The squared norm of the gradient of v . logits at that token, v ~ N(0, 1) of zero mean: in expectation the squared
+    Frobenius norm of the Jacobian of the logits. It is what keeps a class token, one of 197, from being rounded for the
+    sake of the patches, and patches of the last block from being rounded with care although nothing reads them.
+
+    Args:
+        model: the float model; it stays as it is.
+        pixel_values: (N, C, H, W).
+        names: of Linear layers.
+        seed: of v.
+
+    Returns:
+        By name, one weight per token, (N * tokens,), mean 1, on the CPU. A layer that was not called once, or whose
+        gradient is zero or not finite, has weight 1 everywhere: an empty tensor.
+    """
+    if not names:
+        return {}
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        model = copy.deepcopy(model)  # made in inference mode: autograd refuses its tensors, and takes copies
+    device, dtype = where(model)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = picture_inputs(model, pixel_values)
+    squares: dict[str, Tensor] = {}  # (N, tokens) each, allocated once: small results between large ones tear the heap
+    for start in range(0, len(pixel_values), BATCH_SIZE):
+        batch = {key: moved(x[start : start + BATCH_SIZE], device, dtype) for key, x in inputs.items()}
+        batch["pixel_values"] = batch["pixel_values"].detach().clone().requires_grad_()
+        count = len(batch["pixel_values"])
+        outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+        hooks = [
+            model.get_submodule(name).register_forward_hook(lambda m, a, y, seen=outputs[name]: seen.append(y))
+            for name in names
+        ]
+        try:
+            with evaluating(model), torch.enable_grad():
+                _, result = output_of(model, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        probe = torch.randn(result.shape, generator=generator)
+        probe -= probe.mean(-1, keepdim=True)
+        called = [name for name in names if len(outputs[name]) == 1]
+        with torch.enable_grad():
+            total = (result.float() * probe.to(device)).sum()
+        gradients = torch.autograd.grad(total, [outputs[name][0] for name in called], allow_unused=True)
+        for name, gradient in zip(called, gradients, strict=True):
+            if gradient is not None:
+                square = gradient.float().square().sum(-1).view(count, -1)
+                if name not in squares:
+                    squares[name] = torch.full((len(pixel_values), square.shape[1]), torch.nan)
+                squares[name][start : start + count] = square.cpu()
+    weights = {}
+    for name in names:
+        values = squares[name].flatten() if name in squares else torch.empty(0)
+        mean = values.mean() if len(values) else torch.zeros(())
+        usable = bool(torch.isfinite(mean)) and float(mean) > 0
+        weights[name] = (1 - UNIFORM_SHARE) * values / mean + UNIFORM_SHARE if usable else torch.empty(0)
+    return weights

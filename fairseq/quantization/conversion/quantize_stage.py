@@ -1,0 +1,215 @@
+"""quantize_stage: the layers of one encoder block, or those outside of blocks, equalized, rounded and swapped."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.scalar.modules import EmulatedLinear
+from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
+from fairseq.modules.quantization.scalar.weights import weight_to_real
+from fairseq.quantization.architectures.blocks import block_plan, class_of
+from fairseq.quantization.architectures.observe import folds
+from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan
+from fairseq.quantization.calibration.calibration import Calibration
+from fairseq.quantization.config import LayerConfig, QuantizationConfig
+from fairseq.quantization.conversion.quantize_layer import QuantizedLayer, quantize_layer
+from fairseq.quantization.rounding.equalization import equalize, input_factor
+from fairseq.quantization.rounding.gptq import Rounded, Statistics
+
+NOT_REACHED = "not calibrated: pictures do not reach it"
+
+
+class Tied(NamedTuple):
+    """A weight that layers share, rounded once for all that are rounded alike.
+
+    Attributes:
+        weight: in float, (out, in), before it was rounded.
+        rounded: its integers.
+        layer: the first of the quantized layers.
+    """
+
+    weight: Tensor
+    rounded: Rounded
+    layer: PackedLinear | EmulatedLinear
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is done so far.
+
+    Attributes:
+        records: by layer, fields of its ``LayerReport``.
+        tied: the weights that layers share, by the names of these and how it is rounded.
+    """
+
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tied: dict[object, Tied] = field(default_factory=dict)
+
+
+class Factors(NamedTuple):
+    """What equalization moved, by layer: (in,) each.
+
+    Attributes:
+        own: by which a layer multiplies its input itself.
+        all: by which its input is multiplied in comparison with the float model's, in whatever way.
+    """
+
+    own: Mapping[str, Tensor]
+    all: Mapping[str, Tensor]
+
+
+def quantize_stage(
+    model: nn.Module,
+    stage: Sequence[LayerPlan],
+    plan: ModelPlan,
+    config: QuantizationConfig,
+    finished: Finished,
+    calibration: Calibration | None = None,
+) -> Iterator[list[LayerPlan]]:
+    """Quantize one stage of ``model`` in place; yields the layers that are done, those together that read one tensor.
+
+    Args:
+        model: its layers of this stage hold their float weights.
+        stage: the chosen layers of one block, or those outside of blocks.
+        plan, config: of the model.
+        finished: is added to.
+        calibration: of the model, or None to round without pictures.
+    """
+    block = stage[0].block
+    if calibration is not None:
+        calibration.enter(block)
+    factors = _equalize(model, stage, plan, calibration) if config.equalize else Factors({}, {})
+    for group in _groups(stage, factors.own):
+        first = group[0].name
+        statistics: list[Statistics | None] = [None] * len(group)
+        if calibration is not None:
+            statistics = calibration.statistics(group, factors.own.get(first), factors.all.get(first))
+        for layer, found in zip(group, statistics, strict=True):
+            record = _swap(model, layer, found, factors.own.get(layer.name), finished, config.execution)
+            if calibration is not None and found is None:
+                record["note"] = NOT_REACHED
+            finished.records[layer.name] = record
+        yield group
+
+
+def _groups(stage: Sequence[LayerPlan], own: Mapping[str, Tensor]) -> list[list[LayerPlan]]:
+    """The layers of a stage, those together that read one tensor, as it is, and round it alike."""
+
+    def key(layer: LayerPlan) -> tuple[object, ...]:
+        settings = layer.settings
+        return (layer.name,) if layer.name in own else (layer.source, settings.activations, settings.activation_bits)
+
+    return [list(group) for _, group in itertools.groupby(stage, key)]
+
+
+@torch.no_grad()
+def _equalize(
+    model: nn.Module, stage: Sequence[LayerPlan], plan: ModelPlan, calibration: Calibration | None
+) -> Factors:
+    """Rescale the layers of a stage whose weights nothing else uses."""
+    layers = [layer for layer in stage if not layer.tied]
+    tokens = {} if calibration is None else calibration.tokens(layers)
+    moved: dict[str, Tensor] = {}
+    fed: set[str] = set()
+    name = stage[0].block
+    if name is not None and name not in plan.tied_blocks:
+        block = model.get_submodule(name)
+        known = block_plan(block, class_of(type(block)))
+        roles = {} if known is None else {known.role(x.name.removeprefix(f"{name}.")): x for x in layers}
+        by_role = {role: layer for role, layer in roles.items() if role is not None}
+        if known is not None and _gains(by_role.values()) and folds(block, known, plan.observed.calls.get(name)):
+            seen = {role: tokens[x.name] for role, x in by_role.items() if x.name in tokens}
+            rescaled = equalize(block, known, {role: x.settings for role, x in by_role.items()}, seen)
+            moved |= {x.name: rescaled[role] for role, x in by_role.items() if role in rescaled}
+            not_fed = {"fc2"} if known.value_feeds_output else {"fc2", "output"}
+            fed = {layer.name for role, layer in by_role.items() if role not in not_fed}
+    own = {}
+    for layer in sorted(layers, key=lambda layer: layer.name):
+        if layer.name in fed:
+            continue
+        linear = cast(nn.Linear, model.get_submodule(layer.name))
+        factor = input_factor(linear.weight, layer.settings, tokens.get(layer.name))
+        if factor is not None:
+            linear.weight.div_(factor)
+            own[layer.name] = moved[layer.name] = factor.detach()
+    return Factors(own, moved)
+
+
+def _swap(
+    model: nn.Module,
+    layer: LayerPlan,
+    statistics: Statistics | None,
+    factor: Tensor | None,
+    finished: Finished,
+    execution: str,
+) -> dict[str, Any]:
+    """Round one layer and put its quantized twin in its place, wherever the model has it; returns its record."""
+    old = cast(nn.Linear, model.get_submodule(layer.name))
+    key = (layer.tied, _of_the_weight(layer.settings))
+    tied = finished.tied.get(key) if layer.tied else None
+    weight = old.weight.detach() if tied is None else tied.weight
+    done = quantize_layer(weight, old.bias, statistics, layer.settings, layer.name, tied and tied.rounded)
+    if layer.tied and tied is None:
+        weight = weight.clone()
+    twin = _packed if execution == "packed" else _emulated
+    new = twin(old, done, layer, factor, tied and tied.layer)
+    if layer.tied:
+        finished.tied.setdefault(key, Tied(weight, Rounded(*done[:3]), new))
+    carry_hooks(old, new)
+    for alias in names_of(model, old):
+        model.set_submodule(alias, new)
+    return done.record
+
+
+def _packed(
+    old: nn.Linear, done: QuantizedLayer, layer: LayerPlan, factor: Tensor | None, tied: nn.Module | None
+) -> PackedLinear:
+    """The packed twin of a layer; integers that layers share are in memory once."""
+    new = PackedLinear.from_integers(*done[:4], done.settings, layer.name, done.input_range, factor)
+    if isinstance(tied, PackedLinear):
+        new.weight_codes, new.scale, new.zero_point = tied.weight_codes, tied.scale, tied.zero_point
+    return new.train(old.training)
+
+
+def _emulated(
+    old: nn.Linear, done: QuantizedLayer, layer: LayerPlan, factor: Tensor | None, tied: nn.Module | None
+) -> EmulatedLinear:
+    """The trainable twin with the parameters of a layer of the copy, on the grid that rounding chose.
+
+    Layers that are rounded alike go on sharing a weight. Where rounding changes it, they get one of their own, so that
+    what is not quantized keeps the weight as it was.
+    """
+    settings = done.settings
+    if done.bias is not None and (old.bias is None or not torch.equal(done.bias, old.bias)):
+        old.bias = nn.Parameter(done.bias)
+    if isinstance(tied, EmulatedLinear):
+        old.weight = cast(nn.Parameter, tied.weight)
+    new = EmulatedLinear.from_linear(
+        old, settings.bits, settings.method, settings.group_size, settings.symmetric, settings.activations,
+        layer.name, activation_bits=settings.activation_bits, input_range=done.input_range, input_factor=factor,
+    )  # fmt: skip
+    new.scale, new.zero_point = done.scale, done.zero_point
+    if not torch.equal(new.integers(), done.integers):
+        real = weight_to_real(*done[:3], settings.group_size).to(new.weight.dtype)
+        if layer.tied:
+            new.weight = nn.Parameter(real, requires_grad=new.weight.requires_grad)
+        else:
+            with torch.no_grad():
+                new.weight.copy_(real)
+    return new
+
+
+def _of_the_weight(settings: LayerConfig) -> tuple[object, ...]:
+    """The settings that decide a weight's integers."""
+    return settings.bits, settings.method, settings.group_size, settings.symmetric, settings.rounding
+
+
+def _gains(layers: Any) -> bool:
+    return any(layer.settings.method == "tensor" or layer.settings.rounds_coarsely for layer in layers)

@@ -1,0 +1,122 @@
+"""fuse and unfuse: the encoder blocks of a packed model as native calls, where those give what the layers give."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.packed.config import check_one_of
+from fairseq.modules.quantization.packed.kernels import native
+from fairseq.quantization.architectures.blocks import class_of
+from fairseq.quantization.architectures.layers import block_of
+from fairseq.quantization.engine.check import disagreement
+from fairseq.quantization.engine.fused_block import FusedBlock, fused_class
+from fairseq.quantization.engine.plan import FusedPlan, fused_plan, unfused_class
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+
+ENGINES = ("auto", "fused", "layers")
+
+
+def check_engine(engine: str, execution: str = "packed") -> None:
+    """ValueError unless it is one of :data:`ENGINES`, and one that such a model can have."""
+    check_one_of("engine", engine, ENGINES)
+    if engine == "fused" and execution != "packed":
+        raise ValueError(f"engine='fused' runs packed integers; execution={execution!r} holds none")
+
+
+def optimize(model: Model, engine: str = "fused") -> Model:
+    """A copy of a packed model whose encoder blocks run as one native call each; see :func:`fuse`.
+
+    With "layers" it is one that runs layer by layer, its integers in rows: for exporters.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: nothing in it is packed; an unknown engine; or as :func:`fuse`.
+    """
+    check_engine(engine)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("nothing in the model is packed; pass what quantize_model returned with execution='packed'")
+    result = copy.deepcopy(model)
+    if engine == "layers":
+        unfuse(result)
+    else:
+        fuse(result, engine)
+    return result
+
+
+def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
+    """Let the native kernels run a packed model, in place: its encoder blocks fused, its other layers one by one.
+
+    A block is fused if its class and the classes of all its parts are known, and its native block was seen to give what
+    its layers give: once for each class and configuration, on the CPU; for a model elsewhere that is seen when it comes
+    to the CPU.
+
+    Args:
+        model: what ``quantize_model`` returned; on any device, though only what is on the CPU runs natively.
+        engine: "fused", or "auto", which leaves a model as it is where nothing can be fused.
+
+    Returns:
+        For each encoder block by name, None if it is fused, or why it is not.
+
+    Raises:
+        RuntimeError: the native kernels were not built ("fused" only).
+        ValueError: not one block can be fused ("fused" only); the message says why.
+    """
+    if not native.levels():
+        if engine == "fused":
+            raise RuntimeError(f"engine='fused' needs the native kernels: {native.NOT_BUILT}")
+        return {}
+    shared: dict[int, Any] = {}
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear) and layer.native_obstacle() is None:
+            layer.use_native(shared=shared)
+    blocks = {name: model.get_submodule(name) for name in _blocks(model)}
+    plans = {name: _plan(block) for name, block in blocks.items()}
+    reasons = {name: plan if isinstance(plan, str) else None for name, plan in plans.items()}
+    if engine == "fused" and all(reasons.values()):
+        found = [f"{name}: {reason}" for name, reason in reasons.items()]
+        raise ValueError(f"engine='fused': no encoder block can be fused; {found[0] if found else 'there is none'}")
+    for name, plan in plans.items():
+        if isinstance(plan, str):
+            logger.info("%s is not fused: %s", name, plan)
+            continue
+        block = cast(FusedBlock, blocks[name])
+        block.plan, block._native = plan, None
+        block.__class__ = fused_class(unfused_class(type(block)))
+    return reasons
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo :func:`fuse`, in place."""
+    shared: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, FusedBlock):
+            module.__class__ = unfused_class(type(module))
+            del module.plan, module._native
+        elif isinstance(module, PackedLinear):
+            module.use_native(False, shared)
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """The encoder blocks of a packed model: those of a known class, and whatever else holds packed layers so."""
+    known = [name for name, module in model.named_modules() if class_of(unfused_class(type(module)))]
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    others = dict.fromkeys(block for name in packed if (block := block_of(name)) is not None)
+    inside = tuple(f"{name}." if name else "" for name in known)
+    return known + [name for name in others if name not in known and not f"{name}.".startswith(inside)]
+
+
+def _plan(block: nn.Module) -> FusedPlan | str:
+    plan = fused_plan(block, unfused_class(type(block)))
+    if isinstance(plan, str):
+        return plan
+    on_cpu = all(tensor.device.type == "cpu" for tensor in (*block.parameters(), *block.buffers()))
+    return (disagreement(block, plan) if on_cpu else None) or plan

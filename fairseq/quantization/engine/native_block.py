@@ -1,0 +1,74 @@
+"""NativeBlock: what the native kernels take for an encoder block as its parts are now."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.packed.kernels import native
+from fairseq.quantization.engine.plan import FusedPlan, attention_function, attention_of, unfused_class
+
+SETTINGS = ("scaling", "num_attention_heads", "activation_fn", "intermediate_act_fn")
+"""What the modules of a block are set to, and a native block was made for."""
+
+
+class NativeBlock:
+    """The native block of an encoder block as its parts are now.
+
+    Attributes:
+        plan: where its parts are.
+        inner: the modules within the encoder block.
+        parameters: those whose values it has.
+    """
+
+    def __init__(self, block: nn.Module, plan: FusedPlan):
+        self.plan = plan
+        layers = [cast(PackedLinear, block.get_submodule(path)) for path in plan.layers]
+        norms = [cast(nn.LayerNorm, block.get_submodule(path)) for path in plan.norms]
+        self.parameters = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
+        floats = [tensor.detach().to(torch.float32).contiguous() for tensor in self.parameters]
+        prepared = [layer.prepared() for layer in layers]
+        self.block = native.make_block(prepared, floats, plan.epsilons, plan.scaling, plan.heads)
+        self.inner = [module for module in block.modules() if module is not block]
+        self.classes = [(module, type(module), type(module).forward) for module in block.modules()]
+        self.base = unfused_class(type(block))
+        self.forward = self.base.forward
+        self.attention = attention_of(block)
+        self.attention_function = attention_function(self.attention)
+        self.seen: list[tuple[dict[str, Any], str]] = [
+            *((module._modules, name) for module in block.modules() for name in module._modules),
+            *((layer._buffers, name) for layer in layers for name in PackedLinear.PARTS),
+            *((norm._parameters, name) for norm in norms for name in ("weight", "bias")),
+            *((norm.__dict__, "eps") for norm in norms),
+            *((module.__dict__, name) for module in self.inner for name in SETTINGS if name in module.__dict__),
+        ]
+        self.found = [holder[name] for holder, name in self.seen]
+        self.addressed = [thing for thing in self.found if isinstance(thing, Tensor)]
+        self.pointers = [tensor.data_ptr() for tensor in self.addressed]
+        copied = [tensor for tensor in self.parameters if tensor.dtype != torch.float32]
+        self.versions: list[tuple[Tensor, int]] = [(tensor, native.version(tensor)) for tensor in copied]
+        self.versions += [pair for layer in prepared for pair in layer.versions]
+
+    def run(self, x: Tensor) -> Tensor:
+        """Hidden states, float32 (images, tokens, width) -> the block's output."""
+        return native.run_block(self.block, x, native.level_number())
+
+    def holds(self) -> bool:
+        """Whether the block still has the same code, modules, tensors and settings; of copies, that they are unchanged.
+
+        A copied tensor that is changed behind PyTorch's back, through ``.data``, is not noticed.
+        """
+        for (holder, name), found in zip(self.seen, self.found):
+            if holder.get(name) is not found:
+                return False
+        for module, kind, forward in self.classes:
+            if type(module) is not kind or kind.forward is not forward:
+                return False
+        if self.base.forward is not self.forward or attention_function(self.attention) != self.attention_function:
+            return False
+        return self.pointers == [tensor.data_ptr() for tensor in self.addressed] and all(
+            native.version(tensor) == number for tensor, number in self.versions
+        )
