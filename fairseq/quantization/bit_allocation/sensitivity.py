@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from fairseq.modules.quantization.scalar.ops import check_bits, check_tensor
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int, weight_to_real
-from fairseq.quantization.architectures.forward import output_of, picture_inputs
+from fairseq.quantization.architectures.forward import class_dimension, output_of, picture_inputs
 from fairseq.quantization.architectures.layers import (
     Family,
     block_of,
@@ -82,9 +82,10 @@ def measure(
 
     Returns:
         For each selected layer, in the model's order, the error at each width: the mean over the pictures of the KL
-        divergence, in nats, of the softmax of the logits with the rounded layer from that of the float logits. For a
-        model without logits, the squared error of its last hidden state or its reconstruction, as a share of that one's
-        square; the same of the logit where there is but one. Activations are not rounded.
+        divergence, in nats, of the softmax of the logits with the rounded layer from that of the float logits; with a
+        class for each pixel or query, over those, too. For a model without classes, the squared error of its last
+        hidden state, reconstruction or first floating output, as a share of that one's square; the same of the logit
+        where there is but one. Activations are not rounded.
 
     Raises:
         TypeError, ValueError: what came and what is accepted.
@@ -223,7 +224,7 @@ class _Replay:
             got = self._run()
         finally:
             layer._parameters["weight"] = before
-        return _output_error(torch.cat(self.reference), torch.cat(got), self.kind)
+        return _output_error(torch.cat(self.reference), torch.cat(got), self.classes)
 
     def _run(self) -> list[Tensor]:
         """The output for each batch, float64."""
@@ -231,7 +232,8 @@ class _Replay:
         for batch, inputs in enumerate(self.batches):
             self.batch = batch
             with torch.no_grad():
-                self.kind, output = output_of(self.model, inputs)
+                name, output = output_of(self.model, inputs)
+            self.classes = class_dimension(name, output, inputs["pixel_values"])
             outputs.append(output.double())
         return outputs
 
@@ -249,11 +251,12 @@ class _Replay:
         return run
 
 
-def _output_error(reference: Tensor, got: Tensor, kind: str) -> float:
-    if kind != "logits" or reference.shape[-1] < 2:
+def _output_error(reference: Tensor, got: Tensor, classes: int | None) -> float:
+    """The KL divergence along the dimension of classes, (N, classes) or (N, classes, H, W); without, see below."""
+    if classes is None:
         return _relative_error(reference, got)
-    log_p, log_q = reference.log_softmax(-1), got.log_softmax(-1)  # (N, classes)
-    return max(0.0, (log_p.exp() * (log_p - log_q)).sum(-1).mean().item())
+    log_p, log_q = reference.log_softmax(classes), got.log_softmax(classes)
+    return max(0.0, (log_p.exp() * (log_p - log_q)).sum(classes).mean().item())
 
 
 def _relative_error(reference: Tensor, got: Tensor) -> float:
