@@ -184,7 +184,7 @@ def _fields(value: Any) -> Mapping[str, Any] | None:
 
 
 def _floating(name: str, value: Any) -> tuple[str, Tensor] | None:
-    """The first floating tensor in ``value`` and its name; of a list or tuple the last, as they run from shallow to deep.
+    """The first floating tensor in ``value`` and its name; of a list or tuple the last, as these run shallow to deep.
 
     A number is none: a loss says nothing of a picture.
     """
