@@ -16,7 +16,8 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from fairseq.quantization.architectures.plan import check_model
-from fairseq.quantization.bit_allocation.sensitivity import BitAssignment, assign_bits, measure, smallest_that_agrees
+from fairseq.quantization.bit_allocation.assignment import BitAssignment, assign_bits, smallest_that_agrees
+from fairseq.quantization.bit_allocation.sensitivity import measure
 from fairseq.quantization.calibration.images import pixel_values
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.conversion.convert import convert
