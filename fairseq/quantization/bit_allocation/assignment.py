@@ -8,23 +8,23 @@ ViTQuantizer(overrides=assignment.overrides)
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from fairseq.quantization.bit_allocation.knapsack import Errors, check_size, choose_bits
-from fairseq.quantization.bit_allocation.sensitivity import CHOICES, measure
-from fairseq.quantization.config import QuantizationConfig
+from fairseq.quantization.bit_allocation.sensitivity import measure
+from fairseq.quantization.config import QuantizationConfig, merge_bits
 from fairseq.quantization.conversion.convert import convert
 from fairseq.quantization.evaluation.compare import compare_models
+from fairseq.quantization.files import write_file
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,17 @@ class BitAssignment:
         bits: layer name -> 2 to 8.
         sizes: layer name -> the number of weights.
         errors: layer name -> width -> the output error that was measured; {} where nothing is known.
+        given: the user's own overrides, which ``overrides`` carries on.
 
     Raises:
-        ValueError: what came and what is accepted, with the layer's name.
+        ValueError: what came and what is accepted, with the layer's name; an override in ``given`` that skips one of
+            these layers or gives it another width.
     """
 
     bits: Mapping[str, int]
     sizes: Mapping[str, int]
     errors: Errors = field(default_factory=dict)
+    given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.bits or self.bits.keys() != self.sizes.keys():
@@ -56,6 +59,19 @@ class BitAssignment:
             if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
                 raise ValueError(f"{name}: bits must be an int from 2 to 8, got {bits!r}")
             check_size(name, self.sizes[name])
+        self._check_given()
+
+    def _check_given(self) -> None:
+        """Each width comes through ``overrides``: an override of the user does not contradict it."""
+        settings = self.given.values() if isinstance(self.given, Mapping) else [None]
+        if not all(isinstance(own, Mapping) for own in settings):
+            raise ValueError(f'overrides must map globs to settings, such as {{"*fc1": {{...}}}}; got {self.given!r}')
+        overrides = self.overrides
+        for name, bits in self.bits.items():
+            own = next(own for pattern, own in overrides.items() if fnmatchcase(name, pattern))
+            if own.get("skip") or own["bits"] != bits:
+                what = "skips it" if own.get("skip") else f"says {own['bits']} bits"
+                raise ValueError(f"{name}: an override in given {what}, and bits has {bits}; change one of the two")
 
     @property
     def average_bits(self) -> float:
@@ -68,24 +84,24 @@ class BitAssignment:
         return sum(self._error(name) for name in self.bits)
 
     @property
-    def overrides(self) -> dict[str, dict[str, int]]:
-        """What ``ViTQuantizer(overrides=...)`` takes."""
-        return {glob.escape(name): {"bits": bits} for name, bits in self.bits.items()}
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """What ``ViTQuantizer(overrides=...)`` takes: the user's own, and for each of these layers its width, too."""
+        return merge_bits(self.given, self.bits)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON, a line per layer; ``bits`` is what to edit. A file is replaced as a whole or not at all."""
-        path = Path(path)
-        layers = (
-            f"    {json.dumps(name)}: "
-            + json.dumps({"bits": bits, "weights": self.sizes[name], "errors": dict(self.errors.get(name, {}))})
+        """Write JSON, a line per layer; ``bits`` is what to edit. A file is replaced as a whole or not at all.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+        """
+        layers = {
+            name: {"bits": bits, "weights": self.sizes[name], "errors": dict(self.errors.get(name, {}))}
             for name, bits in self.bits.items()
-        )
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text('{\n  "layers": {\n' + ",\n".join(layers) + "\n  }\n}\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        }
+        given = {pattern: dict(own) for pattern, own in self.given.items()}
+        parts = [_lines("overrides", given)] if given else []
+        text = "{\n" + ",\n".join([*parts, _lines("layers", layers)]) + "\n}\n"
+        write_file(path, text.encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BitAssignment:
@@ -95,12 +111,13 @@ class BitAssignment:
             ValueError: it is not such a file; the message names the file and the layer.
         """
         try:
-            layers = json.loads(Path(path).read_text(encoding="utf-8"))["layers"]
-            read = {name: _read_layer(name, layer) for name, layer in layers.items()}
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            read = {name: _read_layer(name, layer) for name, layer in content["layers"].items()}
             return cls(
                 {name: bits for name, (bits, _, _) in read.items()},
                 {name: size for name, (_, size, _) in read.items()},
                 {name: errors for name, (_, _, errors) in read.items()},
+                content.get("overrides", {}),
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f'{path} must hold {{"layers": {{name: {{"bits": ..., "weights": ...}}}}}}') from error
@@ -125,6 +142,12 @@ class BitAssignment:
         return "\n".join(lines)
 
 
+def _lines(key: str, entries: Mapping[str, Any]) -> str:
+    """An object in JSON, an entry a line."""
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in entries.items())
+    return f'  "{key}": {{\n{lines}\n  }}'
+
+
 def _read_layer(name: str, layer: Any) -> tuple[Any, Any, dict[int, float]]:
     if not isinstance(layer, dict) or not {"bits", "weights"} <= set(layer) <= {"bits", "weights", "errors"}:
         raise ValueError(f'{name}: expected {{"bits": ..., "weights": ..., "errors": {{...}}}}, got {layer!r}')
@@ -135,7 +158,11 @@ def _read_layer(name: str, layer: Any) -> tuple[Any, Any, dict[int, float]]:
 
 
 def assign_bits(
-    errors: Errors, sizes: Mapping[str, int], average_bits: float | None = None, max_error: float | None = None
+    errors: Errors,
+    sizes: Mapping[str, int],
+    average_bits: float | None = None,
+    max_error: float | None = None,
+    given: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> BitAssignment:
     """Choose a width for each layer: the smallest summed error within a size, or the smallest size within an error.
 
@@ -147,19 +174,22 @@ def assign_bits(
         sizes: layer name -> number of weights, for the same layers.
         average_bits: at most this many bits per weight.
         max_error: at most this sum of errors.
+        given: the user's own overrides, for the assignment to carry on.
 
     Raises:
         TypeError, ValueError: not exactly one of the two limits; one that cannot be kept (the message says what can);
-            malformed errors or sizes.
+            malformed errors or sizes; a chosen width that ``given`` contradicts.
     """
     bits = choose_bits(errors, sizes, average_bits, max_error)
-    return BitAssignment(bits, {name: sizes[name] for name in errors}, errors)
+    return BitAssignment(bits, {name: sizes[name] for name in errors}, errors, given or {})
 
 
 def smallest_that_agrees(
     model: nn.Module, pixel_values: Tensor, config: QuantizationConfig, max_drop: float, steps: int = 5
 ) -> BitAssignment:
     """The smallest assignment whose model keeps the float model's top-1 class on all but ``max_drop`` % of pictures.
+
+    With a class for each pixel or each query of a detector, of all but ``max_drop`` % of those.
 
     Bisection over the average width. Pictures whose class changes bound the drop of accuracy from above, and no labels
     are needed; but these are the pictures that the model is calibrated on, so others may fare a little worse.
@@ -173,17 +203,14 @@ def smallest_that_agrees(
     sizes = {name: model.get_submodule(name).get_parameter("weight").numel() for name in errors}
 
     def attempt(average_bits: float) -> tuple[BitAssignment, float]:
-        assignment = assign_bits(errors, sizes, average_bits=average_bits)
-        overrides = {
-            glob.escape(name): {**_settings_of(config, name), "bits": bits} for name, bits in assignment.bits.items()
-        }
-        quantized, _ = convert(model, replace(config, overrides={**overrides, **config.overrides}), pixel_values)
+        assignment = assign_bits(errors, sizes, average_bits=average_bits, given=config.overrides)
+        quantized, _ = convert(model, replace(config, overrides=assignment.overrides), pixel_values)
         match = compare_models(model, quantized, pixel_values).top_k_match
         if match is None:
             raise ValueError("max_accuracy_drop needs a classifier; for other models give average_bits")
         return assignment, 100 * (1 - match)
 
-    low, high = float(min(CHOICES)), float(max(CHOICES))
+    low, high = (sum(f(errors[name]) * sizes[name] for name in errors) / sum(sizes.values()) for f in (min, max))
     best, drop = attempt(high)
     if drop > max_drop:
         raise ValueError(
@@ -198,9 +225,3 @@ def smallest_that_agrees(
         else:
             low = middle
     return best
-
-
-def _settings_of(config: QuantizationConfig, name: str) -> dict[str, Any]:
-    """What an override of the user says of a layer, the widths aside."""
-    settings = next((s for pattern, s in config.overrides.items() if fnmatch.fnmatchcase(name, pattern)), {})
-    return {key: value for key, value in settings.items() if key != "bits"}

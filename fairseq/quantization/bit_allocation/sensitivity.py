@@ -18,6 +18,7 @@ from fairseq.quantization.architectures.layers import family_of, linear_layers, 
 from fairseq.quantization.architectures.plan import check_model, make_plan
 from fairseq.quantization.bit_allocation.replay import Replay
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
+from fairseq.quantization.conversion.embeddings import find_embeddings
 
 CHOICES = (2, 3, 4, 5, 6, 8)
 SAME_CURVATURE = 2.5
@@ -50,8 +51,9 @@ def measure(
     Args:
         model: the float model; it is not written to, its modules neither, whatever happens on the way.
         pixel_values: (N, channels, height, width), floating, finite, preprocessed as the model expects; some dozens.
-        config: selects the layers and gives method, group_size and symmetric of each; its bits are not looked at.
-        choices: the widths, 2 to 8.
+        config: selects the layers and gives method, group_size and symmetric of each; of its bits only those of an
+            override count, which are then a layer's only width.
+        choices: the widths of all other layers, 2 to 8.
         batch_size: pictures per run.
 
     Returns:
@@ -68,7 +70,7 @@ def measure(
     widths = _check_choices(choices)
     _check_pictures(pixel_values, batch_size)
     family = family_of(model)
-    plan = make_plan(linear_layers(model), config, family)
+    plan = make_plan(linear_layers(model), config, family, find_embeddings(model, family, config))
     chosen = {name: settings for name, settings in plan.items() if isinstance(settings, LayerConfig)}
     unseen = [name for name in chosen if tower_of(name, family) == "text"]
     if unseen:
@@ -83,7 +85,7 @@ def measure(
     order = sorted((replay.place(name), name) for name in chosen)
     for place, name in tqdm(order, desc="Measuring sensitivity", unit="layer", delay=1, leave=False):
         replay.advance(place)
-        errors[name] = _measure_layer(replay, name, chosen[name], widths)
+        errors[name] = _measure_layer(replay, name, chosen[name], _given_width(config, name) or widths)
     return {name: errors[name] for name in chosen}
 
 
@@ -98,6 +100,12 @@ def _measure_layer(replay: Replay, name: str, settings: LayerConfig, widths: lis
         return {bits: measured[bits] if bits in measured else replay.error(name, rounded[bits]) for bits in widths}
     ratio = math.sqrt(ratios[0] * ratios[-1])
     return {bits: measured.get(bits, ratio * noise[bits]) for bits in widths}
+
+
+def _given_width(config: QuantizationConfig, name: str) -> list[int]:
+    """The width that an override gives a layer, whatever that of all layers is; [] if none does."""
+    widths = {replace(config, bits=bits).for_layer(name).bits for bits in (2, 8)}
+    return list(widths) if len(widths) == 1 else []
 
 
 def _anchors(widths: list[int]) -> list[int]:

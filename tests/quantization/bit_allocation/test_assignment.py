@@ -39,6 +39,51 @@ def test_overrides_are_accepted_and_match_only_their_layer():
     assert config.for_layer(name).bits == 3
 
 
+GIVEN = {"*fc1": {"method": "channel", "group_size": 32}, "pooler": {"skip": True}, "*q": {"bits": 8}}
+
+
+def test_overrides_carry_on_what_the_user_asked_for(tmp_path):
+    bits = {"vit.0.fc1": 3, "vit.0.q": 8, "classifier": 4}
+    assignment = BitAssignment(bits, dict.fromkeys(bits, 32), {name: {2: 0.5} for name in bits}, GIVEN)
+    assert assignment.overrides == {
+        "vit.0.fc1": {"method": "channel", "group_size": 32, "bits": 3},
+        "classifier": {"bits": 4},
+        **GIVEN,
+    }
+    config = QuantizationConfig(overrides=assignment.overrides)
+    assert {name: config.for_layer(name).bits for name in bits} == bits
+    assert config.for_layer("pooler").skip
+    assignment.save(tmp_path / "bits.json")
+    assert BitAssignment.load(tmp_path / "bits.json") == assignment
+    assert BitAssignment.load(tmp_path / "bits.json").overrides == assignment.overrides
+
+
+@pytest.mark.parametrize(
+    ("bits", "match"),
+    [
+        ({"pooler": 4}, "pooler: an override in given skips it, and bits has 4"),
+        ({"vit.0.q": 4}, "vit.0.q: an override in given says 8 bits, and bits has 4"),
+    ],
+)
+def test_widths_that_the_users_overrides_contradict_are_refused(tmp_path, bits, match):
+    """Also in an edited file: one of the two would be dropped."""
+    with pytest.raises(ValueError, match=match):
+        BitAssignment(bits, dict.fromkeys(bits, 9), given=GIVEN)
+    path = tmp_path / "bits.json"
+    layers = {name: {"bits": width, "weights": 9} for name, width in bits.items()}
+    path.write_text(json.dumps({"overrides": GIVEN, "layers": layers}))
+    with pytest.raises(ValueError, match=f"bits.json: {match}"):
+        BitAssignment.load(path)
+
+
+def test_a_file_without_overrides_loads(tmp_path):
+    """As they were written before there were any in it."""
+    (tmp_path / "bits.json").write_text('{"layers": {"a": {"bits": 4, "weights": 9, "errors": {"4": 0.5}}}}')
+    loaded = BitAssignment.load(tmp_path / "bits.json")
+    assert loaded == BitAssignment({"a": 4}, {"a": 9}, {"a": {4: 0.5}})
+    assert loaded.overrides == {"a": {"bits": 4}}
+
+
 def test_saved_edited_and_loaded(assignment, tmp_path):
     path = tmp_path / "bits.json"
     path.write_text("an older file")
@@ -86,6 +131,8 @@ def test_a_failed_save_leaves_the_file(assignment, tmp_path, monkeypatch):
         ('{"layers": {"a": {"bits": 4.0, "weights": 9}}}', "a: bits must be an int"),
         ('{"layers": {"": {"bits": 4, "weights": 9}}}', "layer name"),
         ('{"layers": {"a": {"bits": 4, "weights": -1}}}', "a: the number of weights"),
+        ('{"layers": {"a": {"bits": 4, "weights": 9}}, "overrides": ["*"]}', "overrides must map globs to settings"),
+        ('{"layers": {"a": {"bits": 4, "weights": 9}}, "overrides": {"*": 4}}', "overrides must map globs to settings"),
         ('{"layers": {"a": {"bits": 4, "weights": 9, "errors": {"4": "x"}}}}', "a: errors must map"),
         ('{"layers": {"a": {"bits": 4, "weights": 9, "errors": {"x": 1}}}}', "a: errors must map"),
     ],

@@ -93,6 +93,14 @@ def test_settings_of_each_layer_are_followed(tiny_vit, pixels):
     assert errors[names[1]][3] != pytest.approx(directly(tiny_vit, pixels, names[1], 3), rel=1e-3)
 
 
+def test_a_width_that_an_override_gives_is_the_only_one(tiny_vit, pixels):
+    config = QuantizationConfig(method="channel", overrides={"classifier": {"bits": 7}, "*.0.*": {"symmetric": True}})
+    errors = measure(tiny_vit, pixels, config, choices=(3, 4))
+    assert list(errors["classifier"]) == [7]
+    assert errors["classifier"][7] == pytest.approx(directly(tiny_vit, pixels, "classifier", 7), rel=1e-3)
+    assert all(list(layer) == [3, 4] for name, layer in errors.items() if name != "classifier")
+
+
 def test_an_exact_rounding_has_no_error(tiny_vit, pixels):
     tiny_vit.classifier.weight.data.zero_()
     assert set(measure(tiny_vit, pixels, CHANNEL)["classifier"].values()) == {0.0}
