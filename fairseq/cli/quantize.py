@@ -114,7 +114,7 @@ def _quantize(
         say(f"Choosing widths, {average_bits:g} bits on average")
         with mistakes():
             chosen = quantizer.assign_bits(loaded.model, **given, average_bits=average_bits).overrides
-            quantizer = ViTQuantizer(**{**settings, "overrides": _merged(settings["overrides"], chosen)})
+            quantizer = ViTQuantizer(**{**settings, "overrides": chosen})
     say(f"Quantizing {type(loaded.model).__name__}" + (f" with pictures in {calibration}" if calibration else ""))
     started = time.perf_counter()
     with mistakes(ValueError, OSError, *([RuntimeError] if engine == "fused" else [])):
@@ -141,15 +141,3 @@ def _quantize(
         "layers": [asdict(layer) for layer in report.layers],
     }  # fmt: skip
     return result, f"{report}\nSaved {output}, {on_disk / 1e6:.1f} MB of weights"
-
-
-def _merged(given: dict[str, dict[str, Any]], chosen: dict[str, dict[str, int]]) -> dict[str, dict[str, Any]]:
-    """Overrides of --override and the widths that were chosen: a layer has both, its width as chosen."""
-    from fnmatch import fnmatchcase
-
-    found: dict[str, dict[str, Any]] = {}
-    for escaped, width in chosen.items():
-        name = escaped.replace("[[]", "[").replace("[*]", "*").replace("[?]", "?")
-        first = next((settings for glob, settings in given.items() if fnmatchcase(name, glob)), {})
-        found[escaped] = {**first, **width}
-    return {**found, **given}

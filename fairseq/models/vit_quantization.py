@@ -16,7 +16,8 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from fairseq.quantization.architectures.plan import check_model
-from fairseq.quantization.bit_allocation.sensitivity import BitAssignment, assign_bits, measure, smallest_that_agrees
+from fairseq.quantization.bit_allocation.assignment import BitAssignment, assign_bits, smallest_that_agrees
+from fairseq.quantization.bit_allocation.sensitivity import measure
 from fairseq.quantization.calibration.images import pixel_values
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.conversion.convert import convert
@@ -180,8 +181,9 @@ class ViTQuantizer:
     ) -> BitAssignment:
         """How many bits each layer should get, from how much its rounding changes the output: ``overrides`` to pass on.
 
-        ``ViTQuantizer(overrides=assignment.overrides)`` quantizes so; the assignment can be printed, saved as JSON,
-        edited and loaded.
+        ``ViTQuantizer(overrides=assignment.overrides)`` quantizes so, with the overrides of this quantizer carried on;
+        the assignment can be printed, saved as JSON, edited and loaded. Layers that an override skips stay in float and
+        out of the average; a width that an override gives stays, and counts.
 
         Args:
             model, calibration, processor, images: as for :meth:`quantize_model`.
@@ -200,7 +202,7 @@ class ViTQuantizer:
             return smallest_that_agrees(model, pixels, self.config, max_accuracy_drop)
         errors = measure(model, pixels, self.config)
         sizes = {name: model.get_submodule(name).get_parameter("weight").numel() for name in errors}
-        return assign_bits(errors, sizes, average_bits=average_bits)
+        return assign_bits(errors, sizes, average_bits=average_bits, given=self.config.overrides)
 
     @staticmethod
     def optimize(model: Model, engine: str = "fused") -> Model:

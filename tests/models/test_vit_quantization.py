@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from fairseq.models.vit_quantization import ViTQuantizer, compare_models
+from fairseq.models.vit_quantization import BitAssignment, ViTQuantizer, compare_models
 from fairseq.modules.quantization.scalar.ops import METHODS
 
 SETTINGS = [(8, "tensor", 1.0), (4, "tensor", 1.0), (4, "channel", 1.0), (4, "histogram", 1.0), (4, "tensor", 0.5)]
@@ -327,6 +328,33 @@ def test_bits_are_assigned_within_the_budget(tiny_vit, images):
     errors = [compare_models(tiny_vit, q.quantize_model(tiny_vit), images).mse_loss for q in (mixed, uniform)]
     assert errors[0] < errors[1]
     assert {layer.bits for layer in mixed.report.quantized} == set(assignment.bits.values())
+
+
+USERS = {
+    "classifier": {"skip": True}, "*fc1": {"group_size": 32}, "*intermediate.dense": {"group_size": 32},
+    "*.0.attention*": {"bits": 8, "symmetric": True}, "*patch_embeddings*": {"symmetric": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", [{"average_bits": 4.5}, {"max_accuracy_drop": 60}], ids=str)
+def test_assigned_bits_carry_on_the_users_overrides(tiny_vit, images, limit, tmp_path):
+    overrides = {glob: own for glob, own in USERS.items() if any(fnmatch(n, glob) for n, _ in tiny_vit.named_modules())}
+    quantizer = ViTQuantizer(method="channel", overrides=overrides, quantize_embeddings=True)
+    assignment = quantizer.assign_bits(tiny_vit, images, **limit)
+    assert "classifier" not in assignment.bits
+    eights = {name for name, bits in assignment.bits.items() if ".0.attention" in name and bits == 8}
+    assert len(eights) == 4
+    assert assignment.average_bits <= limit.get("average_bits", 7)
+    assignment.save(tmp_path / "bits.json")
+    chosen = BitAssignment.load(tmp_path / "bits.json").overrides
+    again = ViTQuantizer(method="channel", overrides=chosen, quantize_embeddings=True)
+    layers = {name: m for name, m in again.quantize_model(tiny_vit, images).named_modules() if hasattr(m, "config")}
+    assert isinstance(layers.get("classifier"), torch.nn.Linear | None)
+    for name, bits in assignment.bits.items():
+        config = layers[name].config
+        assert config.bits == bits
+        assert config.symmetric == (name in eights)
+        assert config.group_size == (32 if name.endswith(("fc1", "intermediate.dense")) else None)
 
 
 def test_bits_are_assigned_within_a_drop_of_accuracy(tiny_vit, images):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 OUTPUTS = ("logits", "logits_per_image", "image_embeds", "last_hidden_state", "reconstruction", "embedding")
-"""Outputs that are compared and measured, the first that there is."""
+"""Outputs that are compared and measured, the first that there is; without any of them see :func:`output_of`."""
+CLASSES = ("logits", "logits_per_image")
+"""Outputs that may have a dimension of classes, or of prompts that stand for them."""
 TEXT = ("input_ids", "decoder_input_ids", "decoder_inputs_embeds", "labels")
 """Inputs one of which a model with a text tower needs for a whole forward pass."""
 
@@ -26,7 +29,7 @@ def picture_inputs(model: nn.Module, pixel_values: Tensor, seed: int = 0) -> dic
     if _takes(model, "spatial_shapes") and pixel_values.ndim == 4:
         return _in_patches(pixel_values, vision_config(model).patch_size)
     inputs = {"pixel_values": pixel_values}
-    if _takes(model, "noise") and pixel_values.ndim == 4:
+    if _draws_a_mask(model) and pixel_values.ndim == 4:
         inputs["noise"] = _noise(model, pixel_values, seed)
     return inputs
 
@@ -34,37 +37,68 @@ def picture_inputs(model: nn.Module, pixel_values: Tensor, seed: int = 0) -> dic
 def call(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Run ``model`` and return its outputs by name.
 
-    Without any text among ``inputs``, only the vision tower of a model that has two runs, projection included. The
-    one output of a timm model is called "logits", or "embedding" if it has no classes; ViT-MAE's "reconstruction".
+    Without any text among ``inputs``, only the vision tower of a model that has two runs, projection included. A
+    forward without an argument "pixel_values" gets the pictures by position.
+
+    Outputs without names are called "output_0", "output_1" of a tuple, and "output" otherwise: one tensor, or a list of
+    feature maps. One tensor (N, classes) is called "logits" where the model's ``num_classes`` says so, timm's also
+    "embedding" if it has no classes, and ViT-MAE's logits "reconstruction".
     """
-    if hasattr(model, "forward_features") and not _takes(model, "pixel_values"):  # timm
-        output = model(inputs["pixel_values"])
-        return {"logits" if getattr(model, "num_classes", 0) else "embedding": output}
     if not any(inputs.get(name) is not None for name in TEXT):
         if hasattr(model, "get_image_features"):
             return _image_features(model, inputs)
         if _takes(model, "decoder_input_ids"):
-            return _mapping(model.get_submodule("encoder")(**inputs))
-    if _takes(model, "noise") and inputs.get("noise") is None:
+            return _named(model.get_submodule("encoder")(**inputs))
+    if _draws_a_mask(model) and inputs.get("noise") is None:
         inputs = {**inputs, "noise": _noise(model, inputs["pixel_values"], 0)}
-    output = _mapping(model(**inputs))
+    output = _run(model, inputs)
+    if isinstance(output, Tensor):
+        return {_name_of(model, output): output}
+    output = _named(output)
     if "ids_restore" in output and "logits" in output:
         return {"reconstruction" if name == "logits" else name: value for name, value in output.items()}
     return output
 
 
 def output_of(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> tuple[str, Tensor]:
-    """The name and the value of the output that stands for all: see :data:`OUTPUTS`.
+    """The name and the value of the output that stands for all.
+
+    That is the first of :data:`OUTPUTS` that there is, else the first floating tensor that is more than a number, in
+    the order in which the model returns them. Of several in one output (feature maps, hidden states) it is the last,
+    the deepest, which is then called "feature_maps[3]".
 
     Raises:
-        ValueError: the model returns none of them.
+        ValueError: the model returns no such tensor.
     """
     output = call(model, picture_inputs(model, inputs) if isinstance(inputs, Tensor) else inputs)
-    for name in OUTPUTS:
-        if output.get(name) is not None:
-            return name, output[name]
-    got = getattr(output, "kind", type(output).__name__)
-    raise ValueError(f"the model returned {got}, which has none of {', '.join(OUTPUTS)}")
+    names = dict.fromkeys((*(name for name in OUTPUTS if name in output), *output))
+    found = next((found for name in names if (found := _floating(name, output[name]))), None)
+    if found is None:
+        kinds = ", ".join(f"{name}: {type(value).__name__}" for name, value in output.items())
+        raise ValueError(
+            f"{type(model).__name__} returned no floating tensor of one dimension or more, which calibration and "
+            f"comparisons need; it returned {kinds or 'nothing'}"
+        )
+    return found
+
+
+def class_dimension(name: str, value: Tensor, pixel_values: Tensor | None = None) -> int | None:
+    """The dimension of the classes in an output, 1 or -1; None if there are none, or not two to choose from.
+
+    By the shape of the logits: (N, classes); (N, queries, classes) of a detector, or words; (N, classes, H, W), a class
+    for each pixel. Logits (N, H, W) as large as the pictures are a map without classes.
+
+    Args:
+        name: of the output, as :func:`output_of` gives it.
+        value: of the output.
+        pixel_values: what the model was called with, if it was.
+    """
+    if name not in CLASSES or value.ndim < 2:
+        return None
+    if value.ndim == 3 and pixel_values is not None and value.shape[1:] == pixel_values.shape[-2:]:
+        return None
+    dimension = 1 if value.ndim > 3 else -1
+    return dimension if value.shape[dimension] > 1 else None
 
 
 def vision_config(model: nn.Module) -> Any:
@@ -104,16 +138,65 @@ def separate_biases(model: nn.Module) -> nn.Module:
     return result
 
 
-class _Nothing(dict[str, Any]):
-    """The outputs of a model that returns no mapping."""
+def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """What ``model`` returns, called by names; or, if it has no name for pictures, with them by position.
 
-    def __init__(self, kind: str):
-        super().__init__()
-        self.kind = kind
+    Such a model also gets those of the other inputs that it knows: processors return more than every model reads.
+    """
+    parameters = _parameters(model)
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if (
+        "pixel_values" in parameters
+        or "pixel_values" not in inputs
+        or not kinds
+        or inspect.Parameter.VAR_KEYWORD in kinds
+    ):
+        return model(**inputs)
+    known = {name: value for name, value in inputs.items() if name in list(parameters)[1:]}
+    return model(inputs["pixel_values"], **known)
 
 
-def _mapping(output: Any) -> Mapping[str, Any]:
-    return output if isinstance(output, Mapping) else _Nothing(type(output).__name__)
+def _name_of(model: nn.Module, output: Tensor) -> str:
+    """How the only output of a model is called."""
+    classes = getattr(model, "num_classes", None)
+    if hasattr(model, "forward_features"):  # timm
+        return "logits" if classes else "embedding"
+    return "logits" if output.ndim == 2 and output.shape[1] == classes else "output"
+
+
+def _named(output: Any) -> Mapping[str, Any]:
+    """What a model returned, by name."""
+    fields = _fields(output)
+    if fields is not None:
+        return fields
+    if isinstance(output, tuple):
+        return {f"output_{i}": value for i, value in enumerate(output)}
+    return {"output": output}
+
+
+def _fields(value: Any) -> Mapping[str, Any] | None:
+    """The entries of a mapping, a dataclass or a named tuple; None of anything else."""
+    if isinstance(value, Mapping):
+        return value
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value._asdict() if hasattr(value, "_asdict") else None
+
+
+def _floating(name: str, value: Any) -> tuple[str, Tensor] | None:
+    """The first floating tensor in ``value`` and its name; of a list or tuple the last, as these run shallow to deep.
+
+    A number is none: a loss says nothing of a picture.
+    """
+    if isinstance(value, Tensor):
+        return (name, value) if value.is_floating_point() and value.ndim and value.numel() else None
+    fields = _fields(value)
+    items: list[tuple[str, Any]] = []
+    if fields is not None:
+        items = [(f"{name}.{key}", inner) for key, inner in fields.items()]
+    elif isinstance(value, tuple | list):
+        items = [(f"{name}[{i}]", inner) for i, inner in enumerate(value)][::-1]
+    return next((found for item in items if (found := _floating(*item))), None)
 
 
 def _image_features(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -124,10 +207,20 @@ def _image_features(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str,
 
 def _takes(model: nn.Module, name: str) -> bool:
     """Whether the forward of a model has an argument of that name."""
+    return name in _parameters(model)
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a model's forward, also of a compiled one; none where they cannot be known."""
     try:
-        return name in inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):  # a compiled one
-        return False
+        return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def _draws_a_mask(model: nn.Module) -> bool:
+    """Whether a model takes noise, one value per patch, as ViT-MAE does."""
+    return _takes(model, "noise") and hasattr(vision_config(model), "patch_size")
 
 
 def _noise(model: nn.Module, pixel_values: Tensor, seed: int) -> Tensor:

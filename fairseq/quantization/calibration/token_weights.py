@@ -7,7 +7,14 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fairseq.quantization.architectures.forward import evaluating, output_of, picture_inputs
+from fairseq.quantization.architectures.forward import (
+    CLASSES,
+    OUTPUTS,
+    class_dimension,
+    evaluating,
+    output_of,
+    picture_inputs,
+)
 from fairseq.quantization.calibration.block_inputs import moved, where
 
 UNIFORM_SHARE = 0.1
@@ -18,9 +25,10 @@ BATCH_SIZE = 2
 def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed: int = 0) -> dict[str, Tensor]:
     """How much an error at each token of each layer's output changes the model's output.
 
-    The squared norm of the gradient of v . logits at that token, v ~ N(0, 1) of zero mean: in expectation the squared
-    Frobenius norm of the Jacobian of the logits. It is what keeps a class token, one of 197, from being rounded for the
-    sake of the patches, and patches of the last block from being rounded with care although nothing reads them.
+    The squared norm of the gradient of v . output at that token, v ~ N(0, 1): in expectation the squared Frobenius norm
+    of the Jacobian of the output, see :func:`output_of`. Over the classes v has a mean of zero, as a softmax sees no
+    constant. It is what keeps a class token, one of 197, from being rounded for the sake of the patches, and patches of
+    the last block from being rounded with care although nothing reads them.
 
     Args:
         model: the float model; it stays as it is.
@@ -51,12 +59,18 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
         ]
         try:
             with evaluating(model), torch.enable_grad():
-                _, result = output_of(model, batch)
+                kind, result = output_of(model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
         probe = torch.randn(result.shape, generator=generator)
-        probe -= probe.mean(-1, keepdim=True)
+        dimension = class_dimension(kind, result, batch["pixel_values"])
+        if kind in OUTPUTS and kind not in CLASSES:  # of features: their mean is no part of what a norm lets through
+            dimension = -1
+        if dimension is not None:
+            probe -= probe.mean(dimension, keepdim=True)
+        if not result.requires_grad:  # it depends on no picture
+            continue
         called = [name for name in names if len(outputs[name]) == 1]
         with torch.enable_grad():
             total = (result.float() * probe.to(device)).sum()

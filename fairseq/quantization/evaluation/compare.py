@@ -9,13 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq.quantization.architectures.forward import call, evaluating, output_of, picture_inputs
+from fairseq.quantization.architectures.forward import call, class_dimension, evaluating, output_of, picture_inputs
 
-CLASSES = ("logits", "logits_per_image")
-"""Outputs whose last dimension is one of classes, or of prompts that stand for them."""
 EMBEDDINGS = ("image_embeds", "pooler_output", "embedding", "last_hidden_state", "logits")
-"""Outputs that describe a picture, the first that there is; of tokens, their mean."""
-
+"""Outputs that describe a picture, the first that there is; of tokens or pixels, their mean."""
 
 PICTURE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "noise")
 """Inputs of which there is one for each picture."""
@@ -40,7 +37,7 @@ class EmbeddingComparison(NamedTuple):
 
 
 class ModelComparison(NamedTuple):
-    """Mean squared and mean absolute error of the outputs, and the share of images whose top class is kept."""
+    """Mean squared and mean absolute error of the outputs, and the share of images whose top class is kept, if any."""
 
     mse_loss: float
     mae_loss: float
@@ -61,29 +58,37 @@ def compare_models(
     Returns:
         (mse_loss, mae_loss, top_k_match): the errors of the logits, (B, classes), in float32; and the share of images,
         0 to 1, whose top-1 class in the original is among the first ``top_k`` of the quantized model. For CLIP and
-        SigLIP with text among ``inputs`` the prompts are the classes. Models without logits are compared on their image
-        embeddings, last hidden state or reconstruction, with top_k_match = None; see :func:`compare_embeddings`.
+        SigLIP with text among ``inputs`` the prompts are the classes. Where there is a class for each pixel, (B,
+        classes, H, W), or for each query of a detector, (B, queries, classes), it is the share of pixels or queries.
+
+        Models without logits are compared on their image embeddings, last hidden state or reconstruction, and all
+        others on their first floating output, such as a depth map, with top_k_match = None; see :func:`output_of
+        <fairseq.quantization.architectures.forward.output_of>` and :func:`compare_embeddings`. It is None, too, for
+        logits without classes: one number per picture, or one per pixel.
 
     Raises:
         TypeError, ValueError: inputs or top_k are not as above, or the two outputs differ in kind or shape.
     """
     _check_count("top_k", top_k)
-    kind, expected = _run(original, inputs)
-    other_kind, got = _run(quantized, inputs)
+    kind, expected, classes = _run(original, inputs)
+    other_kind, got, _ = _run(quantized, inputs)
     if (kind, expected.shape) != (other_kind, got.shape):
         raise ValueError(
             f"the models do not match: the original returns {kind} {tuple(expected.shape)}, "
             f"the quantized one {other_kind} {tuple(got.shape)}"
         )
     difference = got - expected
-    match = None
-    if kind in CLASSES:
-        if top_k > expected.shape[-1]:
-            raise ValueError(f"top_k must be at most the number of classes, {expected.shape[-1]}; got {top_k}")
-        best = expected.argmax(-1, keepdim=True)  # (B, 1)
-        finite = torch.isfinite(expected).all(-1) & torch.isfinite(got).all(-1)  # NaN has no top class
-        match = ((got.topk(top_k, dim=-1).indices == best).any(-1) & finite).float().mean().item()
+    match = None if classes is None else _match(expected.movedim(classes, -1), got.movedim(classes, -1), top_k)
     return ModelComparison(difference.square().mean().item(), difference.abs().mean().item(), match)
+
+
+def _match(expected: Tensor, got: Tensor, top_k: int) -> float:
+    """The share of rows of (..., classes) whose best class is among the first ``top_k`` of ``got``."""
+    if top_k > expected.shape[-1]:
+        raise ValueError(f"top_k must be at most the number of classes, {expected.shape[-1]}; got {top_k}")
+    best = expected.argmax(-1, keepdim=True)  # (..., 1)
+    finite = torch.isfinite(expected).all(-1) & torch.isfinite(got).all(-1)  # NaN has no top class
+    return ((got.topk(top_k, dim=-1).indices == best).any(-1) & finite).float().mean().item()
 
 
 def compare_embeddings(
@@ -92,7 +97,7 @@ def compare_embeddings(
     """Run both models on ``inputs`` and compare the embeddings of the pictures: for models without classes.
 
     The embedding is the projected one of CLIP, else the pooler's output, else the mean of the last hidden state over
-    the tokens, else the logits.
+    the tokens, (B, tokens, width), or over the places of a map, (B, width, H, W), else the logits, likewise.
 
     Args:
         original, quantized: as for :func:`compare_models`.
@@ -150,6 +155,8 @@ def embeddings(model: nn.Module, inputs: Tensor | Mapping[str, Any], batch_size:
                 f"the model has no embedding: it returns none of {', '.join(EMBEDDINGS)}; see compare_models"
             )
         value = output[kind].float().cpu()
+        if value.ndim == 4 and kind != "embedding":  # transformers has channels first, timm's Swin last
+            value = value.flatten(2).transpose(1, 2)  # (B, places, width)
         found.append(value.flatten(1, -2).mean(1) if value.ndim > 2 else value)
     return kind, torch.cat(found)
 
@@ -210,12 +217,12 @@ def _check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _run(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> tuple[str, Tensor]:
-    """The name and value of the output that is compared, float32 on the CPU."""
+def _run(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> tuple[str, Tensor, int | None]:
+    """The name and value of the output that is compared, float32 on the CPU; and its dimension of classes."""
     keywords = _moved(model, inputs)
     with evaluating(model), torch.no_grad():
         name, value = output_of(model, keywords)
-    return name, value.float().cpu()
+    return name, value.float().cpu(), class_dimension(name, value, keywords.get("pixel_values"))
 
 
 def _moved(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dict[str, Any]:

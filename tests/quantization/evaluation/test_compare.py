@@ -5,21 +5,22 @@ import math
 
 import pytest
 import torch
+import transformers
 from transformers import BatchFeature, ViTForMaskedImageModeling, ViTModel
-from transformers.modeling_outputs import ImageClassifierOutput
 
-from fairseq.quantization.evaluation.compare import compare_embeddings, compare_models, zero_shot_agreement
+from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.quantization.evaluation.compare import compare_embeddings, compare_models, embeddings, zero_shot_agreement
 
 
 class Fixed(torch.nn.Module):
-    """Returns the same logits whatever comes."""
+    """Returns the same output, logits unless it is called otherwise, whatever comes."""
 
-    def __init__(self, logits):
+    def __init__(self, output, name="logits"):
         super().__init__()
-        self.logits = torch.nn.Parameter(torch.tensor(logits))
+        self.output, self.name = torch.nn.Parameter(torch.as_tensor(output)), name
 
     def forward(self, pixel_values):
-        return ImageClassifierOutput(logits=self.logits)
+        return {self.name: self.output}
 
 
 ONE = Fixed([[0.0, 1.0, 2.0], [5.0, 0.0, 0.0], [0.0, 3.0, 1.0]])
@@ -46,6 +47,85 @@ def test_nan_matches_nothing():
         result = compare_models(*pair, PICTURE)
         assert result.top_k_match == pytest.approx(2 / 3)
         assert math.isnan(result.mse_loss)
+
+
+def test_in_a_map_each_pixel_has_a_class():
+    """(N, classes, H, W) with W = 3: by the last dimension all three classes were kept."""
+    first = torch.zeros(1, 3, 2, 3)
+    first[0, 1] = 1.0  # class 1 everywhere
+    second = first.clone()
+    second[0, 2, 0] = 2.0  # class 2 in the first row
+    models = Fixed(first), Fixed(second)
+    assert compare_models(*models, PICTURE).top_k_match == pytest.approx(1 / 2)
+    assert compare_models(*models, PICTURE, top_k=2).top_k_match == 1
+    second[0, 0, 1, 0] = math.nan  # of one pixel more
+    assert compare_models(models[0], Fixed(second), PICTURE).top_k_match == pytest.approx(2 / 6)
+    with pytest.raises(ValueError, match="number of classes, 3; got 4"):
+        compare_models(*models, PICTURE, top_k=4)
+
+
+def test_in_a_detector_each_query_has_a_class():
+    first, second = torch.eye(4).expand(2, 4, 4).clone(), torch.eye(4).expand(2, 4, 4).clone()
+    second[1, 3] = torch.tensor([1.0, 0.0, 0.0, 0.5])
+    assert compare_models(Fixed(first), Fixed(second), PICTURE).top_k_match == pytest.approx(7 / 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("predicted_depth", (3, 2, 2)),
+        ("logits", (3, 1)),  # a regression
+        ("logits", (3, 1, 2, 2)),  # one map, of foreground
+        ("logits", (3, 2, 2)),  # likewise, as large as the pictures
+        ("feature_maps", (3, 5, 4, 4)),
+    ],
+)
+def test_without_classes_there_is_no_match(name, shape):
+    first = torch.randn(shape)
+    got = compare_models(Fixed(first, name), Fixed(first + 0.5, name), PICTURE)
+    assert got == (pytest.approx(0.25, rel=1e-5), pytest.approx(0.5, rel=1e-5), None)
+
+
+PLAIN = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2, "patch_size": 4}
+SIZE = {**PLAIN, "intermediate_size": 40, "image_size": [16, 16]}
+
+
+def detector():
+    return transformers.YolosForObjectDetection(
+        transformers.YolosConfig(**SIZE, num_detection_tokens=3, num_labels=4)
+    )  # (N, 3, 5) and boxes
+
+
+def backbone():
+    config = transformers.Dinov2Config(**PLAIN, image_size=16, out_features=["stage1", "stage2"], mlp_ratio=2)
+    return transformers.Dinov2Backbone(config)
+
+
+def depth_estimator():
+    config = transformers.Dinov2Config(
+        **{**PLAIN, "num_hidden_layers": 4}, image_size=16, mlp_ratio=2, reshape_hidden_states=False,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    sizes = {"reassemble_hidden_size": 24, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "head_hidden_size": 4}
+    return transformers.DepthAnythingForDepthEstimation(
+        transformers.DepthAnythingConfig(backbone_config=config, patch_size=4, **sizes)
+    )
+
+
+@pytest.mark.parametrize("make", [detector, backbone, depth_estimator])
+@pytest.mark.filterwarnings("ignore:calibrating on")
+def test_pictures_help_models_of_every_output(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim in (2, 4):
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    pictures = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    quantizer = ViTQuantizer(bits=3, method="channel")
+    plain, calibrated = (quantizer.quantize_model(model, calibration=x) for x in (None, pictures))
+    errors = [compare_models(model, quantized, pictures).mse_loss for quantized in (plain, calibrated)]
+    assert 0 < errors[1] < 0.7 * errors[0]
 
 
 def test_identical_models(tiny_vit, pixels):
@@ -102,19 +182,15 @@ def test_errors(tiny_vit, pixels):
         ({"top_k": 1.0}, TypeError, "top_k must be an int"),
         ({"inputs": [pixels]}, TypeError, "processor's dict, got list"),
         ({"quantized": ViTModel(tiny_vit.config)}, ValueError, "do not match: the original returns logits"),
-        ({"quantized": torch.nn.Identity()}, TypeError, "pixel_values"),
+        ({"quantized": torch.nn.Identity()}, ValueError, r"the quantized one output \(5, 3, 16, 16\)"),
+        ({"quantized": Fixed([[1.0, 2.0]], "loss_of_all")}, ValueError, r"the quantized one loss_of_all \(1, 2\)"),
     ]
     for changes, error, message in cases:
         arguments = {"original": tiny_vit, "quantized": tiny_vit, "inputs": pixels, **changes}
         with pytest.raises(error, match=message):
             compare_models(**arguments)
-    with pytest.raises(ValueError, match="returned Tensor, which has none of logits"):
-        compare_models(Returns(), Returns(), pixels)
-
-
-class Returns(torch.nn.Module):
-    def forward(self, pixel_values):
-        return pixel_values
+    with pytest.raises(ValueError, match=r"Fixed returned no floating tensor .*; it returned loss: Parameter"):
+        compare_models(*[Fixed(1.0, "loss")] * 2, pixels)
 
 
 class Embedder(torch.nn.Module):
@@ -155,6 +231,14 @@ def test_embeddings_of_tokens_are_their_mean(tiny_vit, pixels):
     assert got.cosine == pytest.approx(expected.mean().item())
     assert got.cosine_min == pytest.approx(expected.min().item())
     assert got.output == "last_hidden_state"
+
+
+def test_embeddings_of_maps_are_the_mean_over_their_pixels():
+    """(N, channels, H, W), as ConvNets and hierarchical models return it: one number per channel."""
+    maps = torch.randn(3, 5, 2, 4)
+    kind, vectors = embeddings(Fixed(maps, "last_hidden_state"), {"pixel_values": PICTURE})
+    assert kind == "last_hidden_state"
+    torch.testing.assert_close(vectors, maps.mean((2, 3)))
 
 
 def test_errors_of_embeddings(tiny_vit, pixels):

@@ -1,0 +1,118 @@
+"""A copy of a model that runs from a chosen encoder block on, and the error of its output with one other weight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.quantization.architectures.forward import class_dimension, output_of, picture_inputs
+from fairseq.quantization.architectures.plan import ModelPlan
+
+
+class Replay:
+    """A copy of a model, on the same tensors, that runs from a chosen encoder block on.
+
+    The blocks before ``start`` do not run: each returns, in whatever structure, what the last of them returned in
+    float. That is right where a block reads nothing but the previous one's output. Each advance checks it on the
+    model's output; where it does not hold, every run is a whole one.
+    """
+
+    def __init__(self, model: nn.Module, pixel_values: Tensor, batch_size: int, plan: ModelPlan) -> None:
+        shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self.model = copy.deepcopy(model, shared).eval()
+        like = next(model.parameters())
+        inputs = picture_inputs(model, pixel_values)
+        moved = {k: x.to(like.device, like.dtype if x.is_floating_point() else x.dtype) for k, x in inputs.items()}
+        starts = range(0, len(pixel_values), batch_size)
+        self.batches = [{k: x[start : start + batch_size] for k, x in moved.items()} for start in starts]
+        self.plan, self.blocks = plan, plan.blocks()
+        self.start, self.batch = 0, 0
+        self.chained = True  # as far as is known
+        self.before: list[Any] = []  # what block start - 1 returned for each batch
+        self.here: list[Any] = []  # what block start returned for each batch, in float
+        for place, name in enumerate(self.blocks):
+            block = self.model.get_submodule(name)
+            vars(block)["forward"] = self._skipping(block.forward, place)
+        self.reference = self._run()
+
+    def place(self, name: str) -> int:
+        """Of the block that holds a layer; behind the last one for the classifier."""
+        layer = self.plan.layers[name]
+        if layer.block is None:
+            return len(self.blocks) if layer.component == "classifier" else 0
+        return self.blocks.index(layer.block)
+
+    def weight(self, name: str) -> Tensor:
+        """The float weight of a layer."""
+        return self.model.get_parameter(f"{name}.weight").detach()
+
+    def advance(self, start: int) -> None:
+        """Let the runs to come begin with block ``start``."""
+        while self.chained and self.start < start:
+            self.start, self.before, self.here = self.start + 1, self.here, []
+            self.chained = len(self.before) == len(self.batches)
+            if self.chained:
+                self.chained = self._runs_the_same()
+            if not self.chained:
+                self.start = 0
+
+    def _runs_the_same(self) -> bool:
+        """Whether a run from block ``start`` on returns what a whole one does."""
+        try:
+            got = self._run()
+        except Exception:  # a block read more than the previous one's output, of whatever kind or shape
+            return False
+        return all(relative_error(a, b) < 1e-6 for a, b in zip(self.reference, got))
+
+    def error(self, name: str, weight: Tensor) -> float:
+        """The error of the output with this weight in the layer ``name``, the mean over the pictures."""
+        layer = self.model.get_submodule(name)
+        before = layer._parameters["weight"]
+        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        try:
+            got = self._run()
+        finally:
+            layer._parameters["weight"] = before
+        return output_error(torch.cat(self.reference), torch.cat(got), self.classes)
+
+    def _run(self) -> list[Tensor]:
+        """The output for each batch, float64."""
+        outputs = []
+        for batch, inputs in enumerate(self.batches):
+            self.batch = batch
+            with torch.no_grad():
+                name, output = output_of(self.model, inputs)
+            self.classes = class_dimension(name, output, inputs["pixel_values"])
+            outputs.append(output.double())
+        return outputs
+
+    def _skipping(self, forward: Callable[..., Any], place: int) -> Callable[..., Any]:
+        """The forward of the block at ``place``."""
+
+        def run(*args: Any, **keywords: Any) -> Any:
+            if place < self.start:
+                return self.before[self.batch]
+            output = forward(*args, **keywords)
+            if place == self.start and len(self.here) == self.batch:
+                self.here.append(output)
+            return output
+
+        return run
+
+
+def output_error(reference: Tensor, got: Tensor, classes: int | None) -> float:
+    """The KL divergence along the dimension of classes, (N, classes) or (N, classes, H, W); without, see below."""
+    if classes is None:
+        return relative_error(reference, got)
+    log_p, log_q = reference.log_softmax(classes), got.log_softmax(classes)
+    return max(0.0, (log_p.exp() * (log_p - log_q)).sum(classes).mean().item())
+
+
+def relative_error(reference: Tensor, got: Tensor) -> float:
+    """The squared error as a share of the reference's square."""
+    square = reference.square().sum().item()
+    return (got - reference).square().sum().item() / max(square, torch.finfo(torch.float64).tiny)
