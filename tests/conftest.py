@@ -1,5 +1,6 @@
 """Fixtures: every device present, tiny ViTs with random weights, and no network."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,7 +13,8 @@ from transformers import ViTConfig, ViTForImageClassification
 settings.register_profile("house", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("house")
 
-torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another on a busy machine
+if "OMP_NUM_THREADS" not in os.environ:  # tiny tensors: more threads only wait for one another on a busy machine
+    torch.set_num_threads(1)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -21,6 +23,16 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def device(request):
     """Each device of this machine in turn."""
     return torch.device(request.param)
+
+
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 def vit_config(**changes):
