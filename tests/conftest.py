@@ -2,6 +2,8 @@
 
 import gc
 import os
+import sys
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -9,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 from transformers import ViTConfig, ViTForImageClassification
+
+from fairseq.quantization.export import verify
 
 settings.register_profile("house", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("house")
@@ -61,3 +65,18 @@ def tiny_vit():
 def pixels():
     """Five pictures for the tiny models: (5, 3, 16, 16)."""
     return torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def verified_here(monkeypatch):
+    """Exported files are verified in this process: a new one, which tests/quantization/export starts, takes seconds."""
+
+    def run(command, **keywords):
+        code, *arguments = command[command.index("-c") + 1 :]
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "fairseq", None)
+            patch.setattr(sys, "argv", ["-c", *arguments])
+            exec(code, {"__name__": "__main__"})
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))

@@ -46,7 +46,14 @@ ALLOWED = {
     "quantization/config.py": (f"{PACKED}.config",),
     "quantization/files.py": (),
     **{
-        f"quantization/{room}/": (SCALAR, PACKED, CONTEXT, f"{Q}.config", f"{Q}.files", *(f"{Q}.{r}" for r in (room, *below)))
+        f"quantization/{room}/": (
+            SCALAR,
+            PACKED,
+            CONTEXT,
+            f"{Q}.config",
+            f"{Q}.files",
+            *(f"{Q}.{r}" for r in (room, *below)),
+        )
         for room, below in ROOMS.items()
     },
     "quantization/__init__.py": (),
