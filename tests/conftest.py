@@ -1,6 +1,9 @@
 """Fixtures: every device present, tiny ViTs with random weights, and no network."""
 
+import gc
 import os
+import sys
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -9,10 +12,13 @@ import torch
 from hypothesis import settings
 from transformers import ViTConfig, ViTForImageClassification
 
+from fairseq.quantization.export import verify
+
 settings.register_profile("house", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("house")
 
-torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another on a busy machine
+if "OMP_NUM_THREADS" not in os.environ:  # tiny tensors: more threads only wait for one another on a busy machine
+    torch.set_num_threads(1)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -21,6 +27,16 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def device(request):
     """Each device of this machine in turn."""
     return torch.device(request.param)
+
+
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 def vit_config(**changes):
@@ -49,3 +65,18 @@ def tiny_vit():
 def pixels():
     """Five pictures for the tiny models: (5, 3, 16, 16)."""
     return torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def verified_here(monkeypatch):
+    """Exported files are verified in this process: a new one, which tests/quantization/export starts, takes seconds."""
+
+    def run(command, **keywords):
+        code, *arguments = command[command.index("-c") + 1 :]
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "fairseq", None)
+            patch.setattr(sys, "argv", ["-c", *arguments])
+            exec(code, {"__name__": "__main__"})
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))

@@ -14,7 +14,7 @@ from fairseq.quantization.saving import checkpoint
     ("name", "options"),
     [("vit.onnx", ["--ops", "standard", "--external-data"]), ("vit.pt", []), ("vit.pt2", ["--format", "torch_export"])],
 )
-def test_export(cli, models, tmp_path, name, options):
+def test_export(cli, models, tmp_path, verified_here, name, options):
     result = cli("export", models / "packed", tmp_path / name, *options, "--json")
     assert result.code == 0, result.err
     found = json.loads(result.out)

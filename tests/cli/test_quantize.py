@@ -203,7 +203,7 @@ def test_an_error_while_it_saves_leaves_nothing(cli, models, tmp_path, monkeypat
 
 
 SLOW = """
-import sys, time
+import json, sys, time
 from fairseq.cli.main import main
 from fairseq.quantization.saving import checkpoint
 write = checkpoint.write
@@ -212,41 +212,40 @@ def slow(*arguments):
     print("written", flush=True)
     time.sleep(60)
 checkpoint.write = slow
-sys.exit(main(sys.argv[1:]))
+for words in json.loads(sys.argv[1]):
+    code = main(words)
+    print(code, flush=True)
+sys.exit(code)
 """
 
 
-def stopped(words, line):
-    """Start Python, press Ctrl-C when it prints ``line`` to stderr; its exit code and the rest of what it prints."""
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send there")
+def test_ctrl_c_leaves_what_was_there(models, pictures, tmp_path):
+    """While it saves a new folder, while it replaces one, while it quantizes: one process, as each imports for seconds."""
+    new, replaced, quantizing = (tmp_path / name for name in ("new", "replaced", "quantizing"))
+    shutil.copytree(models / "packed", replaced)
+    before = files(tmp_path)
+    average = ["--average-bits", "4.5", "--calibration", str(pictures)]
+    calls = {"written": new, "written again": replaced, "Choosing": quantizing}
+    words = [["quantize", str(models / "vit"), "-o", str(out)] for out in calls.values()]
+    words[-1] += average
     child = subprocess.Popen(
-        [sys.executable, *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", SLOW, json.dumps(words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     with child:
-        for text in child.stderr:
-            if text.startswith(line):
-                break
-        child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=60)
-    return child.returncode, out, err
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send there")
-@pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
-def test_ctrl_c_while_it_saves_leaves_what_was_there(models, tmp_path, there):
-    out = tmp_path / "out"
-    if there:
-        shutil.copytree(models / "packed", out)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    words = ["-c", SLOW, "quantize", models / "vit", "-o", out]
-    assert stopped(words, "written") == (130, "", "stopped\n")
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert out.exists() == there
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send there")
-def test_ctrl_c_while_it_quantizes_leaves_nothing(models, pictures, tmp_path):
-    words = ["-m", "fairseq.cli", "quantize", models / "vit", "-o", tmp_path / "out", "--average-bits", 4.5]
-    code, out, err = stopped([*words, "--calibration", pictures], "Choosing")
-    assert (code, out, err) == (130, "", "stopped\n")
-    assert not list(tmp_path.iterdir())
+        for line, out in calls.items():
+            for text in child.stderr:
+                if text.startswith(line.removesuffix(" again")):
+                    break
+            child.send_signal(signal.SIGINT)
+            assert child.stdout.readline() == "130\n"
+            assert child.stderr.readline() == "stopped\n"
+            assert files(tmp_path) == before
+            assert out.exists() == (out == replaced)
+        assert child.communicate(timeout=60) == ("", "")
+    assert child.returncode == 130

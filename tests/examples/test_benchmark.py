@@ -192,13 +192,17 @@ def test_the_embedded_model_has_its_pictures(benchmark_script, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
 def test_memory_is_that_of_another_process(benchmark_script, model, tmp_path):
     file = tmp_path / "result.json"
+    measure_memory = load("benchmark").measure_memory
+
+    def once(name, *rest):  # a process takes seconds to import it all
+        return measure_memory(name, *rest) if name == EIGHT else HELD
+
     arguments = ["--model", model, "--rounds", 1, "--batch", 1, "--configs", EIGHT, "--json", file]
-    code, out, _ = benchmark_script(*arguments, held=None)
+    code, out, _ = benchmark_script(*arguments, held=once)
     assert code == 0
-    for fixed in json.loads(file.read_text())["configurations"].values():
-        memory = fixed["memory"]
-        assert 20e6 < memory["before_model"] < memory["peak"]
-        assert memory["resident"] <= memory["peak"]
+    memory = json.loads(file.read_text())["configurations"][EIGHT]["memory"]
+    assert 20e6 < memory["before_model"] < memory["peak"]
+    assert memory["resident"] <= memory["peak"]
     assert "Python and PyTorch take" in out
 
 
