@@ -57,7 +57,7 @@ ALLOWED = {
         for room, below in ROOMS.items()
     },
     "quantization/__init__.py": (),
-    "models": ("fairseq.quantization",),
+    "models": ("fairseq.quantization", CONTEXT),
     "cli": ("fairseq.cli", "fairseq.models", "fairseq.quantization", f"{PACKED}.packing"),
     "__init__.py": (),
 }

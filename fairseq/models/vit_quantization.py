@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from fairseq.modules.quantization.context import plain_context
 from fairseq.quantization.architectures.plan import check_model
 from fairseq.quantization.bit_allocation.assignment import BitAssignment, assign_bits, smallest_that_agrees
 from fairseq.quantization.bit_allocation.sensitivity import measure
@@ -157,8 +158,11 @@ class ViTQuantizer:
         check_model(model)
         if calibration is None and processor is not None:
             raise ValueError("a processor was given but no pictures; pass calibration=images, too")
-        pixels = None if calibration is None else pixel_values(calibration, model, processor, images, self.config.seed)
-        quantized, self.report = convert(model, self.config, pixels, engine)
+        pixels = None
+        with plain_context():
+            if calibration is not None:
+                pixels = pixel_values(calibration, model, processor, images, self.config.seed)
+            quantized, self.report = convert(model, self.config, pixels, engine)
         if self.config.execution == "packed":
             information = {"bytes_before": self.report.bytes_before}
             if pixels is not None:
@@ -197,12 +201,13 @@ class ViTQuantizer:
         if (average_bits is None) == (max_accuracy_drop is None):
             raise ValueError("give exactly one of average_bits and max_accuracy_drop")
         check_model(model)
-        pixels = pixel_values(calibration, model, processor, images, self.config.seed)
-        if max_accuracy_drop is not None:
-            return smallest_that_agrees(model, pixels, self.config, max_accuracy_drop)
-        errors = measure(model, pixels, self.config)
-        sizes = {name: model.get_submodule(name).get_parameter("weight").numel() for name in errors}
-        return assign_bits(errors, sizes, average_bits=average_bits, given=self.config.overrides)
+        with plain_context():
+            pixels = pixel_values(calibration, model, processor, images, self.config.seed)
+            if max_accuracy_drop is not None:
+                return smallest_that_agrees(model, pixels, self.config, max_accuracy_drop)
+            errors = measure(model, pixels, self.config)
+            sizes = {name: model.get_submodule(name).get_parameter("weight").numel() for name in errors}
+            return assign_bits(errors, sizes, average_bits=average_bits, given=self.config.overrides)
 
     @staticmethod
     def optimize(model: Model, engine: str = "fused") -> Model:

@@ -83,7 +83,9 @@ def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
     reasons = {name: plan if isinstance(plan, str) else None for name, plan in plans.items()}
     if engine == "fused" and all(reasons.values()):
         found = [f"{name}: {reason}" for name, reason in reasons.items()]
-        raise ValueError(f"engine='fused': no encoder block can be fused; {found[0] if found else 'there is none'}")
+        raise ValueError(
+            f"engine='fused': no encoder block can be fused; {found[0] if found else 'there is none in it'}"
+        )
     for name, plan in plans.items():
         if isinstance(plan, str):
             logger.info("%s is not fused: %s", name, plan)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import warnings
 from collections import Counter
 
@@ -15,18 +16,14 @@ from fairseq.models.vit_quantization import ViTQuantizer, compare_models, zero_s
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding
 from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedParameters
+from fairseq.quantization.architectures.blocks import block_plan, class_of
+from fairseq.quantization.architectures.families import component_of, family_of, kept_reason, tower_of
 from fairseq.quantization.architectures.forward import output_of, picture_inputs
-from fairseq.quantization.architectures.layers import (
-    component_of,
-    encoder_blocks,
-    family_of,
-    kept_reason,
-    linear_layers,
-    tower_of,
-    wiring,
-)
-from fairseq.quantization.calibration.stream import Stream
-from fairseq.quantization.config import LayerConfig
+from fairseq.quantization.architectures.layers import linear_layers
+from fairseq.quantization.architectures.observe import folds
+from fairseq.quantization.architectures.plan import resolve
+from fairseq.quantization.calibration.block_inputs import BlockInputs
+from fairseq.quantization.config import LayerConfig, QuantizationConfig
 from fairseq.quantization.rounding.equalization import equalize
 
 pytestmark = pytest.mark.filterwarnings("ignore:calibrating on:UserWarning", "ignore::FutureWarning")
@@ -240,15 +237,16 @@ def test_traces(name, made):
 @pytest.mark.parametrize("name", EQUALIZED)
 def test_equalization_changes_nothing(name):
     model = build(name)
-    family, changed = family_of(model), copy.deepcopy(model)
-    for tower in ("vision", "text")[: len(family.towers)]:
-        for block in encoder_blocks(changed, family, tower):
-            wired = wiring(changed.get_submodule(block))
-            if wired is None:
-                assert tower == "text" or block.endswith("encoder.layers.0"), block  # a decoder, a Swin stage
-                continue
-            factors = equalize(wired, {role: LayerConfig(bits=4, method="tensor") for role in wired.layers})
-            assert set(factors) >= set(wired.layers) - {"fc2", "output"}
+    plan, changed = resolve(model, QuantizationConfig(method="tensor", towers="all")), copy.deepcopy(model)
+    for name in plan.blocks(None):
+        block = changed.get_submodule(name)
+        known = block_plan(block, class_of(type(block)))
+        if known is None:
+            assert name.startswith("decoder") or re.search(r"encoder.layers.\d$", name), name  # a decoder, a Swin stage
+            continue
+        assert folds(block, known, plan.observed.calls[name])
+        factors = equalize(block, known, {role: LayerConfig(bits=4, method="tensor") for role in known.layers})
+        assert set(factors) >= set(known.layers) - {"fc2", "output"}
     assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), changed.parameters()))
     torch.testing.assert_close(output(changed), output(model), rtol=1e-4, atol=1e-4)
 
@@ -257,9 +255,9 @@ def test_equalization_changes_nothing(name):
 def test_blocks_are_calibrated_one_after_the_other(name):
     """The others fall back to whole runs: stages hold blocks, a decoder follows, or a bias is computed anew."""
     model = build(name)
-    blocks = encoder_blocks(model, family_of(model))
+    blocks = resolve(model, QuantizationConfig(method="channel")).blocks()
     assert len(blocks) == 2
-    assert len(Stream(model, copy.deepcopy(model), PIXELS, blocks).stored) == 2  # batches
+    assert len(BlockInputs(model, copy.deepcopy(model), PIXELS, blocks).stored) == 2  # batches
 
 
 @pytest.mark.parametrize("name", ["vit-mae-encoder", "vit-msn", "vit-mae"])

@@ -7,7 +7,8 @@ import torch
 import transformers
 from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 
-from fairseq.quantization.architectures.layers import component_of, linear_layers
+from fairseq.quantization.architectures.families import component_of
+from fairseq.quantization.architectures.layers import linear_layers
 
 NAMES = {
     "vit.encoder.layer.11.attention.attention.query": "attention",

@@ -18,8 +18,9 @@ def test_blocks_before_the_layer_do_not_run_again(tiny_vit, pixels, monkeypatch)
 
     monkeypatch.setattr(layer_class, "forward", counted)
     measure(tiny_vit, pixels, CHANNEL, choices=(4, 8))
-    # float: 2 blocks, then 1 to check the second's start, 0 the head's; 6 layers by 2 widths from either block
-    assert len(runs) == 2 + 1 + 6 * 2 * 2 + 6 * 2
+    # who reads what: 2 blocks; float: 2, then 1 to check the second's start, 0 the head's; 6 layers by 2 widths from
+    # either block
+    assert len(runs) == 2 + 2 + 1 + 6 * 2 * 2 + 6 * 2
 
 
 def test_a_model_whose_blocks_read_more_than_the_one_before_is_run_as_a_whole(tiny_vit, pixels):

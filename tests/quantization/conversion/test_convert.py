@@ -12,7 +12,8 @@ from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar import ops
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
-from fairseq.quantization.architectures.layers import component_of, linear_layers
+from fairseq.quantization.architectures.families import component_of
+from fairseq.quantization.architectures.layers import linear_layers
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.conversion.convert import convert
 from fairseq.quantization.conversion.dequantize import dequantize
@@ -184,6 +185,7 @@ def test_the_original_stays_as_it_was(tiny_vit, pixels):
     assert not shared
     # The copy has the flags and the hooks of the original, on the replaced layer too.
     assert [result.training, result.vit.training, result.classifier.training] == [True, False, True]
+    calls.clear()  # equalization saw what runs
     result(pixel_values=pixels)
     assert calls == ["hook"]
 
@@ -348,7 +350,9 @@ def test_what_needs_images_says_so_without_them(tiny_vit, settings):
 
 
 def test_bias_correction_removes_the_mean_error(tiny_vit, images, monkeypatch):
-    monkeypatch.setattr("fairseq.quantization.calibration.stream.UNIFORM_SHARE", 1.0)  # every token counts the same
+    monkeypatch.setattr(
+        "fairseq.quantization.calibration.token_weights.UNIFORM_SHARE", 1.0
+    )  # every token counts the same
     name = next(n for n in linear_layers(tiny_vit) if n.endswith(("fc1", "intermediate.dense")))
     config = QuantizationConfig(
         bits=2, method="channel", activations=None, rounding="nearest", overrides={name: {}, "*": {"skip": True}}
@@ -387,7 +391,7 @@ def test_an_interrupted_calibration_leaves_the_model_alone(tiny_vit, images, mon
             raise KeyboardInterrupt
         return round_weight(*args, **keywords)
 
-    monkeypatch.setattr("fairseq.quantization.conversion.convert.round_weight", interrupted)
+    monkeypatch.setattr("fairseq.quantization.conversion.quantize_layer.round_weight", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(tiny_vit, QuantizationConfig(bits=4), images)
     assert all(torch.equal(before[key], value) for key, value in tiny_vit.state_dict().items())
@@ -408,14 +412,14 @@ def test_the_report_knows_the_errors(tiny_vit, images):
 
 
 def test_narrow_activations_count_as_rounded(tiny_vit, images, monkeypatch):
-    monkeypatch.setattr("fairseq.quantization.calibration.stream.UNIFORM_SHARE", 1.0)
+    monkeypatch.setattr("fairseq.quantization.calibration.token_weights.UNIFORM_SHARE", 1.0)
     moments = {}
 
     def recording(weight, statistics, config, rounding, name):
         moments.setdefault(config.activation_bits, (name, statistics))
         return round_weight(weight, statistics, config, rounding, name)
 
-    monkeypatch.setattr("fairseq.quantization.conversion.convert.round_weight", recording)
+    monkeypatch.setattr("fairseq.quantization.conversion.quantize_layer.round_weight", recording)
     for bits in (8, 2):
         convert(tiny_vit, QuantizationConfig(method="channel", activation_bits=bits, equalize=False), images)
     seen = []
@@ -438,14 +442,14 @@ def test_the_drift_is_known_only_where_it_is_made_up_for(tiny_vit, images, monke
         known[name] = (rounding, statistics.drift is not None)
         return round_weight(weight, statistics, config, rounding, name)
 
-    monkeypatch.setattr("fairseq.quantization.conversion.convert.round_weight", recording)
+    monkeypatch.setattr("fairseq.quantization.conversion.quantize_layer.round_weight", recording)
     convert(tiny_vit, QuantizationConfig(overrides={"*classifier": {"rounding": "gptaq"}}, rounding="gptq"), images)
     assert set(known.values()) == {("gptq", False), ("gptaq", True)}
 
 
 def test_bias_correction_knows_the_drift(tiny_vit, images, monkeypatch):
     """The classifier alone is corrected: the mean of its output is then the float model's, drift included."""
-    monkeypatch.setattr("fairseq.quantization.calibration.stream.UNIFORM_SHARE", 1.0)
+    monkeypatch.setattr("fairseq.quantization.calibration.token_weights.UNIFORM_SHARE", 1.0)
     config = QuantizationConfig(
         bits=2, overrides={"*classifier": {"bits": 4, "bias_correction": True}}, activations=None
     )
@@ -468,7 +472,7 @@ def test_the_drift_is_that_of_the_layers_before(tiny_vit, images, monkeypatch, m
         drifts[name] = (statistics.drift.norm() / statistics.second_moment.norm()).item()
         return round_weight(weight, statistics, config, rounding, name)
 
-    monkeypatch.setattr("fairseq.quantization.conversion.convert.round_weight", recording)
+    monkeypatch.setattr("fairseq.quantization.conversion.quantize_layer.round_weight", recording)
     convert(tiny_vit, QuantizationConfig(bits=bits, method=method, activations=activations), images)
     first = [n for n in drifts if ".0." in n and any(role in n for role in ("query", "key", "q_proj", "k_proj"))]
     assert all(drifts.pop(name) < 1e-6 for name in first)  # equalized, but nothing before them is rounded
@@ -477,17 +481,16 @@ def test_the_drift_is_that_of_the_layers_before(tiny_vit, images, monkeypatch, m
 
 
 def test_each_layer_gets_the_statistics_of_what_it_multiplies(tiny_vit, images, monkeypatch):
-    monkeypatch.setattr(
-        "fairseq.quantization.architectures.layers.PRE_NORM_BLOCKS", ()
-    )  # every layer has its own input factor
-    monkeypatch.setattr("fairseq.quantization.calibration.stream.UNIFORM_SHARE", 1.0)
+    # every layer has its own input factor
+    monkeypatch.setattr("fairseq.quantization.architectures.blocks.BLOCK_CLASSES", {})
+    monkeypatch.setattr("fairseq.quantization.calibration.token_weights.UNIFORM_SHARE", 1.0)
     moments = {}
 
     def recording(weight, statistics, config, rounding, name):
         moments[name.removesuffix(".weight")] = statistics.second_moment
         return round_weight(weight, statistics, config, rounding, name)
 
-    monkeypatch.setattr("fairseq.quantization.conversion.convert.round_weight", recording)
+    monkeypatch.setattr("fairseq.quantization.conversion.quantize_layer.round_weight", recording)
     result, _ = convert(tiny_vit, QuantizationConfig(bits=4, activations=None), images)
     names = [n for n in moments if n.endswith(("query", "key", "value", "q_proj", "k_proj", "v_proj"))][:3]
     seen = []

@@ -9,17 +9,26 @@ from transformers import DeiTConfig, DeiTForImageClassification
 
 from fairseq.models.vit_quantization import ViTQuantizer, compare_models
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int, weight_to_real
-from fairseq.quantization.architectures.layers import ROLES, block_of, linear_layers, wiring
-from fairseq.quantization.rounding.equalization import LARGEST, ROWS, Reader, channel_factor, equalize, input_factor
+from fairseq.quantization.architectures.blocks import SPLIT, block_plan, class_of
+from fairseq.quantization.architectures.layers import block_of, linear_layers
+from fairseq.quantization.config import LayerConfig
+from fairseq.quantization.rounding.equalization import LARGEST, ROWS, Consumer, channel_factor, equalize, input_factor
 
-TENSOR, CHANNEL = LinearConfig(bits=4, method="tensor"), LinearConfig(bits=4, method="channel")
-STATIC = LinearConfig(bits=8, method="channel", activations="static")
+TENSOR, CHANNEL = LayerConfig(bits=4, method="tensor"), LayerConfig(bits=4, method="channel")
+STATIC = LayerConfig(bits=8, method="channel", activations="static")
 
 
 def blocks(model):
     return [model.get_submodule(b) for b in dict.fromkeys(block_of(name) for name in linear_layers(model)) if b]
+
+
+def plan_of(block):
+    return block_plan(block, class_of(type(block)))
+
+
+def layer(block, role):
+    return block.get_submodule(plan_of(block).layers[role])
 
 
 def uneven(model):
@@ -27,17 +36,17 @@ def uneven(model):
     torch.manual_seed(3)
     with torch.no_grad():
         for block in blocks(model):
-            wired = wiring(block)
-            for norm, roles in wired.norms:
+            for path, roles in plan_of(block).norms.items():
+                norm = block.get_submodule(path)
                 norm.weight.normal_(1, 0.2)
                 norm.bias.normal_(0, 0.1)
                 spread = torch.exp(torch.randn(len(norm.weight)))
                 norm.weight.div_(spread)
                 norm.bias.div_(spread)
                 for role in roles:
-                    wired.layers[role].weight.mul_(spread)
+                    layer(block, role).weight.mul_(spread)
             for role in ("fc2", "output"):
-                wired.layers[role].weight.mul_(torch.exp(torch.randn(wired.layers[role].in_features)))
+                layer(block, role).weight.mul_(torch.exp(torch.randn(layer(block, role).in_features)))
     return model
 
 
@@ -59,16 +68,15 @@ def images():
 def test_the_outputs_stay_and_the_weights_do_not(model, pixels):
     equalized = copy.deepcopy(model)
     for block in blocks(equalized):
-        wired = wiring(block)
-        assert set(wired.layers) == set(ROLES)
-        equalize(wired, dict.fromkeys(ROLES, TENSOR))
+        assert set(plan_of(block).layers) == set(SPLIT)
+        equalize(block, plan_of(block), dict.fromkeys(SPLIT, TENSOR))
     with torch.no_grad():
         torch.testing.assert_close(equalized(pixels).logits, model(pixels).logits, atol=1e-4, rtol=0)
     changed = [n for n, p in model.named_parameters() if not torch.equal(p, equalized.get_parameter(n))]
     assert sum("layernorm" in name for name in changed) == 8
     for block, before in zip(blocks(equalized), blocks(model), strict=True):
         for role in ("query", "fc1"):
-            spread = [w.weight.abs().amax(0).log().std() for w in (wiring(b).layers[role] for b in (block, before))]
+            spread = [w.weight.abs().amax(0).log().std() for w in (layer(b, role) for b in (block, before))]
             assert spread[0] < spread[1]
 
 
@@ -95,7 +103,7 @@ def test_other_precisions(model, images, dtype):
     model = model.to(dtype)
     equalized = copy.deepcopy(model)
     for block in blocks(equalized):
-        equalize(wiring(block), dict.fromkeys(ROLES, TENSOR))
+        equalize(block, plan_of(block), dict.fromkeys(SPLIT, TENSOR))
     assert any(not torch.equal(p, equalized.get_parameter(n)) for n, p in model.named_parameters())
     with torch.no_grad():
         got, expected = (m(images.to(dtype)).logits for m in (equalized, model))
@@ -117,7 +125,7 @@ def test_it_is_for_one_scale_per_layer(tiny_vit, method, expected):
     ids=str,
 )
 def test_inputs_that_share_a_scale_are_rounded_better(model, images, monkeypatch, activations):
-    monkeypatch.setattr("fairseq.quantization.conversion.convert.MIN_STATIC_SQNR", -100.0)
+    monkeypatch.setattr("fairseq.quantization.conversion.quantize_layer.MIN_STATIC_SQNR", -100.0)
     errors = {}
     for equalized in (False, True):
         quantizer = ViTQuantizer(bits=8, method="channel", equalize=equalized, **activations)
@@ -176,10 +184,10 @@ def test_zero_channels_and_zero_weights_stay_finite():
     torch.manual_seed(0)
     w = torch.randn(6, 8) * torch.exp(torch.randn(8))
     w[:, 2] = 0
-    assert channel_factor([Reader(torch.zeros(6, 8), TENSOR)]) is None
-    factor = channel_factor([Reader(w, TENSOR)])
+    assert channel_factor([Consumer(torch.zeros(6, 8), TENSOR)]) is None
+    factor = channel_factor([Consumer(w, TENSOR)])
     assert ((factor >= 1 / LARGEST) & (factor <= LARGEST)).all()  # and finite
 
 
 def test_unknown_blocks_are_left_alone():
-    assert wiring(nn.Sequential(nn.Linear(3, 3))) is None
+    assert class_of(nn.Sequential) is None

@@ -1,0 +1,96 @@
+"""BlockInputs: what each layer is called with, whatever its block does to its own input."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq.quantization.architectures.layers import block_of, linear_layers
+from fairseq.quantization.calibration.block_inputs import BlockInputs
+
+
+@pytest.fixture
+def images():
+    return torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+
+
+def inputs_by_hook(model, pixels):
+    seen = {}
+    hooks = [
+        m.register_forward_pre_hook(lambda m, a, name=name: seen.__setitem__(name, a[0].flatten(0, -2)))
+        for name, m in linear_layers(model).items()
+    ]
+    with torch.no_grad():
+        model(pixels)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def block_names(model):
+    return [b for b in dict.fromkeys(block_of(name) for name in linear_layers(model)) if b]
+
+
+def walk(stream, names):
+    """The inputs of every layer, in the order of a forward pass."""
+    got = {}
+    for name in names:
+        if block_of(name):
+            stream.advance_to(block_of(name))
+        got[name] = torch.cat(list(stream.inputs(name)))
+    return got
+
+
+def test_they_are_what_each_layer_reads(tiny_vit, images):
+    expected = inputs_by_hook(tiny_vit, images)
+    stream = BlockInputs(tiny_vit, tiny_vit, images, block_names(tiny_vit))
+    assert stream.stored
+    for name, got in walk(stream, expected).items():
+        torch.testing.assert_close(got, expected[name], atol=1e-5, rtol=1e-5)
+
+
+def test_it_sees_layers_that_were_swapped_before(tiny_vit, images):
+    changed = copy.deepcopy(tiny_vit)
+    stream = BlockInputs(tiny_vit, changed, images, block_names(tiny_vit))
+    first, second = block_names(tiny_vit)
+    stream.advance_to(first)
+    with torch.no_grad():
+        for name, layer in linear_layers(changed).items():
+            if block_of(name) == first:
+                layer.weight.mul_(1.3)
+    expected = inputs_by_hook(changed, images)
+    stream.advance_to(second)
+    names = [name for name in expected if block_of(name) != first]
+    for name in names:
+        torch.testing.assert_close(torch.cat(list(stream.inputs(name))), expected[name], atol=1e-5, rtol=1e-5)
+
+
+class _Doubled(nn.Module):
+    """A ViT whose blocks are not simply one after the other."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.vit, self.config = model.vit, model.config
+        blocks = [model.get_submodule(name) for name in block_names(model)]
+        blocks[1].register_forward_pre_hook(lambda m, a: (2 * a[0], *a[1:]))
+        self.model = [model]
+
+    def forward(self, pixel_values):
+        return self.model[0](pixel_values)
+
+
+def test_blocks_that_do_not_chain_are_reached_by_whole_passes(tiny_vit, images):
+    model = _Doubled(tiny_vit)
+    names = list(linear_layers(model))
+    expected = inputs_by_hook(model, images)
+    stream = BlockInputs(model, model, images, block_names(model))
+    assert not stream.stored
+    for name, got in walk(stream, names).items():
+        torch.testing.assert_close(got, expected[name], atol=1e-5, rtol=1e-5)
+
+
+def test_a_layer_that_is_never_reached_is_named(tiny_vit, images):
+    tiny_vit.unused = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="unused is not reached by a forward pass"):
+        list(BlockInputs(tiny_vit, tiny_vit, images, block_names(tiny_vit)).inputs("unused"))

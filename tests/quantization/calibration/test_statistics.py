@@ -1,0 +1,45 @@
+"""The statistics are those of the inputs, each token with its weight."""
+
+import pytest
+import torch
+
+from fairseq.quantization.calibration.statistics import collect
+
+
+def test_collect_is_the_weighted_second_moment():
+    torch.manual_seed(0)
+    batches = [torch.randn(7, 5) + 1, torch.randn(4, 5)]
+    x, w = torch.cat(batches), torch.rand(11)
+    weighted, plain = collect(iter(batches), [w, torch.empty(0)], ["a", "b"], None)
+    torch.testing.assert_close(weighted.second_moment, (x.T * w) @ x / w.sum())
+    torch.testing.assert_close(weighted.mean, (x.T @ w) / w.sum())
+    torch.testing.assert_close(plain.second_moment, x.T @ x / 11)
+
+
+def test_collect_sees_the_drift_from_the_float_model():
+    torch.manual_seed(0)
+    batches, exact = [torch.randn(7, 5) + 1, torch.randn(4, 5)], [torch.randn(7, 5), torch.randn(4, 5)]
+    x, lost, w = torch.cat(batches), torch.cat(exact) - torch.cat(batches), torch.rand(11)
+    weighted, plain = collect(iter(batches), [w, torch.empty(0)], ["a", "b"], None, iter(exact))
+    torch.testing.assert_close(weighted.drift, (lost.T * w) @ x / w.sum())
+    torch.testing.assert_close(weighted.drift_mean, (lost.T @ w) / w.sum())
+    torch.testing.assert_close(plain.drift, lost.T @ x / 11)
+    assert weighted.samples == pytest.approx((w.sum() ** 2 / w.square().sum()).item(), rel=1e-5)
+    assert plain.samples == 11
+    assert collect(iter(batches), [w], ["a"])[0].drift is None
+
+
+def test_collect_finds_a_range_for_static_activations():
+    torch.manual_seed(0)
+    x = torch.randn(4000, 8)
+    x[0, 0] = 40
+    (found,) = collect(iter([x]), [torch.empty(0)], ["a"], 4)
+    assert -4 < found.low < -1.5
+    assert 1.5 < found.high < 12  # not the outlier's 40
+    (wide,) = collect(iter([x]), [torch.empty(0)], ["a"], 8)
+    assert wide.static_sqnr > found.static_sqnr > 10
+
+
+def test_inputs_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="fc1: its input is not finite"):
+        collect(iter([torch.tensor([[1.0, torch.nan]])]), [torch.empty(0)], ["fc1"], None)
