@@ -32,13 +32,17 @@ def tied_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def tied_blocks(model: nn.Module, blocks: Iterable[str]) -> frozenset[str]:
-    """Those of the blocks called so that hold a parameter which two modules use, within the block or outside."""
+    """Those of the blocks called so that hold a parameter or a module which is in a second place, too."""
     users = _users(model)
-    return frozenset(
-        name
-        for name in blocks
-        if any(users[id(p)] > 1 for module in model.get_submodule(name).modules() for p in module._parameters.values())
-    )
+    parents = Counter(id(child) for parent in model.modules() for child in {*parent._modules.values()})
+
+    def shares(block: nn.Module) -> bool:
+        inside = [module for module in block.modules() if module is not block]
+        return any(parents[id(module)] > 1 for module in inside) or any(
+            users[id(p)] > 1 for module in block.modules() for p in module._parameters.values()
+        )
+
+    return frozenset(name for name in blocks if shares(model.get_submodule(name)))
 
 
 def _users(model: nn.Module) -> Counter[int]:

@@ -94,3 +94,74 @@ def test_a_layer_that_is_never_reached_is_named(tiny_vit, images):
     tiny_vit.unused = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="unused is not reached by a forward pass"):
         list(BlockInputs(tiny_vit, tiny_vit, images, block_names(tiny_vit)).inputs("unused"))
+
+
+class _Block(nn.Module):
+    """A block that may write into what it is given, and may halve the tokens."""
+
+    def __init__(self, edits, halves):
+        super().__init__()
+        self.fc1, self.fc2, self.edits, self.halves = nn.Linear(6, 12), nn.Linear(12, 6), edits, halves
+
+    def forward(self, x, factor):
+        x = x.mul_(0.7) if self.edits else x * 0.7
+        if self.edits:
+            factor["more"] = factor["more"] + 1 if self.edits == "arguments" else factor["more"]
+        x = x + factor["scale"] * self.fc2(self.fc1(x).relu())
+        return x[:, ::2] if self.halves else x
+
+
+class _Chain(nn.Module):
+    def __init__(self, edits=False, halves=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(_Block(edits, halves) for _ in range(3))
+        self.latents = nn.Parameter(torch.randn(1, 8, 6))
+        self.between = lambda x: x
+
+    def forward(self, pixel_values):
+        x = self.latents.expand(len(pixel_values), -1, -1)
+        if not pixel_values.shape[-1] == 1:
+            x = x + pixel_values.mean((1, 2, 3))[:, None, None]
+        factor = {"scale": torch.ones(()), "more": torch.zeros(())}
+        for block in self.blocks:
+            x = self.between(block(x, factor))
+        return {"logits": x.mean(1)}
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["one shape", "shapes that change"])
+def test_a_block_that_edits_its_input_is_seen_as_one_that_does_not(images, halves):
+    expected = inputs_by_hook(_Chain(halves=halves), images)
+    model = _Chain(edits="input", halves=halves)
+    stream = BlockInputs(model, model, images, block_names(model))
+    assert stream.stored
+    for _ in range(2):  # nothing that was stored was written
+        for name in [n for n in expected if n.startswith("blocks.0.")]:
+            torch.testing.assert_close(torch.cat(list(stream.inputs(name))), expected[name])
+    for name, got in walk(stream, expected).items():
+        torch.testing.assert_close(got, expected[name])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_parameter_that_a_block_is_given_is_not_written(count):
+    """The first block is called with a view of a parameter: hidden states are stored apart from it."""
+    model = _Chain()
+    before = model.latents.detach().clone()
+    images = torch.zeros(count, 3, 1, 1)
+    stream = BlockInputs(model, model, images, block_names(model))
+    assert stream.stored
+    walk(stream, linear_layers(model))
+    assert torch.equal(model.latents, before)
+
+
+def test_what_changes_between_blocks_is_reached_by_whole_passes(images):
+    """By an edit in place the same tensor comes to the next block with other numbers."""
+    model = _Chain()
+    model.between = lambda x: x.add_(1)
+    stream = BlockInputs(model, model, images, block_names(model))
+    assert not stream.stored
+    expected = inputs_by_hook(model, images)
+    for name, got in walk(stream, expected).items():
+        torch.testing.assert_close(got, expected[name])
+    changing = _Chain(edits="arguments")
+    assert not BlockInputs(changing, changing, images, block_names(changing)).stored
