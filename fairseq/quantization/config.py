@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -95,8 +96,8 @@ class QuantizationConfig(LayerConfig):
             )
         if not isinstance(self.overrides, Mapping):
             raise TypeError(f"overrides must map globs to settings, got {self.overrides!r}")
-        for glob, settings in self.overrides.items():
-            self._override(glob, settings)
+        for pattern, settings in self.overrides.items():
+            self._override(pattern, settings)
 
     def selects(self, component: str) -> bool:
         """Whether layers of this component ("attention", "mlp", "classifier" or "embeddings") are to be quantized."""
@@ -108,15 +109,15 @@ class QuantizationConfig(LayerConfig):
 
     def for_layer(self, name: str) -> LayerConfig:
         """The settings of the layer called ``name``, overrides included."""
-        for glob, settings in self.overrides.items():
-            if fnmatchcase(name, glob):
-                return self._override(glob, settings)
+        for pattern, settings in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                return self._override(pattern, settings)
         return LayerConfig(**self._of_a_layer())
 
     def unmatched_overrides(self, names: Iterable[str]) -> list[str]:
         """The globs that match none of ``names``."""
         names = list(names)
-        return [glob for glob in self.overrides if not any(fnmatchcase(name, glob) for name in names)]
+        return [pattern for pattern in self.overrides if not any(fnmatchcase(name, pattern) for name in names)]
 
     def sample(self, names: Iterable[str]) -> set[str]:
         """The share ``p`` of ``names``: those with the smallest hash of seed and place in the order of ``names``.
@@ -138,19 +139,19 @@ class QuantizationConfig(LayerConfig):
     def _of_a_layer(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(LayerConfig)}
 
-    def _override(self, glob: str, settings: Mapping[str, Any]) -> LayerConfig:
+    def _override(self, pattern: str, settings: Mapping[str, Any]) -> LayerConfig:
         accepted = {f.name for f in fields(LayerConfig)}
-        if not isinstance(glob, str) or not isinstance(settings, Mapping) or not set(settings) <= accepted:
+        if not isinstance(pattern, str) or not isinstance(settings, Mapping) or not set(settings) <= accepted:
             raise ValueError(
                 f"an override maps a glob to any of {', '.join(sorted(accepted))}, "
-                f'such as {{"*classifier": {{"bits": 8}}}}; got {glob!r}: {settings!r}'
+                f'such as {{"*classifier": {{"bits": 8}}}}; got {pattern!r}: {settings!r}'
             )
         try:
             layer = LayerConfig(**{**self._of_a_layer(), **settings})
             self._check_emulated(layer)
             return layer
         except (TypeError, ValueError) as error:
-            raise type(error)(f"override {glob!r}: {error}") from None
+            raise type(error)(f"override {pattern!r}: {error}") from None
 
 
 def resolve_rounding(rounding: str, calibrated: bool) -> str:
@@ -164,3 +165,22 @@ def resolve_rounding(rounding: str, calibrated: bool) -> str:
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of 'auto', {', '.join(map(repr, ROUNDINGS))}; got {rounding!r}")
     return rounding
+
+
+def merge_bits(overrides: Mapping[str, Mapping[str, Any]], bits: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Overrides that give layers their widths and keep what the user set beside.
+
+    Args:
+        overrides: the user's, as for :class:`QuantizationConfig`.
+        bits: layer name -> 2 to 8.
+
+    Returns:
+        For each of these layers, under its escaped name, the settings of the user's first override that matches it and
+        the width; none for a layer that this override skips or gives a width itself. Then the user's own.
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    for name, width in bits.items():
+        own = next((settings for pattern, settings in overrides.items() if fnmatchcase(name, pattern)), {})
+        if not own.get("skip") and "bits" not in own:
+            merged[glob.escape(name)] = {**own, "bits": width}
+    return merged | {pattern: dict(own) for pattern, own in overrides.items() if pattern not in merged}

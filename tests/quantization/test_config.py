@@ -2,7 +2,7 @@
 
 import pytest
 
-from fairseq.quantization.config import LayerConfig, QuantizationConfig
+from fairseq.quantization.config import LayerConfig, QuantizationConfig, merge_bits
 
 NAMES = [f"vit.layers.{i}.{n}" for i in range(12) for n in ("q_proj", "k_proj", "fc1")] + ["classifier"]
 
@@ -80,3 +80,47 @@ def test_sample_is_the_same_every_time_and_grows():
         "vit.layers.6.fc1",
         "vit.layers.8.k_proj",
     ]
+
+
+def test_merge_bits_keeps_what_the_user_said():
+    overrides = {
+        "*.0.*": {"group_size": 32, "method": "channel"},
+        "*fc1": {"skip": True},
+        "*k_proj": {"bits": 8},
+        "classifier": {"symmetric": True},  # glob.escape leaves this name as it is
+        "other": {"bits": 3},
+    }
+    names = [
+        "vit.layers.0.fc1",
+        "vit.layers.1.fc1",
+        "vit.layers.1.k_proj",
+        "vit.layers.1.q_proj",
+        "blocks[0]",
+        "classifier",
+    ]
+    merged = merge_bits(overrides, dict.fromkeys(names, 2))
+    assert merged == {
+        "vit.layers.0.fc1": {"group_size": 32, "method": "channel", "bits": 2},
+        "vit.layers.1.q_proj": {"bits": 2},
+        "blocks[[]0]": {"bits": 2},
+        "classifier": {"symmetric": True, "bits": 2},
+        **{glob: settings for glob, settings in overrides.items() if glob != "classifier"},
+    }
+    assert list(merged)[:4] == ["vit.layers.0.fc1", "vit.layers.1.q_proj", "blocks[[]0]", "classifier"]  # they win
+    config = QuantizationConfig(bits=5, overrides=merged)
+    assert config.for_layer("vit.layers.0.fc1") == LayerConfig(2, "channel", group_size=32)
+    assert config.for_layer("vit.layers.1.fc1").skip
+    assert [config.for_layer(name).bits for name in (*names[2:], "other", "neither")] == [8, 2, 2, 2, 3, 5]
+    assert config.for_layer("classifier").symmetric
+
+
+def test_merge_bits_is_idempotent_and_changes_nothing_it_got():
+    overrides = {"*": {"method": "channel"}, "a": {"bits": 3}}
+    once = merge_bits(overrides, {"a": 4, "b": 2})
+    assert overrides == {"*": {"method": "channel"}, "a": {"bits": 3}}
+    assert once == {
+        "a": {"method": "channel", "bits": 4},
+        "b": {"method": "channel", "bits": 2},
+        "*": {"method": "channel"},
+    }
+    assert merge_bits(once, {"a": 4, "b": 2}) == once
