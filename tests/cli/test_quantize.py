@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, ViTForImageClassificat
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.quantization.saving import checkpoint
+from fairseq.quantization.saving import contents
 
 
 def load(folder):
@@ -190,13 +190,13 @@ def test_what_is_written_over(cli, models, tmp_path):
 
 
 def test_an_error_while_it_saves_leaves_nothing(cli, models, tmp_path, monkeypatch):
-    write = checkpoint.write
+    write = contents.write
 
     def full(*arguments):
         write(*arguments)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr(contents, "write", full)
     result = cli("quantize", models / "vit", "-o", tmp_path / "out", "--quiet")
     assert result == (2, "", "error: [Errno 28] No space left on device\n")
     assert not list(tmp_path.iterdir())
@@ -205,13 +205,13 @@ def test_an_error_while_it_saves_leaves_nothing(cli, models, tmp_path, monkeypat
 SLOW = """
 import sys, time
 from fairseq.cli.main import main
-from fairseq.quantization.saving import checkpoint
-write = checkpoint.write
+from fairseq.quantization.saving import contents
+write = contents.write
 def slow(*arguments):
     write(*arguments)
     print("written", flush=True)
     time.sleep(60)
-checkpoint.write = slow
+contents.write = slow
 sys.exit(main(sys.argv[1:]))
 """
 

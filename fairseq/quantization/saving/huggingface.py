@@ -27,7 +27,7 @@ from fairseq.quantization.conversion.convert import finish
 from fairseq.quantization.conversion.incremental import WhileLoading
 from fairseq.quantization.engine.fused_block import check_engine
 from fairseq.quantization.saving import checkpoint
-from fairseq.quantization.saving.checkpoint import FORMAT
+from fairseq.quantization.saving.contents import FORMAT, Contents, check_description, inspect
 from fairseq.quantization.saving.description import Placeholder, empty_part, put
 from fairseq.quantization.saving.names import names_on_disk
 from fairseq.quantization.saving.pretrained import config_entry, enable_save_pretrained
@@ -58,7 +58,7 @@ class FairseqViTConfig(QuantizationConfigMixin):
         check_engine(engine)
         self.engine = engine
         settings = {key: value for key, value in settings.items() if key not in ("quant_method", "load_with")}
-        self.description = None if description is None else checkpoint.check_description(description, "config.json")
+        self.description = None if description is None else check_description(description, "config.json")
         accepted = {field.name for field in dataclasses.fields(QuantizationConfig)}
         if unknown := set(settings) - accepted:
             raise TypeError(f"unknown setting {min(unknown)!r}; accepted are engine, {', '.join(sorted(accepted))}")
@@ -117,7 +117,7 @@ class FairseqViTQuantizer(HfQuantizer):
             self.arriving = WhileLoading(model, config.settings, config.engine)
             return model
         files = checkpoint_files or _files_of(model.config)
-        contents = checkpoint.inspect(files)
+        contents = inspect(files)
         if json.loads(json.dumps(config.description)) != contents.description:
             raise ValueError(
                 f"{files[0]}: config.json describes another model than the weights do; they were not saved "
@@ -212,7 +212,7 @@ def _files_of(config: Any) -> list[str]:
     return [file]
 
 
-def _of_this_model(model: nn.Module, contents: checkpoint.Contents) -> checkpoint.Contents:
+def _of_this_model(model: nn.Module, contents: Contents) -> Contents:
     """Without the prefix of the base model and what has none, if a bare model is loaded from one with a head."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     known = set(
@@ -222,7 +222,7 @@ def _of_this_model(model: nn.Module, contents: checkpoint.Contents) -> checkpoin
     return contents.below(prefix) if bare and any(n.startswith(prefix) for n in contents.parts) else contents
 
 
-def _check_complete(model: Any, contents: checkpoint.Contents, names: Mapping[str, str]) -> None:
+def _check_complete(model: Any, contents: Contents, names: Mapping[str, str]) -> None:
     """ValueError if a file of a model of this class lacks a weight; of another class transformers makes up the rest."""
     if type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
         return

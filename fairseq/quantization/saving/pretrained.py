@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from fairseq.quantization.files import move_into
-from fairseq.quantization.saving import checkpoint
+from fairseq.quantization.saving import checkpoint, contents
 from fairseq.quantization.saving.model_card import model_card
 
 LOAD_WITH = "import fairseq.models.vit_quantization before from_pretrained"
@@ -26,7 +26,7 @@ UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_p
 
 def config_entry(description: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of a packed model."""
-    return {"quant_method": checkpoint.FORMAT, "load_with": LOAD_WITH, "description": dict(description)}
+    return {"quant_method": contents.FORMAT, "load_with": LOAD_WITH, "description": dict(description)}
 
 
 def enable_save_pretrained(model: nn.Module, information: Mapping[str, Any] | None = None) -> None:
@@ -148,7 +148,7 @@ def _write_shards(
     pattern = f"model{{suffix}}{f'.{variant}' if variant else ''}.safetensors"
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=size)
     for file, names in split.filename_to_tensors.items():
-        checkpoint.write({name: tensors[name] for name in names}, folder / file, description)
+        contents.write({name: tensors[name] for name in names}, folder / file, description)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         name = f"{pattern.format(suffix='')}.index.json"

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTForImageClassification
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.quantization.saving import checkpoint, pretrained
+from fairseq.quantization.saving import pretrained
+from fairseq.quantization.saving.contents import inspect
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def test_the_files(quantized, tmp_path):
     assert config["dtype" if "dtype" in config else "torch_dtype"] == "float32"
     said = config["quantization_config"]
     assert said["quant_method"] == "fairseq_vit"
-    assert said["description"] == checkpoint.inspect([folder / "model.safetensors"]).description
+    assert said["description"] == inspect([folder / "model.safetensors"]).description
     assert "quantization_config" not in quantized.config.to_dict()  # the model in memory is as it was
     size = (folder / "model.safetensors").stat().st_size
     assert size < 0.75 * sum(p.numel() * 4 for p in ViTForImageClassification(quantized.config).parameters())
