@@ -32,8 +32,8 @@ from fairseq.quantization.evaluation.compare import (
 from fairseq.quantization.evaluation.report import LayerReport, QuantizationReport
 from fairseq.quantization.export.export import ExportReport, export
 from fairseq.quantization.saving import checkpoint
+from fairseq.quantization.saving.attach import disable_save_pretrained, enable_save_pretrained
 from fairseq.quantization.saving.huggingface import FairseqViTConfig
-from fairseq.quantization.saving.pretrained import disable_save_pretrained, enable_save_pretrained, warn_when_saving
 
 __all__ = [
     "BitAssignment", "EmbeddingComparison", "ExportReport", "FairseqViTConfig", "LayerReport", "ModelComparison",
@@ -164,7 +164,7 @@ class ViTQuantizer:
                 information["calibration_images"] = len(pixels)
             enable_save_pretrained(quantized, information)
         else:
-            warn_when_saving(quantized)
+            enable_save_pretrained(quantized)
         logger.info("%s", self.report)
         return cast(Model, quantized)
 

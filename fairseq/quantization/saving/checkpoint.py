@@ -136,7 +136,7 @@ def part_tensors(model: nn.Module, contents: Contents, names: Mapping[str, str])
     found = set()
     for on_disk, name in names.items():
         try:
-            state = _state(model, name, contents.parts[on_disk])
+            state = part_state(model, name, contents.parts[on_disk])
         except ValueError as error:
             raise ValueError(f"{contents.files}: {error}") from None
         for key, wanted in state.items():
@@ -152,6 +152,13 @@ def part_tensors(model: nn.Module, contents: Contents, names: Mapping[str, str])
                 )
             found.add(key)
     return found
+
+
+def part_state(model: nn.Module, name: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a packed part has in its state dict, by the names on disk; on the meta device."""
+    part = empty_part(model, name, entry, "meta")
+    state = part.state_dict()
+    return {place: state[key] for key, place in _on_disk(model, packed_name(model, name), part).items()}
 
 
 def fill(
@@ -186,13 +193,6 @@ def check_is_module(model: object) -> None:
     """TypeError unless ``model`` is an ``nn.Module``."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-
-
-def _state(model: nn.Module, name: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a packed part has in its state dict, by the names on disk; on the meta device."""
-    part = empty_part(model, name, entry, "meta")
-    state = part.state_dict()
-    return {place: state[key] for key, place in _on_disk(model, packed_name(model, name), part).items()}
 
 
 def _on_disk(model: nn.Module, name: str, part: nn.Module) -> dict[str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,16 @@ class Contents:
         tensors = {name.removeprefix(prefix): e for name, e in self.tensors.items() if name.startswith(prefix)}
         return Contents({**self.description, "layers": layers}, tensors)
 
+    def above(self, prefix: str) -> Contents:
+        """The same with names that begin with ``prefix``."""
+        layers = {prefix + name: part for name, part in self.parts.items()}
+        return Contents({**self.description, "layers": layers}, {prefix + name: e for name, e in self.tensors.items()})
+
+    def only(self, names: Collection[str]) -> Contents:
+        """The same tensors, of which those of the parts called ``names`` are of packed parts."""
+        layers = {name: part for name, part in self.parts.items() if name in names}
+        return Contents({**self.description, "layers": layers}, self.tensors)
+
 
 def inspect(files: Iterable[str | os.PathLike[str]], *, verify: bool = True) -> Contents:
     """What is in the files of one model, after all their checksums were compared.
@@ -91,6 +101,9 @@ def inspect(files: Iterable[str | os.PathLike[str]], *, verify: bool = True) -> 
             tensors[name] = entry
     if any(other != descriptions[0] for other in descriptions):
         raise ValueError(f"{path}: its description is not that of the other files; they were not saved together")
+    wanted, found = descriptions[0].get("tensors", len(tensors)), len(tensors)
+    if found != wanted:
+        raise ValueError(f"{path}: its model has {wanted} tensors, and {found} are here; a file of it is missing")
     return Contents(descriptions[0], tensors)
 
 

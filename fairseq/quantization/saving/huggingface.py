@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,15 +28,16 @@ from fairseq.quantization.conversion.convert import finish
 from fairseq.quantization.conversion.incremental import WhileLoading
 from fairseq.quantization.engine.fused_block import check_engine
 from fairseq.quantization.saving import checkpoint
-from fairseq.quantization.saving.contents import FORMAT, Contents, check_description, inspect
-from fairseq.quantization.saving.description import Placeholder, empty_part, put
+from fairseq.quantization.saving.attach import enable_save_pretrained, of_parts
+from fairseq.quantization.saving.contents import FORMAT, check_description, inspect
+from fairseq.quantization.saving.description import Placeholder, empty_part, packed_name, put
+from fairseq.quantization.saving.fitting import Fit, fit
 from fairseq.quantization.saving.names import names_on_disk
-from fairseq.quantization.saving.pretrained import config_entry, enable_save_pretrained
+from fairseq.quantization.saving.pretrained import config_entry, parts_of_config
 
 logger = logging.getLogger(__name__)
 
 VERSION_5 = hasattr(HfQuantizer, "get_quantize_ops")
-EVERY_KEY: Any = {r".*"} if VERSION_5 else [r".*"]
 
 
 class FairseqViTConfig(QuantizationConfigMixin):
@@ -95,6 +97,7 @@ class FairseqViTQuantizer(HfQuantizer):
         self.pre_quantized = quantization_config.description is not None
         self.arriving: WhileLoading | None = None
         self.failure: Exception | None = None
+        self.resized: set[str] = set()  # weights that arrive in another size, which transformers sees to
 
     @property
     def is_trainable(self) -> bool:
@@ -123,25 +126,22 @@ class FairseqViTQuantizer(HfQuantizer):
                 f"{files[0]}: config.json describes another model than the weights do; they were not saved "
                 "together, or one of them was changed"
             )
-        contents = _of_this_model(model, contents)
-        names = checkpoint.part_names(model, contents)
-        checkpoint.part_tensors(model, contents, names)
-        _check_complete(model, contents, names)
-        self.contents, self.names = contents, names
+        self.fit = fit(model, contents)
+        _check_complete(model, self.fit)
         with torch.device("cpu"):  # transformers builds the model on the meta device
-            for on_disk, name in names.items():
+            for on_disk, name in self.fit.names.items():
                 owner, _, last = name.rpartition(".")
                 part = model.get_submodule(owner)._modules.get(last)
                 # a table in place of a parameter is small, and read by code that initializes weights
-                table = None if part is not None else empty_part(model, name, contents.parts[on_disk], "cpu")
+                table = None if part is not None else empty_part(model, name, self.fit.contents.parts[on_disk], "cpu")
                 put(model, name, table or Placeholder(part).train(part.training))
-        model._keys_to_ignore_on_load_unexpected = EVERY_KEY
+        self.told = _tell(model, self.fit)
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         if self.pre_quantized:
             return ".packed_" in f".{param_name}"
-        return self.arriving is not None and self.arriving.wants(param_name)
+        return self.arriving is not None and param_name not in self.resized and self.arriving.wants(param_name)
 
     def create_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, **kwargs: Any
@@ -176,9 +176,13 @@ class FairseqViTQuantizer(HfQuantizer):
             config.description = checkpoint.description_of(model)
             config.description["information"] = {"bytes_before": report.bytes_before}
         else:
-            checkpoint.fill(model, self.contents, self.names)
-            vars(model).pop("_keys_to_ignore_on_load_unexpected")
+            for name, before in self.told.items():
+                vars(model).pop(name) if before is None else setattr(model, name, before)
+            checkpoint.fill(model, self.fit.contents, self.fit.names)
             finish(model, config.engine)
+            if self.fit.derived:
+                known = self.fit.contents.description.get("information", {})
+                config.description = checkpoint.description_of(model, of_parts(known))
         model.config.quantization_config = config
         self._leave(model)
         enable_save_pretrained(model)
@@ -191,6 +195,8 @@ class FairseqViTQuantizer(HfQuantizer):
                 vars(module).pop(name, None)
             for name in ("_is_quantized", "_pre_quantization_dtype"):
                 vars(getattr(module, "config", module)).pop(name, None)
+        for part in parts_of_config(model.config):
+            vars(part).pop("quantization_config", None)
 
 
 def _files_of(config: Any) -> list[str]:
@@ -212,28 +218,58 @@ def _files_of(config: Any) -> list[str]:
     return [file]
 
 
-def _of_this_model(model: nn.Module, contents: Contents) -> Contents:
-    """Without the prefix of the base model and what has none, if a bare model is loaded from one with a head."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    known = set(
-        names_on_disk(model, [name for name, _ in (*model.named_modules(), *model.named_parameters())]).values()
-    )
-    bare = prefix != "." and not any(name in known for name in contents.parts)
-    return contents.below(prefix) if bare and any(n.startswith(prefix) for n in contents.parts) else contents
+def _tell(model: Any, found: Fit) -> dict[str, Any]:
+    """Let transformers know which keys are of packed parts, and which weights are of another size.
+
+    Of the other keys it then says what it says of a float model's. The sizes it refuses or, if it is told to ignore
+    them, it makes up those weights.
+
+    Returns:
+        What the attributes of ``model`` were that have to be put back; None for one that it did not have.
+    """
+    prefix = f"{model.base_model_prefix}."
+    packed = {*found.names, *(packed_name(model, name) for name in found.names.values())}
+    names = "|".join(re.escape(name.removeprefix(prefix)) for name in packed)
+    ours = rf"(^|\.)({names})(\.linear)?\.[^.]+$"
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), ours]
+    told: dict[str, Any] = {"_keys_to_ignore_on_load_unexpected": set(ignored) if VERSION_5 else ignored}
+    if VERSION_5:
+        told["_adjust_missing_and_unexpected_keys"] = functools.partial(_with_sizes, model, found)
+    else:
+        told["_fix_state_dict_key_on_load"] = functools.partial(_as_weight, model, found)
+    before = {name: vars(model).get(name) for name in told}
+    vars(model).update(told)
+    return before
 
 
-def _check_complete(model: Any, contents: Contents, names: Mapping[str, str]) -> None:
-    """ValueError if a file of a model of this class lacks a weight; of another class transformers makes up the rest."""
+def _with_sizes(model: Any, found: Fit, info: Any, *more: Any) -> Any:
+    """transformers 5 asks for this before it says what did not fit."""
+    known = {entry[0] for entry in info.mismatched_keys}
+    for entry in found.resized:
+        if entry.name not in known:
+            info.mismatched_keys.add((entry.name, entry.shape, tuple(model.get_parameter(entry.name).shape)))
+        info.missing_keys.discard(entry.name)
+    return type(model)._adjust_missing_and_unexpected_keys(model, info, *more)
+
+
+def _as_weight(model: Any, found: Fit, key: str) -> tuple[str, bool]:
+    """transformers 4 asks for this what a key in the files stands for: settings, of no weight's shape, for a weight."""
+    weights = {entry.settings: entry.on_disk for entry in found.resized}
+    return (weights[key], True) if key in weights else type(model)._fix_state_dict_key_on_load(key)
+
+
+def _check_complete(model: Any, found: Fit) -> None:
+    """ValueError if files that do not say how many tensors they have lack one, of a model of their own class."""
+    if "tensors" in found.contents.description:
+        return
     if type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
         return
-    packed = tuple(f"{name}." for name in names.values())
+    packed = tuple(f"{name}." for name in (*found.names.values(), *(entry.name for entry in found.resized)))
     wanted = [name for name, _ in model.named_parameters() if not f"{name}.".startswith(packed)]
     for name, on_disk in names_on_disk(model, wanted).items():
-        entry = contents.tensors.get(on_disk)
-        shape = tuple(model.get_parameter(name).shape)
-        if entry is None or entry.shape != shape:
-            got = "it is missing" if entry is None else f"got {entry.shape}"
-            raise ValueError(f"{contents.files}: {on_disk} must be of shape {shape}; {got}")
+        if on_disk not in found.contents.tensors:
+            shape = tuple(model.get_parameter(name).shape)
+            raise ValueError(f"{found.contents.files}: {on_disk} must be of shape {shape}; it is missing")
 
 
 @functools.cache
@@ -249,12 +285,8 @@ def _passing_class() -> Any:
         def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
             for name, value in input_dict.items():
                 value = value[0] if isinstance(value, list) else value
-                wanted = tuple(model.get_parameter(name).shape)
-                if tuple(value.shape) != wanted and self.quantizer.failure is None:
-                    got = tuple(value.shape)
-                    self.quantizer.failure = ValueError(
-                        f"{name}: the files hold the shape {got}, the model has {wanted}"
-                    )
+                if value.shape != model.get_parameter(name).shape:
+                    self.quantizer.resized.add(name)
             self.quantizer.advance()
             return input_dict
 

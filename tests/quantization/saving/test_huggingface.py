@@ -233,7 +233,7 @@ def test_damaged_weights_are_refused(folder):
 
 def test_another_number_of_classes_is_refused(folder):
     _, path = folder
-    with pytest.raises(ValueError, match=r"classifier\.weight_codes must be"):
+    with pytest.raises(RuntimeError, match=r"ignore_mismatched_sizes|size mismatch"):  # as of a float model
         AutoModelForImageClassification.from_pretrained(path, num_labels=5)
 
 
