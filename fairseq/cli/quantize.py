@@ -17,7 +17,7 @@ from fairseq.cli.saving import check_output, whole_folder
 @with_examples(
     "quantize google/vit-base-patch16-224 -o vit-int8",
     "quantize ./vit --bits 4 --method channel --calibration pictures --images 128 -o vit-int4",
-    "quantize ./vit --average-bits 4.5 --calibration pictures --override '*classifier=skip' -o vit-mixed",
+    "quantize ./vit --average-bits 4.5 --calibration pictures --exclude '*classifier' -o vit-mixed",
 )
 def quantize(
     model: Model,
@@ -50,6 +50,9 @@ def quantize(
         list[str] | None,
         typer.Option(metavar="GLOB=key:value,...", help="Other settings for layers of such names; repeatable."),
     ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Layers of such names stay in float; repeatable.")
+    ] = None,
     average_bits: Annotated[
         float | None, typer.Option(help="Widths layer by layer, this many per weight; needs --calibration.")
     ] = None,
@@ -79,7 +82,7 @@ def quantize(
         "symmetric": symmetric, "rounding": rounding, "equalize": equalize, "quantize_attention": attention,
         "bias_correction": parse_bias_correction(bias_correction), "quantize_mlp": mlp, "towers": towers,
         "quantize_classifier": classifier, "quantize_embeddings": embeddings,
-        "overrides": parse_overrides(override or ()),
+        "overrides": parse_overrides(override or ()), "exclude": exclude or (),
     }  # fmt: skip
     if calibration is not None and not calibration.is_dir():
         raise UserError(f"--calibration {calibration}: no such folder")
@@ -101,6 +104,7 @@ def _quantize(
 ) -> tuple[dict[str, Any], str]:
     from fairseq.cli.loading import load, needs_processor, tokenizer_of
     from fairseq.models.vit_quantization import ViTQuantizer
+    from fairseq.quantization.config import merge_bits
 
     calibration, images, average_bits = pictures
     with mistakes(TypeError, ValueError):
@@ -113,8 +117,8 @@ def _quantize(
     if average_bits is not None:
         say(f"Choosing widths, {average_bits:g} bits on average")
         with mistakes():
-            chosen = quantizer.assign_bits(loaded.model, **given, average_bits=average_bits).overrides
-            quantizer = ViTQuantizer(**{**settings, "overrides": _merged(settings["overrides"], chosen)})
+            chosen = quantizer.assign_bits(loaded.model, **given, average_bits=average_bits).bits
+            quantizer = ViTQuantizer(**{**settings, "overrides": merge_bits(settings["overrides"], chosen)})
     say(f"Quantizing {type(loaded.model).__name__}" + (f" with pictures in {calibration}" if calibration else ""))
     started = time.perf_counter()
     with mistakes(ValueError, OSError, *([RuntimeError] if engine == "fused" else [])):
@@ -141,15 +145,3 @@ def _quantize(
         "layers": [asdict(layer) for layer in report.layers],
     }  # fmt: skip
     return result, f"{report}\nSaved {output}, {on_disk / 1e6:.1f} MB of weights"
-
-
-def _merged(given: dict[str, dict[str, Any]], chosen: dict[str, dict[str, int]]) -> dict[str, dict[str, Any]]:
-    """Overrides of --override and the widths that were chosen: a layer has both, its width as chosen."""
-    from fnmatch import fnmatchcase
-
-    found: dict[str, dict[str, Any]] = {}
-    for escaped, width in chosen.items():
-        name = escaped.replace("[[]", "[").replace("[*]", "*").replace("[?]", "?")
-        first = next((settings for glob, settings in given.items() if fnmatchcase(name, glob)), {})
-        found[escaped] = {**first, **width}
-    return {**found, **given}

@@ -98,6 +98,18 @@ def test_average_bits(cli, models, pictures, tmp_path):
     assert sum(m.config.symmetric for m in parts.values()) == 4
 
 
+def test_excluded_layers(cli, models, tmp_path):
+    options = ["--exclude", "*classifier", "--exclude", "*.0.*", "--json"]
+    result = cli("quantize", models / "vit", "-o", tmp_path / "out", *options)
+    assert result.code == 0, result.err
+    skipped = {layer["name"]: layer["skipped"] for layer in json.loads(result.out)["layers"] if layer["skipped"]}
+    assert skipped.pop("classifier") == "excluded by '*classifier'"
+    assert set(skipped.values()) == {"excluded by '*.0.*'"}
+    assert type(load(tmp_path / "out").classifier).__name__ == "Linear"
+    result = cli("quantize", models / "vit", "-o", tmp_path / "no", "--exclude", "*none")
+    assert (result.code, "exclude '*none' matches no selected layer" in result.err) == (2, True)
+
+
 def test_stderr_has_progress_and_quiet_has_none(cli, models, tmp_path):
     assert "Saving" in cli("quantize", models / "vit", "-o", tmp_path / "a").err
     assert cli("quantize", models / "vit", "-o", tmp_path / "b", "--quiet").err == ""

@@ -13,8 +13,6 @@ from fairseq.modules.quantization.scalar.ops import check_tensor
 from fairseq.quantization.architectures.layers import VIT, Family, block_of, component_of, kept_reason, tower_of
 from fairseq.quantization.config import COMPONENTS, LayerConfig, QuantizationConfig
 
-SKIPPED = "skipped by an override"
-
 
 def check_model(model: nn.Module) -> None:
     """Raise unless ``model`` is a module with weights that no house layer has quantized yet."""
@@ -44,7 +42,7 @@ def make_plan(
         layers: every Linear of the model, by name.
         config: what to do.
         family: which of them is what.
-        others: names that an override may match, too: of embeddings.
+        others: names that a glob may match, too: of embeddings.
     """
     _check_towers(layers, config, family)
     components = {name: component_of(name, family) for name in layers}
@@ -58,16 +56,15 @@ def make_plan(
         )
     plan = {name: _decide(name, layers[name], component, config, family) for name, component in components.items()}
     selected = [name for name, decision in plan.items() if isinstance(decision, LayerConfig)]
-    candidates = [name for name, decision in plan.items() if name in selected or decision == SKIPPED]
+    candidates = [name for name, decision in plan.items() if name in selected or decision == config.left_out(name)]
     candidates += others
     if not candidates:
         reasons = "; ".join(sorted({str(decision) for decision in plan.values()}))
         raise ValueError(f"no layer is left to quantize: {reasons}")
-    unmatched = config.unmatched_overrides(candidates)
+    unmatched = [f"override {glob!r}" for glob in config.unmatched_overrides(candidates)]
+    unmatched += [f"exclude {glob!r}" for glob in config.unmatched_exclude(candidates)]
     if unmatched:
-        raise ValueError(
-            f"override {unmatched[0]!r} matches no selected layer; there are {', '.join(candidates[:8])}, ..."
-        )
+        raise ValueError(f"{unmatched[0]} matches no selected layer; there are {', '.join(candidates[:8])}, ...")
     sampled = config.sample(selected)
     return {
         name: f"not among the share p={config.p}" if name in selected and name not in sampled else decision
@@ -99,8 +96,7 @@ def _decide(
         return f"of the {tower} tower, and towers={config.towers!r}"
     if not config.selects(component):
         return f"quantize_{component}=False"
-    settings = config.for_layer(name)
-    return SKIPPED if settings.skip else obstacle(layer) or settings
+    return config.left_out(name) or obstacle(layer) or config.for_layer(name)
 
 
 def check_data_free(chosen: Mapping[str, LayerConfig], why: str | None = None) -> None:

@@ -15,7 +15,6 @@ from fairseq.modules.quantization.packed.table import PackedEmbedding, pack_para
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of, obstacle
 from fairseq.modules.quantization.scalar.weights import weight_to_real
 from fairseq.quantization.architectures.layers import Family, embedding_kind, tower_of
-from fairseq.quantization.architectures.plan import SKIPPED
 from fairseq.quantization.calibration.stream import BATCH_SIZE, collect
 from fairseq.quantization.config import LayerConfig, QuantizationConfig, resolve_rounding
 from fairseq.quantization.evaluation.report import LayerReport
@@ -50,15 +49,14 @@ def find_embeddings(model: nn.Module, family: Family, config: QuantizationConfig
 
 
 def _decide(name: str, part: nn.Module | nn.Parameter, config: QuantizationConfig) -> LayerConfig | str:
-    settings = config.for_layer(name)
-    if settings.skip:
-        return SKIPPED
+    if why := config.left_out(name):
+        return why
     if isinstance(part, nn.Parameter):
         return TABLE if len(part) == 1 else f"its shape {tuple(part.shape)} is not (1, rows, columns)"
     if reason := obstacle(part):
         return reason
     if isinstance(part, nn.Conv2d):
-        return patch_obstacle(part) or settings
+        return patch_obstacle(part) or config.for_layer(name)
     return TABLE
 
 

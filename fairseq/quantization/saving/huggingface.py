@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import json
 import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,21 +22,21 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fairseq.quantization.config import QuantizationConfig
+from fairseq.quantization.config import FORMER_NAMES, QuantizationConfig, with_current_names
 from fairseq.quantization.conversion.convert import finish
 from fairseq.quantization.conversion.incremental import WhileLoading
 from fairseq.quantization.engine.fused_block import check_engine
 from fairseq.quantization.saving import checkpoint
 from fairseq.quantization.saving.attach import enable_save_pretrained, of_parts
 from fairseq.quantization.saving.contents import FORMAT, check_description, inspect
-from fairseq.quantization.saving.description import Placeholder, empty_part, packed_name, put
+from fairseq.quantization.saving.description import Placeholder, empty_part, put
+from fairseq.quantization.saving.excluding import exclude_modules
 from fairseq.quantization.saving.fitting import Fit, fit
 from fairseq.quantization.saving.names import names_on_disk
 from fairseq.quantization.saving.pretrained import config_entry, parts_of_config
+from fairseq.quantization.saving.told import tell
 
 logger = logging.getLogger(__name__)
-
-VERSION_5 = hasattr(HfQuantizer, "get_quantize_ops")
 
 
 class FairseqViTConfig(QuantizationConfigMixin):
@@ -49,21 +48,37 @@ class FairseqViTConfig(QuantizationConfigMixin):
     Args:
         engine: as for ``quantize_model``.
         description: of a saved model; from its config.json.
+        modules_to_not_convert: layers that stay in float, as transformers' other quantizers take them: a name, what is
+            in front of a dot in one, or how one ends. Its version decides, by ``should_convert_module`` where it has
+            that. ``exclude`` takes globs.
         settings: of a :class:`~fairseq.quantization.config.QuantizationConfig`.
 
     Raises:
         TypeError, ValueError: a setting that is none; the message says what is accepted.
     """
 
-    def __init__(self, engine: str = "auto", description: Mapping[str, Any] | None = None, **settings: Any):
+    def __init__(
+        self,
+        engine: str = "auto",
+        description: Mapping[str, Any] | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+        **settings: Any,
+    ):
         self.quant_method = FORMAT
         check_engine(engine)
         self.engine = engine
         settings = {key: value for key, value in settings.items() if key not in ("quant_method", "load_with")}
         self.description = None if description is None else check_description(description, "config.json")
+        if not isinstance(modules_to_not_convert, list | tuple | None) or not all(
+            isinstance(name, str) and name for name in modules_to_not_convert or ()
+        ):
+            raise TypeError(f"modules_to_not_convert must be a list of names, got {modules_to_not_convert!r}")
+        self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        settings = with_current_names(settings)
         accepted = {field.name for field in dataclasses.fields(QuantizationConfig)}
         if unknown := set(settings) - accepted:
-            raise TypeError(f"unknown setting {min(unknown)!r}; accepted are engine, {', '.join(sorted(accepted))}")
+            known = ", ".join(("engine", "modules_to_not_convert", *sorted(accepted)))
+            raise TypeError(f"unknown setting {min(unknown)!r}; accepted are {known}")
         self.settings = QuantizationConfig(**settings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,7 +86,18 @@ class FairseqViTConfig(QuantizationConfigMixin):
         if self.description is not None:
             return config_entry(self.description)
         settings = dataclasses.asdict(self.settings)
-        return {"quant_method": FORMAT, "engine": self.engine, **settings}
+        settings["resident"] = settings.pop("weight_storage")  # as earlier versions call it
+        settings["exclude"] = list(settings["exclude"])
+        settings["modules_to_not_convert"] = self.modules_to_not_convert
+        new = ("exclude", "modules_to_not_convert")  # that they do not know
+        kept = {key: value for key, value in settings.items() if value or key not in new}
+        return {"quant_method": FORMAT, "engine": self.engine, **kept}
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """What :meth:`to_dict` wrote, or an earlier version."""
+        settings = {FORMER_NAMES.get(key, key): value for key, value in config_dict.items()}
+        return super().from_dict(settings, return_unused_kwargs, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As :meth:`to_dict`."""
@@ -117,7 +143,8 @@ class FairseqViTQuantizer(HfQuantizer):
     ) -> Any:
         config = self.quantization_config
         if not self.pre_quantized:
-            self.arriving = WhileLoading(model, config.settings, config.engine)
+            settings = exclude_modules(model, config.settings, config.modules_to_not_convert or ())
+            self.arriving = WhileLoading(model, settings, config.engine)
             return model
         files = checkpoint_files or _files_of(model.config)
         contents = inspect(files)
@@ -135,7 +162,7 @@ class FairseqViTQuantizer(HfQuantizer):
                 # a table in place of a parameter is small, and read by code that initializes weights
                 table = None if part is not None else empty_part(model, name, self.fit.contents.parts[on_disk], "cpu")
                 put(model, name, table or Placeholder(part).train(part.training))
-        self.told = _tell(model, self.fit)
+        self.told = tell(model, self.fit)
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -216,46 +243,6 @@ def _files_of(config: Any) -> list[str]:
             "transformers 4 not by subfolder= or variant="
         )
     return [file]
-
-
-def _tell(model: Any, found: Fit) -> dict[str, Any]:
-    """Let transformers know which keys are of packed parts, and which weights are of another size.
-
-    Of the other keys it then says what it says of a float model's. The sizes it refuses or, if it is told to ignore
-    them, it makes up those weights.
-
-    Returns:
-        What the attributes of ``model`` were that have to be put back; None for one that it did not have.
-    """
-    prefix = f"{model.base_model_prefix}."
-    packed = {*found.names, *(packed_name(model, name) for name in found.names.values())}
-    names = "|".join(re.escape(name.removeprefix(prefix)) for name in packed)
-    ours = rf"(^|\.)({names})(\.linear)?\.[^.]+$"
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), ours]
-    told: dict[str, Any] = {"_keys_to_ignore_on_load_unexpected": set(ignored) if VERSION_5 else ignored}
-    if VERSION_5:
-        told["_adjust_missing_and_unexpected_keys"] = functools.partial(_with_sizes, model, found)
-    else:
-        told["_fix_state_dict_key_on_load"] = functools.partial(_as_weight, model, found)
-    before = {name: vars(model).get(name) for name in told}
-    vars(model).update(told)
-    return before
-
-
-def _with_sizes(model: Any, found: Fit, info: Any, *more: Any) -> Any:
-    """transformers 5 asks for this before it says what did not fit."""
-    known = {entry[0] for entry in info.mismatched_keys}
-    for entry in found.resized:
-        if entry.name not in known:
-            info.mismatched_keys.add((entry.name, entry.shape, tuple(model.get_parameter(entry.name).shape)))
-        info.missing_keys.discard(entry.name)
-    return type(model)._adjust_missing_and_unexpected_keys(model, info, *more)
-
-
-def _as_weight(model: Any, found: Fit, key: str) -> tuple[str, bool]:
-    """transformers 4 asks for this what a key in the files stands for: settings, of no weight's shape, for a weight."""
-    weights = {entry.settings: entry.on_disk for entry in found.resized}
-    return (weights[key], True) if key in weights else type(model)._fix_state_dict_key_on_load(key)
 
 
 def _check_complete(model: Any, found: Fit) -> None:

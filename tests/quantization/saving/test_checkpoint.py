@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.quantization.saving import contents
 from fairseq.quantization.saving.contents import FORMAT, inspect, write
 from fairseq.quantization.saving.names import names_on_disk
@@ -39,9 +40,21 @@ SETTINGS = [
     {"bits": 8}, {"bits": 3, "method": "channel", "group_size": 32},
     {"bits": 8, "method": "channel", "symmetric": True},
     {"bits": 4, "method": "histogram", "activations": None}, {"bits": 5, "method": "channel", "activation_bits": 6},
-    {"bits": 4, "method": "channel", "resident": "unpacked", "backend": "reference"},
+    {"bits": 4, "method": "channel", "weight_storage": "unpacked", "backend": "reference"},
     {"bits": 8, "quantize_embeddings": True, "overrides": {"*classifier": {"bits": 2}}}, {"bits": 4, "p": 0.4},
 ]  # fmt: skip
+
+
+def test_files_call_settings_as_earlier_versions_do(tiny_vit, tmp_path):
+    quantized = ViTQuantizer(bits=4, weight_storage="unpacked", exclude=["classifier"]).quantize_model(tiny_vit)
+    quantized.save_pretrained(tmp_path)
+    description = inspect([tmp_path / "model.safetensors"]).description
+    assert {tuple(part.items()) for part in description["layers"].values()} >= {(("bits", 4), ("resident", "unpacked"))}
+    assert set().union(*description["layers"].values()) <= {"bits", "resident", "input_factor", "bias", "double"}
+    assert "weight_storage" not in (tmp_path / "config.json").read_text()
+    loaded = type(tiny_vit).from_pretrained(tmp_path)
+    storages = {m.config.weight_storage for m in loaded.modules() if isinstance(m, PackedLinear)}
+    assert storages == {"unpacked"}
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
