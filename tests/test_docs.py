@@ -3,6 +3,7 @@
 Synthetic pictures are as small as the model's, and fewer: 128 of 224 by 224 pixels take ten seconds.
 """
 
+import ast
 import csv
 import re
 import shlex
@@ -75,3 +76,26 @@ def test_every_command_of_the_command_line_page_runs(model_folder, tmp_path, mon
         used.add(words[0])
         assert main(words) == 0, command
     assert used >= {"quantize", "compare", "evaluate", "benchmark", "export", "inspect"}
+
+
+FOREIGN = {"... size mismatch", "operator torchvision::nms does not exist"}
+"""What PyTorch says."""
+
+
+def strings_of_the_source():
+    """Every string in the library's code, the constant pieces of f-strings one by one."""
+    for path in (ROOT / "fairseq").rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        yield from (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def test_messages_that_the_guide_explains_are_those_of_the_code():
+    text = (ROOT / "docs" / "troubleshooting.rst").read_text()
+    titles = [line for line in text.splitlines() if re.match(r"``[^`]* [^`]*``", line)]
+    quoted = [re.match(r"``(?:\w+Error: )?(.*?)``", line)[1] for line in titles]
+    messages = [message for message in quoted if message not in FOREIGN and "pip" not in message]
+    assert len(messages) >= 8
+    strings = set(strings_of_the_source())
+    for message in messages:
+        for piece in filter(None, (piece.strip() for piece in message.split("..."))):
+            assert any(piece in string for string in strings), (message, piece)

@@ -11,7 +11,7 @@ from typing import Any
 from fairseq.cli.output import table
 from fairseq.modules.quantization.packed.packing import STORED_BITS
 from fairseq.quantization.evaluation.report import megabytes
-from fairseq.quantization.saving import checkpoint
+from fairseq.quantization.saving.contents import FORMAT, Contents, Entry, inspect
 
 DEFAULTS = {"bits": 8, "method": "tensor", "activations": "dynamic", "activation_bits": 8, "group_size": None}
 BYTES = {"U8": 1, "I8": 1, "BOOL": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
@@ -33,11 +33,11 @@ def read(path: Path, verify: bool = False) -> dict[str, Any] | None:
     if path.is_dir():
         config, files = _config(path), _weights(path)
         saved = config.get("quantization_config")
-        if not isinstance(saved, dict) or saved.get("quant_method") != checkpoint.FORMAT:
+        if not isinstance(saved, dict) or saved.get("quant_method") != FORMAT:
             return None
     elif path.is_file() and path.suffix == ".safetensors" and _is_float(path):
         return None
-    found = checkpoint.inspect(files, verify=verify)
+    found = inspect(files, verify=verify)
     if config is not None and config["quantization_config"].get("description") != found.description:
         raise ValueError(f"{path}: config.json describes another model than the weights do")
     return _result(path, files, config or {}, found, verify)
@@ -68,9 +68,7 @@ def text(result: dict[str, Any], layers: bool) -> str:
     return "\n\n".join(parts)
 
 
-def _result(
-    path: Path, files: list[Path], config: dict[str, Any], found: checkpoint.Contents, verify: bool
-) -> dict[str, Any]:
+def _result(path: Path, files: list[Path], config: dict[str, Any], found: Contents, verify: bool) -> dict[str, Any]:
     layers, packed = {}, 0
     for name, entry in found.parts.items():
         tensors = {key: e for key, e in found.tensors.items() if key.startswith(f"{name}.")}
@@ -125,16 +123,16 @@ def _is_float(file: Path) -> bool:
 
     try:
         with safe_open(file, framework="pt") as opened:
-            return checkpoint.FORMAT not in (opened.metadata() or {})
+            return FORMAT not in (opened.metadata() or {})
     except (SafetensorError, UnicodeDecodeError, RuntimeError):
         return False  # the reader says what is wrong
 
 
-def _bytes(entry: checkpoint.Entry) -> int:
+def _bytes(entry: Entry) -> int:
     return math.prod(entry.shape) * BYTES.get(entry.dtype, 1)
 
 
-def _weight_count(tensors: dict[str, checkpoint.Entry], name: str, bits: int) -> int:
+def _weight_count(tensors: dict[str, Entry], name: str, bits: int) -> int:
     """How many integers the packed rows hold, from their shape; a row's last byte may be filled up."""
     codes = tensors.get(f"{name}.weight_codes")
     return 0 if codes is None else math.prod(codes.shape) * 8 // STORED_BITS[bits]

@@ -13,7 +13,7 @@ from torch import nn
 
 import fairseq.models.vit_quantization  # noqa: F401  # registers the format of packed models
 from fairseq.cli.output import UserError, first_line, mistakes
-from fairseq.quantization.saving.checkpoint import FORMAT
+from fairseq.quantization.saving.contents import FORMAT
 from fairseq.quantization.saving.description import packed_parts
 
 SECONDS_TO_REACH_HUB = 3.0

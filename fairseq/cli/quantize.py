@@ -17,7 +17,7 @@ from fairseq.cli.saving import check_output, whole_folder
 @with_examples(
     "quantize google/vit-base-patch16-224 -o vit-int8",
     "quantize ./vit --bits 4 --method channel --calibration pictures --images 128 -o vit-int4",
-    "quantize ./vit --average-bits 4.5 --calibration pictures --override '*classifier=skip' -o vit-mixed",
+    "quantize ./vit --average-bits 4.5 --calibration pictures --exclude '*classifier' -o vit-mixed",
 )
 def quantize(
     model: Model,
@@ -50,6 +50,9 @@ def quantize(
         list[str] | None,
         typer.Option(metavar="GLOB=key:value,...", help="Other settings for layers of such names; repeatable."),
     ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Layers of such names stay in float; repeatable.")
+    ] = None,
     average_bits: Annotated[
         float | None, typer.Option(help="Widths layer by layer, this many per weight; needs --calibration.")
     ] = None,
@@ -79,7 +82,7 @@ def quantize(
         "symmetric": symmetric, "rounding": rounding, "equalize": equalize, "quantize_attention": attention,
         "bias_correction": parse_bias_correction(bias_correction), "quantize_mlp": mlp, "towers": towers,
         "quantize_classifier": classifier, "quantize_embeddings": embeddings,
-        "overrides": parse_overrides(override or ()),
+        "overrides": parse_overrides(override or ()), "exclude": exclude or (),
     }  # fmt: skip
     if calibration is not None and not calibration.is_dir():
         raise UserError(f"--calibration {calibration}: no such folder")

@@ -15,7 +15,7 @@ from typing import Any
 from fairseq.cli.output import UserError
 from fairseq.quantization.files import move_into
 
-FORMAT = "fairseq_vit"  # as in fairseq.quantization.saving.checkpoint, which is not imported for a look at a folder
+FORMAT = "fairseq_vit"  # as in fairseq.quantization.saving.contents, which is not imported for a look at a folder
 
 
 def check_output(folder: Path, source: str, force: bool) -> None:

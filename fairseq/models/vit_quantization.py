@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -20,7 +20,7 @@ from fairseq.quantization.architectures.plan import check_model
 from fairseq.quantization.bit_allocation.assignment import BitAssignment, assign_bits, smallest_that_agrees
 from fairseq.quantization.bit_allocation.sensitivity import measure
 from fairseq.quantization.calibration.images import pixel_values
-from fairseq.quantization.config import QuantizationConfig
+from fairseq.quantization.config import QuantizationConfig, with_current_names
 from fairseq.quantization.conversion.convert import convert
 from fairseq.quantization.conversion.dequantize import dequantize
 from fairseq.quantization.engine.fuse import optimize
@@ -34,8 +34,8 @@ from fairseq.quantization.evaluation.compare import (
 from fairseq.quantization.evaluation.report import LayerReport, QuantizationReport
 from fairseq.quantization.export.export import ExportReport, export
 from fairseq.quantization.saving import checkpoint
+from fairseq.quantization.saving.attach import disable_save_pretrained, enable_save_pretrained
 from fairseq.quantization.saving.huggingface import FairseqViTConfig
-from fairseq.quantization.saving.pretrained import disable_save_pretrained, enable_save_pretrained, warn_when_saving
 
 __all__ = [
     "BitAssignment", "EmbeddingComparison", "ExportReport", "FairseqViTConfig", "LayerReport", "ModelComparison",
@@ -58,17 +58,17 @@ class ViTQuantizer:
         quantize_attention: the query, key, value and output projections.
         quantize_mlp: the two layers of each MLP.
         quantize_classifier: the classifier, the pooler of a bare model, and projections of embeddings.
-        seed: the same seed chooses the same layers, every time and everywhere.
+
+    Which layers:
+        quantize_embeddings: also pack the convolution that embeds patches, and position embeddings (at 8 bits).
+        towers: "vision", "text" or "all": which towers of a model that reads text, too, such as CLIP.
+        exclude: globs of layers that stay in float: ``["*classifier"]``. It wins over ``overrides``.
         overrides: glob of layer names -> ``skip`` or any of ``bits``, ``method``, ``activations``, ``activation_bits``,
-            ``group_size``, ``symmetric``, ``rounding``, ``bias_correction``, ``resident``, ``backend`` for those
-            layers; the first glob that matches wins.
-            ``{"*classifier": {"bits": 8}, "vit.layers.0.*": {"skip": True}}``
-        execution: "packed" holds the integers in memory and runs on them, for inference; "emulated" keeps float
-            weights that are seen through the same integers, with gradients, for training.
-        activations: "dynamic" rounds each token by its own scale, for integer products; "static" rounds all tokens
-            with one calibrated scale (layers that cannot bear it stay dynamic, and the report says so); None leaves
-            them, and dequantizes the weight to multiply.
-        activation_bits: width of rounded activations, 2 to 8.
+            ``group_size``, ``symmetric``, ``rounding``, ``bias_correction``, ``weight_storage``, ``backend`` for those
+            layers; the first glob that matches wins. ``{"*classifier": {"bits": 8}, "*.layers.0.*": {"bits": 6}}``
+        seed: the same seed chooses the same layers, every time and everywhere.
+
+    How weights are rounded:
         group_size: input channels that share a scale, 32 to 128 in steps of 8; None for all of an output channel.
         symmetric: put the weights' zero point in the middle of the grid.
         rounding: "nearest"; with calibration images also "gptq", by the error at each layer's output, or "gptaq", which
@@ -77,10 +77,19 @@ class ViTQuantizer:
             serves a whole weight (method "tensor") or input (static activations).
         bias_correction: True adds each layer's mean output error on the calibration images to its bias, "add" also to
             layers without a bias.
-        towers: "vision", "text" or "all": which towers of a model that reads text, too, such as CLIP.
-        quantize_embeddings: also pack the convolution that embeds patches, and position embeddings (at 8 bits).
-        resident: "packed" or, for more speed below 5 bits and more memory, "unpacked".
+
+    How activations are rounded:
+        activations: "dynamic" rounds each token by its own scale, for integer products; "static" rounds all tokens
+            with one calibrated scale (layers that cannot bear it stay dynamic, and the report says so); None leaves
+            them, and dequantizes the weight to multiply.
+        activation_bits: width of rounded activations, 2 to 8.
+
+    How it runs:
+        execution: "packed" holds the integers in memory and runs on them, for inference; "emulated" keeps float
+            weights that are seen through the same integers, with gradients, for training.
+        weight_storage: "packed" or, for more speed below 5 bits and more memory, "unpacked".
         backend: "auto", or the kernels that must run: "reference", "cpu", "cuda", "native".
+        resident: the former name of ``weight_storage``; deprecated.
 
     Attributes:
         config: the settings, a frozen :class:`~fairseq.quantization.config.QuantizationConfig`.
@@ -101,6 +110,7 @@ class ViTQuantizer:
         *,
         seed: int = 0,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        exclude: Sequence[str] = (),
         execution: str = "packed",
         activations: str | None = "dynamic",
         activation_bits: int = 8,
@@ -109,17 +119,21 @@ class ViTQuantizer:
         rounding: str = "auto",
         equalize: bool = True,
         bias_correction: bool | str = False,
-        resident: str = "packed",
+        weight_storage: str = "packed",
         backend: str = "auto",
         towers: str = "vision",
         quantize_embeddings: bool = False,
+        resident: str | None = None,
     ):
+        if resident is not None:
+            former = {"resident": resident} | ({"weight_storage": weight_storage} if weight_storage != "packed" else {})
+            weight_storage = with_current_names(former)["weight_storage"]
         self.config = QuantizationConfig(
             bits=bits, method=method, activations=activations, activation_bits=activation_bits, group_size=group_size,
             symmetric=symmetric, rounding=rounding, equalize=equalize, bias_correction=bias_correction,
-            resident=resident, backend=backend, p=p, quantize_attention=quantize_attention,
+            weight_storage=weight_storage, backend=backend, p=p, quantize_attention=quantize_attention,
             quantize_mlp=quantize_mlp, quantize_classifier=quantize_classifier, seed=seed, execution=execution,
-            overrides=dict(overrides or {}), towers=towers, quantize_embeddings=quantize_embeddings,
+            overrides=overrides or {}, exclude=exclude, towers=towers, quantize_embeddings=quantize_embeddings,
         )  # fmt: skip
         self.report: QuantizationReport | None = None
 
@@ -169,7 +183,7 @@ class ViTQuantizer:
                 information["calibration_images"] = len(pixels)
             enable_save_pretrained(quantized, information)
         else:
-            warn_when_saving(quantized)
+            enable_save_pretrained(quantized)
         logger.info("%s", self.report)
         return cast(Model, quantized)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,8 +16,8 @@ COMPONENTS = ("attention", "mlp", "classifier")
 EXECUTIONS = ("packed", "emulated")
 TOWERS = ("vision", "text", "all")
 ROUNDINGS = ("nearest", "gptq", "gptaq")
+FORMER_NAMES = {"resident": "weight_storage"}
 SKIPPED = "skipped by an override"
-"""Why such a layer stays in float."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class QuantizationConfig(LayerConfig):
             the weight (method "tensor") or the input (static activations).
         overrides: glob of layer names -> ``skip`` or any of a layer's settings; the first glob that matches a layer
             replaces those settings for it.
+        exclude: globs of names of layers that stay in float, whatever the overrides say.
         towers: "vision", "text" or "all": of a model that has both, such as CLIP, which one is selected.
         quantize_embeddings: also pack the patch embedding, with a layer's settings, and position embeddings, at 8 bits;
             neither counts for ``p``. For packed execution.
@@ -77,6 +79,7 @@ class QuantizationConfig(LayerConfig):
     execution: str = "packed"
     equalize: bool = True
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    exclude: Sequence[str] = ()
     towers: str = "vision"
     quantize_embeddings: bool = False
 
@@ -103,8 +106,13 @@ class QuantizationConfig(LayerConfig):
             )
         if not isinstance(self.overrides, Mapping):
             raise TypeError(f"overrides must map globs to settings, got {self.overrides!r}")
+        current = {pattern: with_current_names(settings) for pattern, settings in self.overrides.items()}
+        object.__setattr__(self, "overrides", current)
         for pattern, settings in self.overrides.items():
             self._override(pattern, settings)
+        if not isinstance(self.exclude, list | tuple) or not all(isinstance(glob, str) for glob in self.exclude):
+            raise TypeError(f'exclude must be a list of globs, such as ["*classifier"]; got {self.exclude!r}')
+        object.__setattr__(self, "exclude", tuple(self.exclude))
 
     def selects(self, component: str) -> bool:
         """Whether layers of this component ("attention", "mlp", "classifier" or "embeddings") are to be quantized."""
@@ -115,16 +123,33 @@ class QuantizationConfig(LayerConfig):
         return self.towers in (tower, "all")
 
     def for_layer(self, name: str) -> LayerConfig:
-        """The settings of the layer called ``name``, overrides included."""
+        """The settings of the layer called ``name``, overrides included; it is skipped if it is excluded."""
+        settings = self._overridden(name)
+        return replace(settings, skip=True) if self._excluded_by(name) is not None else settings
+
+    def left_out(self, name: str) -> str | None:
+        """Why the layer called ``name`` is to stay in float, in words; None if nobody wants that."""
+        pattern = self._excluded_by(name)
+        if pattern is not None:
+            return f"excluded by {pattern!r}"
+        return SKIPPED if self._overridden(name).skip else None
+
+    def _excluded_by(self, name: str) -> str | None:
+        return next((pattern for pattern in self.exclude if fnmatchcase(name, pattern)), None)
+
+    def _overridden(self, name: str) -> LayerConfig:
         for pattern, settings in self.overrides.items():
             if fnmatchcase(name, pattern):
                 return self._override(pattern, settings)
         return LayerConfig(**self._of_a_layer())
 
     def unmatched_overrides(self, names: Iterable[str]) -> list[str]:
-        """The globs that match none of ``names``."""
-        names = list(names)
-        return [pattern for pattern in self.overrides if not any(fnmatchcase(name, pattern) for name in names)]
+        """The globs of overrides that match none of ``names``."""
+        return _unmatched(self.overrides, names)
+
+    def unmatched_exclude(self, names: Iterable[str]) -> list[str]:
+        """The globs of ``exclude`` that match none of ``names``."""
+        return _unmatched(self.exclude, names)
 
     def sample(self, names: Iterable[str]) -> set[str]:
         """The share ``p`` of ``names``: those with the smallest hash of seed and place in the order of ``names``.
@@ -137,10 +162,10 @@ class QuantizationConfig(LayerConfig):
         return set(sorted(names, key=rank.__getitem__)[:count])
 
     def _check_emulated(self, layer: LinearConfig) -> None:
-        if self.execution == "emulated" and (layer.resident, layer.backend) != ("packed", "auto"):
+        if self.execution == "emulated" and (layer.weight_storage, layer.backend) != ("packed", "auto"):
             raise ValueError(
-                f"resident={layer.resident!r} and backend={layer.backend!r} are settings of execution='packed'; "
-                "an emulated model holds float weights and runs float products"
+                f"weight_storage={layer.weight_storage!r} and backend={layer.backend!r} are settings of "
+                "execution='packed'; an emulated model holds float weights and runs float products"
             )
 
     def _of_a_layer(self) -> dict[str, Any]:
@@ -172,6 +197,29 @@ def resolve_rounding(rounding: str, calibrated: bool) -> str:
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of 'auto', {', '.join(map(repr, ROUNDINGS))}; got {rounding!r}")
     return rounding
+
+
+def with_current_names(settings: Mapping[str, Any], stacklevel: int = 2) -> Any:
+    """Settings in which one that has another name now is called by that, with a DeprecationWarning.
+
+    Raises:
+        ValueError: both names are there.
+    """
+    if not isinstance(settings, Mapping):
+        return settings  # whoever reads it says what is wrong
+    found = dict(settings)
+    for former, name in FORMER_NAMES.items():
+        if former in found:
+            if name in found:
+                raise ValueError(f"{name} and {former} are two names of one setting; give {name} alone")
+            warnings.warn(f"{former} is called {name} now", DeprecationWarning, stacklevel + 1)
+            found[name] = found.pop(former)
+    return found
+
+
+def _unmatched(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    names = list(names)
+    return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
 
 
 def merge_bits(overrides: Mapping[str, Mapping[str, Any]], bits: Mapping[str, int]) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ import pytest
 import safetensors
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.quantization.saving import checkpoint
+from fairseq.quantization.saving import contents
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def headers_only(monkeypatch):
             assert name in ("metadata", "keys", "get_slice"), name
             return getattr(self.opened, name)
 
-    monkeypatch.setattr(checkpoint, "safe_open", Headers)
+    monkeypatch.setattr(contents, "safe_open", Headers)
 
 
 def test_inspect_loads_no_weights(cli, models, headers_only):
@@ -74,7 +74,7 @@ def test_inspect_loads_no_weights(cli, models, headers_only):
     found = json.loads(cli("inspect", folder, "--json").out)
     assert found["quantized"] is True
     assert found["architecture"] == "ViTForImageClassification"
-    assert found["format_version"] == checkpoint.VERSION
+    assert found["format_version"] == contents.VERSION
     assert found["files"] == ["model.safetensors"]
     assert found["verified"] is False
     assert found["sizes"]["total"] == (folder / "model.safetensors").stat().st_size

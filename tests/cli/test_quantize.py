@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, ViTForImageClassificat
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.quantization.saving import checkpoint
+from fairseq.quantization.saving import contents
 
 
 def load(folder):
@@ -96,6 +96,18 @@ def test_average_bits(cli, models, pictures, tmp_path):
     parts = {name: m for name, m in load(tmp_path / "out").named_modules() if isinstance(m, PackedLinear)}
     assert [".1.attention" in name for name in parts] == [m.config.symmetric for m in parts.values()]
     assert sum(m.config.symmetric for m in parts.values()) == 4
+
+
+def test_excluded_layers(cli, models, tmp_path):
+    options = ["--exclude", "*classifier", "--exclude", "*.0.*", "--json"]
+    result = cli("quantize", models / "vit", "-o", tmp_path / "out", *options)
+    assert result.code == 0, result.err
+    skipped = {layer["name"]: layer["skipped"] for layer in json.loads(result.out)["layers"] if layer["skipped"]}
+    assert skipped.pop("classifier") == "excluded by '*classifier'"
+    assert set(skipped.values()) == {"excluded by '*.0.*'"}
+    assert type(load(tmp_path / "out").classifier).__name__ == "Linear"
+    result = cli("quantize", models / "vit", "-o", tmp_path / "no", "--exclude", "*none")
+    assert (result.code, "exclude '*none' matches no selected layer" in result.err) == (2, True)
 
 
 def test_stderr_has_progress_and_quiet_has_none(cli, models, tmp_path):
@@ -190,13 +202,13 @@ def test_what_is_written_over(cli, models, tmp_path):
 
 
 def test_an_error_while_it_saves_leaves_nothing(cli, models, tmp_path, monkeypatch):
-    write = checkpoint.write
+    write = contents.write
 
     def full(*arguments):
         write(*arguments)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr(contents, "write", full)
     result = cli("quantize", models / "vit", "-o", tmp_path / "out", "--quiet")
     assert result == (2, "", "error: [Errno 28] No space left on device\n")
     assert not list(tmp_path.iterdir())
@@ -205,13 +217,13 @@ def test_an_error_while_it_saves_leaves_nothing(cli, models, tmp_path, monkeypat
 SLOW = """
 import json, sys, time
 from fairseq.cli.main import main
-from fairseq.quantization.saving import checkpoint
-write = checkpoint.write
+from fairseq.quantization.saving import contents
+write = contents.write
 def slow(*arguments):
     write(*arguments)
     print("written", flush=True)
     time.sleep(60)
-checkpoint.write = slow
+contents.write = slow
 for words in json.loads(sys.argv[1]):
     code = main(words)
     print(code, flush=True)
@@ -225,7 +237,7 @@ def files(folder):
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send there")
 def test_ctrl_c_leaves_what_was_there(models, pictures, tmp_path):
-    """While it saves a new folder, while it replaces one, while it quantizes: one process, as each imports for seconds."""
+    """While it saves a new folder, replaces one, or quantizes: in one process, since each imports for seconds."""
     new, replaced, quantizing = (tmp_path / name for name in ("new", "replaced", "quantizing"))
     shutil.copytree(models / "packed", replaced)
     before = files(tmp_path)

@@ -51,6 +51,37 @@ def test_positional_arguments_and_keyword_only_ones():
         ViTQuantizer(4, "channel", 0.5, False, True, False, 3)
 
 
+def test_excluded_layers_stay_in_float_and_the_report_says_why(tiny_vit):
+    quantizer = ViTQuantizer(bits=4, exclude=["*classifier", "*.0.*"], overrides={"*": {"bits": 6}})
+    quantized = quantizer.quantize_model(tiny_vit)
+    reasons = {layer.name: layer.skipped for layer in quantizer.report.skipped}
+    assert len(reasons) == 7
+    assert reasons.pop("classifier") == "excluded by '*classifier'"
+    assert set(reasons.values()) == {"excluded by '*.0.*'"}
+    assert all(".0." in name for name in reasons)
+    assert type(quantized.classifier) is torch.nn.Linear
+    assert {layer.bits for layer in quantizer.report.quantized} == {6}
+    with pytest.raises(ValueError, match=r"exclude '\*head' matches no selected layer; there are .*classifier|vit"):
+        ViTQuantizer(exclude=["*head"]).quantize_model(tiny_vit)
+    with pytest.raises(ValueError, match="exclude 'classifier' matches no selected layer"):
+        ViTQuantizer(exclude=["classifier"], quantize_classifier=False).quantize_model(tiny_vit)
+
+
+def test_excluded_embeddings_stay_in_float(tiny_vit):
+    quantizer = ViTQuantizer(quantize_embeddings=True, exclude=["*position_embeddings"])
+    quantizer.quantize_model(tiny_vit)
+    reasons = {layer.name: layer.skipped for layer in quantizer.report.skipped}
+    assert reasons["vit.embeddings.position_embeddings"] == "excluded by '*position_embeddings'"
+
+
+def test_weight_storage_by_its_former_name():
+    with pytest.warns(DeprecationWarning, match="resident is called weight_storage") as warned:
+        assert ViTQuantizer(bits=4, resident="unpacked").config.weight_storage == "unpacked"
+    with pytest.raises(ValueError, match="two names of one setting"):
+        ViTQuantizer(weight_storage="unpacked", resident="unpacked")
+    assert warned[0].filename == __file__
+
+
 def test_it_says_what_it_did(tiny_vit, caplog):
     quantizer = ViTQuantizer(bits=4)
     assert quantizer.report is None

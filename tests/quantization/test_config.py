@@ -27,9 +27,9 @@ NAMES = [f"vit.layers.{i}.{n}" for i in range(12) for n in ("q_proj", "k_proj", 
         ({"overrides": {"*": {"bit": 4}}}, ValueError, "activation_bits, activations, .*, skip.*got '\\*': {'bit': 4}"),
         ({"execution": "emulated", "backend": "cpu"}, ValueError, "backend='cpu' are settings of execution='packed'"),
         (
-            {"execution": "emulated", "overrides": {"*fc1": {"resident": "unpacked"}}},
+            {"execution": "emulated", "overrides": {"*fc1": {"weight_storage": "unpacked"}}},
             ValueError,
-            r"override '\*fc1': resident='unpacked'",
+            r"override '\*fc1': weight_storage='unpacked'",
         ),
         ({"execution": "fast"}, ValueError, "execution must be one of 'packed', 'emulated'; got 'fast'"),
         ({"activations": "token"}, ValueError, "activations must be one of 'dynamic', 'static', None; got 'token'"),
@@ -46,6 +46,9 @@ NAMES = [f"vit.layers.{i}.{n}" for i in range(12) for n in ("q_proj", "k_proj", 
         ({"overrides": {"*": 4}}, ValueError, "an override maps a glob"),
         ({"overrides": {"*fc1": {"bits": 1}}}, ValueError, "override '\\*fc1': bits must be from 2 to 8, got 1"),
         ({"overrides": {"*": {"skip": 1}}}, TypeError, "skip must be True or False"),
+        ({"exclude": "*classifier"}, TypeError, r"exclude must be a list of globs, such as .*; got '\*classifier'"),
+        ({"exclude": ["a", 3]}, TypeError, r"exclude must be a list of globs, such as .*; got \['a', 3\]"),
+        ({"exclude": {"*": {"bits": 8}}}, TypeError, "exclude must be a list of globs"),
     ],
 )
 def test_errors(settings, error, message):
@@ -124,3 +127,26 @@ def test_merge_bits_is_idempotent_and_changes_nothing_it_got():
         "*": {"method": "channel"},
     }
     assert merge_bits(once, {"a": 4, "b": 2}) == once
+
+
+def test_exclude_wins_over_overrides():
+    config = QuantizationConfig(
+        bits=4, exclude=["*k_proj", "clas*"], overrides={"*": {"bits": 8}, "*fc1": {"skip": True}}
+    )
+    assert config.exclude == ("*k_proj", "clas*")
+    assert config.for_layer("vit.layers.0.k_proj") == LayerConfig(8, skip=True)
+    assert config.for_layer("vit.layers.0.q_proj") == LayerConfig(8)
+    assert config.left_out("vit.layers.0.k_proj") == "excluded by '*k_proj'"
+    assert config.left_out("vit.layers.0.q_proj") is None
+    only = QuantizationConfig(exclude=("a",), overrides={"[ab]": {"skip": True}})
+    assert [only.left_out(name) for name in "abc"] == ["excluded by 'a'", "skipped by an override", None]
+    assert config.unmatched_exclude(["vit.layers.0.k_proj", "fc1"]) == ["clas*"]
+
+
+def test_the_former_name_of_weight_storage():
+    with pytest.warns(DeprecationWarning, match="resident is called weight_storage"):
+        config = QuantizationConfig(overrides={"*fc1": {"resident": "unpacked"}})
+    assert config.overrides == {"*fc1": {"weight_storage": "unpacked"}}  # it is said once
+    assert config.for_layer("a.fc1") == LayerConfig(weight_storage="unpacked")
+    with pytest.raises(ValueError, match="weight_storage and resident"):
+        QuantizationConfig(overrides={"*fc1": {"resident": "unpacked", "weight_storage": "packed"}})

@@ -7,7 +7,7 @@ from torch import nn
 from fairseq.modules.quantization.packed.patches import patch_obstacle
 from fairseq.modules.quantization.scalar.modules.replace import obstacle
 from fairseq.quantization.architectures.families import Family, embedding_kind, tower_of
-from fairseq.quantization.config import SKIPPED, LayerConfig, QuantizationConfig
+from fairseq.quantization.config import LayerConfig, QuantizationConfig
 
 TABLE = LayerConfig(bits=8, method="channel", activations=None)
 """How position embeddings are held: they are few, and every token reads them."""
@@ -37,13 +37,12 @@ def find_embeddings(model: nn.Module, family: Family, config: QuantizationConfig
 
 
 def _decide(name: str, part: nn.Module | nn.Parameter, config: QuantizationConfig) -> LayerConfig | str:
-    settings = config.for_layer(name)
-    if settings.skip:
-        return SKIPPED
+    if why := config.left_out(name):
+        return why
     if isinstance(part, nn.Parameter):
         return TABLE if len(part) == 1 else f"its shape {tuple(part.shape)} is not (1, rows, columns)"
     if reason := obstacle(part):
         return reason
     if isinstance(part, nn.Conv2d):
-        return patch_obstacle(part) or settings
+        return patch_obstacle(part) or config.for_layer(name)
     return TABLE

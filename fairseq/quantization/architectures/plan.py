@@ -22,7 +22,7 @@ from fairseq.quantization.architectures.families import (
 )
 from fairseq.quantization.architectures.layers import block_of, linear_layers, tied_blocks, tied_layers
 from fairseq.quantization.architectures.observe import NOTHING, Observation, observe
-from fairseq.quantization.config import COMPONENTS, SKIPPED, LayerConfig, QuantizationConfig
+from fairseq.quantization.config import COMPONENTS, LayerConfig, QuantizationConfig
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,14 @@ def resolve(model: nn.Module, config: QuantizationConfig, pixel_values: Tensor |
     )
 
 
+def selected(model: nn.Module, config: QuantizationConfig) -> list[str]:
+    """The names of the layers and embeddings that ``config`` selects, before its share ``p`` is drawn."""
+    layers, family = linear_layers(model), family_of(model)
+    embeddings = find_embeddings(model, family, config)
+    decisions = decide(layers, replace(config, p=1.0), family, embeddings) | embeddings
+    return [name for name, decision in decisions.items() if isinstance(decision, LayerConfig)]
+
+
 def shares_a_scale(settings: LayerConfig) -> bool:
     """Whether channels of a layer's weight or of its input share a scale, so that equalization can gain something."""
     return settings.method == "tensor" or settings.rounds_coarsely
@@ -180,7 +188,7 @@ def decide(
         layers: every Linear of the model, by name.
         config: what to do.
         family: which of them is what.
-        others: names that an override may match, too: of embeddings.
+        others: names that a glob may match, too: of embeddings.
     """
     _check_towers(layers, config, family)
     components = {name: component_of(name, family) for name in layers}
@@ -194,16 +202,15 @@ def decide(
         )
     plan = {name: _decide(name, layers[name], component, config, family) for name, component in components.items()}
     selected = [name for name, decision in plan.items() if isinstance(decision, LayerConfig)]
-    candidates = [name for name, decision in plan.items() if name in selected or decision == SKIPPED]
+    candidates = [name for name, decision in plan.items() if name in selected or decision == config.left_out(name)]
     candidates += others
     if not candidates:
         reasons = "; ".join(sorted({str(decision) for decision in plan.values()}))
         raise ValueError(f"no layer is left to quantize: {reasons}")
-    unmatched = config.unmatched_overrides(candidates)
+    unmatched = [f"override {glob!r}" for glob in config.unmatched_overrides(candidates)]
+    unmatched += [f"exclude {glob!r}" for glob in config.unmatched_exclude(candidates)]
     if unmatched:
-        raise ValueError(
-            f"override {unmatched[0]!r} matches no selected layer; there are {', '.join(candidates[:8])}, ..."
-        )
+        raise ValueError(f"{unmatched[0]} matches no selected layer; there are {', '.join(candidates[:8])}, ...")
     sampled = config.sample(selected)
     return {
         name: f"not among the share p={config.p}" if name in selected and name not in sampled else decision
@@ -235,8 +242,7 @@ def _decide(
         return f"of the {tower} tower, and towers={config.towers!r}"
     if not config.selects(component):
         return f"quantize_{component}=False"
-    settings = config.for_layer(name)
-    return SKIPPED if settings.skip else obstacle(layer) or settings
+    return config.left_out(name) or obstacle(layer) or config.for_layer(name)
 
 
 def check_data_free(chosen: Mapping[str, LayerConfig], why: str | None = None) -> None:

@@ -75,7 +75,8 @@ def convert(
 
 def finish(model: nn.Module, engine: str) -> int:
     """Make a model with quantized layers ready to run, in place; the number of encoder blocks that are fused."""
-    model.register_forward_hook(tuple_while_tracing)
+    if tuple_while_tracing not in model._forward_hooks.values():  # a copy of one that was finished has it
+        model.register_forward_hook(tuple_while_tracing)
     reasons = fuse(model, engine) if engine != "layers" else {}
     memory.release()
     return sum(reason is None for reason in reasons.values())

@@ -12,6 +12,7 @@ from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding
 from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedParameters, unpack_parameters
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
+from fairseq.quantization.conversion.convert import tuple_while_tracing
 from fairseq.quantization.engine.fuse import unfuse
 
 
@@ -30,6 +31,9 @@ def dequantize(model: nn.Module) -> nn.Module:
         raise ValueError("nothing in the model is quantized; pass what quantize_model returned")
     result = copy.deepcopy(model)
     unfuse(result)
+    for key, hook in list(result._forward_hooks.items()):
+        if hook is tuple_while_tracing:
+            del result._forward_hooks[key]
     _dequantize_embeddings(result)
     plain: dict[int, nn.Parameter] = {}  # by the integers or weight that layers share
     for old in list(result.modules()):

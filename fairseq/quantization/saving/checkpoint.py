@@ -1,85 +1,28 @@
-"""Packed models in safetensors files: written whole, with checksums, and read as if somebody had tampered with them.
-
-Such a file has its tensors under their names on disk (see :mod:`~fairseq.quantization.saving.names`), and in its
-metadata, as JSON under "fairseq_vit", a ``description`` (the version of the format and each packed part's settings, see
-:mod:`~fairseq.quantization.saving.description`), and ``sha256``: 16 hexadecimal digits for each tensor, of its dtype,
-shape and bytes, and for the description.
-"""
+"""Packed models in one safetensors file: written whole, and loaded into a float model of the same architecture."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fairseq.quantization.architectures.forward import separate_biases
 from fairseq.quantization.conversion.convert import finish
 from fairseq.quantization.engine.fuse import check_engine
 from fairseq.quantization.files import replacing
+from fairseq.quantization.saving.contents import VERSION, Contents, inspect, write
 from fairseq.quantization.saving.description import check_loaded, describe, empty_part, packed_name, put
 from fairseq.quantization.saving.names import COMPUTED, names_on_disk
 
-FORMAT = "fairseq_vit"
-VERSION = 1
-DESCRIPTION = "description"
 FLOATS = ("F16", "BF16", "F32", "F64")
 CODES = {torch.uint8: "U8", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64"}
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor in a file: its name there, dtype as safetensors calls it, and shape."""
-
-    file: Path
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What files hold: their description, and each tensor by its name on disk."""
-
-    description: dict[str, Any]
-    tensors: dict[str, Entry]
-
-    @property
-    def parts(self) -> dict[str, dict[str, Any]]:
-        """The settings of each packed part, by its name on disk."""
-        return dict(self.description["layers"])
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Some of the tensors, on the CPU."""
-        found: dict[str, Tensor] = {}
-        wanted = set(names)
-        for file in dict.fromkeys(self.tensors[name].file for name in wanted):
-            with safe_open(file, framework="pt") as opened:
-                here = (name for name in wanted if self.tensors[name].file == file)
-                found.update({name: opened.get_tensor(self.tensors[name].key) for name in here})
-        return found
-
-    @property
-    def files(self) -> str:
-        """The files, for messages."""
-        return ", ".join(str(file) for file in dict.fromkeys(entry.file for entry in self.tensors.values()))
-
-    def below(self, prefix: str) -> Contents:
-        """What has names that begin with ``prefix``, without it."""
-        layers = {name.removeprefix(prefix): part for name, part in self.parts.items() if name.startswith(prefix)}
-        tensors = {name.removeprefix(prefix): e for name, e in self.tensors.items() if name.startswith(prefix)}
-        return Contents({**self.description, "layers": layers}, tensors)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], information: Mapping[str, Any] | None = None) -> None:
@@ -138,30 +81,6 @@ def load(path: str | os.PathLike[str], model: Model, engine: str = "auto") -> tu
     return result, dict(contents.description.get("information", {}))
 
 
-def inspect(files: Iterable[str | os.PathLike[str]], *, verify: bool = True) -> Contents:
-    """What is in the files of one model, after all their checksums were compared.
-
-    Args:
-        files: their paths.
-        verify: False reads only the headers, not the tensors, whose checksums are then not compared.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`load`.
-    """
-    descriptions: list[dict[str, Any]] = []
-    tensors: dict[str, Entry] = {}
-    for path in map(Path, files):
-        description, entries = _inspect(path, verify)
-        descriptions.append(description)
-        for name, entry in entries.items():
-            if name in tensors:
-                raise ValueError(f"{path}: {name} is in {tensors[name].file.name}, too")
-            tensors[name] = entry
-    if any(other != descriptions[0] for other in descriptions):
-        raise ValueError(f"{path}: its description is not that of the other files; they were not saved together")
-    return Contents(descriptions[0], tensors)
-
-
 def description_of(model: nn.Module, information: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The JSON description of a packed model.
 
@@ -192,14 +111,6 @@ def tensors_on_disk(model: nn.Module, state: Mapping[str, Tensor] | None = None)
     return tensors
 
 
-def write(tensors: dict[str, Tensor], path: Path, description: Mapping[str, Any]) -> None:
-    """Write tensors with their checksums and a description."""
-    checksums = {name: _digest(tensor) for name, tensor in tensors.items()}
-    checksums[DESCRIPTION] = _digest_of_json(description)
-    metadata = {"format": "pt", FORMAT: json.dumps({DESCRIPTION: description, "sha256": checksums})}
-    save_file(tensors, path, metadata)
-
-
 def part_names(model: nn.Module, contents: Contents) -> dict[str, str]:
     """The names in the memory of the float ``model`` of the packed parts in a file, by their names on disk.
 
@@ -225,7 +136,7 @@ def part_tensors(model: nn.Module, contents: Contents, names: Mapping[str, str])
     found = set()
     for on_disk, name in names.items():
         try:
-            state = _state(model, name, contents.parts[on_disk])
+            state = part_state(model, name, contents.parts[on_disk])
         except ValueError as error:
             raise ValueError(f"{contents.files}: {error}") from None
         for key, wanted in state.items():
@@ -241,6 +152,13 @@ def part_tensors(model: nn.Module, contents: Contents, names: Mapping[str, str])
                 )
             found.add(key)
     return found
+
+
+def part_state(model: nn.Module, name: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a packed part has in its state dict, by the names on disk; on the meta device."""
+    part = empty_part(model, name, entry, "meta")
+    state = part.state_dict()
+    return {place: state[key] for key, place in _on_disk(model, packed_name(model, name), part).items()}
 
 
 def fill(
@@ -275,85 +193,6 @@ def check_is_module(model: object) -> None:
     """TypeError unless ``model`` is an ``nn.Module``."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-
-
-def check_description(description: Any, where: str) -> dict[str, Any]:
-    """A description that this version of the library reads.
-
-    Raises:
-        ValueError: it is none, or of a later version.
-    """
-    if not isinstance(description, Mapping):
-        raise ValueError(f"{where}: the description must be a mapping, got {type(description).__name__}")
-    version = description.get("format_version")
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"{where}: format_version must be a whole number of at least 1, got {version!r}")
-    if version > VERSION:
-        raise ValueError(
-            f"{where}: format_version {version} is later than {VERSION}, which this version of fairseq reads"
-        )
-    layers = description.get("layers")
-    if not isinstance(layers, Mapping) or not layers or not all(isinstance(e, Mapping) for e in layers.values()):
-        raise ValueError(f"{where}: layers must map the names of packed layers to their settings, got {layers!r:.80}")
-    return dict(description)
-
-
-def _inspect(path: Path, verify: bool) -> tuple[dict[str, Any], dict[str, Entry]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: packed models are read from .safetensors files only")
-    try:
-        with safe_open(path, framework="pt") as opened:
-            said, checksums = _metadata(path, opened.metadata())
-            names = set(opened.keys())
-            if names != checksums.keys() - {DESCRIPTION}:
-                name = min(names ^ (checksums.keys() - {DESCRIPTION}))
-                raise ValueError(f"{path}: {name} " + ("has no checksum" if name in names else "is missing"))
-            entries = {}
-            for name in sorted(names):
-                view = opened.get_slice(name)
-                entries[name] = Entry(path, name, view.get_dtype(), tuple(view.get_shape()))
-                if verify and _digest(opened.get_tensor(name)) != checksums[name]:
-                    raise ValueError(f"{path}: {name} is damaged: its checksum is not the one that was saved")
-    except (SafetensorError, OSError, UnicodeDecodeError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    return said, entries
-
-
-def _metadata(path: Path, metadata: Mapping[str, str] | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """The description and the checksums in a file's metadata."""
-    if FORMAT not in (metadata or {}):
-        raise ValueError(f"{path}: its metadata have no {FORMAT!r}; it is no packed model, or was rewritten without it")
-    try:
-        content = json.loads((metadata or {})[FORMAT])
-        description, checksums = content[DESCRIPTION], content["sha256"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path}: the metadata {FORMAT!r} are damaged ({type(error).__name__}: {error})") from None
-    if not isinstance(checksums, dict):
-        raise ValueError(f"{path}: sha256 must map names to checksums, got {type(checksums).__name__}")
-    description = check_description(description, str(path))
-    if checksums.get(DESCRIPTION) != _digest_of_json(description):
-        raise ValueError(f"{path}: the {DESCRIPTION} is damaged: its checksum is not the one that was saved")
-    return description, checksums
-
-
-def _digest(tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), usedforsecurity=False)
-    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _digest_of_json(description: Mapping[str, Any]) -> str:
-    text = json.dumps(description, sort_keys=True)
-    return hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()[:16]
-
-
-def _state(model: nn.Module, name: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a packed part has in its state dict, by the names on disk; on the meta device."""
-    part = empty_part(model, name, entry, "meta")
-    state = part.state_dict()
-    return {place: state[key] for key, place in _on_disk(model, packed_name(model, name), part).items()}
 
 
 def _on_disk(model: nn.Module, name: str, part: nn.Module) -> dict[str, str]:

@@ -15,8 +15,16 @@ from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedPar
 from fairseq.modules.quantization.scalar.modules.replace import names_of
 from fairseq.modules.quantization.scalar.weights import check_settings, settings_tensor
 
-SETTINGS = tuple(field.name for field in dataclasses.fields(LinearConfig) if field.name != "backend")
-"""Which kernels run is up to the machine that loads."""
+ON_DISK = {
+    field.name: {"weight_storage": "resident"}.get(field.name, field.name)
+    for field in dataclasses.fields(LinearConfig)
+    if field.name != "backend"
+}
+"""The settings of a layer and what they are called in files, which earlier versions read, too.
+
+Which kernels run is up to the machine that loads.
+"""
+SETTINGS = tuple(ON_DISK.values())
 FLAGS = {"bias": True, "input_factor": False, "double": False}
 """Further entries of a layer and their defaults: it has a bias; it has an input factor; its scales are float64."""
 
@@ -180,7 +188,9 @@ def _entry(part: nn.Module) -> dict[str, Any]:
     layer = part.linear if isinstance(part, PackedPatchEmbedding) else part
     config = cast(LinearConfig, layer.config)
     default = LinearConfig()
-    entry = {key: getattr(config, key) for key in SETTINGS if getattr(config, key) != getattr(default, key)}
+    entry = {
+        key: getattr(config, name) for name, key in ON_DISK.items() if getattr(config, name) != getattr(default, name)
+    }
     if isinstance(layer, PackedLinear):
         flags = {
             "bias": layer.bias is not None, "input_factor": layer.input_factor is not None,
@@ -202,7 +212,7 @@ def _read(name: str, entry: Mapping[str, Any]) -> tuple[LinearConfig, dict[str, 
         if not isinstance(value, bool):
             raise ValueError(f"{name}: {key} must be true or false, got {value!r}")
     try:
-        config = LinearConfig(**{key: value for key, value in entry.items() if key in SETTINGS})
+        config = LinearConfig(**{name: entry[key] for name, key in ON_DISK.items() if key in entry})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None
     return config, flags

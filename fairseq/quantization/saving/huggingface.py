@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,20 +22,21 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fairseq.quantization.config import QuantizationConfig
+from fairseq.quantization.config import FORMER_NAMES, QuantizationConfig, with_current_names
 from fairseq.quantization.conversion.convert import finish
 from fairseq.quantization.conversion.incremental import WhileLoading
 from fairseq.quantization.engine.fuse import check_engine
 from fairseq.quantization.saving import checkpoint
-from fairseq.quantization.saving.checkpoint import FORMAT
+from fairseq.quantization.saving.attach import enable_save_pretrained, of_parts
+from fairseq.quantization.saving.contents import FORMAT, check_description, inspect
 from fairseq.quantization.saving.description import Placeholder, empty_part, put
+from fairseq.quantization.saving.excluding import exclude_modules
+from fairseq.quantization.saving.fitting import Fit, fit
 from fairseq.quantization.saving.names import names_on_disk
-from fairseq.quantization.saving.pretrained import config_entry, enable_save_pretrained
+from fairseq.quantization.saving.pretrained import config_entry, parts_of_config
+from fairseq.quantization.saving.told import tell
 
 logger = logging.getLogger(__name__)
-
-VERSION_5 = hasattr(HfQuantizer, "get_quantize_ops")
-EVERY_KEY: Any = {r".*"} if VERSION_5 else [r".*"]
 
 
 class FairseqViTConfig(QuantizationConfigMixin):
@@ -47,21 +48,37 @@ class FairseqViTConfig(QuantizationConfigMixin):
     Args:
         engine: as for ``quantize_model``.
         description: of a saved model; from its config.json.
+        modules_to_not_convert: layers that stay in float, as transformers' other quantizers take them: a name, what is
+            in front of a dot in one, or how one ends. Its version decides, by ``should_convert_module`` where it has
+            that. ``exclude`` takes globs.
         settings: of a :class:`~fairseq.quantization.config.QuantizationConfig`.
 
     Raises:
         TypeError, ValueError: a setting that is none; the message says what is accepted.
     """
 
-    def __init__(self, engine: str = "auto", description: Mapping[str, Any] | None = None, **settings: Any):
+    def __init__(
+        self,
+        engine: str = "auto",
+        description: Mapping[str, Any] | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+        **settings: Any,
+    ):
         self.quant_method = FORMAT
         check_engine(engine)
         self.engine = engine
         settings = {key: value for key, value in settings.items() if key not in ("quant_method", "load_with")}
-        self.description = None if description is None else checkpoint.check_description(description, "config.json")
+        self.description = None if description is None else check_description(description, "config.json")
+        if not isinstance(modules_to_not_convert, list | tuple | None) or not all(
+            isinstance(name, str) and name for name in modules_to_not_convert or ()
+        ):
+            raise TypeError(f"modules_to_not_convert must be a list of names, got {modules_to_not_convert!r}")
+        self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        settings = with_current_names(settings)
         accepted = {field.name for field in dataclasses.fields(QuantizationConfig)}
         if unknown := set(settings) - accepted:
-            raise TypeError(f"unknown setting {min(unknown)!r}; accepted are engine, {', '.join(sorted(accepted))}")
+            known = ", ".join(("engine", "modules_to_not_convert", *sorted(accepted)))
+            raise TypeError(f"unknown setting {min(unknown)!r}; accepted are {known}")
         self.settings = QuantizationConfig(**settings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +86,18 @@ class FairseqViTConfig(QuantizationConfigMixin):
         if self.description is not None:
             return config_entry(self.description)
         settings = dataclasses.asdict(self.settings)
-        return {"quant_method": FORMAT, "engine": self.engine, **settings}
+        settings["resident"] = settings.pop("weight_storage")  # as earlier versions call it
+        settings["exclude"] = list(settings["exclude"])
+        settings["modules_to_not_convert"] = self.modules_to_not_convert
+        new = ("exclude", "modules_to_not_convert")  # that they do not know
+        kept = {key: value for key, value in settings.items() if value or key not in new}
+        return {"quant_method": FORMAT, "engine": self.engine, **kept}
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """What :meth:`to_dict` wrote, or an earlier version."""
+        settings = {FORMER_NAMES.get(key, key): value for key, value in config_dict.items()}
+        return super().from_dict(settings, return_unused_kwargs, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As :meth:`to_dict`."""
@@ -95,6 +123,7 @@ class FairseqViTQuantizer(HfQuantizer):
         self.pre_quantized = quantization_config.description is not None
         self.arriving: WhileLoading | None = None
         self.failure: Exception | None = None
+        self.resized: set[str] = set()  # weights that arrive in another size, which transformers sees to
 
     @property
     def is_trainable(self) -> bool:
@@ -114,34 +143,32 @@ class FairseqViTQuantizer(HfQuantizer):
     ) -> Any:
         config = self.quantization_config
         if not self.pre_quantized:
-            self.arriving = WhileLoading(model, config.settings, config.engine)
+            settings = exclude_modules(model, config.settings, config.modules_to_not_convert or ())
+            self.arriving = WhileLoading(model, settings, config.engine)
             return model
         files = checkpoint_files or _files_of(model.config)
-        contents = checkpoint.inspect(files)
+        contents = inspect(files)
         if json.loads(json.dumps(config.description)) != contents.description:
             raise ValueError(
                 f"{files[0]}: config.json describes another model than the weights do; they were not saved "
                 "together, or one of them was changed"
             )
-        contents = _of_this_model(model, contents)
-        names = checkpoint.part_names(model, contents)
-        checkpoint.part_tensors(model, contents, names)
-        _check_complete(model, contents, names)
-        self.contents, self.names = contents, names
+        self.fit = fit(model, contents)
+        _check_complete(model, self.fit)
         with torch.device("cpu"):  # transformers builds the model on the meta device
-            for on_disk, name in names.items():
+            for on_disk, name in self.fit.names.items():
                 owner, _, last = name.rpartition(".")
                 part = model.get_submodule(owner)._modules.get(last)
                 # a table in place of a parameter is small, and read by code that initializes weights
-                table = None if part is not None else empty_part(model, name, contents.parts[on_disk], "cpu")
+                table = None if part is not None else empty_part(model, name, self.fit.contents.parts[on_disk], "cpu")
                 put(model, name, table or Placeholder(part).train(part.training))
-        model._keys_to_ignore_on_load_unexpected = EVERY_KEY
+        self.told = tell(model, self.fit)
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         if self.pre_quantized:
             return ".packed_" in f".{param_name}"
-        return self.arriving is not None and self.arriving.wants(param_name)
+        return self.arriving is not None and param_name not in self.resized and self.arriving.wants(param_name)
 
     def create_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, **kwargs: Any
@@ -176,9 +203,13 @@ class FairseqViTQuantizer(HfQuantizer):
             config.description = checkpoint.description_of(model)
             config.description["information"] = {"bytes_before": report.bytes_before}
         else:
-            checkpoint.fill(model, self.contents, self.names)
-            vars(model).pop("_keys_to_ignore_on_load_unexpected")
+            for name, before in self.told.items():
+                vars(model).pop(name) if before is None else setattr(model, name, before)
+            checkpoint.fill(model, self.fit.contents, self.fit.names)
             finish(model, config.engine)
+            if self.fit.derived:
+                known = self.fit.contents.description.get("information", {})
+                config.description = checkpoint.description_of(model, of_parts(known))
         model.config.quantization_config = config
         self._leave(model)
         enable_save_pretrained(model)
@@ -191,6 +222,8 @@ class FairseqViTQuantizer(HfQuantizer):
                 vars(module).pop(name, None)
             for name in ("_is_quantized", "_pre_quantization_dtype"):
                 vars(getattr(module, "config", module)).pop(name, None)
+        for part in parts_of_config(model.config):
+            vars(part).pop("quantization_config", None)
 
 
 def _files_of(config: Any) -> list[str]:
@@ -212,28 +245,18 @@ def _files_of(config: Any) -> list[str]:
     return [file]
 
 
-def _of_this_model(model: nn.Module, contents: checkpoint.Contents) -> checkpoint.Contents:
-    """Without the prefix of the base model and what has none, if a bare model is loaded from one with a head."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    known = set(
-        names_on_disk(model, [name for name, _ in (*model.named_modules(), *model.named_parameters())]).values()
-    )
-    bare = prefix != "." and not any(name in known for name in contents.parts)
-    return contents.below(prefix) if bare and any(n.startswith(prefix) for n in contents.parts) else contents
-
-
-def _check_complete(model: Any, contents: checkpoint.Contents, names: Mapping[str, str]) -> None:
-    """ValueError if a file of a model of this class lacks a weight; of another class transformers makes up the rest."""
+def _check_complete(model: Any, found: Fit) -> None:
+    """ValueError if files that do not say how many tensors they have lack one, of a model of their own class."""
+    if "tensors" in found.contents.description:
+        return
     if type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
         return
-    packed = tuple(f"{name}." for name in names.values())
+    packed = tuple(f"{name}." for name in (*found.names.values(), *(entry.name for entry in found.resized)))
     wanted = [name for name, _ in model.named_parameters() if not f"{name}.".startswith(packed)]
     for name, on_disk in names_on_disk(model, wanted).items():
-        entry = contents.tensors.get(on_disk)
-        shape = tuple(model.get_parameter(name).shape)
-        if entry is None or entry.shape != shape:
-            got = "it is missing" if entry is None else f"got {entry.shape}"
-            raise ValueError(f"{contents.files}: {on_disk} must be of shape {shape}; {got}")
+        if on_disk not in found.contents.tensors:
+            shape = tuple(model.get_parameter(name).shape)
+            raise ValueError(f"{found.contents.files}: {on_disk} must be of shape {shape}; it is missing")
 
 
 @functools.cache
@@ -249,12 +272,8 @@ def _passing_class() -> Any:
         def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
             for name, value in input_dict.items():
                 value = value[0] if isinstance(value, list) else value
-                wanted = tuple(model.get_parameter(name).shape)
-                if tuple(value.shape) != wanted and self.quantizer.failure is None:
-                    got = tuple(value.shape)
-                    self.quantizer.failure = ValueError(
-                        f"{name}: the files hold the shape {got}, the model has {wanted}"
-                    )
+                if value.shape != model.get_parameter(name).shape:
+                    self.quantizer.resized.add(name)
             self.quantizer.advance()
             return input_dict
 

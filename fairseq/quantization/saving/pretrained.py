@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,65 +15,42 @@ from huggingface_hub import HfApi, split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from fairseq.quantization.files import move_into
-from fairseq.quantization.saving import checkpoint
+from fairseq.quantization.saving import checkpoint, contents
+from fairseq.quantization.saving.description import packed_parts
 from fairseq.quantization.saving.model_card import model_card
 
 LOAD_WITH = "import fairseq.models.vit_quantization before from_pretrained"
-UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+UPLOAD = ("repo_id", "commit_message", "private", "token", "use_auth_token", "revision", "create_pr")
+NO_DIFFERENCE = ("save_function", "save_peft_format", "ignore_metadata_errors")
+"""Keywords of transformers for what a packed model is not: a pickle, adapters, a card made there."""
+FIXED: dict[str, tuple[bool, str]] = {
+    "safe_serialization": (True, "as safetensors only"),
+    "save_original_format": (True, "under the names that every version of transformers reads"),
+    "distributed_checkpoint": (False, "whole, by one process"),
+}
+"""Keywords of transformers that have one value for a packed model, and why."""
 
 
 def config_entry(description: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of a packed model."""
-    return {"quant_method": checkpoint.FORMAT, "load_with": LOAD_WITH, "description": dict(description)}
+    return {"quant_method": contents.FORMAT, "load_with": LOAD_WITH, "description": dict(description)}
 
 
-def enable_save_pretrained(model: nn.Module, information: Mapping[str, Any] | None = None) -> None:
-    """Let a packed HuggingFace model save itself; other modules stay as they are.
-
-    Args:
-        model: a packed model.
-        information: see :func:`checkpoint.save`; kept in ``model.quantization_information``.
-    """
-    if not hasattr(type(model), "save_pretrained") or not hasattr(model, "config"):
-        return
-    if information is not None:
-        vars(model)["quantization_information"] = dict(information)
-    vars(model)["save_pretrained"] = functools.partial(save_pretrained, model)
-
-
-def warn_when_saving(model: nn.Module) -> None:
-    """Let an emulated HuggingFace model say, when it saves itself, what ``from_pretrained`` will not know of."""
-    if hasattr(type(model), "save_pretrained") and any(name.endswith(".input_factor") for name in model.state_dict()):
-        vars(model)["save_pretrained"] = functools.partial(_save_emulated, model)
-
-
-def _save_emulated(model: Any, *args: Any, **keywords: Any) -> Any:
-    warnings.warn(
-        "the layers of this emulated model multiply their input by input_factor, which from_pretrained does not know; "
-        "to load the folder there, save ViTQuantizer.dequantize_model(model) instead",
-        UserWarning,
-        stacklevel=2,
-    )
-    return type(model).save_pretrained(model, *args, **keywords)
-
-
-def disable_save_pretrained(model: Any) -> None:
-    """Undo :func:`enable_save_pretrained`, of a model with float layers again."""
-    for name in ("save_pretrained", "quantization_information"):
-        vars(model).pop(name, None)
-    if hasattr(getattr(model, "config", None), "quantization_config"):
-        del model.config.quantization_config
+def parts_of_config(config: Any) -> list[Any]:
+    """The configs in one that ``from_pretrained`` of a part's class reads in its stead, such as of CLIP's towers."""
+    return [part for part in vars(config).values() if getattr(type(part), "base_config_key", "")]
 
 
 def save_pretrained(
     model: nn.Module,
     save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
     *,
     metrics: Mapping[str, Any] | None = None,
     push_to_hub: bool = False,
     max_shard_size: int | str = "5GB",
     variant: str | None = None,
-    state_dict: Mapping[str, Tensor] | None = None,
     **keywords: Any,
 ) -> None:
     """Write a folder that ``from_pretrained`` loads: config.json, safetensors, and a model card if there is none.
@@ -83,37 +58,42 @@ def save_pretrained(
     Each file is written beside and renamed, config.json last.
 
     Args:
-        model: a packed HuggingFace model.
+        model: a packed HuggingFace model, or one in or around such a model.
         save_directory: it is created if it does not exist.
+        is_main_process: others write nothing.
+        state_dict: saved instead of the model's own; it may lack float tensors, which loading then makes up.
         metrics: measured figures for the model card, such as ``{"top-1 accuracy": 0.764}``; kept with the model.
         push_to_hub: also upload the folder; ``repo_id``, ``commit_message``, ``private``, ``token``, ``revision`` and
             ``create_pr`` are for that.
-        state_dict: saved instead of the model's own; it must have the same keys.
         max_shard_size, variant: as for transformers' ``save_pretrained``.
-        keywords: ``is_main_process``, and those for the upload.
+        keywords: those for the upload, and the others that transformers takes: ``save_function`` and
+            ``save_peft_format`` make no difference to safetensors without adapters, as there.
 
     Raises:
-        ValueError: nothing in the model is packed, or it is told to save something else.
+        TypeError: a keyword that transformers does not take, either.
+        ValueError: nothing in the model is packed, or it is told to save something else, or in another format.
     """
     folder = Path(save_directory)
     if folder.is_file():
         raise ValueError(f"save_directory must be a folder; {folder} is a file")
-    if state_dict is not None and set(state_dict) != set(model.state_dict()):
-        raise ValueError("state_dict must have the keys of the packed model's own; leave it at None to save that")
-    if keywords.pop("safe_serialization", True) is False:
-        raise ValueError("a packed model is saved as safetensors only; leave safe_serialization at True")
+    for key, (wanted, why) in FIXED.items():
+        if keywords.pop(key, wanted) is not wanted:
+            raise ValueError(f"a packed model is saved {why}; leave {key} at {wanted}")
+    is_main_process = keywords.pop("save_config", is_main_process)  # its name before
     upload = {key: keywords.pop(key) for key in UPLOAD if key in keywords}
-    if unknown := set(keywords) - {"is_main_process"}:
+    if unknown := set(keywords) - set(NO_DIFFERENCE):
         raise TypeError(f"save_pretrained of a packed model takes no {min(unknown)!r}")
-    if not keywords.get("is_main_process", True):
+    if not is_main_process:
         return
-    information = {**_information(model), **({"metrics": dict(metrics)} if metrics else {})}
+    information = {**information_of(model), **({"metrics": dict(metrics)} if metrics else {})}
     description = json.loads(json.dumps(checkpoint.description_of(model, information)))
+    state = model.state_dict() if state_dict is None else dict(state_dict)
+    _check_state(model, state)
     vars(model)["quantization_information"] = information
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
         temporary = Path(name)
-        _save_whole(model, temporary, description, state_dict, max_shard_size, variant)
+        _save_whole(model, temporary, description, state, max_shard_size, variant)
         if not (folder / "README.md").exists():
             (temporary / "README.md").write_text(model_card(model, description), encoding="utf-8")
         move_into(temporary, folder)
@@ -121,24 +101,55 @@ def save_pretrained(
         _upload(folder, upload)
 
 
+def information_of(model: nn.Module) -> dict[str, Any]:
+    """What is known of a packed model beside its settings: from when it was made, or from the file it came in."""
+    known = vars(model).get("quantization_information")
+    if known is None:
+        config = getattr(getattr(model, "config", None), "quantization_config", None)
+        description = getattr(config, "description", None) or {}
+        known = description.get("information", {})
+    return dict(known)
+
+
+def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """ValueError unless the tensors are those of the model, each packed part's all there."""
+    own = model.state_dict()
+    if unknown := state.keys() - own.keys():
+        raise ValueError(
+            f"state_dict must have the keys of the packed model's own, and {min(unknown)} is none; leave it at None to "
+            "save that"
+        )
+    packed = tuple(f"{name}." for name, part in model.named_modules() if part in packed_parts(model).values())
+    for name, tensor in own.items():
+        if name not in state and name.startswith(packed):
+            raise ValueError(f"state_dict must have the keys of the packed model's own; {name} is missing")
+        if name in state and state[name].shape != tensor.shape:
+            raise ValueError(
+                f"state_dict: {name} must be of shape {tuple(tensor.shape)}, as in the model; "
+                f"got {tuple(state[name].shape)}"
+            )
+
+
 def _save_whole(
     model: Any,
     folder: Path,
     description: dict[str, Any],
-    state: Mapping[str, Tensor] | None,
+    state: Mapping[str, Tensor],
     size: Any,
     variant: str | None,
 ) -> None:
     """config.json, and tensors under their names on disk, with checksums."""
+    tensors = checkpoint.tensors_on_disk(model, state)
+    tensors[_guard(tensors, description)] = torch.empty(0, dtype=torch.uint8)
+    description = {**description, "tensors": len(tensors)}
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
-    config.quantization_config = config_entry(description)
+    for part in (config, *parts_of_config(config)):
+        part.quantization_config = config_entry(description)
     config.save_pretrained(folder)
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    tensors = checkpoint.tensors_on_disk(model, state)
-    tensors[_guard(tensors, description)] = torch.empty(0, dtype=torch.uint8)
     _write_shards(tensors, folder, description, size, variant)
 
 
@@ -148,7 +159,7 @@ def _write_shards(
     pattern = f"model{{suffix}}{f'.{variant}' if variant else ''}.safetensors"
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=size)
     for file, names in split.filename_to_tensors.items():
-        checkpoint.write({name: tensors[name] for name in names}, folder / file, description)
+        contents.write({name: tensors[name] for name in names}, folder / file, description)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         name = f"{pattern.format(suffix='')}.index.json"
@@ -163,17 +174,9 @@ def _guard(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str
     return next(f"{name}.weight" for name in description["layers"] if f"{name}.weight_codes" in tensors)
 
 
-def _information(model: nn.Module) -> dict[str, Any]:
-    known = vars(model).get("quantization_information")
-    if known is None:
-        config = getattr(getattr(model, "config", None), "quantization_config", None)
-        description = getattr(config, "description", None) or {}
-        known = description.get("information", {})
-    return dict(known)
-
-
 def _upload(folder: Path, settings: dict[str, Any]) -> None:
-    api = HfApi(token=settings.pop("token", None))
+    former = settings.pop("use_auth_token", None)
+    api = HfApi(token=settings.pop("token", None) or former)
     private = settings.pop("private", None)
     name = settings.pop("repo_id", folder.name)
     repository = api.create_repo(name, private=private, exist_ok=True).repo_id

@@ -121,7 +121,7 @@ class _Chain(nn.Module):
 
     def forward(self, pixel_values):
         x = self.latents.expand(len(pixel_values), -1, -1)
-        if not pixel_values.shape[-1] == 1:
+        if pixel_values.shape[-1] != 1:
             x = x + pixel_values.mean((1, 2, 3))[:, None, None]
         factor = {"scale": torch.ones(()), "more": torch.zeros(())}
         for block in self.blocks:

@@ -15,7 +15,7 @@ from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.quantization.architectures.families import component_of
 from fairseq.quantization.architectures.layers import linear_layers
 from fairseq.quantization.config import QuantizationConfig
-from fairseq.quantization.conversion.convert import convert
+from fairseq.quantization.conversion.convert import convert, finish
 from fairseq.quantization.conversion.dequantize import dequantize
 from fairseq.quantization.rounding.gptq import round_weight
 
@@ -114,6 +114,19 @@ def test_dequantized_model_is_plain_and_saves(tiny_vit, pixels, tmp_path, execut
         dequantize(tiny_vit)
     with pytest.raises(TypeError, match="got str"):
         dequantize("model")
+
+
+def test_the_hook_of_the_root_is_there_once_and_goes(tiny_vit):
+    calls = []
+    tiny_vit.register_forward_hook(lambda *arguments: calls.append(arguments))
+    model = tiny_vit
+    for _ in range(3):
+        packed, _ = convert(model, QuantizationConfig())
+        assert len(packed._forward_hooks) == 2
+        finish(packed, "auto")  # as loading does once more
+        assert len(packed._forward_hooks) == 2
+        model = dequantize(packed)
+        assert len(model._forward_hooks) == 1  # the user's
 
 
 @pytest.mark.parametrize("component", ["attention", "mlp", "classifier"])

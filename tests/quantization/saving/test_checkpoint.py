@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.quantization.saving import checkpoint
+from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.quantization.saving import contents
+from fairseq.quantization.saving.contents import FORMAT, inspect, write
 from fairseq.quantization.saving.names import names_on_disk
 
 MUTATIONS = 2000
@@ -38,9 +40,21 @@ SETTINGS = [
     {"bits": 8}, {"bits": 3, "method": "channel", "group_size": 32},
     {"bits": 8, "method": "channel", "symmetric": True},
     {"bits": 4, "method": "histogram", "activations": None}, {"bits": 5, "method": "channel", "activation_bits": 6},
-    {"bits": 4, "method": "channel", "resident": "unpacked", "backend": "reference"},
+    {"bits": 4, "method": "channel", "weight_storage": "unpacked", "backend": "reference"},
     {"bits": 8, "quantize_embeddings": True, "overrides": {"*classifier": {"bits": 2}}}, {"bits": 4, "p": 0.4},
 ]  # fmt: skip
+
+
+def test_files_call_settings_as_earlier_versions_do(tiny_vit, tmp_path):
+    quantized = ViTQuantizer(bits=4, weight_storage="unpacked", exclude=["classifier"]).quantize_model(tiny_vit)
+    quantized.save_pretrained(tmp_path)
+    description = inspect([tmp_path / "model.safetensors"]).description
+    assert {tuple(part.items()) for part in description["layers"].values()} >= {(("bits", 4), ("resident", "unpacked"))}
+    assert set().union(*description["layers"].values()) <= {"bits", "resident", "input_factor", "bias", "double"}
+    assert "weight_storage" not in (tmp_path / "config.json").read_text()
+    loaded = type(tiny_vit).from_pretrained(tmp_path)
+    storages = {m.config.weight_storage for m in loaded.modules() if isinstance(m, PackedLinear)}
+    assert storages == {"unpacked"}
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -106,7 +120,7 @@ def test_layers_that_share_their_integers_are_saved_apart(tiny_vit, tmp_path):
 
 def test_the_file_says_what_it_holds(saved):
     _, _, path = saved
-    contents = checkpoint.inspect([path])
+    contents = inspect([path])
     assert contents.description["information"] == {"note": "a test"}
     assert contents.description["format_version"] == 1
     assert contents.parts["classifier"] == {"bits": 4, "method": "channel"}
@@ -120,17 +134,17 @@ def test_the_file_says_what_it_holds(saved):
 def rewritten(path, tensors=None, **changes):
     """The file with some of its metadata changed, its checksums as they were."""
     with safe_open(path, "pt") as opened:
-        content = json.loads(opened.metadata()[checkpoint.FORMAT])
+        content = json.loads(opened.metadata()[FORMAT])
     content = {**content, **changes}
-    save_file(load_file(path) if tensors is None else tensors, path, {checkpoint.FORMAT: json.dumps(content)})
+    save_file(load_file(path) if tensors is None else tensors, path, {FORMAT: json.dumps(content)})
 
 
 def resealed(path, change):
     """The file with a changed description or tensors, all checksums right: what an attacker or a bug would write."""
     tensors = load_file(path)
-    description = checkpoint.inspect([path]).description
+    description = inspect([path]).description
     change(tensors, description)
-    checkpoint.write(tensors, path, description)
+    write(tensors, path, description)
 
 
 def refused(path, model, *parts):
@@ -155,7 +169,7 @@ def test_a_changed_number_is_found(saved):
 
 def test_a_changed_setting_is_found(saved):
     model, _, path = saved
-    description = checkpoint.inspect([path]).description
+    description = inspect([path]).description
     description["layers"]["classifier"]["activation_bits"] = 6
     rewritten(path, description=description)
     refused(path, model, "description", "checksum")
@@ -248,11 +262,11 @@ def test_files_that_were_not_saved_together_are_refused(saved, tiny_vit, tmp_pat
     other = tmp_path / "other.safetensors"
     ViTQuantizer.save(ViTQuantizer(bits=8).quantize_model(tiny_vit), other)
     with pytest.raises(ValueError, match="is in"):
-        checkpoint.inspect([path, other])
+        inspect([path, other])
     resealed(other, lambda tensors, description: [tensors.pop(name) for name in list(tensors)[:-1]])
     resealed(path, lambda tensors, description: tensors.pop(next(iter(load_file(other)))))
     with pytest.raises(ValueError, match="not saved together"):
-        checkpoint.inspect([path, other])
+        inspect([path, other])
 
 
 def test_what_cannot_be_saved(tiny_vit, tmp_path):
@@ -278,7 +292,7 @@ def test_a_save_that_is_stopped_leaves_the_old_file(saved, tiny_vit, monkeypatch
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", stopped)
+    monkeypatch.setattr(contents, "save_file", stopped)
     with pytest.raises(KeyboardInterrupt):
         ViTQuantizer.save(quantized, path)
     assert path.read_bytes() == before

@@ -1,16 +1,23 @@
 """save_pretrained of a packed model: what it writes, whole, and what it refuses."""
 
 import copy
+import inspect
 import json
 from typing import ClassVar
 
 import pytest
 import torch
+from accelerate import Accelerator, load_checkpoint_in_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTForImageClassification
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.quantization.saving import checkpoint, pretrained
+from fairseq.quantization.saving import contents, pretrained
+
+
+def equal(model, other):
+    state, others = model.state_dict(), other.state_dict()
+    return state.keys() == others.keys() and all(torch.equal(a, b) for a, b in zip(state.values(), others.values()))
 
 
 @pytest.fixture
@@ -27,7 +34,7 @@ def test_the_files(quantized, tmp_path):
     assert config["dtype" if "dtype" in config else "torch_dtype"] == "float32"
     said = config["quantization_config"]
     assert said["quant_method"] == "fairseq_vit"
-    assert said["description"] == checkpoint.inspect([folder / "model.safetensors"]).description
+    assert said["description"] == contents.inspect([folder / "model.safetensors"]).description
     assert "quantization_config" not in quantized.config.to_dict()  # the model in memory is as it was
     size = (folder / "model.safetensors").stat().st_size
     assert size < 0.75 * sum(p.numel() * 4 for p in ViTForImageClassification(quantized.config).parameters())
@@ -165,6 +172,83 @@ def test_an_emulated_model_with_input_factors_says_that_they_get_lost(tiny_vit, 
     recwarn.clear()
     plain.save_pretrained(tmp_path / "kept")
     assert not recwarn
+
+
+def test_a_state_dict_without_a_float_tensor_is_saved_without_it(quantized, tmp_path):
+    state = quantized.state_dict()
+    del state["vit.layernorm.bias"]
+    quantized.save_pretrained(tmp_path, state_dict=state)
+    loaded, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"vit.layernorm.bias"}
+    assert torch.equal(loaded.classifier.integers(), quantized.classifier.integers())
+    del state["classifier.scale"]
+    with pytest.raises(ValueError, match=r"classifier\.scale is missing"):
+        quantized.save_pretrained(tmp_path, state_dict=state)
+    state = {**quantized.state_dict(), "vit.layernorm.bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"layernorm\.bias must be of shape \(24,\), .* got \(3,\)"):
+        quantized.save_pretrained(tmp_path, state_dict=state)
+
+
+ACCEPTED = {
+    "as accelerate does": {"is_main_process": True, "save_function": torch.save, "state_dict": None},
+    "as Trainer of 4.57 does": {"state_dict": None, "safe_serialization": True},
+    "defaults": {
+        "push_to_hub": False, "variant": None, "token": None, "save_peft_format": True, "max_shard_size": "50GB",
+        "save_original_format": True, "distributed_checkpoint": False,
+    },
+    "for the hub": {"token": "t", "repo_id": "me/vit", "private": True, "create_pr": False, "revision": "main"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keywords", ACCEPTED.values(), ids=ACCEPTED)
+def test_what_transformers_takes_is_taken(quantized, tmp_path, keywords):
+    quantized.save_pretrained(tmp_path, **keywords)
+    assert equal(quantized, AutoModelForImageClassification.from_pretrained(tmp_path))
+
+
+def test_positional_arguments_have_the_places_of_transformers(quantized, tmp_path):
+    places = list(inspect.signature(ViTForImageClassification.save_pretrained).parameters)[1:]
+    values = {
+        "save_directory": tmp_path / "saved", "is_main_process": True, "max_shard_size": "5KB", "variant": "int4",
+        "save_function": torch.save, "safe_serialization": True, "push_to_hub": False,
+    }  # fmt: skip
+    upto = places[: places.index("variant") + 1]
+    quantized.save_pretrained(*[values.get(name) for name in upto])
+    assert (tmp_path / "saved" / "model.safetensors.index.int4.json").is_file() or len(
+        list((tmp_path / "saved").glob("model-*-of-*.int4.safetensors"))
+    ) > 1
+    quantized.save_pretrained(tmp_path / "none", False)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(TypeError, match="positional arguments"):
+        quantized.save_pretrained(tmp_path, *places, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "message"),
+    [
+        ("safe_serialization", False, "safetensors only"),
+        ("save_original_format", False, "names that every version"),
+        ("distributed_checkpoint", True, "by one process"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_sentence(quantized, tmp_path, keyword, value, message):
+    with pytest.raises(ValueError, match=f"{message}.*leave {keyword} at {not value}"):
+        quantized.save_pretrained(tmp_path / "new", **{keyword: value})
+    assert not (tmp_path / "new").exists()
+
+
+def test_accelerate_saves_and_unwraps(quantized, tiny_vit, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.unwrap_model(accelerator.prepare(quantized))
+    model.save_pretrained(
+        tmp_path / "folder", is_main_process=accelerator.is_main_process, save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(model),
+    )  # fmt: skip
+    assert equal(quantized, AutoModelForImageClassification.from_pretrained(tmp_path / "folder"))
+    accelerator.save_model(model, tmp_path / "state")
+    other = ViTQuantizer(bits=4, method="channel").quantize_model(ViTForImageClassification(tiny_vit.config).eval())
+    load_checkpoint_in_model(other, tmp_path / "state")
+    assert equal(quantized, other)
 
 
 class Hub:

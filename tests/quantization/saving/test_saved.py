@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.quantization.saving import checkpoint
+from fairseq.quantization.saving.contents import inspect
 
 FOLDERS = sorted(path for path in (Path(__file__).parent / "saved").iterdir() if (path / "config.json").is_file())
 
@@ -36,8 +36,8 @@ def test_they_load_into_a_model_and_have_the_names_that_this_version_writes(fold
     model = ViTQuantizer.load(folder / "model.safetensors", build(folder.name.split("-")[0]))
     ViTQuantizer.save(model, tmp_path / "again.safetensors")
     before, after = (
-        checkpoint.inspect([folder / "model.safetensors"]),
-        checkpoint.inspect([tmp_path / "again.safetensors"]),
+        inspect([folder / "model.safetensors"]),
+        inspect([tmp_path / "again.safetensors"]),
     )
     assert before.parts == after.parts
     guard = {name for name in before.tensors if before.tensors[name].shape == (0,)}

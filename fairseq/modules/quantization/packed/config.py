@@ -8,7 +8,7 @@ from fairseq.modules.quantization.scalar.ops import check_bits, check_method
 from fairseq.modules.quantization.scalar.weights import check_group_size
 
 ACTIVATIONS = ("dynamic", "static", None)
-RESIDENT = ("packed", "unpacked")
+WEIGHT_STORAGE = ("packed", "unpacked")
 BACKENDS = ("auto", "reference", "cpu", "cuda", "native")
 
 
@@ -25,8 +25,8 @@ class LinearConfig:
             the model's dtype).
         group_size: input channels that share a scale within an output channel, 32 to 128 in steps of 8; None for all.
         symmetric: the weight's zero point is in the middle of the grid.
-        resident: "packed" keeps the weight's bits in memory and unpacks at each call; "unpacked" keeps a byte each,
-            for speed. What is saved is the same.
+        weight_storage: "packed" keeps the weight's bits in memory and unpacks at each call; "unpacked" keeps a byte
+            each, for speed. What is saved is the same.
         backend: "auto", or the kernels that must run: "reference", "cpu", "cuda", or "native", the compiled ones.
         activation_bits: 2 to 8; of the integers that activations become. Their product is one of int8 all the same.
 
@@ -39,7 +39,7 @@ class LinearConfig:
     activations: str | None = "dynamic"
     group_size: int | None = None
     symmetric: bool = False
-    resident: str = "packed"
+    weight_storage: str = "packed"
     backend: str = "auto"
     activation_bits: int = 8
 
@@ -48,7 +48,7 @@ class LinearConfig:
         check_method(self.method)
         check_group_size(self.group_size, self.method)
         check_one_of("activations", self.activations, ACTIVATIONS)
-        check_one_of("resident", self.resident, RESIDENT)
+        check_one_of("weight_storage", self.weight_storage, WEIGHT_STORAGE)
         check_one_of("backend", self.backend, BACKENDS)
         check_flag("symmetric", self.symmetric)
         try:
@@ -59,6 +59,11 @@ class LinearConfig:
             raise ValueError(
                 f"activations=None rounds no activations and takes no activation_bits={self.activation_bits}"
             )
+
+    @property
+    def resident(self) -> str:
+        """:attr:`weight_storage` by its former name."""
+        return self.weight_storage
 
 
 def check_one_of(name: str, value: object, accepted: tuple[str | None, ...]) -> None:

@@ -331,7 +331,7 @@ class PackedLinear(nn.Module):
     @property
     def _bytewise(self) -> bool:
         """Whether each code takes a byte in memory."""
-        return STORED_BITS[self.config.bits] == 8 or self.config.resident == "unpacked"
+        return STORED_BITS[self.config.bits] == 8 or self.config.weight_storage == "unpacked"
 
     def _lay_out(self, shared: dict[int, Any] | None = None) -> None:
         """Bring the integers into panels if the native kernels run them here, or else back into rows."""

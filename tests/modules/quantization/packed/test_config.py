@@ -10,7 +10,7 @@ from fairseq.modules.quantization.packed.config import LinearConfig
 def test_defaults():
     assert dataclasses.asdict(LinearConfig()) == {
         "bits": 8, "method": "tensor", "activations": "dynamic", "group_size": None, "symmetric": False,
-        "resident": "packed", "backend": "auto", "activation_bits": 8,
+        "weight_storage": "packed", "backend": "auto", "activation_bits": 8,
     }  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def test_equal_settings_make_equal_configs():
         {"activations": "static"},
         *({"activations": kind, "activation_bits": bits} for kind in ("dynamic", "static") for bits in range(2, 9)),
         {"symmetric": True},
-        {"resident": "unpacked"},
+        {"weight_storage": "unpacked"},
         *({"backend": backend} for backend in ("auto", "reference", "cpu", "cuda", "native")),
     ],
 )
@@ -76,8 +76,8 @@ ONE_OF = r"{} must be one of {}; got {}$"
             "activations=None rounds no activations and takes no activation_bits=4$",
         ),
         ({"activations": ["dynamic"]}, ValueError, r"activations must be .*; got \['dynamic'\]$"),
-        ({"resident": "float"}, ValueError, ONE_OF.format("resident", "'packed', 'unpacked'", "'float'")),
-        ({"resident": None}, ValueError, ONE_OF.format("resident", "'packed', 'unpacked'", "None")),
+        ({"weight_storage": "float"}, ValueError, ONE_OF.format("weight_storage", "'packed', 'unpacked'", "'float'")),
+        ({"weight_storage": None}, ValueError, ONE_OF.format("weight_storage", "'packed', 'unpacked'", "None")),
         (
             {"backend": "gpu"},
             ValueError,

@@ -517,7 +517,7 @@ def by_state_file(layer):
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
-    other = make(layer.config.bits, activations=layer.config.activations, resident=layer.config.resident, seed=9)
+    other = make(layer.config.bits, activations=layer.config.activations, resident=layer.config.weight_storage, seed=9)
     other.load_state_dict(torch.load(file, weights_only=True))
     return other
 
