@@ -39,7 +39,7 @@ from fairseq.quantization.engine import memory
 from fairseq.quantization.engine.fused_block import check_engine, fuse
 from fairseq.quantization.evaluation.report import LayerReport, QuantizationReport
 from fairseq.quantization.rounding.equalization import equalize, input_factor, rounds_coarsely
-from fairseq.quantization.rounding.gptq import Rounded, Statistics, round_weight
+from fairseq.quantization.rounding.gptq import Rounded, Statistics, grid_used, round_weight
 from fairseq.quantization.rounding.quality import decibels, weight_statistics
 
 MIN_STATIC_SQNR = 28.0
@@ -231,9 +231,9 @@ class Conversion:
             note = f"dynamic instead of static: below {MIN_STATIC_SQNR:.0f} dB with one range for all tokens"
         rounded = round_weight(old.weight, statistics, settings, settings.rounding, f"{name}.weight")
         real = weight_to_real(*rounded, settings.group_size, dtype=rounded.scale.dtype)
+        rounding = resolve_rounding(settings.rounding, statistics is not None)
         self.done[name] = {
-            "rounding": resolve_rounding(settings.rounding, statistics is not None),
-            "activations": settings.activations, "note": note,
+            "rounding": rounding, "activations": settings.activations, "note": note, **grid_used(settings, rounding),
             **weight_statistics(old.weight.detach(), real, per_tensor=settings.method == "tensor"),
         }  # fmt: skip
         bias = old.bias
@@ -349,7 +349,8 @@ def make_report(
     records = []
     for name, decision in plan.items():
         shape, size = before.layers[name]
-        record = LayerReport(name, component_of(name, family), shape, size, _bytes(result.get_submodule(name)))
+        after = _bytes(result.get_submodule(name))
+        record = LayerReport(name, component_of(name, family), shape, size, after, block=block_of(name))
         if isinstance(decision, LayerConfig):
             records.append(replace(record, bits=decision.bits, method=decision.method, **done[name]))
         else:

@@ -19,7 +19,7 @@ from fairseq.quantization.architectures.plan import SKIPPED
 from fairseq.quantization.calibration.stream import BATCH_SIZE, collect
 from fairseq.quantization.config import LayerConfig, QuantizationConfig, resolve_rounding
 from fairseq.quantization.evaluation.report import LayerReport
-from fairseq.quantization.rounding.gptq import Statistics, round_weight
+from fairseq.quantization.rounding.gptq import Statistics, grid_used, round_weight
 from fairseq.quantization.rounding.quality import decibels, weight_statistics
 
 TABLE = LayerConfig(bits=8, method="channel", activations=None)
@@ -93,6 +93,7 @@ def _pack(model: nn.Module, name: str, decision: LayerConfig | str, pixel_values
         table = pack_parameter(owner, last, decision, name)
         real = table.read()
     measures: dict[str, Any] = weight_statistics(matrix, real.to(matrix.dtype), per_tensor=False)
+    measures |= grid_used(decision, "nearest")
     return replace(
         record, bytes_after=_bytes(table), bits=decision.bits, method=decision.method, rounding="nearest", **measures
     )
@@ -120,7 +121,7 @@ def _patches(
             bias = correction if bias is None else bias.detach() + correction
     linear = PackedLinear.from_integers(*rounded, bias, settings, f"{name}.linear").train(conv.training)
     measures = weight_statistics(weight, real, per_tensor=settings.method == "tensor")
-    notes.update(rounding=rounding, activations=settings.activations, **measures)
+    notes.update(rounding=rounding, activations=settings.activations, **measures, **grid_used(settings, rounding))
     return PackedPatchEmbedding.from_conv(conv, linear, name), notes
 
 
