@@ -1,4 +1,4 @@
-"""onnx_graph: a layer of every kind, side by side in one graph, against the layer itself; its operators and integers."""
+"""onnx_graph: layers of every kind side by side in one graph: their outputs, their operators, their integers."""
 
 from collections import Counter
 
@@ -39,7 +39,14 @@ LAYERS = [
     ({"bits": 4, "method": "channel", "group_size": 32}, "MatMul", "MatMulNBits"),
     ({"bits": 6, "method": "channel", "group_size": 40, "activations": "static"}, "MatMul", "MatMul"),
     (
-        {"bits": 3, "method": "channel", "group_size": 32, "activation_bits": 6, "symmetric": True},
+        {
+            "bits": 3,
+            "method": "channel",
+            "group_size": 32,
+            "activations": "static",
+            "activation_bits": 6,
+            "symmetric": True,
+        },
         "MatMul",
         "MatMulNBits",
     ),
@@ -52,9 +59,10 @@ class SideBySide(nn.Module):
     def __init__(self, layers):
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.narrow = [layer.config.activation_bits == 6 for layer in layers]
 
     def forward(self, eights, sixes):
-        return tuple(layer(sixes if layer.config.activation_bits == 6 else eights) for layer in self.layers)
+        return tuple(layer(sixes if narrow else eights) for layer, narrow in zip(self.layers, self.narrow, strict=True))
 
 
 def make(number, bias=True, factor=False, **settings):
