@@ -32,7 +32,8 @@ from fairseq.quantization.evaluation.compare import (
     zero_shot_agreement,
 )
 from fairseq.quantization.evaluation.report import LayerReport, QuantizationReport
-from fairseq.quantization.export.export import ExportReport, export
+from fairseq.quantization.export.export import export
+from fairseq.quantization.export.export_report import ExportReport
 from fairseq.quantization.saving import checkpoint
 from fairseq.quantization.saving.attach import disable_save_pretrained, enable_save_pretrained
 from fairseq.quantization.saving.huggingface import FairseqViTConfig

@@ -111,7 +111,8 @@ def make_report(
     reports = []
     for name, layer in plan.layers.items():
         shape, size = before.layers[name]
-        report = LayerReport(name, layer.component, shape, size, _bytes(result.get_submodule(name)))
+        after = _bytes(result.get_submodule(name))
+        report = LayerReport(name, layer.component, shape, size, after, block=layer.block)
         if layer.chosen:
             report = replace(report, bits=layer.settings.bits, method=layer.settings.method, **records[name])
         else:

@@ -53,6 +53,7 @@ def _pack(model: nn.Module, name: str, decision: LayerConfig | str, pixel_values
         table = pack_parameter(owner, last, decision, name)
         real = table.read()
     measures: dict[str, Any] = weight_statistics(matrix, real.to(matrix.dtype), per_tensor=False)
+    measures |= grid_used(decision, "nearest")
     return replace(
         record, bytes_after=_bytes(table), bits=decision.bits, method=decision.method, rounding="nearest", **measures
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fairseq.modules.quantization.scalar.weights import weight_to_real
 from fairseq.quantization.config import LayerConfig, resolve_rounding
-from fairseq.quantization.rounding.gptq import Rounded, Statistics, round_weight
+from fairseq.quantization.rounding.gptq import Rounded, Statistics, grid_used, round_weight
 from fairseq.quantization.rounding.quality import decibels, weight_statistics
 
 MIN_STATIC_SQNR = 28.0
@@ -71,11 +71,9 @@ def quantize_layer(
         note = f"dynamic instead of static: below {MIN_STATIC_SQNR:.0f} dB with one range for all tokens"
     if rounded is None:
         rounded = round_weight(weight, statistics, settings, settings.rounding, f"{name}.weight")
-    record: dict[str, Any] = {
-        "rounding": resolve_rounding(settings.rounding, statistics is not None),
-        "activations": settings.activations,
-        "note": note,
-    }
+    rounding = resolve_rounding(settings.rounding, statistics is not None)
+    record: dict[str, Any] = {"rounding": rounding, "activations": settings.activations, "note": note}
+    record |= grid_used(settings, rounding)
     span = None
     if statistics is not None and settings.activations == "static":
         span = statistics.low, statistics.high

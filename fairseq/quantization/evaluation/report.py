@@ -13,48 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fairseq.quantization.evaluation.layer_report import LayerReport
+from fairseq.quantization.evaluation.report_plot import picture
 from fairseq.quantization.files import write_file
 
+__all__ = ["LayerReport", "QuantizationReport", "megabytes"]
+
 MEASURES = ("weight_sqnr", "output_sqnr", "clip", "outlier_ratio")
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One Linear (or embedding), and either how it was quantized and with what error, or why it was left in float.
-
-    What does not apply, or was not measured, is None.
-
-    Attributes:
-        name: its full name in the model.
-        component: "attention", "mlp", "classifier", "embeddings".
-        shape: of its weight, (out, in).
-        bytes_before, bytes_after: what it takes in memory.
-        bits, method: of its weight.
-        skipped: why it was left in float.
-        rounding: how the integers were chosen, "nearest", "gptq" or "gptaq".
-        activations: "dynamic" or "static", if its input is rounded too.
-        note: why something was done differently from what was asked.
-        weight_sqnr: of the rounded weight, in dB (see :func:`sqnr`).
-        output_sqnr: of the output on the calibration images, in dB: what the change of this layer's weight does to it.
-        clip: see :func:`weight_statistics`.
-        outlier_ratio: see :func:`weight_statistics`.
-    """
-
-    name: str
-    component: str | None
-    shape: tuple[int, int]
-    bytes_before: int
-    bytes_after: int
-    bits: int | None = None
-    method: str | None = None
-    skipped: str | None = None
-    rounding: str | None = None
-    activations: str | None = None
-    note: str | None = None
-    weight_sqnr: float | None = None
-    output_sqnr: float | None = None
-    clip: float | None = None
-    outlier_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +61,10 @@ class QuantizationReport:
             + (f" and {embeddings} embeddings" if embeddings else "")
             + (f": {_counts(settings)} ({_counts(components)})" if self.quantized else "")
         ]
+        used = [(layer.granularity, layer.range_search) for layer in self.quantized if layer.granularity is not None]
+        if used:
+            ranges = (f"{count} per {grain} by {search}" for (grain, search), count in Counter(used).items())
+            lines.append(f"Ranges: {', '.join(ranges)}")
         for reason, count in Counter(layer.skipped for layer in self.skipped).items():
             names = [layer.name for layer in self.skipped if layer.skipped == reason]
             shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
@@ -197,9 +166,8 @@ class QuantizationReport:
             FileNotFoundError: the folder does not exist.
             ValueError: matplotlib does not know the suffix, or the report has no layers.
         """
-        from fairseq.quantization.evaluation.report_plot import picture
-
-        write_file(path, picture(self, Path(path).suffix[1:] or "png"))
+        shares = [self.share(layer) for layer in self.layers]
+        write_file(path, picture(self.layers, shares, self.size(), Path(path).suffix[1:] or "png"))
 
 
 def megabytes(count: int) -> str:
@@ -237,6 +205,8 @@ COLUMNS: dict[str, tuple[str, Callable[[QuantizationReport, LayerReport], str | 
     "shape": (">", lambda report, layer: f"{layer.shape[0]}x{layer.shape[1]}"),
     "bits": (">", _number("bits", "d")),
     "method": ("<", lambda report, layer: layer.method),
+    "granularity": ("<", lambda report, layer: layer.granularity),
+    "range": ("<", lambda report, layer: layer.range_search),
     "rounding": ("<", lambda report, layer: layer.rounding),
     "activations": ("<", lambda report, layer: layer.activations),
     "weight SQNR": (">", _number("weight_sqnr", ".1f")),

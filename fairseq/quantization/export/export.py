@@ -6,9 +6,7 @@ import importlib
 import inspect
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,60 +18,13 @@ from fairseq.modules.quantization.packed.config import check_one_of
 from fairseq.quantization.architectures.forward import call, picture_inputs
 from fairseq.quantization.conversion.convert import tuple_while_tracing
 from fairseq.quantization.engine.fuse import optimize
-from fairseq.quantization.evaluation.report import megabytes
+from fairseq.quantization.export.export_report import ExportReport
 from fairseq.quantization.export.onnx_graph import ONNX_OPS, onnx_model
-from fairseq.quantization.export.verify import INTEGER_OPS, float_layers, run_elsewhere, tensors_of, tolerance
+from fairseq.quantization.export.verify import verify
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "torch_export": ".pt2"}
 PROTOBUF_LIMIT = 2**31 - 2**24
 MAX_BATCH = 1024
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What :func:`export` wrote, and how it was found.
-
-    Attributes:
-        format: "onnx", "torchscript" or "torch_export".
-        paths: the file, and the one with external data if there is one.
-        bytes: of all files.
-        integer_weights: number of tensors that hold packed weights.
-        integer_weight_bytes: of them.
-        float_weight_bytes: of all float tensors.
-        integer_nodes: how often each operator on integers occurs; ONNX only.
-        outputs: their names, in order.
-        max_difference: the largest from the model's outputs, over both batches.
-        mean_difference: the mean of the absolute differences.
-        tolerance: what ``max_difference`` was allowed to be.
-        top1_agreement: share of rows of the first output with the same largest entry.
-    """
-
-    format: str
-    paths: tuple[str, ...]
-    bytes: int
-    integer_weights: int
-    integer_weight_bytes: int
-    float_weight_bytes: int
-    integer_nodes: dict[str, int]
-    outputs: tuple[str, ...]
-    max_difference: float
-    mean_difference: float
-    tolerance: float
-    top1_agreement: float
-
-    def __str__(self) -> str:
-        nodes = ", ".join(f"{count} {name}" for name, count in self.integer_nodes.items())
-        return "\n".join([
-            f"{self.format}: {', '.join(self.paths)}, {megabytes(self.bytes)}",
-            f"{self.integer_weights} integer weights, {megabytes(self.integer_weight_bytes)}; "
-            f"floats {megabytes(self.float_weight_bytes)}" + (f"; {nodes}" if nodes else ""),
-            f"run by itself, {', '.join(self.outputs)} differ by at most {self.max_difference:.2g} (allowed "
-            f"{self.tolerance:.2g}), {self.mean_difference:.2g} on average; same top-1 for {self.top1_agreement:.0%}",
-        ])  # fmt: skip
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 class Positional(nn.Module):
@@ -141,7 +92,7 @@ def export(
                 raise RuntimeError(
                     f"torch {torch.__version__} cannot write {type(model).__name__} as {format!r}: {_first_line(error)}"
                 ) from error
-            report = _verify(wrapper, inputs, file, format)
+            report = verify(wrapper, inputs, file, format)
             files = sorted(folder.iterdir(), key=lambda written: written == file)  # the one that is opened comes last
             for written in files:
                 os.replace(written, path.with_name(written.name))
@@ -242,69 +193,3 @@ def _write(
             proto, str(file), save_as_external_data=large if external is None else external,
             all_tensors_to_one_file=True, location=f"{file.name}.data", size_threshold=1024,
         )  # fmt: skip
-
-
-@contextmanager
-def _called(model: nn.Module) -> Iterator[set[PackedLinear]]:
-    """The packed layers of ``model`` that are called inside."""
-    seen: set[PackedLinear] = set()
-    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
-    handles = [layer.register_forward_pre_hook(lambda layer, _: seen.add(layer)) for layer in layers]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _idle(run: Any, inputs: dict[str, Tensor], layers: set[PackedLinear], expected: list[Tensor]) -> list[PackedLinear]:
-    """The layers on which no output depends; an exporter leaves them out."""
-    found = []
-    for layer in layers:
-        handle = layer.register_forward_hook(lambda layer, args, output: torch.zeros_like(output))
-        try:
-            found += [layer] if all(map(torch.equal, run(inputs), expected)) else []
-        finally:
-            handle.remove()
-    return found
-
-
-def _verify(wrapper: Positional, inputs: dict[str, Tensor], file: Path, format: str) -> ExportReport:
-    """Run the file and look into it. RuntimeError: it is not what the model is."""
-    integers, floats, operators = tensors_of(format, file)
-    if inside := float_layers(wrapper.model, floats.values()):
-        raise RuntimeError(f"the exported file holds {len(inside)} layers in float: {', '.join(inside[:8])}")
-    weights = [size for name, (_, _, size) in integers.items() if name.endswith("weight_codes")]
-
-    def run(batch: dict[str, Tensor]) -> list[Tensor]:
-        return list(wrapper(*batch.values()))
-
-    batches = [inputs, {name: tensor[:1] for name, tensor in inputs.items()}]
-    with _called(wrapper) as layers:
-        expected = [run(batch) for batch in batches]
-    count = len({id(layer.weight_codes) for layer in layers})
-    if len(weights) < count and len(weights) < count - len(_idle(run, inputs, layers, expected[0])):
-        raise RuntimeError(f"the exported file holds {len(weights)} integer weights; the model runs {count} layers")
-    limits = tolerance(run, inputs, expected[0])
-    got = run_elsewhere(format, file, batches)
-    largest, total, count, limit = 0.0, 0.0, 0, max(limits)
-    for ys, wanted in zip(got, expected):
-        for name, y, e, bound in zip(wrapper.outputs, ys, wanted, limits):
-            if y.shape != e.shape:
-                raise RuntimeError(f"{name} has the shape {tuple(y.shape)} in the exported file, not {tuple(e.shape)}")
-            difference = (y - e).abs()
-            if not float(difference.max()) <= bound:
-                raise RuntimeError(
-                    f"{name} of the exported file differs by {float(difference.max()):.3g} from the model's; rounding "
-                    f"accounts for {bound:.3g}"
-                )
-            largest, total = max(largest, float(difference.max())), total + float(difference.sum())
-            count += difference.numel()
-    agreement = (got[0][0].argmax(-1) == expected[0][0].argmax(-1)).float().mean()
-    files = sorted(file.parent.iterdir(), key=lambda written: written != file)
-    return ExportReport(
-        format, tuple(str(file.parent.parent / f.name) for f in files), sum(f.stat().st_size for f in files),
-        len(weights), sum(weights), sum(t.nbytes for t in floats.values()),
-        {name: operators[name] for name in INTEGER_OPS if operators[name]}, tuple(wrapper.outputs),
-        largest, total / max(count, 1), limit, float(agreement),
-    )  # fmt: skip

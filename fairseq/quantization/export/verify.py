@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.quantization.export.export_report import ExportReport
 
 INTEGER_OPS = (
     "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QuantizeLinear", "DequantizeLinear",
@@ -48,6 +50,82 @@ for k in range(int(runs["count"])):
         results[f"{k}.{i}"] = y
 np.savez(target, **results)
 """
+
+
+def verify(wrapper: Any, inputs: dict[str, Tensor], file: Path, format: str) -> ExportReport:
+    """Run an exported file and look into it.
+
+    Args:
+        wrapper: the :class:`~fairseq.quantization.export.export.Positional` that was exported.
+        inputs: what it was exported with, the batch first.
+        file: alone in its folder, but for external data; the report names it as if it lay one folder higher.
+        format: "onnx", "torchscript" or "torch_export".
+
+    Raises:
+        RuntimeError: it does not run, or it is not what the model is: other numbers, or float weights.
+    """
+    integers, floats, operators = tensors_of(format, file)
+    if inside := float_layers(wrapper.model, floats.values()):
+        raise RuntimeError(f"the exported file holds {len(inside)} layers in float: {', '.join(inside[:8])}")
+    weights = [size for name, (_, _, size) in integers.items() if name.endswith("weight_codes")]
+
+    def run(batch: dict[str, Tensor]) -> list[Tensor]:
+        return list(wrapper(*batch.values()))
+
+    batches = [inputs, {name: tensor[:1] for name, tensor in inputs.items()}]
+    with _called(wrapper) as layers:
+        expected = [run(batch) for batch in batches]
+    count = len({id(layer.weight_codes) for layer in layers})
+    if len(weights) < count and len(weights) < count - len(_idle(run, inputs, layers, expected[0])):
+        raise RuntimeError(f"the exported file holds {len(weights)} integer weights; the model runs {count} layers")
+    limits = tolerance(run, inputs, expected[0])
+    got = run_elsewhere(format, file, batches)
+    largest, total, count, limit = 0.0, 0.0, 0, max(limits)
+    for ys, wanted in zip(got, expected):
+        for name, y, e, bound in zip(wrapper.outputs, ys, wanted, limits):
+            if y.shape != e.shape:
+                raise RuntimeError(f"{name} has the shape {tuple(y.shape)} in the exported file, not {tuple(e.shape)}")
+            difference = (y - e).abs()
+            if not float(difference.max()) <= bound:
+                raise RuntimeError(
+                    f"{name} of the exported file differs by {float(difference.max()):.3g} from the model's; rounding "
+                    f"accounts for {bound:.3g}"
+                )
+            largest, total = max(largest, float(difference.max())), total + float(difference.sum())
+            count += difference.numel()
+    agreement = (got[0][0].argmax(-1) == expected[0][0].argmax(-1)).float().mean()
+    files = sorted(file.parent.iterdir(), key=lambda written: written != file)
+    return ExportReport(
+        format, tuple(str(file.parent.parent / f.name) for f in files), sum(f.stat().st_size for f in files),
+        len(weights), sum(weights), sum(t.nbytes for t in floats.values()),
+        {name: operators[name] for name in INTEGER_OPS if operators[name]}, tuple(wrapper.outputs),
+        largest, total / max(count, 1), limit, float(agreement),
+    )  # fmt: skip
+
+
+@contextmanager
+def _called(model: nn.Module) -> Iterator[set[PackedLinear]]:
+    """The packed layers of ``model`` that are called inside."""
+    seen: set[PackedLinear] = set()
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    handles = [layer.register_forward_pre_hook(lambda layer, _: seen.add(layer)) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _idle(run: Any, inputs: dict[str, Tensor], layers: set[PackedLinear], expected: list[Tensor]) -> list[PackedLinear]:
+    """The layers on which no output depends; an exporter leaves them out."""
+    found = []
+    for layer in layers:
+        handle = layer.register_forward_hook(lambda layer, args, output: torch.zeros_like(output))
+        try:
+            found += [layer] if all(map(torch.equal, run(inputs), expected)) else []
+        finally:
+            handle.remove()
+    return found
 
 
 def run_elsewhere(form: str, path: Path, batches: list[dict[str, Tensor]]) -> list[list[Tensor]]:

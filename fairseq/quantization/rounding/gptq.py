@@ -59,6 +59,22 @@ class Rounded(NamedTuple):
     zero_point: Tensor
 
 
+def grid_used(config: LinearConfig, rounding: str) -> dict[str, str]:
+    """What "method" comes to for a weight, by the names of a report's fields.
+
+    Args:
+        config: method and group_size.
+        rounding: "nearest", "gptq" or "gptaq", as it was done.
+
+    Returns:
+        granularity: what has a scale of its own, "tensor", "channel" or "group".
+        range_search: "min-max" for nearest rounding by "channel"; all else takes ranges of "least squared error".
+    """
+    granularity = "group" if config.group_size is not None else "tensor" if config.method == "tensor" else "channel"
+    plain = config.method == "channel" and rounding == "nearest"
+    return {"granularity": granularity, "range_search": "min-max" if plain else "least squared error"}
+
+
 def round_weight(
     weight: Tensor, statistics: Statistics | None, config: LinearConfig, rounding: str = "auto", name: str = "weight"
 ) -> Rounded:

@@ -3,10 +3,12 @@
 import csv
 import json
 import math
+from fnmatch import fnmatch
 
 import pytest
 import torch
 
+from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.quantization.evaluation.report import LayerReport, QuantizationReport
 from fairseq.quantization.rounding.quality import decibels, sqnr, weight_statistics
 
@@ -41,6 +43,47 @@ def test_text_says_what_was_done_and_why_not():
         "Left 1 in float, quantize_classifier=False: c",
         "Model: 2.0 MB before, 0.5 MB after (-75.0%)",
     ]
+
+
+def test_text_says_what_shares_a_scale_and_how_its_range_was_found():
+    grids = [("channel", "least squared error")] * 2 + [("group", "min-max"), (None, None)]
+    layers = tuple(
+        LayerReport(str(i), "mlp", (4, 4), 64, 21, 8, "channel", granularity=granularity, range_search=search)
+        for i, (granularity, search) in enumerate(grids)
+    )
+    text = str(QuantizationReport(layers, 2000, 500)).splitlines()
+    assert text[0] == "Quantized 4 linear layers: 4 8-bit channel (4 mlp)"
+    assert text[1] == "Ranges: 2 per channel by least squared error, 1 per group by min-max"
+    table = QuantizationReport(layers, 2000, 500).table().splitlines()
+    assert table[0].split() == ["layer", "component", "shape", "bits", "method", "granularity", "range", "size"]
+    assert table[1].split()[5:-1] == ["channel", "least", "squared", "error"]
+    assert table[4].split()[5:-1] == ["-", "-"]
+
+
+@pytest.mark.filterwarnings("ignore:calibrating on")
+def test_a_model_says_of_each_layer_its_block_and_what_was_used(tiny_vit, pixels):
+    overrides = {"classifier": {"skip": True}, "*fc2": {"method": "tensor"}, "*output.dense": {"method": "tensor"}}
+    overrides = {
+        glob: own for glob, own in overrides.items() if any(fnmatch(n, glob) for n, _ in tiny_vit.named_modules())
+    }
+    quantizer = ViTQuantizer(bits=4, method="channel", overrides=overrides, quantize_embeddings=True)
+    used = {}
+    for calibration in (None, pixels):
+        quantizer.quantize_model(tiny_vit, calibration=calibration)
+        for layer in quantizer.report.layers:
+            assert (layer.block is None) == (layer.component in ("classifier", "embeddings"))
+            assert layer.block is None or layer.name.startswith(f"{layer.block}.")
+            used.setdefault((calibration is not None, layer.method), set()).add((layer.granularity, layer.range_search))
+    assert len({layer.block for layer in quantizer.report.layers}) == 3
+    search = "least squared error"
+    assert used == {
+        (False, "channel"): {("channel", "min-max")},
+        (True, "channel"): {("channel", search), ("channel", "min-max")},  # position embeddings are not calibrated
+        (False, "tensor"): {("tensor", search)},
+        (True, "tensor"): {("tensor", search)},
+        (False, None): {(None, None)},
+        (True, None): {(None, None)},
+    }
 
 
 def test_text_counts_the_notes():
@@ -83,6 +126,16 @@ def test_json_gives_the_same_report_back(report, tmp_path):
     assert QuantizationReport.from_json(path) == report
     assert QuantizationReport.from_json(str(path)).layers[1].weight_sqnr == math.inf
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]  # no temporary file
+
+
+def test_json_of_an_older_version_loads(tmp_path):
+    """Written before layers told their block, granularity and range search."""
+    layer = '{"name": "a", "component": "mlp", "shape": [4, 8], "bytes_before": 128, "bytes_after": 60, "bits": 4}'
+    head = '"execution": "packed", "fused_blocks": 1, "bytes_before": 2000, "bytes_after": 1000'
+    (tmp_path / "report.json").write_text(f'{{{head}, "layers": [{layer}]}}')
+    (layer,) = QuantizationReport.from_json(tmp_path / "report.json").layers
+    assert layer == LayerReport("a", "mlp", (4, 8), 128, 60, 4)
+    assert (layer.block, layer.granularity, layer.range_search) == (None, None, None)
 
 
 def test_json_is_strict_and_keeps_infinite_apart_from_unknown(report, tmp_path):

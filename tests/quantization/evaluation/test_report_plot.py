@@ -19,7 +19,8 @@ def make_report(blocks=12, measured=True):
     names = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
     layers = []
     for i in range(6 * blocks):
-        layer = LayerReport(f"vit.layers.{i // 6}.{names[i % 6]}", "mlp", (8, 8), 256, 10 + i, 2 + i % 7, "channel")
+        block = f"vit.layers.{i // 6}"
+        layer = LayerReport(f"{block}.{names[i % 6]}", "mlp", (8, 8), 256, 10 + i, 2 + i % 7, "channel", block=block)
         if measured:
             layer = replace(layer, weight_sqnr=math.inf if i == 3 else 10.0 + i % 5, output_sqnr=20.0 + i % 3)
         layers.append(layer)
@@ -98,6 +99,22 @@ def test_markers_stand_at_the_ratios(tmp_path, figure):
     assert drawn == expected | {(">", 1.0, 3)}  # infinite: at the right edge
     texts = [text.get_text() for text in figure().legends[0].get_texts()]
     assert texts[-4:] == ["float", "weight", "output", "no error"]
+
+
+def bands(axes):
+    """The rows behind which every other block's band lies."""
+    areas = [patch for patch in axes.patches if patch.get_height() == 1]
+    return {round(area.get_y() + 0.5) for area in areas}
+
+
+def test_bands_follow_the_blocks_and_not_the_names(tmp_path, figure):
+    report = make_report(3)
+    report.plot(tmp_path / "report.png")
+    assert bands(figure().axes[0]) == {*range(6), *range(12, 18)}  # the first and the third block; then the classifier
+    blocks = ["one", "one", "two", "two", "two", None]
+    layers = tuple(replace(report.layers[0], name=f"layer.0.{i}", block=block) for i, block in enumerate(blocks))
+    replace(report, layers=layers).plot(tmp_path / "report.png")
+    assert bands(figure().axes[0]) == {0, 1, 5}
 
 
 def test_without_measures_only_the_sizes_are_drawn(tmp_path, figure):

@@ -7,6 +7,7 @@ from families import BUILDERS, build, pictures
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.quantization.architectures.forward import picture_inputs
 from fairseq.quantization.export import export as exporting
+from fairseq.quantization.export import verify
 
 QUICK = {("swin", "onnx"), ("clip-vision", "onnx"), ("swin", "torchscript"), ("siglip-vision", "torchscript")}
 SIGLIP2 = ("siglip2", "siglip2-vision")
@@ -44,7 +45,7 @@ def run_here(form, path, batches):
 def test_export(name, form, tmp_path, monkeypatch):
     if name.startswith("timm"):
         pytest.importorskip("timm")
-    monkeypatch.setattr(exporting, "run_elsewhere", run_here)
+    monkeypatch.setattr(verify, "run_elsewhere", run_here)
     model = build(name)
     quantized = ViTQuantizer(bits=8, method="channel").quantize_model(model)
     path = tmp_path / f"model{exporting.FORMATS[form]}"

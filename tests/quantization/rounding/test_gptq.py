@@ -6,7 +6,14 @@ import torch
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int, weight_to_real
 from fairseq.quantization.config import resolve_rounding
-from fairseq.quantization.rounding.gptq import Statistics, damped, inverse_factor, round_weight, undrifted
+from fairseq.quantization.rounding.gptq import (
+    Statistics,
+    damped,
+    grid_used,
+    inverse_factor,
+    round_weight,
+    undrifted,
+)
 
 SETTINGS = [
     {"method": "tensor"}, {"method": "channel"}, {"method": "histogram"}, {"method": "channel", "group_size": 32},
@@ -118,6 +125,31 @@ def test_shapes_and_ranges_are_those_of_observe_weight(settings):
             assert (rounded.zero_point == 8).all()
     plain = round_weight(w, None, config)
     assert torch.equal(plain.integers, weight_to_int(w, scale, zero_point, 4, config.group_size))
+
+
+@pytest.mark.parametrize(
+    ("method", "group_size", "granularity"),
+    [
+        ("tensor", None, "tensor"),
+        ("channel", None, "channel"),
+        ("histogram", None, "channel"),
+        ("channel", 40, "group"),
+    ],
+)
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_what_is_said_of_the_grid_is_what_was_done(method, group_size, granularity, rounding):
+    """Every row has outliers, which a range of least squared error at 2 bits leaves out."""
+    w, x = layer()
+    w[:, ::40] = 12 * w.std()
+    config = LinearConfig(bits=2, method=method, group_size=group_size)
+    rounded = round_weight(w, None if rounding == "nearest" else statistics(x), config, rounding)
+    used = grid_used(config, rounding)
+    assert used["granularity"] == granularity
+    assert rounded.scale.numel() == {"tensor": 1, "channel": len(w), "group": 2 * len(w)}[granularity]
+    full = observe_weight(w, 2, "channel", group_size)[0]
+    exact = rounded.scale.numel() == full.numel() and torch.equal(rounded.scale, full)
+    assert used["range_search"] == ("min-max" if exact else "least squared error")
+    assert exact == (method == "channel" and rounding == "nearest")
 
 
 def test_the_same_input_gives_the_same_integers_and_nothing_is_written():
