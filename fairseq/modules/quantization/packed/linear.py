@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed import kernels
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.packed.input_grid import InputGrid, correction
@@ -111,6 +112,7 @@ class PackedLinear(nn.Module):
             self.use_native()
 
     @classmethod
+    @plain_context()
     def from_float(
         cls,
         linear: nn.Linear,
@@ -143,6 +145,7 @@ class PackedLinear(nn.Module):
         return cls.from_integers(q, scale, zero_point, linear.bias, config, name, input_range).train(linear.training)
 
     @classmethod
+    @plain_context()
     def from_integers(
         cls,
         q: Tensor,
@@ -192,19 +195,21 @@ class PackedLinear(nn.Module):
         scale_dtype: torch.dtype = torch.float32,
     ) -> PackedLinear:
         """A layer to load a state dict into; its integers are 0 and its scales 1 until then. ``dtype``: of the bias."""
+        device = torch.get_default_device() if device is None else device
         shape: tuple[int, ...] = (1,) if config.method == "tensor" else (out_features,)
         if config.group_size is not None:
             shape = (out_features, -(-in_features // config.group_size))
-        return cls(
-            torch.zeros(out_features, in_features, dtype=torch.int8, device=device),
-            torch.ones(shape, device=device, dtype=scale_dtype),
-            torch.zeros(shape, dtype=torch.uint8, device=device),
-            torch.zeros(out_features, device=device, dtype=dtype) if bias else None,
-            config,
-            name,
-            (0.0, 1.0) if config.activations == "static" else None,
-            torch.ones(in_features, device=device, dtype=dtype) if input_factor else None,
-        )
+        with plain_context():
+            return cls(
+                torch.zeros(out_features, in_features, dtype=torch.int8, device=device),
+                torch.ones(shape, device=device, dtype=scale_dtype),
+                torch.zeros(shape, dtype=torch.uint8, device=device),
+                torch.zeros(out_features, device=device, dtype=dtype) if bias else None,
+                config,
+                name,
+                (0.0, 1.0) if config.activations == "static" else None,
+                torch.ones(in_features, device=device, dtype=dtype) if input_factor else None,
+            )
 
     @property
     def weight_matrix(self) -> PackedWeight:
@@ -333,6 +338,7 @@ class PackedLinear(nn.Module):
         """Whether each code takes a byte in memory."""
         return STORED_BITS[self.config.bits] == 8 or self.config.resident == "unpacked"
 
+    @plain_context()
     def _lay_out(self, shared: dict[int, Any] | None = None) -> None:
         """Bring the integers into panels if the native kernels run them here, or else back into rows."""
         shared = {} if shared is None else shared
@@ -353,6 +359,7 @@ class PackedLinear(nn.Module):
             _, self.weight_codes = shared[id(panels)]
             self.panels = self.code_sums = None
 
+    @plain_context()
     def _correct(self) -> None:
         """Set ``input_correction`` from the other buffers as they are now."""
         if self.input_scale is not None and self.input_zero_point is not None:

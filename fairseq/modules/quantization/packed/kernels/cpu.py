@@ -53,7 +53,7 @@ class Scratch(threading.local):
         held = self.pool.get((name, dtype))
         if held is None or held.numel() < count:
             with torch.inference_mode(False):  # to be written in any mode later
-                held = self.pool[name, dtype] = torch.empty(count, dtype=dtype)
+                held = self.pool[name, dtype] = torch.empty(count, dtype=dtype, device="cpu")
         return held[:count].view(shape)
 
     def reuse(self, source: Source, key: tuple[object, ...]) -> Tokens | None:
@@ -108,7 +108,7 @@ def integer(
     if functional.capturing():
         return functional.integer(x, weight, bias, grid, product)
     outputs, compute = len(weight.codes), weight.scale.dtype
-    out = torch.empty(len(x), outputs, dtype=x.dtype)
+    out = x.new_empty(len(x), outputs)
     if out.numel() == 0 or weight.in_features == 0:
         return out.copy_(bias) if bias is not None else out.zero_()
     weight = weight._replace(codes=_codes(weight))
@@ -142,7 +142,7 @@ def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     codes, scale, zero_point = _codes(weight), weight.scale, weight.code_zero_point()
     outputs, inputs = codes.shape
     one, late = scale.numel() == 1, x.dtype == scale.dtype
-    out = torch.empty(len(x), outputs, dtype=x.dtype)
+    out = x.new_empty(len(x), outputs)
     step = max(1, WEIGHTS_AT_ONCE // inputs)
     for start in range(0, outputs, step):
         rows = slice(start, start + step)
