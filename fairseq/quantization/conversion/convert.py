@@ -270,7 +270,6 @@ class Conversion:
         """The packed layer; a weight that layers share stays shared, with the integers of the first of them."""
         old = self.layers.pop(name)
         layer = PackedLinear.from_integers(*rounded, bias, settings, name, span, factor).train(old.training)
-        layer.shares_input = reads_shared_input(name)
         key = id(old.weight) if name in self.shared else name  # the id of a weight that is given up comes again
         first = self.before.setdefault((key, settings), layer)
         layer.weight_codes, layer.scale, layer.zero_point = first.weight_codes, first.scale, first.zero_point

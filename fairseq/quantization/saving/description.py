@@ -14,7 +14,6 @@ from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding, pa
 from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedParameters, PackedTable, install_table
 from fairseq.modules.quantization.scalar.modules.replace import names_of
 from fairseq.modules.quantization.scalar.weights import check_settings, settings_tensor
-from fairseq.quantization.architectures.layers import reads_shared_input
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(LinearConfig) if field.name != "backend")
 """Which kernels run is up to the machine that loads."""
@@ -86,12 +85,10 @@ def empty_part(model: nn.Module, name: str, entry: Mapping[str, Any], device: st
     scale_dtype = torch.float64 if flags["double"] else torch.float32
     settings: dict[str, Any] = {"device": device, "dtype": _dtype(part)}
     if isinstance(part, nn.Linear):
-        layer = PackedLinear.empty(
+        return PackedLinear.empty(
             part.in_features, part.out_features, config, name, flags["bias"], flags["input_factor"],
             scale_dtype=scale_dtype, **settings,
-        )  # fmt: skip
-        layer.shares_input = reads_shared_input(name)
-        return layer.train(training)
+        ).train(training)  # fmt: skip
     if flags["double"] or flags["input_factor"]:
         raise ValueError(f"{name}: only a Linear layer has an input factor or scales of float64")
     try:

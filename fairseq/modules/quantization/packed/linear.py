@@ -12,7 +12,7 @@ from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed import kernels
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.packed.input_grid import InputGrid, correction
-from fairseq.modules.quantization.packed.kernels import cpu, functional, native, operators
+from fairseq.modules.quantization.packed.kernels import functional, native, operators
 from fairseq.modules.quantization.packed.packing import STORED_BITS, packed_length
 from fairseq.modules.quantization.packed.panels import from_panels, sums_of, to_panels
 from fairseq.modules.quantization.packed.weight import (
@@ -92,7 +92,6 @@ class PackedLinear(nn.Module):
         if self.in_features >= MAX_IN_FEATURES:
             raise ValueError(f"{name} has {self.in_features} inputs; integer sums are exact below {MAX_IN_FEATURES}")
         self.config, self.name = config, name
-        self.shares_input = False
         self.register_buffer("weight_codes", codes if self._bytewise else pack_codes(codes, config.bits))
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point.to(torch.uint8))
@@ -324,8 +323,6 @@ class PackedLinear(nn.Module):
         rows = input.reshape(-1, self.in_features)  # (M, in)
         if self.config.activations is None:
             y = chosen.weight_only(rows, self.weight_matrix, self.bias)
-        elif chosen.name == "cpu" and self.shares_input and self.input_factor is None and not self._forward_pre_hooks:
-            y = cpu.integer(rows, self.weight_matrix, self.bias, self.input_grid, cpu.Source(input, id(self)))
         else:
             y = chosen.integer(rows, self.weight_matrix, self.bias, self.input_grid)
         return y.reshape(*input.shape[:-1], self.out_features)
