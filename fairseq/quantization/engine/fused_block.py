@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from fairseq.modules.quantization.packed import PackedLinear, kernels
 from fairseq.modules.quantization.packed.config import check_one_of
 from fairseq.modules.quantization.packed.kernels import functional, native, operators
-from fairseq.modules.quantization.packed.linear import NoGradient
+from fairseq.modules.quantization.packed.linear import use_native
+from fairseq.modules.quantization.packed.no_gradient import NoGradient
 from fairseq.quantization.architectures.layers import FUSABLE_BLOCKS, NORMS, layer_paths
 
 logger = logging.getLogger(__name__)
@@ -225,10 +226,8 @@ def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
         found = [f"{name}: {reason}" for name, reason in reasons.items()]
         why = found[0] if found else "there is no block of a ViT or DeiT in it"
         raise ValueError(f"engine='fused': no encoder block can be fused; {why}")
-    shared: dict[int, Any] = {}
-    for layer in model.modules():
-        if isinstance(layer, PackedLinear) and layer.native_obstacle() is None:
-            layer.use_native(shared=shared)
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    use_native(layer for layer in packed if layer.reason_not_native() is None)
     for name, plan in plans.items():
         if isinstance(plan, str):
             logger.info("%s is not fused: %s", name, plan)
@@ -241,13 +240,11 @@ def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
 
 def unfuse(model: nn.Module) -> None:
     """Undo :func:`fuse`, in place."""
-    shared: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, FusedBlock):
             module.__class__ = _unfused(type(module))
             del module.plan, module._current
-        elif isinstance(module, PackedLinear):
-            module.use_native(False, shared)
+    use_native((module for module in model.modules() if isinstance(module, PackedLinear)), use=False)
 
 
 def _plan(block: nn.Module) -> Plan | str:
@@ -257,8 +254,8 @@ def _plan(block: nn.Module) -> Plan | str:
     for role, layer in layers.items():
         if not isinstance(layer, PackedLinear):
             return f"its {role} layer is not packed"
-        if obstacle := layer.native_obstacle():
-            return f"its {role} layer: {obstacle}"
+        if reason := layer.reason_not_native():
+            return f"its {role} layer: {reason}"
     packed = cast(dict[str, PackedLinear], layers)
     readers = [packed[role] for role in ("query", "key", "value")]
     grids = {layer.input_grid.key() for layer in readers}

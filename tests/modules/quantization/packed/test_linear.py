@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
-from fairseq.modules.quantization.packed.linear import MAX_IN_FEATURES
 from fairseq.modules.quantization.packed.packing import packed_length
+from fairseq.modules.quantization.packed.state import MAX_IN_FEATURES
 from fairseq.modules.quantization.scalar import weights
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.modules.quantization.scalar.tokens import quantize_tokens

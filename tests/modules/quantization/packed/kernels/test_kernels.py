@@ -1,6 +1,7 @@
 """The kernels against the reference, the memory that they share, and the function that chooses among them."""
 
 import itertools
+import sys
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from fairseq.modules.quantization.packed.input_grid import InputGrid
 from fairseq.modules.quantization.packed.kernels import choose, cpu, functional, reference
 
 CPU = torch.device("cpu")
+choosing = sys.modules[choose.__module__]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 GRIDS = [("tensor", None), ("channel", None), ("channel", 32), ("histogram", None), ("histogram", 32)]
 
@@ -222,7 +224,7 @@ def test_slices_change_nothing(monkeypatch, activations, bits, group_size, size,
 def fresh(monkeypatch):
     """No environment variable, and nothing checked so far."""
     monkeypatch.delenv(kernels.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(kernels, "_checked", {})
+    monkeypatch.setattr(choosing, "_checked", {})
 
 
 def wrong_product(q, codes):
@@ -250,7 +252,7 @@ BROKEN = {
 
 
 def break_cpu(monkeypatch, **functions):
-    monkeypatch.setitem(kernels.TABLE, "cpu", kernels.TABLE["cpu"]._replace(**functions))
+    monkeypatch.setitem(choosing.TABLE, "cpu", choosing.TABLE["cpu"]._replace(**functions))
 
 
 @pytest.mark.usefixtures("fresh")
@@ -291,7 +293,7 @@ def test_the_argument_wins_over_the_environment(monkeypatch):
 @pytest.mark.usefixtures("fresh")
 def test_the_forced_kernels_are_those_that_run(monkeypatch):
     layer, x = make(), torch.randn(3, 75)
-    monkeypatch.setitem(kernels.TABLE, "reference", kernels.TABLE["reference"]._replace(integer=nudged))
+    monkeypatch.setitem(choosing.TABLE, "reference", choosing.TABLE["reference"]._replace(integer=nudged))
     monkeypatch.setenv(kernels.ENVIRONMENT, "reference")
     assert torch.equal(layer(x), nudged(x, layer.weight_matrix, layer.bias))
 
@@ -355,8 +357,8 @@ def test_forcing_broken_kernels_is_an_error(monkeypatch, forced_by):
 
 @pytest.mark.usefixtures("fresh")
 def test_kernels_are_checked_once(monkeypatch):
-    original, calls = kernels._compare, []
-    monkeypatch.setattr(kernels, "_compare", lambda *a: calls.append(a) or original(*a))
+    original, calls = choosing._compare, []
+    monkeypatch.setattr(choosing, "_compare", lambda *a: calls.append(a) or original(*a))
     layer = make()
     for _ in range(3):
         layer(torch.randn(2, 75))
@@ -366,7 +368,7 @@ def test_kernels_are_checked_once(monkeypatch):
 
 @pytest.mark.usefixtures("fresh")
 def test_the_reference_is_not_checked(monkeypatch):
-    monkeypatch.setattr(kernels, "_compare", failing)
+    monkeypatch.setattr(choosing, "_compare", failing)
     assert choose(CPU, "reference").name == "reference"
 
 
@@ -377,11 +379,11 @@ def test_the_check_finds_sums_that_saturate_in_16_bits():
         pairs = ((q.int()[:, None] + 128) * codes.int()).view(len(q), len(codes), -1, 2).sum(-1)
         return pairs.clamp(-(2**15), 2**15 - 1).sum(-1).int() - 128 * codes.sum(-1, dtype=torch.int32)
 
-    broken = kernels.TABLE["cpu"]._replace(name="saturating", product=saturating)
-    assert kernels._compare(broken, CPU) == "their integer product differs from the reference's"
+    broken = choosing.TABLE["cpu"]._replace(name="saturating", product=saturating)
+    assert choosing._compare(broken, CPU) == "their integer product differs from the reference's"
 
 
 def test_the_check_leaves_the_random_numbers_of_the_process_alone():
     before = torch.get_rng_state()
-    kernels._compare(kernels.TABLE["cpu"], CPU)
+    choosing._compare(choosing.TABLE["cpu"], CPU)
     assert torch.equal(torch.get_rng_state(), before)
