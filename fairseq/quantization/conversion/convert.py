@@ -68,18 +68,24 @@ def convert(
                 for group in quantize_stage(result, stage, plan, config, finished, calibration):
                     bar.update(len(group))
         embeddings = pack_embeddings(result, plan.embeddings, pixel_values)
-        fused_blocks = finish(result, engine if packed else "layers")
+        reasons = finish(result, engine if packed else "layers")
         report = make_report(result, plan, Sizes.of(model), finished.records, config.execution)
-    return result, replace(report, layers=(*embeddings, *report.layers), fused_blocks=fused_blocks)
+    return result, replace(with_engine(report, reasons), layers=(*embeddings, *report.layers))
 
 
-def finish(model: nn.Module, engine: str) -> int:
-    """Make a model with quantized layers ready to run, in place; the number of encoder blocks that are fused."""
+def finish(model: nn.Module, engine: str) -> dict[str, str | None]:
+    """Make a model with quantized layers ready to run, in place; what :func:`fuse` says of its blocks."""
     if tuple_while_tracing not in model._forward_hooks.values():  # a copy of one that was finished has it
         model.register_forward_hook(tuple_while_tracing)
     reasons = fuse(model, engine) if engine != "layers" else {}
     memory.release()
-    return sum(reason is None for reason in reasons.values())
+    return reasons
+
+
+def with_engine(report: QuantizationReport, reasons: Mapping[str, str | None]) -> QuantizationReport:
+    """The report with what :func:`finish` returned."""
+    not_fused = {name: reason for name, reason in reasons.items() if reason is not None}
+    return replace(report, fused_blocks=len(reasons) - len(not_fused), not_fused=not_fused)
 
 
 def tuple_while_tracing(module: nn.Module, args: Any, output: Any) -> Any:

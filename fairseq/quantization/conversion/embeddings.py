@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding, unfold
-from fairseq.modules.quantization.packed.table import PackedEmbedding, pack_parameter
+from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedTable, install_table
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
 from fairseq.quantization.calibration.block_inputs import BATCH_SIZE
 from fairseq.quantization.calibration.statistics import collect
@@ -19,7 +19,6 @@ from fairseq.quantization.config import LayerConfig, resolve_rounding
 from fairseq.quantization.conversion.quantize_layer import quantize_layer
 from fairseq.quantization.evaluation.report import LayerReport
 from fairseq.quantization.rounding.gptq import Statistics
-from fairseq.quantization.rounding.quality import weight_statistics
 
 
 def pack_embeddings(
@@ -40,23 +39,22 @@ def _pack(model: nn.Module, name: str, decision: LayerConfig | str, pixel_values
     record = LayerReport(name, "embeddings", (rows, columns), before, before)
     if isinstance(decision, str):
         return replace(record, skipped=decision)
+    new: PackedPatchEmbedding | PackedTable
     if isinstance(part, nn.Conv2d):
         new, notes = _patches(part, matrix, name, decision, pixel_values)
         _swap(model, part, new)
-        return replace(record, bytes_after=_bytes(new), bits=decision.bits, method=decision.method, **notes)
-    table: nn.Module
-    if isinstance(part, nn.Embedding):
-        table = PackedEmbedding.from_float(part, decision, name)
-        real = table.read()
-        _swap(model, part, table)
     else:
-        table = pack_parameter(owner, last, decision, name)
-        real = table.read()
-    measures: dict[str, Any] = weight_statistics(matrix, real.to(matrix.dtype), per_tensor=False)
-    measures |= grid_used(decision, "nearest")
-    return replace(
-        record, bytes_after=_bytes(table), bits=decision.bits, method=decision.method, rounding="nearest", **measures
-    )
+        done = quantize_layer(matrix, None, None, decision, name)
+        place = (rows, columns, decision, name, weight.device, weight.dtype)
+        if isinstance(part, nn.Embedding):
+            new = PackedEmbedding(*place, part.padding_idx).train(part.training)
+            _swap(model, part, new)
+        else:
+            new = PackedTable(*place)
+            install_table(owner, last, new)
+        new.set_integers(*done[:3])
+        notes = done.record
+    return replace(record, bytes_after=_bytes(new), bits=decision.bits, method=decision.method, **notes)
 
 
 def _patches(

@@ -9,7 +9,7 @@ from torch import nn
 from fairseq.modules.quantization.context import plain_context
 from fairseq.quantization.architectures.plan import LayerPlan, resolve
 from fairseq.quantization.config import QuantizationConfig
-from fairseq.quantization.conversion.convert import Sizes, finish, make_report
+from fairseq.quantization.conversion.convert import Sizes, finish, make_report, with_engine
 from fairseq.quantization.conversion.embeddings import pack_embeddings
 from fairseq.quantization.conversion.quantize_stage import Finished, quantize_stage
 from fairseq.quantization.engine import memory
@@ -68,9 +68,9 @@ class WhileLoading:
             vars(part).pop(INITIALIZED, None)
         with plain_context():
             embeddings = pack_embeddings(self.model, self.plan.embeddings, None)
-            fused = finish(self.model, self.engine)
+            reasons = finish(self.model, self.engine)
         report = make_report(self.model, self.plan, self.before, self.finished.records)
-        return replace(report, layers=(*embeddings, *report.layers), fused_blocks=fused)
+        return replace(with_engine(report, reasons), layers=(*embeddings, *report.layers))
 
     def _quantize(self, stage: list[LayerPlan]) -> None:
         with plain_context():

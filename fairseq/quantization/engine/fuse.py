@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from torch import nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.config import check_one_of
 from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.linear import use_native
 from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.architectures.layers import block_of
 from fairseq.quantization.engine.check import disagreement
@@ -74,10 +75,8 @@ def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
         if engine == "fused":
             raise RuntimeError(f"engine='fused' needs the native kernels: {native.NOT_BUILT}")
         return {}
-    shared: dict[int, Any] = {}
-    for layer in model.modules():
-        if isinstance(layer, PackedLinear) and layer.native_obstacle() is None:
-            layer.use_native(shared=shared)
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    use_native(layer for layer in packed if layer.reason_not_native() is None)
     blocks = {name: model.get_submodule(name) for name in _blocks(model)}
     plans = {name: _plan(block) for name, block in blocks.items()}
     reasons = {name: plan if isinstance(plan, str) else None for name, plan in plans.items()}
@@ -98,13 +97,11 @@ def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
 
 def unfuse(model: nn.Module) -> None:
     """Undo :func:`fuse`, in place."""
-    shared: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, FusedBlock):
             module.__class__ = unfused_class(type(module))
             del module.plan, module._native
-        elif isinstance(module, PackedLinear):
-            module.use_native(False, shared)
+    use_native((module for module in model.modules() if isinstance(module, PackedLinear)), use=False)
 
 
 def _blocks(model: nn.Module) -> list[str]:

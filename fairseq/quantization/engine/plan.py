@@ -59,7 +59,7 @@ def fused_plan(block: nn.Module, kind: type) -> FusedPlan | str:
     for role, layer in layers.items():
         if not isinstance(layer, PackedLinear):
             return f"its {role} layer is not packed"
-        if reason := layer.native_obstacle():
+        if reason := layer.reason_not_native():
             return f"its {role} layer: {reason}"
     for path, part in block.named_modules():
         if path and not _is_known(part, kind):

@@ -8,8 +8,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class QuantizationReport:
         bytes_after: the same of the quantized model.
         execution: "packed", or "emulated", which needs the float weights and makes nothing smaller.
         fused_blocks: encoder blocks that run as one native call each.
+        not_fused: encoder block -> why it runs layer by layer; empty where nobody asked for a fused one.
     """
 
     layers: tuple[LayerReport, ...]
@@ -39,6 +40,7 @@ class QuantizationReport:
     bytes_after: int
     execution: str = "packed"
     fused_blocks: int = 0
+    not_fused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
@@ -75,6 +77,10 @@ class QuantizationReport:
             lines.append(f"Notes: {shown}" + ("; ..." if len(notes) > 3 else ""))
         if self.fused_blocks:
             lines.append(f"Fused {self.fused_blocks} encoder blocks: one native call each on the CPU")
+        for reason, count in Counter(self.not_fused.values()).items():
+            first = next(name for name, why in self.not_fused.items() if why == reason)
+            blocks = f"{count} encoder block{'s'[: count > 1]}"
+            lines.append(f"Not fused: {blocks} ({first}{', ...'[: 5 * (count > 1)]}): {reason}")
         lines.append(self.size())
         return "\n".join(lines)
 
@@ -112,7 +118,7 @@ class QuantizationReport:
             {key: _to_json(value) for key, value in asdict(layer).items() if value is not None} for layer in self.layers
         ]
         head = {
-            key: getattr(self, key) for key in ("execution", "fused_blocks", "bytes_before", "bytes_after")
+            key: getattr(self, key) for key in ("execution", "fused_blocks", "not_fused", "bytes_before", "bytes_after")
         }  # fmt: skip
         lines = ",\n".join(f"    {json.dumps(layer, allow_nan=False)}" for layer in layers)
         text = json.dumps(head, indent=2)[:-2] + f',\n  "layers": [\n{lines}\n  ]\n}}\n'

@@ -93,11 +93,10 @@ def empty_part(model: nn.Module, name: str, entry: Mapping[str, Any], device: st
     scale_dtype = torch.float64 if flags["double"] else torch.float32
     settings: dict[str, Any] = {"device": device, "dtype": _dtype(part)}
     if isinstance(part, nn.Linear):
-        layer = PackedLinear.empty(
+        return PackedLinear.empty(
             part.in_features, part.out_features, config, name, flags["bias"], flags["input_factor"],
             scale_dtype=scale_dtype, **settings,
-        )  # fmt: skip
-        return layer.train(training)
+        ).train(training)  # fmt: skip
     if flags["double"] or flags["input_factor"]:
         raise ValueError(f"{name}: only a Linear layer has an input factor or scales of float64")
     try:
@@ -144,10 +143,9 @@ def check_loaded(name: str, part: nn.Module) -> None:
     config, columns = layer.config, layer.columns if isinstance(layer, PackedTable) else layer.in_features
     check_settings(layer.settings, settings_tensor(config.bits, columns, config.group_size, config.symmetric), name)
     largest = 2**config.bits - 1
-    if config.bits in (5, 6, 7):  # of others every bit pattern is an integer
-        assert layer.weight_codes is not None
-        if int(layer.weight_codes.max()) > largest or int(layer.weight_codes.min()) < 0:
-            raise ValueError(f"integers of {name} are out of range: {config.bits} bits hold 0 to {largest}")
+    codes = layer.weight_codes
+    if config.bits in (5, 6, 7) and (int(codes.max()) > largest or int(codes.min()) < 0):  # of others any bits will do
+        raise ValueError(f"integers of {name} are out of range: {config.bits} bits hold 0 to {largest}")
     if int(layer.zero_point.max()) > largest:
         raise ValueError(f"zero points of {name} must be from 0 to {largest}; one is {int(layer.zero_point.max())}")
     if config.symmetric and not bool((layer.zero_point == 2 ** (config.bits - 1)).all()):

@@ -379,18 +379,37 @@ def test_training_mode_runs_the_layers(tiny_vit, pixels, monkeypatch):
     assert calls == [2]
 
 
-def test_no_gradient(tiny_vit, pixels):
-    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
-    output = fused(pixels).logits
-    assert output.requires_grad
-    with pytest.raises(RuntimeError, match=r"classifier holds packed integers"):
-        output.sum().backward()
-    hidden = torch.randn(1, 4, 24, requires_grad=True)
-    with pytest.raises(
-        RuntimeError, match=r"^vit\.(encoder\.layer|layers)\.1 holds packed integers and has no gradient"
-    ):
-        blocks(fused)[1](hidden).sum().backward()
-    assert torch.equal(output.detach(), logits(fused, pixels))
+def test_gradients_are_those_of_the_layers(tiny_vit, pixels, monkeypatch):
+    """Norms, the class token and a float head are tuned through fused blocks, whose forward stays a native call."""
+    quantizer = ViTQuantizer(bits=8, quantize_classifier=False)
+    layers = quantizer.quantize_model(tiny_vit, engine="layers")
+    fused = quantizer.optimize(layers)
+    calls = count_calls(monkeypatch)
+    found = []
+    for model in (fused, layers):
+        output = model(pixels).logits
+        (output * torch.linspace(-1, 1, 7)).sum().backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert calls == [2]
+    assert torch.equal(fused(pixels).logits.detach(), logits(fused, pixels))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert gradient is not None, name
+        # the layers of the backward pass see what the layers before them gave in the forward pass: fused, or not
+        error = torch.linalg.vector_norm(gradient - found[1][name]) / torch.linalg.vector_norm(found[1][name])
+        assert error < 0.1, name
+
+
+@pytest.mark.parametrize("tuned", ["layernorm", "classifier", "cls_token"])
+def test_what_is_tuned_alone_gets_its_gradient(tiny_vit, pixels, tuned, monkeypatch):
+    fused = ViTQuantizer(bits=8, quantize_classifier=False).quantize_model(tiny_vit, engine="fused")
+    for name, parameter in fused.named_parameters():
+        parameter.requires_grad_(tuned in name)
+    calls = count_calls(monkeypatch)
+    fused(pixels).logits.square().sum().backward()
+    assert calls == [2]
+    for name, parameter in fused.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == (tuned in name), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

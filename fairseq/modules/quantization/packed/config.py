@@ -65,6 +65,19 @@ class LinearConfig:
         """:attr:`weight_storage` by its former name."""
         return self.weight_storage
 
+    def summary(self) -> str:
+        """The settings as a layer prints them; what is a default is left out."""
+        parts = [f"bits={self.bits}, method={self.method}, activations={self.activations}"]
+        if self.activation_bits != 8:
+            parts.append(f"activation_bits={self.activation_bits}")
+        if self.group_size is not None:
+            parts.append(f"group_size={self.group_size}")
+        if self.symmetric:
+            parts.append("symmetric")
+        if self.backend != "auto":
+            parts.append(f"backend={self.backend}")
+        return ", ".join(parts)
+
 
 def check_one_of(name: str, value: object, accepted: tuple[str | None, ...]) -> None:
     """ValueError unless ``value`` is one of ``accepted``."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fairseq.modules.quantization.packed.weight import PackedWeight
-from fairseq.modules.quantization.scalar.tokens import quantize_static, quantize_tokens
+from fairseq.modules.quantization.scalar.tokens import quantize_static, quantize_tokens, static_offset
 
 
 class InputGrid(NamedTuple):
@@ -38,6 +38,14 @@ class InputGrid(NamedTuple):
     def centre(self, q: Tensor) -> Tensor:
         """q - zero_point, in the dtype of ``q``."""
         return q if self.zero_point is None else q - self.zero_point.to(q.dtype)
+
+    def contains(self, x: Tensor) -> Tensor:
+        """Where a static grid does not saturate: bool, the shape of ``x``."""
+        assert self.scale is not None
+        assert self.zero_point is not None
+        half = static_offset(self.bits)
+        low, high = (self.scale * (end - self.zero_point) for end in (-half, half - 1))
+        return (x >= low) & (x <= high)
 
     def bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """What is added to scale * scale of the weight * product of the integers: (out,) as ``dtype``, or None."""

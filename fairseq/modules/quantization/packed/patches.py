@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.packed.linear import PackedLinear
 
@@ -56,9 +57,11 @@ class PackedPatchEmbedding(nn.Module):
         self.linear = PackedLinear.empty(
             features, out_channels, config, f"{name}.linear", bias, device=device, dtype=dtype
         )
-        self.register_buffer("like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+        with plain_context(self.linear.scale.device):
+            self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     @classmethod
+    @plain_context()
     def from_conv(cls, conv: nn.Conv2d, linear: PackedLinear, name: str) -> PackedPatchEmbedding:
         """The twin of a convolution, ``linear`` being made of its weight, (out, C * height * width).
 

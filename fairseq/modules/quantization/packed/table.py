@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.packed.packing import packed_length
 from fairseq.modules.quantization.packed.weight import PackedWeight, pack_codes, to_codes
@@ -57,21 +58,26 @@ class PackedTable(nn.Module):
         self.rows, self.columns, self.config, self.name = rows, columns, config, name
         width = columns if config.bits > 4 else packed_length(columns, config.bits)
         shape = (rows,) if config.group_size is None else (rows, -(-columns // config.group_size))
-        self.register_buffer("weight_codes", torch.zeros(rows, width, dtype=torch.uint8, device=device))
-        self.register_buffer("scale", torch.ones(shape, device=device))
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.uint8, device=device))
-        settings = settings_tensor(config.bits, columns, config.group_size, config.symmetric)
-        self.register_buffer("settings", settings.to(device))
-        self.register_buffer("like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+        with plain_context(torch.get_default_device() if device is None else device):
+            self.register_buffer("weight_codes", torch.zeros(rows, width, dtype=torch.uint8))
+            self.register_buffer("scale", torch.ones(shape))
+            self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.uint8))
+            settings = settings_tensor(config.bits, columns, config.group_size, config.symmetric)
+            self.register_buffer("settings", settings)
+            self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
+    @plain_context()
     def quantize_(self, table: Tensor) -> None:
         """Take the integers of a table, (rows, columns), finite, each to the nearest."""
         config = self.config
         scale, zero_point = observe_weight(
             table, config.bits, config.method, config.group_size, config.symmetric, self.name
         )
-        q = weight_to_int(table, scale, zero_point, config.bits, config.group_size)
-        self.weight_codes = pack_codes(to_codes(q, config.bits), config.bits)
+        self.set_integers(weight_to_int(table, scale, zero_point, config.bits, config.group_size), scale, zero_point)
+
+    def set_integers(self, q: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        """Take integers, uint8 (rows, columns), with their scales and zero points, (rows,) or (rows, groups)."""
+        self.weight_codes = pack_codes(to_codes(q, self.config.bits), self.config.bits)
         self.scale, self.zero_point = scale.float(), zero_point.to(torch.uint8)
 
     def read(self, rows: Tensor | None = None) -> Tensor:
@@ -127,6 +133,7 @@ class PackedEmbedding(PackedTable):
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
 
     @classmethod
+    @plain_context()
     def from_float(cls, embedding: nn.Embedding, config: LinearConfig, name: str) -> PackedEmbedding:
         """Quantize ``embedding``, which is not changed.
 
@@ -158,6 +165,7 @@ class PackedParameters(nn.Module):
         return _new, (type(self).__mro__[2], self.packed_names), self.__dict__
 
 
+@plain_context()
 def pack_parameter(module: nn.Module, name: str, config: LinearConfig, full_name: str) -> PackedTable:
     """Replace a parameter of ``module``, (1, rows, columns), by a packed table, in place; return that.
 
@@ -182,6 +190,7 @@ def install_table(module: nn.Module, name: str, table: PackedTable) -> None:
     module.add_module(f"packed_{name}", table.train(module.training))
 
 
+@plain_context()
 def unpack_parameters(module: PackedParameters) -> None:
     """Undo :func:`pack_parameter`, in place, with the rounded values."""
     names = module.packed_names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from math import prod
 from typing import NamedTuple
 
@@ -17,15 +16,7 @@ from fairseq.modules.quantization.scalar.ops import clamp_to
 from fairseq.modules.quantization.scalar.tokens import static_offset, token_limit
 
 SLICE = 600_000  # elements of a slice's activations per thread: two pictures of a ViT-Base on two threads
-BLOCK = 4_000_000  # elements of activations held as integers at once; a batch beyond it is run in blocks
 WEIGHTS_AT_ONCE = 4_000_000  # elements of a weight that are dequantized at once
-
-
-class Source(NamedTuple):
-    """Where activations come from: the tensor a layer was called with, and which layer. See :class:`Tokens`."""
-
-    tensor: Tensor
-    layer: int
 
 
 class Tokens(NamedTuple):
@@ -37,15 +28,10 @@ class Tokens(NamedTuple):
 
 
 class Scratch(threading.local):
-    """Memory of one thread for all layers, and the activations that it quantized last."""
+    """Memory of one thread for all layers."""
 
     def __init__(self) -> None:
         self.pool: dict[tuple[str, torch.dtype], Tensor] = {}
-        self.tokens: Tokens | None = None
-        self.tensor: weakref.ref[Tensor] | None = None
-        self.version = 0
-        self.key: tuple[object, ...] = ()
-        self.layers: set[int] = set()
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory called ``name`` of this shape, with whatever is in it."""
@@ -53,39 +39,11 @@ class Scratch(threading.local):
         held = self.pool.get((name, dtype))
         if held is None or held.numel() < count:
             with torch.inference_mode(False):  # to be written in any mode later
-                held = self.pool[name, dtype] = torch.empty(count, dtype=dtype)
+                held = self.pool[name, dtype] = torch.empty(count, dtype=dtype, device="cpu")
         return held[:count].view(shape)
-
-    def reuse(self, source: Source, key: tuple[object, ...]) -> Tokens | None:
-        """The last quantized activations, if ``source`` is the same, unchanged tensor and the layer another one.
-
-        ``key`` says how it was quantized: the dtype and :meth:`InputGrid.key`.
-
-        The query, key and value of a layer read one tensor; it is quantized once. A layer that has used it already is
-        being called anew, perhaps with other numbers in the tensor, which inference tensors do not tell.
-        """
-        if self.tensor is None or self.tensor() is not source.tensor or source.layer in self.layers:
-            return None
-        if self.version != _version(source.tensor) or self.key != key:
-            return None
-        self.layers.add(source.layer)
-        return self.tokens
-
-    def remember(self, source: Source, tokens: Tokens, key: tuple[object, ...]) -> None:
-        """Keep ``tokens`` for the other layers that read the same tensor."""
-        self.tokens, self.tensor, self.version = tokens, weakref.ref(source.tensor), _version(source.tensor)
-        self.key, self.layers = key, {source.layer}
-
-    def forget(self) -> None:
-        """The integers in memory are about to be overwritten."""
-        self.tokens = self.tensor = None
 
 
 scratch = Scratch()
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
 
 
 def product(q: Tensor, codes: Tensor) -> Tensor:
@@ -93,9 +51,7 @@ def product(q: Tensor, codes: Tensor) -> Tensor:
     return functional.int_product(q, codes)
 
 
-def integer(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid, source: Source | None = None
-) -> Tensor:
+def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid) -> Tensor:
     """Integer products of quantized activations: (M, in) -> (M, out).
 
     Args:
@@ -103,31 +59,18 @@ def integer(
         weight: on the CPU.
         bias: (out,) or None.
         grid: how ``x`` becomes integers.
-        source: lets other layers that are called with the same tensor use the quantized activations, too.
     """
     if functional.capturing():
         return functional.integer(x, weight, bias, grid, product)
     outputs, compute = len(weight.codes), weight.scale.dtype
-    out = torch.empty(len(x), outputs, dtype=x.dtype)
+    out = x.new_empty(len(x), outputs)
     if out.numel() == 0 or weight.in_features == 0:
         return out.copy_(bias) if bias is not None else out.zero_()
     weight = weight._replace(codes=_codes(weight))
     bias, zero_point = grid.bias(bias, compute), weight.code_zero_point()
-    rows = max(1, BLOCK // weight.in_features)
-    shared = source if len(x) <= rows else None
-    key = (compute, *grid.key()) if shared else ()
-    for part, result in zip(x.split(rows), out.split(rows), strict=True):
-        tokens = None if shared is None else scratch.reuse(shared, key)
-        if tokens is None:
-            tokens = _quantize(part, compute, grid)
-            if shared is not None:
-                scratch.remember(shared, tokens, key)
-        step = _rows(max(weight.in_features, outputs))
-        if len(part) <= step:
-            _multiply(tokens, weight, zero_point, bias, result)
-            continue
-        for q, scale, sums, piece in zip(*(t.split(step) for t in (*tokens, result)), strict=True):
-            _multiply(Tokens(q, scale, sums), weight, zero_point, bias, piece)
+    step = _rows(max(weight.in_features, outputs))
+    for part, result in zip(x.split(step), out.split(step), strict=True):
+        _multiply(_quantize(part, compute, grid), weight, zero_point, bias, result)
     return out
 
 
@@ -142,7 +85,7 @@ def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     codes, scale, zero_point = _codes(weight), weight.scale, weight.code_zero_point()
     outputs, inputs = codes.shape
     one, late = scale.numel() == 1, x.dtype == scale.dtype
-    out = torch.empty(len(x), outputs, dtype=x.dtype)
+    out = x.new_empty(len(x), outputs)
     step = max(1, WEIGHTS_AT_ONCE // inputs)
     for start in range(0, outputs, step):
         rows = slice(start, start + step)
@@ -174,30 +117,17 @@ def _codes(weight: PackedWeight) -> Tensor:
 
 
 def _quantize(x: Tensor, compute: torch.dtype, grid: InputGrid) -> Tokens:
-    """grid.quantize and the sums of its integers, slice by slice and in place."""
-    scratch.forget()
-    q = scratch.take("q", tuple(x.shape), torch.int8)
-    step = _rows(x.shape[1])
-    if len(x) <= step:
-        return Tokens(q, *_quantize_slice(x, q, compute, grid))
-    slices = (_quantize_slice(*parts, compute, grid) for parts in zip(x.split(step), q.split(step)))
-    scales, sums = zip(*slices, strict=True)
-    return Tokens(q, torch.cat(scales), torch.cat(sums))
-
-
-def _quantize_slice(x: Tensor, q: Tensor, compute: torch.dtype, grid: InputGrid) -> tuple[Tensor, Tensor]:
-    """Write the integers to ``q``; return the scale (M, 1) and the sums (M, 1)."""
-    real = scratch.take("real", tuple(x.shape), compute)
+    """grid.quantize and the sums of its integers, in place."""
+    q, real = scratch.take("q", tuple(x.shape), torch.int8), scratch.take("real", tuple(x.shape), compute)
     if grid.scale is not None and grid.zero_point is not None:
         half = static_offset(grid.bits)
         x = x if x.dtype == compute else real.copy_(x)
         q.copy_(torch.div(x, grid.scale, out=real).round_().add_(grid.zero_point).clamp_(-half, half - 1))
         sums = real.sum(-1, keepdim=True)
-        return sums * 0 + grid.scale, sums.to(torch.int32)
+        return Tokens(q, sums * 0 + grid.scale, sums.to(torch.int32))
     if grid.bits != 8:
         rounded, scale = grid.quantize(x.to(compute))
-        q.copy_(rounded)
-        return scale, rounded.sum(-1, keepdim=True).to(torch.int32)
+        return Tokens(q.copy_(rounded), scale, rounded.sum(-1, keepdim=True).to(torch.int32))
     if x.dtype == compute:
         magnitude = torch.abs(x, out=real)
     else:
@@ -205,7 +135,7 @@ def _quantize_slice(x: Tensor, q: Tensor, compute: torch.dtype, grid: InputGrid)
         magnitude = x.abs()
     scale = magnitude.amax(-1, keepdim=True).mul_(1 / token_limit(8)).clamp_(min=torch.finfo(compute).tiny)
     q.copy_(torch.div(x, scale, out=real).round_())
-    return scale, real.sum(-1, keepdim=True).to(torch.int32)
+    return Tokens(q, scale, real.sum(-1, keepdim=True).to(torch.int32))
 
 
 def _multiply(tokens: Tokens, weight: PackedWeight, zero_point: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import sysconfig
 import threading
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed.panels import is_narrow, panels_shape, sums_of, to_panels
 from fairseq.modules.quantization.packed.weight import code_offset
 from fairseq.modules.quantization.scalar.tokens import quantize_tokens
@@ -345,7 +347,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, scaling: fl
 def _disagreement(level: int) -> str | None:
     """How a level differs from the reference on small cases, or None; whatever the caller's context is."""
     try:
-        with torch.inference_mode(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        with plain_context():
             return _compare(level)
     except (RuntimeError, ValueError, TypeError, MemoryError) as error:
         return f"they fail with {type(error).__name__}: {error}"
@@ -386,9 +388,12 @@ def _library() -> ctypes.CDLL:
     return loaded
 
 
+_unknown = itertools.count(-1, -1)
+
+
 def version(tensor: Tensor) -> int:
-    """How often a tensor was written to; 0 for an inference tensor, which does not know."""
-    return 0 if tensor.is_inference() else tensor._version
+    """How often a tensor was written to; another number each time for an inference tensor, which does not know."""
+    return next(_unknown) if tensor.is_inference() else tensor._version
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> list[int | None]:

@@ -1,0 +1,160 @@
+"""Which kernels run a packed layer: one table, the one function that chooses from it, and the check of each."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fairseq.modules.quantization.context import plain_context
+from fairseq.modules.quantization.packed.config import BACKENDS, LinearConfig
+from fairseq.modules.quantization.packed.input_grid import InputGrid, correction
+from fairseq.modules.quantization.packed.kernels import cpu, cuda, functional, native, reference
+from fairseq.modules.quantization.packed.weight import PackedWeight, pack_codes, to_codes
+from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int
+
+ENVIRONMENT = "FAIRSEQ_QUANTIZATION_BACKEND"
+
+
+class Kernels(NamedTuple):
+    """One backend.
+
+    Attributes:
+        name: as it is forced.
+        device: the type of device that it runs on, or None for any.
+        product: int8 (M, K), int8 (N, K) -> int32 (M, N), exact.
+        integer: x (M, in), weight, bias, grid -> (M, out), x quantized on the grid.
+        weight_only: x, weight, bias -> (M, out), with the weight dequantized.
+    """
+
+    name: str
+    device: str | None
+    product: Callable[[Tensor, Tensor], Tensor]
+    integer: Callable[[Tensor, PackedWeight, Tensor | None, InputGrid], Tensor]
+    weight_only: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
+
+
+TABLE = {
+    "reference": Kernels("reference", None, reference.product, reference.integer, reference.weight_only),
+    "cpu": Kernels("cpu", "cpu", cpu.product, cpu.integer, cpu.weight_only),
+    "cuda": Kernels("cuda", "cuda", cuda.product, cuda.integer, cuda.weight_only),
+    # The native kernels take a layer's tensors, not these arguments; these run where one is recorded into a graph.
+    "native": Kernels("native", "cpu", cpu.product, cpu.integer, cpu.weight_only),
+}
+
+_checked: dict[tuple[str, str], str | None] = {}
+_lock = threading.Lock()
+
+
+def choose(device: torch.device, backend: str = "auto", in_panels: bool = False) -> Kernels:
+    """The kernels for tensors on ``device``.
+
+    Args:
+        device: where the layer is.
+        backend: "auto" takes what the environment variable ``FAIRSEQ_QUANTIZATION_BACKEND`` says, and else the
+            kernels for this type of device if they agree with the reference, which is checked once per process. A name
+            is taken at its word.
+        in_panels: whether the layer's integers lie in panels. Where they do, and nothing is said against it, the
+            native kernels run; from rows "native" runs what "cpu" does.
+
+    Raises:
+        ValueError: an unknown name, or kernels of another type of device.
+        RuntimeError: the kernels asked for disagree with the reference.
+    """
+    wanted, origin = _wanted(backend)
+    if wanted not in BACKENDS:
+        raise ValueError(f"{origin} must be one of {', '.join(BACKENDS)}; got {wanted!r}")
+    if in_panels and runs_native(backend):
+        return TABLE["native"]
+    if wanted == "auto":
+        kernels = TABLE.get(device.type, TABLE["reference"])
+        return kernels if disagreement(kernels, device) is None else TABLE["reference"]
+    kernels = TABLE[wanted]
+    if kernels.device not in (None, device.type):
+        raise ValueError(f"{origin}={wanted!r} runs on {kernels.device}, but the layer is on {device}")
+    kernels = TABLE["cpu"] if wanted == "native" else kernels
+    problem = disagreement(kernels, device)
+    if problem:
+        raise RuntimeError(f"{origin}={wanted!r} cannot be used: {problem}")
+    return kernels
+
+
+def _wanted(backend: str) -> tuple[str, str]:
+    """The backend asked for, and what asks: the setting, or the environment in the place of "auto"."""
+    return (os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT) if backend == "auto" else (backend, "backend")
+
+
+def runs_native(backend: str) -> bool:
+    """Whether a layer with that setting may run on the native kernels: the setting or the environment can forbid it."""
+    return _wanted(backend)[0] in ("auto", "native")
+
+
+def reason_not_native(config: LinearConfig, scale: torch.dtype) -> str | None:
+    """Why the native kernels cannot run a layer with these settings and that dtype of its scale; None if they can."""
+    if not native.levels():
+        return native.NOT_BUILT
+    if not runs_native(config.backend):
+        return f"backend={config.backend!r}, or what {ENVIRONMENT} says"
+    if config.activations is None:
+        return "activations=None: its products are in float"
+    if config.activation_bits != 8:
+        return f"activation_bits={config.activation_bits}"
+    if config.group_size is not None:
+        return f"group_size={config.group_size}"
+    return None if scale == torch.float32 else f"a scale of {scale}"
+
+
+def disagreement(kernels: Kernels, device: torch.device) -> str | None:
+    """How ``kernels`` differ from the reference on a small case, or None; found out once, with one warning."""
+    key = (kernels.name, device.type)
+    if key in _checked or kernels.name == "reference" or functional.capturing():
+        return _checked.get(key)
+    if type(torch.empty(0)) is not Tensor:  # FakeTensorMode and the like compute nothing that could be compared
+        return None
+    with _lock:
+        if key not in _checked:
+            try:
+                _checked[key] = _compare(kernels, device)
+            except (RuntimeError, NotImplementedError, TypeError) as error:
+                _checked[key] = f"they fail with {type(error).__name__}: {error}"
+            if _checked[key]:
+                warnings.warn(
+                    f"the {kernels.name} kernels of packed layers are not used: {_checked[key]}", stacklevel=3
+                )
+    return _checked[key]
+
+
+@plain_context()
+def _compare(kernels: Kernels, device: torch.device) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    q, codes = (torch.randint(-128, 128, shape, generator=generator).to(torch.int8) for shape in ((19, 70), (40, 70)))
+    q[0], codes[0] = 127, -128  # the largest products, which saturate where sums are kept in 16 bits
+    q, codes = q.to(device), codes.to(device)
+    if not torch.equal(kernels.product(q, codes), reference.product(q, codes)):
+        return "their integer product differs from the reference's"
+    x, w, bias = (torch.randn(shape, generator=generator) for shape in ((19, 70), (40, 70), (40,)))
+    w[3] += 2
+    for bits, method in ((8, "channel"), (4, "tensor")):
+        scale, zero_point = observe_weight(w, bits, method)
+        codes = to_codes(weight_to_int(w, scale, zero_point, bits), bits)
+        weight = PackedWeight(
+            pack_codes(codes, bits).to(device) if bits < 8 else codes.to(device),
+            scale.to(device), zero_point.to(device, torch.uint8), bits, 70, None, False,
+        )  # fmt: skip
+        arguments = x.to(device), weight, bias.to(device)
+        fixed = torch.tensor([0.02], device=device), torch.tensor([-64], dtype=torch.int32, device=device)
+        static = InputGrid(8, *fixed, correction(weight, *fixed))  # from -1.28 to 3.82, so that some saturate
+        for form, grid in (("dynamic", InputGrid()), ("static", static), ("weight_only", None)):
+            got, expected = (
+                k.weight_only(*arguments) if grid is None else k.integer(*arguments, grid)
+                for k in (kernels, TABLE["reference"])
+            )
+            if not torch.allclose(got, expected, rtol=1e-4, atol=1e-3):
+                error = (got - expected).abs().max().item()
+                return f"at {bits} bits, {form}, they are off by {error:.2g}"
+    return None

@@ -1,0 +1,95 @@
+"""Layout: how the integers of one weight lie in memory, in rows or in the panels that the native products read."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fairseq.modules.quantization.packed.packing import STORED_BITS, packed_length
+from fairseq.modules.quantization.packed.panels import from_panels, sums_of, to_panels
+from fairseq.modules.quantization.packed.weight import code_offset, pack_codes, unpack_codes
+
+
+class Layout(NamedTuple):
+    """The codes of a weight, (out, in): integers of ``bits`` bits, each less :func:`~.weight.code_offset` as int8.
+
+    Attributes:
+        codes: in rows, int8 (out, in), a byte per code, or uint8 (out, packed_length(in, bits)); or in panels, uint8 of
+            :func:`~.panels.panels_shape`. Layers whose codes are the same tensor share them.
+        sums: of the codes of each output, int32 (out,), with panels above 4 bits; else None.
+        bits: 2 to 8.
+        outputs, inputs: of the weight.
+        bytewise: whether a code takes a byte in rows.
+    """
+
+    codes: Tensor
+    sums: Tensor | None
+    bits: int
+    outputs: int
+    inputs: int
+    bytewise: bool
+
+    @classmethod
+    def of(cls, codes: Tensor, bits: int, unpacked: bool) -> Layout:
+        """Codes, int8 (out, in), in rows; ``unpacked``: with a byte for each, whatever ``bits``."""
+        bytewise = takes_a_byte(bits, unpacked)
+        outputs, inputs = codes.shape
+        return cls(codes if bytewise else pack_codes(codes, bits), None, bits, outputs, inputs, bytewise)
+
+    @property
+    def in_panels(self) -> bool:
+        """Whether the codes lie in panels."""
+        return self.codes.ndim == 3
+
+    def row_codes(self) -> Tensor:
+        """The codes in rows as they lie, or out of their panels as int8 (out, in): what PyTorch's products take."""
+        return from_panels(self.codes, self.outputs, self.inputs, self.bits) if self.in_panels else self.codes
+
+    def unpacked(self) -> Tensor:
+        """The codes, int8 (out, in)."""
+        rows = self.row_codes()
+        return rows if self.bytewise or self.in_panels else unpack_codes(rows, self.bits, self.inputs)
+
+    def integers(self) -> Tensor:
+        """The weight's integers, uint8 (out, in)."""
+        return self.unpacked().view(torch.uint8) ^ code_offset(self.bits)
+
+    def rows(self) -> Layout:
+        """The same codes in rows."""
+        return Layout.of(self.row_codes(), self.bits, self.bytewise) if self.in_panels else self
+
+    def panels(self) -> Layout:
+        """The same codes in panels."""
+        if self.in_panels:
+            return self
+        codes = self.unpacked()
+        return self._replace(codes=to_panels(codes, self.bits), sums=sums_of(codes, self.bits))
+
+    def saved(self) -> Tensor:
+        """What a state dict holds of any layout: uint8 (out, packed_length(in, bits))."""
+        if not self.in_panels and not self.bytewise:
+            return self.codes
+        return pack_codes(self.row_codes(), self.bits)
+
+    def takes(self, saved: Tensor) -> bool:
+        """Whether a tensor has the size of what :meth:`saved` returns."""
+        shape = (self.outputs, packed_length(self.inputs, self.bits))
+        return saved.shape == shape and saved.element_size() == 1
+
+    def loaded(self, saved: Tensor) -> Layout:
+        """The codes that were saved, laid out as these are."""
+        if not self.in_panels and not self.bytewise:
+            return self._replace(codes=saved)
+        rows = self._replace(codes=unpack_codes(saved, self.bits, self.inputs), sums=None, bytewise=True)
+        return (rows.panels() if self.in_panels else rows)._replace(bytewise=self.bytewise)
+
+    def summed(self) -> Layout:
+        """The same codes, which may have been written to, with sums that are theirs."""
+        return self if self.sums is None else self._replace(sums=sums_of(self.unpacked(), self.bits))
+
+
+def takes_a_byte(bits: int, unpacked: bool) -> bool:
+    """Whether a code of that width takes a byte in rows; ``unpacked`` asks for it."""
+    return unpacked or STORED_BITS[bits] == 8

@@ -1,0 +1,233 @@
+"""The function that chooses the kernels of a layer, and the check of those that it chooses from."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq.modules.quantization.packed import LinearConfig, PackedLinear, kernels
+from fairseq.modules.quantization.packed.input_grid import InputGrid
+from fairseq.modules.quantization.packed.kernels import choose, cpu, native, reference
+
+CPU = torch.device("cpu")
+choosing = sys.modules[choose.__module__]  # the package has the function by that name
+
+
+needs_native = pytest.mark.skipif(not native.levels(), reason="no native kernels: there was no C++ compiler")
+
+
+def make(**settings):
+    torch.manual_seed(0)
+    return PackedLinear.from_float(nn.Linear(75, 21), LinearConfig(**{"method": "channel", **settings}), "query").eval()
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """No environment variable, and nothing checked so far."""
+    monkeypatch.delenv(kernels.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(choosing, "_checked", {})
+
+
+def wrong_product(q, codes):
+    return cpu.product(q, codes) + (codes.shape[0] > 1)
+
+
+def failing(*arguments):
+    raise NotImplementedError("no such instruction")
+
+
+def nudged(x, weight, bias, *grid):
+    return reference.integer(x, weight, bias, *(grid or [InputGrid()])) + 0.01
+
+
+def nudged_if_static(x, weight, bias, grid):
+    return reference.integer(x, weight, bias, grid) + (0.01 if grid.scale is not None else 0)
+
+
+BROKEN = {
+    "product": ("product", wrong_product, "their integer product differs from the reference's"),
+    "dynamic": ("integer", nudged, "at 8 bits, dynamic, they are off by 0.01"),
+    "static": ("integer", nudged_if_static, "at 8 bits, static, they are off by 0.01"),
+    "weight_only": ("weight_only", nudged, "at 8 bits, weight_only, they are off by"),
+}
+
+
+def break_cpu(monkeypatch, **functions):
+    monkeypatch.setitem(choosing.TABLE, "cpu", choosing.TABLE["cpu"]._replace(**functions))
+
+
+@pytest.mark.usefixtures("fresh")
+def test_auto_takes_the_kernels_of_the_device():
+    assert choose(CPU).name == "cpu"
+    assert make().backend == "cpu"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_device_without_kernels_gets_the_reference():
+    assert choose(torch.device("meta")).name == "reference"
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.usefixtures("fresh")
+def test_the_environment_forces(monkeypatch, name):
+    layer = make()
+    monkeypatch.setenv(kernels.ENVIRONMENT, name)
+    assert choose(CPU).name == layer.backend == name
+
+
+@pytest.mark.parametrize("name", ["", "auto"])
+@pytest.mark.usefixtures("fresh")
+def test_the_environment_may_leave_the_choice(monkeypatch, name):
+    monkeypatch.setenv(kernels.ENVIRONMENT, name)
+    assert choose(CPU).name == "cpu"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_argument_wins_over_the_environment(monkeypatch):
+    layer = make(backend="reference")
+    monkeypatch.setenv(kernels.ENVIRONMENT, "cpu")
+    assert choose(CPU, "reference").name == layer.backend == "reference"
+    monkeypatch.setenv(kernels.ENVIRONMENT, "nonsense")
+    assert choose(CPU, "cpu").name == "cpu"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_forced_kernels_are_those_that_run(monkeypatch):
+    layer, x = make(), torch.randn(3, 75)
+    monkeypatch.setitem(choosing.TABLE, "reference", choosing.TABLE["reference"]._replace(integer=nudged))
+    monkeypatch.setenv(kernels.ENVIRONMENT, "reference")
+    assert torch.equal(layer(x), nudged(x, layer.weight_matrix, layer.bias))
+
+
+@needs_native
+@pytest.mark.usefixtures("fresh")
+def test_the_native_kernels_run_what_lies_in_panels(monkeypatch):
+    layer = make()
+    layer.use_native()
+    names = {"auto": "native", "native": "native", "reference": "reference", "cpu": "cpu"}
+    for name, expected in names.items():
+        monkeypatch.setenv(kernels.ENVIRONMENT, name)
+        assert layer.backend == choose(CPU, "auto", in_panels=True).name == expected
+        assert choose(CPU, name, in_panels=True).name == expected
+    monkeypatch.setenv(kernels.ENVIRONMENT, "native")
+    rows = make()  # nobody laid it out
+    assert rows.backend == "cpu"
+    x = torch.randn(3, 75)
+    assert torch.equal(rows(x), cpu.integer(x, rows.weight_matrix, rows.bias, rows.input_grid))
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale", "reason"),
+    [
+        ({}, torch.float32, None),
+        ({"activations": "static"}, torch.float32, None),
+        ({"backend": "cpu"}, torch.float32, "backend='cpu', or what FAIRSEQ_QUANTIZATION_BACKEND says"),
+        ({"activations": None}, torch.float32, "activations=None: its products are in float"),
+        ({"activation_bits": 7}, torch.float32, "activation_bits=7"),
+        ({"method": "channel", "group_size": 64}, torch.float32, "group_size=64"),
+        ({}, torch.float64, "a scale of torch.float64"),
+    ],
+)
+@needs_native
+@pytest.mark.usefixtures("fresh")
+def test_the_reason_why_a_layer_does_not_run_natively(monkeypatch, settings, scale, reason):
+    config = LinearConfig(**settings)
+    assert kernels.reason_not_native(config, scale) == reason
+    monkeypatch.setenv(kernels.ENVIRONMENT, "reference")
+    assert (kernels.runs_native("native"), kernels.runs_native("auto")) == (True, False)
+    assert "what FAIRSEQ_QUANTIZATION_BACKEND says" in kernels.reason_not_native(config, scale)
+    monkeypatch.setattr(native, "levels", lambda: ())
+    assert kernels.reason_not_native(config, scale) == native.NOT_BUILT
+
+
+@pytest.mark.usefixtures("fresh")
+def test_unknown_names_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"^backend must be one of auto, reference, cpu, cuda, native; got 'gpu'"):
+        choose(CPU, "gpu")
+    monkeypatch.setenv(kernels.ENVIRONMENT, "gpu")
+    with pytest.raises(ValueError, match=f"^{kernels.ENVIRONMENT} must be one of auto, .*; got 'gpu'"):
+        choose(CPU)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_cuda_kernels_on_a_cpu_layer_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="backend='cuda' runs on cuda, but the layer is on cpu"):
+        make(backend="cuda")  # when it is made, not at the first forward
+    monkeypatch.setenv(kernels.ENVIRONMENT, "cuda")
+    with pytest.raises(ValueError, match=f"{kernels.ENVIRONMENT}='cuda' runs on cuda, but the layer is on cpu"):
+        choose(CPU)
+
+
+@pytest.mark.parametrize("part", BROKEN)
+@pytest.mark.usefixtures("fresh")
+def test_kernels_with_wrong_numbers_are_left_out_with_one_warning(monkeypatch, part):
+    field, function, message = BROKEN[part]
+    break_cpu(monkeypatch, **{field: function})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer, x = make(), torch.randn(3, 75)
+        for _ in range(3):
+            assert torch.equal(layer(x), reference.integer(x, layer.weight_matrix, layer.bias, layer.input_grid))
+            assert layer.backend == "reference"
+    assert len(caught) == 1
+    assert f"the cpu kernels of packed layers are not used: {message}" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, RuntimeError, TypeError])
+@pytest.mark.usefixtures("fresh")
+def test_kernels_that_fail_are_left_out(monkeypatch, error):
+    def failing(*arguments):
+        raise error("no such instruction")
+
+    break_cpu(monkeypatch, product=failing)
+    with pytest.warns(UserWarning, match=f"they fail with {error.__name__}: no such instruction"):
+        assert choose(CPU).name == "reference"
+
+
+@pytest.mark.parametrize("forced_by", ["argument", "environment"])
+@pytest.mark.filterwarnings("ignore:the cpu kernels")
+@pytest.mark.usefixtures("fresh")
+def test_forcing_broken_kernels_is_an_error(monkeypatch, forced_by):
+    break_cpu(monkeypatch, product=wrong_product)
+    if forced_by == "environment":
+        monkeypatch.setenv(kernels.ENVIRONMENT, "cpu")
+    origin = "backend" if forced_by == "argument" else kernels.ENVIRONMENT
+    for _ in range(2):  # what was found out once is still an error
+        with pytest.raises(RuntimeError, match=f"^{origin}='cpu' cannot be used: their integer product differs"):
+            choose(CPU, "cpu" if forced_by == "argument" else "auto")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_kernels_are_checked_once(monkeypatch):
+    original, calls = choosing._compare, []
+    monkeypatch.setattr(choosing, "_compare", lambda *a: calls.append(a) or original(*a))
+    layer = make()
+    for _ in range(3):
+        layer(torch.randn(2, 75))
+        choose(CPU), choose(CPU, "cpu")
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_reference_is_not_checked(monkeypatch):
+    monkeypatch.setattr(choosing, "_compare", failing)
+    assert choose(CPU, "reference").name == "reference"
+
+
+def test_the_check_finds_sums_that_saturate_in_16_bits():
+    """As processors without VNNI do it: q + 128 as uint8, and two neighbouring products added in 16 bits."""
+
+    def saturating(q, codes):
+        pairs = ((q.int()[:, None] + 128) * codes.int()).view(len(q), len(codes), -1, 2).sum(-1)
+        return pairs.clamp(-(2**15), 2**15 - 1).sum(-1).int() - 128 * codes.sum(-1, dtype=torch.int32)
+
+    broken = choosing.TABLE["cpu"]._replace(name="saturating", product=saturating)
+    assert choosing._compare(broken, CPU) == "their integer product differs from the reference's"
+
+
+def test_the_check_leaves_the_random_numbers_of_the_process_alone():
+    before = torch.get_rng_state()
+    choosing._compare(choosing.TABLE["cpu"], CPU)
+    assert torch.equal(torch.get_rng_state(), before)
