@@ -53,7 +53,7 @@ def model(request, tiny_vit):
 
 @pytest.fixture
 def images():
-    return torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+    return torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(4))
 
 
 def test_the_outputs_stay_and_the_weights_do_not(model, pixels):
