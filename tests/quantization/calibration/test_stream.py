@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from bounds import EXACT, sum_error
 from torch import nn
 
 from fairseq.quantization.architectures.layers import block_of, linear_layers
@@ -12,7 +13,13 @@ from fairseq.quantization.calibration.stream import GRADIENT_BATCH_SIZE, UNIFORM
 
 @pytest.fixture
 def images():
-    return torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+    return torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(4)).double()
+
+
+@pytest.fixture
+def tiny_vit(tiny_vit):
+    """In float64, where only a fault makes a difference."""
+    return tiny_vit.double()
 
 
 def inputs_by_hook(model, pixels):
@@ -47,7 +54,7 @@ def test_the_stream_shows_what_each_layer_reads(tiny_vit, images):
     stream = Stream(tiny_vit, tiny_vit, images, block_names(tiny_vit))
     assert stream.stored
     for name, got in walk(stream, expected).items():
-        torch.testing.assert_close(got, expected[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, expected[name], **EXACT)
 
 
 def test_it_sees_layers_that_were_swapped_before(tiny_vit, images):
@@ -63,7 +70,7 @@ def test_it_sees_layers_that_were_swapped_before(tiny_vit, images):
     stream.advance_to(second)
     names = [name for name in expected if block_of(name) != first]
     for name in names:
-        torch.testing.assert_close(torch.cat(list(stream.inputs(name))), expected[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.cat(list(stream.inputs(name))), expected[name], **EXACT)
 
 
 class _Doubled(nn.Module):
@@ -87,7 +94,7 @@ def test_blocks_that_do_not_chain_are_reached_by_whole_passes(tiny_vit, images):
     stream = Stream(model, model, images, block_names(model))
     assert not stream.stored
     for name, got in walk(stream, names).items():
-        torch.testing.assert_close(got, expected[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, expected[name], **EXACT)
 
 
 def test_a_layer_that_is_never_reached_is_named(tiny_vit, images):
@@ -96,25 +103,30 @@ def test_a_layer_that_is_never_reached_is_named(tiny_vit, images):
         list(Stream(tiny_vit, tiny_vit, images, block_names(tiny_vit)).inputs("unused"))
 
 
+def whole(*shape, low=-9, high=10):
+    """Small integers, whose sums of products are exact in float32, in whatever order."""
+    return torch.randint(low, high, shape).float()
+
+
 def test_collect_is_the_weighted_second_moment():
     torch.manual_seed(0)
-    batches = [torch.randn(7, 5) + 1, torch.randn(4, 5)]
-    x, w = torch.cat(batches), torch.rand(11)
+    batches = [whole(7, 5), whole(4, 5)]
+    x, w = torch.cat(batches), whole(11, low=1)
     weighted, plain = collect(iter(batches), [w, torch.empty(0)], ["a", "b"], None)
-    torch.testing.assert_close(weighted.second_moment, (x.T * w) @ x / w.sum())
-    torch.testing.assert_close(weighted.mean, (x.T @ w) / w.sum())
-    torch.testing.assert_close(plain.second_moment, x.T @ x / 11)
+    assert torch.equal(weighted.second_moment, (x.T * w) @ x / w.sum())
+    assert torch.equal(weighted.mean, (x.T @ w) / w.sum())
+    assert torch.equal(plain.second_moment, x.T @ x / 11)
 
 
 def test_collect_sees_the_drift_from_the_float_model():
     torch.manual_seed(0)
-    batches, exact = [torch.randn(7, 5) + 1, torch.randn(4, 5)], [torch.randn(7, 5), torch.randn(4, 5)]
-    x, lost, w = torch.cat(batches), torch.cat(exact) - torch.cat(batches), torch.rand(11)
+    batches, exact = [whole(7, 5), whole(4, 5)], [whole(7, 5), whole(4, 5)]
+    x, lost, w = torch.cat(batches), torch.cat(exact) - torch.cat(batches), whole(11, low=1)
     weighted, plain = collect(iter(batches), [w, torch.empty(0)], ["a", "b"], None, iter(exact))
-    torch.testing.assert_close(weighted.drift, (lost.T * w) @ x / w.sum())
-    torch.testing.assert_close(weighted.drift_mean, (lost.T @ w) / w.sum())
-    torch.testing.assert_close(plain.drift, lost.T @ x / 11)
-    assert weighted.samples == pytest.approx((w.sum() ** 2 / w.square().sum()).item(), rel=1e-5)
+    assert torch.equal(weighted.drift, (lost.T * w) @ x / w.sum())
+    assert torch.equal(weighted.drift_mean, (lost.T @ w) / w.sum())
+    assert torch.equal(plain.drift, lost.T @ x / 11)
+    assert weighted.samples == w.sum().item() ** 2 / w.square().sum().item()
     assert plain.samples == 11
     assert collect(iter(batches), [w], ["a"])[0].drift is None
 
@@ -147,7 +159,9 @@ def test_token_weights_are_squared_gradients(tiny_vit, images):
     v -= v.mean(-1, keepdim=True)
     (gradient,) = torch.autograd.grad((logits * v).sum(), seen)
     square = gradient.square().sum(-1).flatten()
-    torch.testing.assert_close(got, (1 - UNIFORM_SHARE) * square / square.mean() + UNIFORM_SHARE, atol=1e-4, rtol=1e-3)
+    error = sum_error(gradient.shape[-1] + len(square), 1.0)  # of the squares' sum and of their mean, in float32
+    expected = (1 - UNIFORM_SHARE) * square / square.mean() + UNIFORM_SHARE
+    torch.testing.assert_close(got.double(), expected, atol=0, rtol=error)
 
 
 def test_what_the_output_does_not_read_counts_little(tiny_vit, images):
@@ -158,7 +172,7 @@ def test_what_the_output_does_not_read_counts_little(tiny_vit, images):
     assert (tokens[:, 1:] == UNIFORM_SHARE).all()  # only the class token goes on from the last block
     assert (tokens[:, 0] > 1).any()
     for values in weights.values():
-        assert values.mean().item() == pytest.approx(1, abs=1e-4)
+        assert values.mean().item() == pytest.approx(1, abs=sum_error(len(values), 1.0))
 
 
 def test_the_model_is_left_as_it_was(tiny_vit, images):
