@@ -40,12 +40,12 @@ def rms(x):
     return float(x.double().square().mean().sqrt())
 
 
-def flips(quantized, x, output=lambda model, x: model(x).logits):
-    """What activations that round to the other side change in an output of ``quantized``, root mean square, at most.
+def flips(quantized, x):
+    """What activations that round to the other side change in the logits of ``quantized``, root mean square, at most.
 
     Two runs of the same integers, each as far from what they give without rounding activations, are at most twice as
     far from one another; sqrt(2) if their roundings know nothing of each other. In the fused engine they hardly do,
     since attention there rounds to bfloat16 before.
     """
     with torch.no_grad():
-        return 2 * rms(output(quantized, x) - output(ViTQuantizer.dequantize_model(quantized), x))
+        return 2 * rms(quantized(x).logits - ViTQuantizer.dequantize_model(quantized)(x).logits)

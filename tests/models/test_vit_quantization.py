@@ -62,7 +62,7 @@ def test_it_says_what_it_did(tiny_vit, caplog):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_more_bits_are_closer(tiny_vit, pixels, method):
-    """Each bit more is half the step and a quarter of the squared error: six of them 1 / 4096, within a factor of ten."""
+    """Each bit more is half the step and a quarter of the squared error: six are 1 / 4096, within a factor of ten."""
     errors = [compare_models(tiny_vit, quantize(tiny_vit, b, method, 1.0), pixels).mse_loss for b in (2, 4, 6, 8)]
     assert errors == sorted(errors, reverse=True)
     assert errors[3] < 10 / 4**6 * errors[0]
@@ -247,10 +247,8 @@ def test_onnx_holds_integers_and_gives_the_same_logits(tmp_path, settings, nodes
     (got,) = session.run(None, {"pixel_values": x.numpy()})
     with torch.no_grad():
         expected = quantized(pixel_values=x).logits
-    if "activations" in settings:  # two chains of some ten sums, of at most 768 terms, in float32
-        bound = 10 * sum_error(768, rms(expected))
-    else:
-        bound = flips(quantized, x)
+    chain = 10 * sum_error(768, rms(expected))  # some ten sums, of at most 768 terms, one after the other
+    bound = chain if "activations" in settings else flips(quantized, x)
     assert rms(torch.from_numpy(got) - expected) < bound
 
 

@@ -187,6 +187,7 @@ def _input_error(reader: Reader, factor: Tensor) -> Tensor | float:
     if reader.tokens is None or not rounds_coarsely(reader.settings):
         return 0.0
     weight, bits = _sampled(reader.weight).to(reader.tokens.dtype), reader.settings.activation_bits
+    factor = factor.to(reader.tokens.dtype)
     scaled = reader.tokens * factor
     if reader.settings.activations == "static":
         rounded = quantize(scaled, *range_to_qparams(*histogram_range(scaled, bits), bits), bits)

@@ -89,11 +89,11 @@ def test_a_block_is_its_parts(tiny_vit, pixels, settings):
     for block, floating in zip(blocks(fused), exact, strict=True):
         x = torch.randn(4, 17, 24)
         with torch.no_grad():
-            got, expected = block(x), block_by_hand(block, x)
+            got, expected, unrounded = block(x), block_by_hand(block, x), first(floating(x))
         # In a few tokens an integer rounds to its neighbour; in the others the GELU is good to 1e-5, and is multiplied.
         off = (got - expected).abs().amax(-1)
         assert float(off.median()) < 1e-5 * float(expected.abs().max())
-        assert rms(got - expected) < flips(block, x, lambda m, x: expected if m is block else first(floating(x)))
+        assert rms(got - expected) < 2 * rms(expected - unrounded)  # see bounds.flips
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_other_precisions(model, images, dtype):
     with torch.no_grad():
         got, expected = (m(images.to(dtype)).logits for m in (equalized, model))
     torch.testing.assert_close(got, expected, **(EXACT if dtype is torch.float64 else {"atol": 0, "rtol": 0}))
-    for settings in ({"method": "tensor"}, {"method": "channel", "activations": "static"}):
+    for settings in ({"method": "tensor", "activations": "static"}, {"method": "channel", "activations": "static"}):
         quantized = ViTQuantizer(bits=8, **settings).quantize_model(model, images)
         error = compare_models(model, quantized, images.to(dtype)).mse_loss
         assert error < rounding_noise(ROUNDINGS) * expected.double().square().mean()
