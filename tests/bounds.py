@@ -1,19 +1,21 @@
 """How far two right results can lie apart: bounds from the arithmetic, and none from what a machine printed.
 
-Three kinds of difference. Sums in another order (:func:`sum_error`). A chain of layers, whose rounding errors nobody
+Three kinds of difference. Sums in another order: :func:`sum_error`. A chain of layers, whose rounding errors nobody
 adds up by hand: it runs in float64, and :data:`EXACT` is half of float64's digits. And an activation that lies on the
-edge between two integers: it may round to either, and so may all that follows from it; :func:`flips` bounds what comes
-of that.
+edge between two integers, which may round to either, and so may all that follows from it: :func:`flips`.
 """
 
 import math
 
 import torch
 
-EXACT = {"rtol": math.sqrt(torch.finfo(torch.float64).eps), "atol": math.sqrt(torch.finfo(torch.float64).eps)}
-"""For float64 results of order 1 that are equal but for rounding: 1.5e-8, room for 7e7 roundings in one direction.
+from fairseq.models.vit_quantization import ViTQuantizer
 
-What is no rounding error, a number kept in float32 on the way included (6e-8 of it), shows.
+HALF = math.sqrt(torch.finfo(torch.float64).eps)
+EXACT = {"rtol": HALF, "atol": HALF}
+"""For float64 results of order 1 that are equal but for rounding: 1.5e-8 is room for 7e7 roundings of eps.
+
+A number that was kept in float32 on the way shows: it is off by 6e-8 of it.
 """
 
 
@@ -26,27 +28,27 @@ def sum_error(terms, magnitude, dtype=torch.float32):
     return terms * torch.finfo(dtype).eps * magnitude
 
 
-def layers_error(layers, terms, dtype=torch.float32):
-    """``rtol`` and ``atol`` for ``layers`` layers of that many ``terms`` each, with outputs and gains of order 1."""
-    error = layers * sum_error(terms, 1.0, dtype)
-    return {"rtol": error, "atol": error}
+def rounding_noise(roundings, bits=8, crest=4.0):
+    """The energy that so many roundings put into an output, as a share of its own, each of them independent.
+
+    A rounding errs by step^2 / 12 on average; the step is that of a grid from -crest to crest standard deviations.
+    """
+    return roundings * (2 * crest / (2**bits - 1)) ** 2 / 12
 
 
 def rms(x):
     return float(x.double().square().mean().sqrt())
 
 
-def flips(rounded, exact):
-    """What activations that round to other integers change, root mean square.
+def flips(quantized, x):
+    """What activations that round to the other side change in the logits of ``quantized``, root mean square, at most.
 
-    Args:
-        rounded: the output of a model that rounds its activations.
-        exact: that of the same weights without it, as of ``ViTQuantizer.dequantize_model``.
-
-    Two models whose roundings know nothing of one another differ by sqrt(2) of what rounding does to one of them, and
-    those of a few flips by less.
+    Two runs of the same integers, each as far from what they give without rounding activations, are at most twice as
+    far from one another; sqrt(2) if their roundings know nothing of each other. In the fused engine they hardly do,
+    since attention there rounds to bfloat16 before.
     """
-    return math.sqrt(2) * rms(rounded - exact)
+    with torch.no_grad():
+        return 2 * rms(quantized(x).logits - ViTQuantizer.dequantize_model(quantized)(x).logits)
 
 
 # Of one packed layer. u = eps / 2 is the relative error of one rounding; an output is a sum of terms, and T the sum of
@@ -88,6 +90,19 @@ def weight_only_bound(layer, x):
     """
     sums = x.shape[-1] * eps(torch.promote_types(x.dtype, torch.float32))
     return (sums + eps(layer.scale.dtype) + 3 * eps(x.dtype) + _to_another(layer, x)) * terms(layer, x)
+
+
+def half_steps(layer, x):
+    """Between a packed layer, with a scale for each output, and the float one that it was made from.
+
+    Each weight and each entry of x is off by half a step at most, and the float layer's K products and sums round, too.
+    """
+    sizes, w = x.double().abs(), layer.dequantize().double().abs()
+    step = layer.input_scale
+    if step is None:
+        step = sizes.amax(-1, keepdim=True) / 127 if layer.config.activations else torch.zeros(1)
+    steps = step / 2 * w.sum(-1) + layer.scale / 2 * sizes.sum(-1, keepdim=True)
+    return 1.001 * steps + bound(layer, x) + x.shape[-1] * eps(x.dtype) * terms(layer, x)
 
 
 def bound(layer, x):

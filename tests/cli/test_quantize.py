@@ -237,7 +237,7 @@ def files(folder):
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send there")
 def test_ctrl_c_leaves_what_was_there(models, pictures, tmp_path):
-    """While it saves a new folder, replaces one, or quantizes: in one process, since each imports for seconds."""
+    """As it saves a new folder, replaces one, and quantizes: one process for all, since each imports for seconds."""
     new, replaced, quantizing = (tmp_path / name for name in ("new", "replaced", "quantizing"))
     shutil.copytree(models / "packed", replaced)
     before = files(tmp_path)

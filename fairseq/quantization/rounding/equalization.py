@@ -190,6 +190,7 @@ def _input_error(consumer: Consumer, factor: Tensor) -> Tensor | float:
     if consumer.tokens is None or not consumer.settings.rounds_coarsely:
         return 0.0
     weight, bits = _sampled(consumer.weight).to(consumer.tokens.dtype), consumer.settings.activation_bits
+    factor = factor.to(consumer.tokens.dtype)
     scaled = consumer.tokens * factor
     if consumer.settings.activations == "static":
         rounded = quantize(scaled, *range_to_qparams(*histogram_range(scaled, bits), bits), bits)

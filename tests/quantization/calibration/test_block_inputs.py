@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from bounds import EXACT
 from torch import nn
 
 from fairseq.quantization.architectures.layers import block_of, linear_layers
@@ -12,7 +13,13 @@ from fairseq.quantization.calibration.block_inputs import BlockInputs
 
 @pytest.fixture
 def images():
-    return torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+    return torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(4)).double()
+
+
+@pytest.fixture
+def tiny_vit(tiny_vit):
+    """In float64, where only a fault makes a difference."""
+    return tiny_vit.double()
 
 
 def inputs_by_hook(model, pixels):
@@ -47,7 +54,7 @@ def test_they_are_what_each_layer_reads(tiny_vit, images):
     stream = BlockInputs(tiny_vit, tiny_vit, images, block_names(tiny_vit))
     assert stream.stored
     for name, got in walk(stream, expected).items():
-        torch.testing.assert_close(got, expected[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, expected[name], **EXACT)
 
 
 def test_it_sees_layers_that_were_swapped_before(tiny_vit, images):
@@ -63,7 +70,7 @@ def test_it_sees_layers_that_were_swapped_before(tiny_vit, images):
     stream.advance_to(second)
     names = [name for name in expected if block_of(name) != first]
     for name in names:
-        torch.testing.assert_close(torch.cat(list(stream.inputs(name))), expected[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.cat(list(stream.inputs(name))), expected[name], **EXACT)
 
 
 class _Doubled(nn.Module):
@@ -87,7 +94,7 @@ def test_blocks_that_do_not_chain_are_reached_by_whole_passes(tiny_vit, images):
     stream = BlockInputs(model, model, images, block_names(model))
     assert not stream.stored
     for name, got in walk(stream, names).items():
-        torch.testing.assert_close(got, expected[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, expected[name], **EXACT)
 
 
 def test_a_layer_that_is_never_reached_is_named(tiny_vit, images):
@@ -112,12 +119,15 @@ class _Block(nn.Module):
 
 
 class _Chain(nn.Module):
+    """In float64."""
+
     def __init__(self, edits=False, halves=False):
         super().__init__()
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(_Block(edits, halves) for _ in range(3))
         self.latents = nn.Parameter(torch.randn(1, 8, 6))
         self.between = lambda x: x
+        self.double()
 
     def forward(self, pixel_values):
         x = self.latents.expand(len(pixel_values), -1, -1)
@@ -137,9 +147,9 @@ def test_a_block_that_edits_its_input_is_seen_as_one_that_does_not(images, halve
     assert stream.stored
     for _ in range(2):  # nothing that was stored was written
         for name in [n for n in expected if n.startswith("blocks.0.")]:
-            torch.testing.assert_close(torch.cat(list(stream.inputs(name))), expected[name])
+            torch.testing.assert_close(torch.cat(list(stream.inputs(name))), expected[name], **EXACT)
     for name, got in walk(stream, expected).items():
-        torch.testing.assert_close(got, expected[name])
+        torch.testing.assert_close(got, expected[name], **EXACT)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -147,7 +157,7 @@ def test_a_parameter_that_a_block_is_given_is_not_written(count):
     """The first block is called with a view of a parameter: hidden states are stored apart from it."""
     model = _Chain()
     before = model.latents.detach().clone()
-    images = torch.zeros(count, 3, 1, 1)
+    images = torch.zeros(count, 3, 1, 1, dtype=torch.float64)
     stream = BlockInputs(model, model, images, block_names(model))
     assert stream.stored
     walk(stream, linear_layers(model))
@@ -162,6 +172,6 @@ def test_what_changes_between_blocks_is_reached_by_whole_passes(images):
     assert not stream.stored
     expected = inputs_by_hook(model, images)
     for name, got in walk(stream, expected).items():
-        torch.testing.assert_close(got, expected[name])
+        torch.testing.assert_close(got, expected[name], **EXACT)
     changing = _Chain(edits="arguments")
     assert not BlockInputs(changing, changing, images, block_names(changing)).stored

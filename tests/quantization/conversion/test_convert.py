@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bounds import EXACT, flips, rms, rounding_noise, sum_error
 from torch import nn
 from transformers import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 
@@ -27,7 +28,7 @@ def quantized_names(model):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("method", ops.METHODS)
 def test_weight_only_is_the_float_model_with_emulated_weights(tiny_vit, pixels, bits, method, device):
-    tiny_vit.to(device)
+    tiny_vit.to(device, torch.float64)
     result, report = convert(tiny_vit, QuantizationConfig(bits=bits, method=method, activations=None, equalize=False))
     assert len(report.quantized) == len(quantized_names(result)) == 13
     manual = copy.deepcopy(tiny_vit)
@@ -35,9 +36,9 @@ def test_weight_only_is_the_float_model_with_emulated_weights(tiny_vit, pixels, 
         axis = 0 if method == "histogram" else None
         searched = "histogram" if method == "tensor" else method
         layer.weight.data = ops.emulate_int(layer.weight, bits, searched, axis=axis)[0].detach()
-    x = pixels.to(device)
+    x = pixels.to(device, torch.float64)
     with torch.no_grad():
-        assert torch.allclose(result(pixel_values=x).logits, manual(pixel_values=x).logits, atol=1e-5)
+        torch.testing.assert_close(result(pixel_values=x).logits, manual(pixel_values=x).logits, **EXACT)
     assert {t.device.type for t in (*result.parameters(), *result.buffers())} == {device.type}
 
 
@@ -54,9 +55,8 @@ def test_both_executions_hold_the_same_integers_and_give_nearly_the_same_logits(
         assert torch.equal(one.scale, other.scale)
         assert torch.equal(one.weight_matrix.dequantize(), other.quantized_weight())
     with torch.no_grad():
-        got, expected, plain = (m(pixel_values=pixels).logits for m in (packed, emulated, tiny_vit))
-    # A value that lies on the edge between two integers may round to either: a fraction of the quantization error.
-    assert (got - expected).abs().max() < 0.05 * (expected - plain).abs().max()
+        got, expected = (m(pixel_values=pixels).logits for m in (packed, emulated))
+    assert rms(got - expected) < flips(packed, pixels)
 
 
 def test_an_emulated_model_trains_its_weights(tiny_vit, pixels):
@@ -101,15 +101,16 @@ def test_a_weight_that_another_module_uses_is_copied(tiny_vit):
 @pytest.mark.parametrize("execution", ["packed", "emulated"])
 def test_dequantized_model_is_plain_and_saves(tiny_vit, pixels, tmp_path, execution):
     settings = {"bits": 4, "method": "channel", "activations": None, "execution": execution}
+    tiny_vit, pixels = tiny_vit.double(), pixels.double()
     quantized, _ = convert(tiny_vit, QuantizationConfig(**settings))
     plain = dequantize(quantized)
     assert {type(layer) for layer in linear_layers(plain).values()} == {nn.Linear}
     assert quantized_names(quantized)  # which stays as it was
     plain.save_pretrained(tmp_path)
-    loaded = type(tiny_vit).from_pretrained(tmp_path).eval()
+    loaded = type(tiny_vit).from_pretrained(tmp_path, dtype=torch.float64).eval()
     with torch.no_grad():
         expected = quantized(pixel_values=pixels).logits
-        assert torch.allclose(loaded(pixel_values=pixels).logits, expected, atol=1e-5)
+        torch.testing.assert_close(loaded(pixel_values=pixels).logits, expected, **EXACT)
     with pytest.raises(ValueError, match="nothing in the model is quantized"):
         dequantize(tiny_vit)
     with pytest.raises(TypeError, match="got str"):
@@ -170,7 +171,7 @@ def test_every_kind_of_model(tiny_vit, pixels, kind):
     with torch.no_grad():
         a, b = model(pixel_values=pixels), result(pixel_values=pixels)
     assert a.keys() == b.keys()
-    assert 0 < (a[0] - b[0]).abs().max().item() < 0.2
+    assert 0 < rms(a[0] - b[0]) ** 2 < rounding_noise(2 * 13) * rms(a[0]) ** 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -299,10 +300,10 @@ def test_errors_leave_the_model_alone(tiny_vit):
 
 @pytest.fixture
 def images():
-    """Pictures with something in common, 40 of them."""
+    """Pictures with something in common, 20 of them."""
     generator = torch.Generator().manual_seed(8)
     base = torch.randn(6, 3, 16, 16, generator=generator)
-    return torch.einsum("ni,ichw->nchw", torch.randn(40, 6, generator=generator), base)
+    return torch.einsum("ni,ichw->nchw", torch.randn(20, 6, generator=generator), base)
 
 
 def output_error(model, quantized, x):
@@ -315,20 +316,22 @@ def output_error(model, quantized, x):
                                       {"method": "channel", "group_size": 32}], ids=str)  # fmt: skip
 def test_calibrated_models_are_closer(tiny_vit, images, settings, execution):
     config = QuantizationConfig(bits=3, activations=None, execution=execution, **settings)
-    errors = [output_error(tiny_vit, convert(tiny_vit, config, data)[0], images) for data in (None, images[:32])]
+    errors = [output_error(tiny_vit, convert(tiny_vit, config, data)[0], images) for data in (None, images[:16])]
     assert errors[1] < 0.8 * errors[0]
 
 
 def test_both_executions_hold_the_same_calibrated_integers(tiny_vit, images):
+    """In float64, for what each layer reads is the same in both then but for rounding."""
+    tiny_vit, images = tiny_vit.double(), images.double()
     for method in ("tensor", "channel"):
         config = QuantizationConfig(bits=4, method=method, activations=None, rounding="gptq")
         packed, _ = convert(tiny_vit, config, images)
         emulated, _ = convert(tiny_vit, replace(config, execution="emulated"), images)
-        first = quantized_names(packed)[0]  # later layers see inputs that differ in the last digit
-        assert torch.equal(packed.get_submodule(first).integers(), emulated.get_submodule(first).integers())
+        for name in quantized_names(packed):
+            assert torch.equal(packed.get_submodule(name).integers(), emulated.get_submodule(name).integers()), name
         with torch.no_grad():
-            difference = packed(pixel_values=images).logits - emulated(pixel_values=images).logits
-        assert difference.abs().max() < 0.3 * output_error(tiny_vit, packed, images) ** 0.5 + 1e-4
+            got, expected = (m(pixel_values=images).logits for m in (packed, emulated))
+        torch.testing.assert_close(got, expected, **EXACT)
 
 
 def test_static_activations_have_a_calibrated_range(tiny_vit, images):
@@ -383,7 +386,9 @@ def test_bias_correction_removes_the_mean_error(tiny_vit, images, monkeypatch):
                 model(pixel_values=images)
             hook.remove()
         seen.append((outputs[1] - outputs[0]).mean((0, 1)).square().mean())
-    assert seen[1] < 1e-6 * seen[0]
+    # What is left is the float32 of two means: over the tokens, and over the inputs that are multiplied.
+    left = sum_error(images.shape[0] * 17 + 24, float(outputs[0].abs().max())) ** 2
+    assert seen[1] < left < 0.01 * seen[0]
 
 
 def test_a_bias_is_added_only_if_asked(tiny_vit, images):
@@ -424,8 +429,15 @@ def test_the_report_knows_the_errors(tiny_vit, images):
         assert layer.output_sqnr > layer.weight_sqnr - 6
 
 
+def assert_moment(got, one, other):
+    """E[one other^T] to the rounding of float32: of each of the two, and of their products' sum."""
+    expected, magnitude = one.T @ other / len(one), one.abs().T @ other.abs() / len(one)
+    assert ((got - expected).abs() <= sum_error(len(one) + 2, magnitude)).all()
+
+
 def test_narrow_activations_count_as_rounded(tiny_vit, images, monkeypatch):
     monkeypatch.setattr("fairseq.quantization.calibration.token_weights.UNIFORM_SHARE", 1.0)
+    tiny_vit, images = tiny_vit.double(), images.double()  # no token then rounds to the other side here
     moments = {}
 
     def recording(weight, statistics, config, rounding, name):
@@ -444,8 +456,8 @@ def test_narrow_activations_count_as_rounded(tiny_vit, images, monkeypatch):
     hook.remove()
     for bits, x in ((8, seen[0]), (2, fake_quantize_tokens(seen[0], 2))):
         statistics = moments[bits][1]
-        torch.testing.assert_close(statistics.second_moment, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(statistics.drift, (seen[0] - x).T @ x / len(x), rtol=1e-3, atol=1e-4)
+        assert_moment(statistics.second_moment, x, x)
+        assert_moment(statistics.drift, seen[0] - x, x)
 
 
 def test_the_drift_is_known_only_where_it_is_made_up_for(tiny_vit, images, monkeypatch):
@@ -472,7 +484,9 @@ def test_bias_correction_knows_the_drift(tiny_vit, images, monkeypatch):
         with torch.no_grad():
             difference = result(pixel_values=images).logits - tiny_vit(pixel_values=images).logits
         means.append(difference.mean(0).abs().max().item())
-    assert means[0] < 1e-5 < 1e-3 < means[1]
+    largest = tiny_vit(pixel_values=images).logits.abs().max().item()
+    left = sum_error(len(images) + 24, largest)  # the float32 of two means: over the pictures, and over the inputs
+    assert means[0] < left < 0.01 * means[1]
 
 
 @pytest.mark.parametrize("method", ["tensor", "channel"])
@@ -486,9 +500,10 @@ def test_the_drift_is_that_of_the_layers_before(tiny_vit, images, monkeypatch, m
         return round_weight(weight, statistics, config, rounding, name)
 
     monkeypatch.setattr("fairseq.quantization.conversion.quantize_layer.round_weight", recording)
-    convert(tiny_vit, QuantizationConfig(bits=bits, method=method, activations=activations), images)
+    convert(tiny_vit.double(), QuantizationConfig(bits=bits, method=method, activations=activations), images.double())
     first = [n for n in drifts if ".0." in n and any(role in n for role in ("query", "key", "q_proj", "k_proj"))]
-    assert all(drifts.pop(name) < 1e-6 for name in first)  # equalized, but nothing before them is rounded
+    eps = torch.finfo(torch.float32).eps  # equalized, but nothing before them is rounded, only to float32 at the end
+    assert all(drifts.pop(name) < eps for name in first)
     drifts.pop(next(n for n in drifts if ".0." in n and ("value" in n or "v_proj" in n)))
     assert all(value < 0.05 if bits == 8 else value > 0.01 for value in drifts.values())
 
@@ -497,6 +512,7 @@ def test_each_layer_gets_the_statistics_of_what_it_multiplies(tiny_vit, images, 
     # every layer has its own input factor
     monkeypatch.setattr("fairseq.quantization.architectures.blocks.BLOCK_CLASSES", {})
     monkeypatch.setattr("fairseq.quantization.calibration.token_weights.UNIFORM_SHARE", 1.0)
+    tiny_vit, images = tiny_vit.double(), images.double()
     moments = {}
 
     def recording(weight, statistics, config, rounding, name):
@@ -515,4 +531,4 @@ def test_each_layer_gets_the_statistics_of_what_it_multiplies(tiny_vit, images, 
     assert not torch.equal(factors[0], factors[1])
     for name, factor in zip(names, factors, strict=True):
         x = seen[0] * factor
-        torch.testing.assert_close(moments[name], x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+        assert_moment(moments[name], x, x)
