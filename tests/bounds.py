@@ -44,6 +44,19 @@ def weight_only_bound(layer, x):
     return (sums + eps(layer.scale.dtype) + 3 * eps(x.dtype) + _to_another(layer, x)) * terms(layer, x)
 
 
+def half_steps(layer, x):
+    """Between a packed layer, with a scale for each output, and the float one that it was made from.
+
+    Each weight and each entry of x is off by half a step at most, and the float layer's K products and sums round, too.
+    """
+    sizes, w = x.double().abs(), layer.dequantize().double().abs()
+    step = layer.input_scale
+    if step is None:
+        step = sizes.amax(-1, keepdim=True) / 127 if layer.config.activations else torch.zeros(1)
+    steps = step / 2 * w.sum(-1) + layer.scale / 2 * sizes.sum(-1, keepdim=True)
+    return 1.001 * steps + bound(layer, x) + x.shape[-1] * eps(x.dtype) * terms(layer, x)
+
+
 def bound(layer, x):
     """The one of the two that holds for the layer."""
     return integer_bound(layer, x) if layer.config.activations else weight_only_bound(layer, x)
