@@ -78,11 +78,12 @@ def test_sums_follow_codes_that_were_written_to():
 # The layers that have them.
 
 
-def twins(bits, resident="packed"):
+def twins(bits, weight_storage="packed"):
     """Three layers, of which the first two hold the same integers, as those of tied weights do."""
     torch.manual_seed(0)
     layers = [
-        PackedLinear.from_float(nn.Linear(IN, OUT), LinearConfig(bits, "channel", resident=resident)) for _ in range(3)
+        PackedLinear.from_float(nn.Linear(IN, OUT), LinearConfig(bits, "channel", weight_storage=weight_storage))
+        for _ in range(3)
     ]
     for name in ("weight_codes", "scale", "zero_point"):
         setattr(layers[1], name, getattr(layers[0], name))
@@ -90,9 +91,9 @@ def twins(bits, resident="packed"):
 
 
 @needs_native
-@pytest.mark.parametrize(("bits", "resident"), [(4, "packed"), (4, "unpacked"), (8, "packed")])
-def test_integers_that_are_shared_stay_shared(bits, resident):
-    layers, x = twins(bits, resident), torch.randn(3, IN)
+@pytest.mark.parametrize(("bits", "weight_storage"), [(4, "packed"), (4, "unpacked"), (8, "packed")])
+def test_integers_that_are_shared_stay_shared(bits, weight_storage):
+    layers, x = twins(bits, weight_storage), torch.randn(3, IN)
     before, expected = [layer.integers() for layer in layers], [layer(x) for layer in layers]
     use_native(layers)
     for model in (layers, copy.deepcopy(layers), pickle.loads(pickle.dumps(layers))):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from bounds import bound, half_steps, is_within
 from torch import nn
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
-from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding, patch_obstacle
+from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding, patch_obstacle, unfold
 
 WEIGHT_ONLY = LinearConfig(bits=4, method="channel", activations=None)
 
@@ -25,11 +26,16 @@ def test_it_is_the_convolution_of_its_weight(bias, size):
     conv = nn.Conv2d(3, 10, (4, 3), (4, 3), bias=bias)
     layer, x = packed(conv), torch.randn(2, 3, *size)
     expected = F.conv2d(x, layer.weight, layer.bias, stride=(4, 3))
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    tokens = unfold(x, (4, 3)).flatten(0, 2)
+
+    def as_pictures(allowed):  # (N * rows * columns, out) -> (N, out, rows, columns)
+        return allowed.unflatten(0, (2, *expected.shape[2:])).permute(0, 3, 1, 2)
+
+    assert is_within(layer(x), expected, as_pictures(bound(layer.linear, tokens)))
     assert not torch.equal(layer.weight, conv.weight)
-    torch.testing.assert_close(layer.weight, conv.weight, rtol=0, atol=0.02)
+    assert is_within(layer.weight, conv.weight, layer.linear.scale[:, None, None, None] / 2 * 1.001)
     dynamic = packed(conv, LinearConfig(bits=8, method="channel"))
-    torch.testing.assert_close(dynamic(x), conv(x), rtol=0, atol=0.05)
+    assert is_within(dynamic(x), conv(x), as_pictures(half_steps(dynamic.linear, tokens)))
 
 
 def test_dtype_and_state_dict():

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from bounds import bound, is_within
+from packed_layers import GRIDS, INPUTS, make
 from pairwise import pairwise
 from torch import nn
 
@@ -12,23 +13,10 @@ from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
 from fairseq.modules.quantization.packed.kernels import cpu, functional, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-GRIDS = [("tensor", None), ("channel", None), ("channel", 32), ("histogram", None), ("histogram", 32)]
-INPUTS = [("dynamic", 8), ("dynamic", 4), ("static", 8), ("static", 5), (None, 8)]
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def make(
-    bits=8, method="channel", activations="dynamic", group_size=None, symmetric=False, dtype=torch.float32, **more
-):
-    """A layer of odd width, its last group shorter than the others."""
-    torch.manual_seed(0)
-    linear = nn.Linear(75, 21, more.pop("bias", True), dtype=dtype)
-    input_range = (-1.5, 3.0) if activations == "static" else None
-    config = LinearConfig(bits, method, activations, group_size, symmetric, **more)
-    return PackedLinear.from_float(linear, config, "query", input_range).eval()
 
 
 def run(kernel, layer, x, product=reference.product):
@@ -85,17 +73,17 @@ def test_cpu_product_of_tensors_with_strides(rows):
     dtype=DTYPES,
     layer_dtype=DTYPES,
     symmetric=[False, True],
-    resident=["packed", "unpacked"],
+    weight_storage=["packed", "unpacked"],
     bias=[True, False],
     rows=[7, 1],
     strides=[False, True],
 )
 def test_kernels_agree_with_the_reference(
-    bits, grid, inputs, dtype, layer_dtype, symmetric, resident, bias, rows, strides
+    bits, grid, inputs, dtype, layer_dtype, symmetric, weight_storage, bias, rows, strides
 ):
     (method, group_size), (activations, activation_bits) = grid, inputs
     layer = make(
-        bits, method, activations, group_size, symmetric, layer_dtype, resident=resident, bias=bias,
+        bits, method, activations, group_size, symmetric, dtype=layer_dtype, weight_storage=weight_storage, bias=bias,
         activation_bits=activation_bits,
     )  # fmt: skip
     x = torch.randn(rows, 150, generator=generator(), dtype=torch.float64).to(dtype)

@@ -512,7 +512,7 @@ def packed(**settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"bits": 4}, {"bits": 4, "resident": "unpacked"}, {"bits": 3, "method": "channel"},
+        {}, {"bits": 4}, {"bits": 4, "weight_storage": "unpacked"}, {"bits": 3, "method": "channel"},
         {"bits": 2, "symmetric": True}, {"bits": 8, "method": "channel", "symmetric": True},
         {"activations": "static"}, {"bits": 4, "method": "channel", "activations": "static"},
     ],
@@ -532,7 +532,7 @@ def test_a_packed_layer_gives_what_the_reference_gives(settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"bits": 8}, {"bits": 4}, {"bits": 3}, {"bits": 4, "resident": "unpacked"}], ids=str
+    "settings", [{"bits": 8}, {"bits": 4}, {"bits": 3}, {"bits": 4, "weight_storage": "unpacked"}], ids=str
 )
 def test_the_state_dict_is_that_of_rows(settings):
     native_layer, rows = packed(**settings), packed(**settings)
