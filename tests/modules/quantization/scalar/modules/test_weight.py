@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fairseq.modules.quantization.scalar import ops, quantize_model_
 from fairseq.modules.quantization.scalar.modules import ActivationQuantizer, IntConv2d, IntEmbedding, IntLinear
-from fairseq.modules.quantization.scalar.modules.weight import QuantizedWeight
+from fairseq.modules.quantization.scalar.modules.quantized_weight import QuantizedWeight
 
 FLOAT_OUTPUT = {
     IntLinear: lambda layer, x, w: F.linear(x, w, layer.bias),
