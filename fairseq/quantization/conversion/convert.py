@@ -292,10 +292,11 @@ def _emulate(
         linear, settings.bits, settings.method, settings.group_size, settings.symmetric, settings.activations, name,
         activation_bits=settings.activation_bits, input_range=span, input_factor=factor,
     )  # fmt: skip
-    layer.scale, layer.zero_point = rounded.scale, rounded.zero_point
+    layer.set_range(rounded.scale, rounded.zero_point)
     if not torch.equal(layer.integers(), rounded.integers):
         with torch.no_grad():
             layer.weight.copy_(weight_to_real(*rounded, settings.group_size))
+        layer.set_range(rounded.scale, rounded.zero_point)  # of this weight, too
     return layer
 
 

@@ -115,6 +115,16 @@ def test_dequantized_model_is_plain_and_saves(tiny_vit, pixels, tmp_path, execut
         dequantize("model")
 
 
+def test_a_model_in_training_is_dequantized_with_the_ranges_of_its_weights(tiny_vit, pixels):
+    emulated, _ = convert(tiny_vit, QuantizationConfig(bits=4, method="channel", execution="emulated"))
+    emulated.train()(pixel_values=pixels)
+    for name in quantized_names(emulated):
+        emulated.get_submodule(name).weight.data *= 3
+    got = dequantize(emulated).state_dict()
+    expected = dequantize(emulated.eval()).state_dict()
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("component", ["attention", "mlp", "classifier"])
 def test_flags_choose_components(tiny_vit, component):
     flags = {f"quantize_{c}": c == component for c in ("attention", "mlp", "classifier")}
@@ -310,7 +320,11 @@ def test_both_executions_hold_the_same_calibrated_integers(tiny_vit, images):
         packed, _ = convert(tiny_vit, config, images)
         emulated, _ = convert(tiny_vit, replace(config, execution="emulated"), images)
         first = quantized_names(packed)[0]  # later layers see inputs that differ in the last digit
-        assert torch.equal(packed.get_submodule(first).integers(), emulated.get_submodule(first).integers())
+        one, other = packed.get_submodule(first), emulated.get_submodule(first)
+        for training in (False, True, False):  # the chosen grid is kept until the weight is trained
+            emulated.train(training)(pixel_values=images[:1])
+            assert torch.equal(one.integers(), other.integers())
+            assert torch.equal(one.scale, other.scale)
         with torch.no_grad():
             difference = packed(pixel_values=images).logits - emulated(pixel_values=images).logits
         assert difference.abs().max() < 0.3 * output_error(tiny_vit, packed, images) ** 0.5 + 1e-4

@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from fairseq.modules.quantization.scalar import ops
+from fairseq.modules.quantization.scalar.modules.fingerprint import in_backward
 from fairseq.modules.quantization.scalar.modules.straight_through import check_noise, fake_quantize, quant_noise
 
 SCALE, ZERO_POINT = "activation_scale", "activation_zero_point"
@@ -86,11 +87,10 @@ class ActivationQuantizer:
         """The hook: the output, quantized."""
         if not isinstance(output, Tensor):
             raise TypeError(f"ActivationQuantizer needs a module that returns a tensor, got {type(output).__name__}")
-        first = getattr(module, SCALE) is None
-        if first or (module.training and self.steps % self.update_step == 0):
+        counts = module.training and not in_backward()  # what gradient checkpointing repeats is no new batch
+        if getattr(module, SCALE) is None or (counts and self.steps % self.update_step == 0):
             self.observe(module, output)
-        if module.training:
-            self.steps += 1
+        self.steps += counts
         p = self.p if module.training else 1
         if p == 0:
             return output

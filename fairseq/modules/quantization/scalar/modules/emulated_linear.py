@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fairseq.modules.quantization.context import plain_context
+from fairseq.modules.quantization.scalar.grid import QParams
 from fairseq.modules.quantization.scalar.modules.replace import moved
 from fairseq.modules.quantization.scalar.modules.straight_through import fake_quantize
 from fairseq.modules.quantization.scalar.modules.weight import IntLinear
@@ -94,12 +96,6 @@ class EmulatedLinear(IntLinear):
         layer.observe_weight()
         return layer
 
-    def observe_weight(self) -> None:
-        """Set ``scale`` and ``zero_point`` from the weight as it is now."""
-        self.scale, self.zero_point = observe_weight(
-            self.weight, self.bits, self.method, self.group_size, self.symmetric, f"{self.name}.weight"
-        )
-
     def quantized_weight(self) -> Tensor:
         """The weight on its grid, with straight-through gradients: (out, in)."""
         scale, zero_point = self._grid()
@@ -130,7 +126,8 @@ class EmulatedLinear(IntLinear):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_settings(state_dict.get(prefix + "settings"), self.settings, prefix[:-1] or self.name)
+        settings = settings_tensor(self.bits, self.in_features, self.group_size, self.symmetric)
+        check_settings(state_dict.get(prefix + "settings"), settings, prefix[:-1] or self.name)
         check_static_state(state_dict, prefix, self.activations == "static", prefix[:-1] or self.name)
         own = {"settings": self.settings, "input_scale": self.input_scale, "input_zero_point": self.input_zero_point}
         kept = {prefix + key: value for key, value in own.items() if value is not None}  # if a float model was saved
@@ -142,12 +139,11 @@ class EmulatedLinear(IntLinear):
         shown = f"{super().extra_repr()}, activations={self.activations}{bits}{group}"
         return f"{shown}{', symmetric' * self.symmetric}"
 
-    def _grid(self) -> tuple[Tensor, Tensor]:
-        if self.scale is None or self.zero_point is None:
-            self.observe_weight()
-        assert self.scale is not None
-        assert self.zero_point is not None
-        return self.scale, self.zero_point
+    def _observed(self) -> QParams:
+        with plain_context():
+            return observe_weight(
+                self.weight, self.bits, self.method, self.group_size, self.symmetric, f"{self.name}.weight"
+            )
 
     def _scale_count(self) -> int:
         if self.method == "tensor":
