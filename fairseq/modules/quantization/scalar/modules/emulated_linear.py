@@ -30,32 +30,71 @@ from fairseq.modules.quantization.scalar.weights import (
     weight_to_int,
 )
 
+ACTIVATIONS = ("dynamic", "static", None)
+
 
 class EmulatedLinear(IntLinear):
     """An :class:`IntLinear` that computes, in float and with straight-through gradients, what a PackedLinear computes.
 
-    Every weight is quantized (p=1), in training too; "histogram" has a scale per output channel.
+    Every weight is quantized, in training too (``p`` of 1); "histogram" has a scale per output channel.
 
-    Attributes:
+    Args:
+        in_features, out_features, bias, p, update_step, bits, method: as :class:`IntLinear`.
         group_size: input channels that share a scale, or None.
         symmetric: the zero point is in the middle of the grid.
         activations: "dynamic" rounds the input per token, "static" on a fixed grid, None leaves it.
+        name: how errors call the layer.
         activation_bits: of the rounded input.
+        input_range: (low, high) of the input, for ``activations="static"`` and only for it.
+        input_factor: (in_features,), or None: the input is multiplied by it before it is rounded.
+
+    Attributes:
         input_scale: float32 (1,), and input_zero_point, int32 (1,): buffers, None unless static. They are those of a
             PackedLinear, and the scale keeps its dtype in ``.half()``.
-        input_factor: (in_features,), a buffer, or None: the input is multiplied by it before it is rounded.
-        name: how errors call the layer.
+
+    Raises:
+        TypeError, ValueError: settings that do not exist or do not go together, a range that is missing, not used, or
+            none.
     """
 
-    group_size: int | None = None
-    symmetric = False
-    activations: str | None = None
-    activation_bits = 8
-    name = "linear"
     settings: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     input_factor: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        p: float = 1,
+        update_step: int = 100,
+        bits: int = 8,
+        method: str = "histogram",
+        *,
+        group_size: int | None = None,
+        symmetric: bool = False,
+        activations: str | None = None,
+        name: str = "linear",
+        activation_bits: int = 8,
+        input_range: Sequence[float] | None = None,
+        input_factor: Tensor | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, p, update_step, bits, method)
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"activations of {name} must be 'dynamic', 'static' or None, got {activations!r}")
+        self.group_size, self.symmetric = check_group_size(group_size, method), symmetric
+        self.activations, self.activation_bits, self.name = activations, check_bits(activation_bits), name
+        scale, zero_point = static_qparams(activations, input_range, activation_bits, name)
+        buffers = {
+            "settings": settings_tensor(bits, in_features, group_size, symmetric),
+            "input_factor": None if input_factor is None else input_factor.detach().clone(),
+            "input_scale": scale,
+            "input_zero_point": zero_point,
+        }
+        for key, value in buffers.items():
+            self.register_buffer(key, value)
+        self._place_buffers()
 
     @classmethod
     def from_linear(
@@ -81,18 +120,11 @@ class EmulatedLinear(IntLinear):
             TypeError, ValueError: not a plain nn.Linear, settings or weights that cannot be quantized, a range that is
                 missing, not used, or none.
         """
-        check_group_size(group_size, method)
-        check_bits(activation_bits)
-        layer = cls.from_float(linear, 1, update_step, bits, method)
-        assert isinstance(layer, EmulatedLinear)
-        layer.group_size, layer.symmetric, layer.activations, layer.name = group_size, symmetric, activations, name
-        settings = settings_tensor(bits, layer.in_features, group_size, symmetric)
-        layer.register_buffer("settings", settings.to(layer.weight.device))
-        layer.activation_bits = activation_bits
-        layer.register_buffer("input_factor", None if input_factor is None else input_factor.detach().clone())
-        qparams = static_qparams(activations, input_range, activation_bits, name)
-        for key, value in zip(("input_scale", "input_zero_point"), qparams, strict=True):
-            layer.register_buffer(key, None if value is None else value.to(layer.weight.device))
+        layer = cls.from_float(
+            linear, 1, update_step, bits, method, group_size=group_size, symmetric=symmetric, activations=activations,
+            name=name, activation_bits=activation_bits, input_range=input_range, input_factor=input_factor,
+        )  # fmt: skip
+        layer._place_buffers()
         layer.observe_weight()
         return layer
 
@@ -138,6 +170,12 @@ class EmulatedLinear(IntLinear):
         bits = "" if self.activation_bits == 8 else f", activation_bits={self.activation_bits}"
         shown = f"{super().extra_repr()}, activations={self.activations}{bits}{group}"
         return f"{shown}{', symmetric' * self.symmetric}"
+
+    def _place_buffers(self) -> None:
+        """Put the buffers where the weight is; they are never left on the meta device, on which the layer is built."""
+        if not self.weight.is_meta:
+            for key, value in self._buffers.items():
+                self._buffers[key] = None if value is None else value.to(self.weight.device)
 
     def _observed(self) -> QParams:
         with plain_context():

@@ -46,8 +46,10 @@ class QuantizedWeight(nn.Module):
         self.register_buffer("zero_point", None)
 
     @classmethod
-    def from_float(cls, module: nn.Module, p: float, update_step: int, bits: int, method: str) -> QuantizedWeight:
+    def from_float(cls, module: nn.Module, p: float, update_step: int, bits: int, method: str, **more: Any) -> Self:
         """The quantized layer with the settings of ``module`` and its very parameters; ``module`` is not changed.
+
+        ``more`` are further arguments of the constructor.
 
         Raises:
             TypeError: ``module`` is not exactly an nn.Linear, nn.Conv2d or nn.Embedding.
@@ -57,7 +59,7 @@ class QuantizedWeight(nn.Module):
         if reason := obstacle(module):
             raise ValueError(f"a {type(module).__name__} cannot be replaced: {reason}")
         with torch.device("meta"):
-            new = cls(**settings, p=p, update_step=update_step, bits=bits, method=method)
+            new = cls(**settings, p=p, update_step=update_step, bits=bits, method=method, **more)
         for name, parameter in module.named_parameters(recurse=False):
             setattr(new, name, parameter)
         carry_hooks(module, new)
