@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
+from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.scalar import ops
 from fairseq.modules.quantization.scalar.modules.fingerprint import in_backward
 from fairseq.modules.quantization.scalar.modules.straight_through import check_noise, fake_quantize, quant_noise
@@ -106,7 +107,10 @@ class ActivationQuantizer:
             mean, distance = values.mean(), self.clamp_threshold * values.std()
             x = values.clamp(mean - distance, mean + distance)
         axis = self.axis(module) if self.method == "channel" else None
-        scale, zero_point = ops.observe(x, self.bits, self.method, axis, name=f"the output of {type(module).__name__}")
+        with plain_context():
+            scale, zero_point = ops.observe(
+                x, self.bits, self.method, axis, name=f"the output of {type(module).__name__}"
+            )
         setattr(module, SCALE, scale)
         setattr(module, ZERO_POINT, zero_point)
 

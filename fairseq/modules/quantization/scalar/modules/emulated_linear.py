@@ -120,11 +120,13 @@ class EmulatedLinear(IntLinear):
             TypeError, ValueError: not a plain nn.Linear, settings or weights that cannot be quantized, a range that is
                 missing, not used, or none.
         """
-        layer = cls.from_float(
-            linear, 1, update_step, bits, method, group_size=group_size, symmetric=symmetric, activations=activations,
-            name=name, activation_bits=activation_bits, input_range=input_range, input_factor=input_factor,
-        )  # fmt: skip
-        layer._place_buffers()
+        with plain_context():
+            layer = cls.from_float(
+                linear, 1, update_step, bits, method, group_size=group_size, symmetric=symmetric,
+                activations=activations, name=name, activation_bits=activation_bits, input_range=input_range,
+                input_factor=input_factor,
+            )  # fmt: skip
+            layer._place_buffers()
         layer.observe_weight()
         return layer
 

@@ -46,7 +46,7 @@ def quant_noise(x: Tensor, quantized: Tensor, p: float) -> Tensor:
         return quantized
     if p <= 0:
         return x
-    return torch.where(torch.rand(x.shape, device=x.device) < p, quantized, x)
+    return torch.where(torch.rand(x.shape, dtype=torch.float32, device=x.device) < p, quantized, x)
 
 
 def check_noise(p: float, update_step: int) -> None:
