@@ -8,7 +8,7 @@ from torch import nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.modules import QuantizedWeight
-from fairseq.modules.quantization.scalar.modules.replace import obstacle
+from fairseq.modules.quantization.scalar.modules.replace import reason_not_quantizable
 from fairseq.modules.quantization.scalar.ops import check_tensor
 from fairseq.quantization.architectures.layers import VIT, Family, block_of, component_of, kept_reason, tower_of
 from fairseq.quantization.config import COMPONENTS, LayerConfig, QuantizationConfig
@@ -100,7 +100,7 @@ def _decide(
     if not config.selects(component):
         return f"quantize_{component}=False"
     settings = config.for_layer(name)
-    return SKIPPED if settings.skip else obstacle(layer) or settings
+    return SKIPPED if settings.skip else reason_not_quantizable(layer) or settings
 
 
 def check_data_free(chosen: Mapping[str, LayerConfig], why: str | None = None) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding, patch_obstacle, unfold
+from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding, reason_not_packable, unfold
 from fairseq.modules.quantization.packed.table import PackedEmbedding, pack_parameter
-from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of, obstacle
+from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of, reason_not_quantizable
 from fairseq.modules.quantization.scalar.weights import weight_to_real
 from fairseq.quantization.architectures.layers import Family, embedding_kind, tower_of
 from fairseq.quantization.architectures.plan import SKIPPED
@@ -55,10 +55,10 @@ def _decide(name: str, part: nn.Module | nn.Parameter, config: QuantizationConfi
         return SKIPPED
     if isinstance(part, nn.Parameter):
         return TABLE if len(part) == 1 else f"its shape {tuple(part.shape)} is not (1, rows, columns)"
-    if reason := obstacle(part):
+    if reason := reason_not_quantizable(part):
         return reason
     if isinstance(part, nn.Conv2d):
-        return patch_obstacle(part) or settings
+        return reason_not_packable(part) or settings
     return TABLE
 
 

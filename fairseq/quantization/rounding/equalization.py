@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fairseq.modules.quantization.packed.config import LinearConfig
-from fairseq.modules.quantization.scalar.ops import histogram_range, quantize, range_to_qparams
+from fairseq.modules.quantization.scalar.ops import fake_quantize, histogram_range, range_to_qparams
 from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int, weight_to_real
 from fairseq.quantization.architectures.layers import Wiring
@@ -189,7 +189,7 @@ def _input_error(reader: Reader, factor: Tensor) -> Tensor | float:
     weight, bits = _sampled(reader.weight).to(reader.tokens.dtype), reader.settings.activation_bits
     scaled = reader.tokens * factor
     if reader.settings.activations == "static":
-        rounded = quantize(scaled, *range_to_qparams(*histogram_range(scaled, bits), bits), bits)
+        rounded = fake_quantize(scaled, *range_to_qparams(*histogram_range(scaled, bits), bits), bits)
     else:
         rounded = fake_quantize_tokens(scaled, bits)
     error = ((rounded - scaled) / factor) @ weight.T

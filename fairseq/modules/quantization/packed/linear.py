@@ -21,7 +21,7 @@ from fairseq.modules.quantization.packed.weight import (
     to_codes,
     unpack_codes,
 )
-from fairseq.modules.quantization.scalar.modules.replace import moved, obstacle
+from fairseq.modules.quantization.scalar.modules.replace import moved, reason_not_quantizable
 from fairseq.modules.quantization.scalar.tokens import check_static_state, static_qparams
 from fairseq.modules.quantization.scalar.weights import check_settings, observe_weight, settings_tensor, weight_to_int
 
@@ -133,7 +133,7 @@ class PackedLinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{name} must be an nn.Linear, got {type(linear).__name__}")
-        if reason := obstacle(linear):
+        if reason := reason_not_quantizable(linear):
             raise ValueError(f"{name} cannot be packed: {reason}")
         weight, bits = linear.weight.detach(), config.bits
         scale, zero_point = observe_weight(

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fairseq.modules.quantization.scalar.grid import (
     compute_dtype,
-    fake_quantize,
     quantized_range,
     range_to_qparams,
+    round_to_real,
     symmetric_qparams,
 )
 
@@ -81,7 +81,7 @@ def _squared_error(
     """The true squared error per row of quantizing with these ranges and rounding the result to ``dtype``: (R,)."""
     to_qparams = symmetric_qparams if symmetric else range_to_qparams
     scale, zero_point = (p.unsqueeze(1) for p in to_qparams(*limits, bits))
-    error = fake_quantize(rows, scale, zero_point, bits, dtype).to(rows.dtype).sub_(rows)
+    error = round_to_real(rows, scale, zero_point, bits, dtype).to(rows.dtype).sub_(rows)
     # A power of two as unit, the exponent of the largest error, keeps the squares of huge and tiny tensors finite.
     unit = torch.frexp(rows.abs().amax(dim=1, keepdim=True)).exponent
     return torch.ldexp(error, -unit.to(error.dtype)).square_().sum(dim=1, dtype=torch.float64)

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.scalar import ops
 from fairseq.modules.quantization.scalar.modules.fingerprint import in_backward
-from fairseq.modules.quantization.scalar.modules.straight_through import check_noise, fake_quantize, quant_noise
+from fairseq.modules.quantization.scalar.modules.straight_through import check_noise, fake_quantize_ste, quant_noise
 
 SCALE, ZERO_POINT = "activation_scale", "activation_zero_point"
 
@@ -97,7 +97,7 @@ class ActivationQuantizer:
             return output
         scale, zero_point = getattr(module, SCALE), getattr(module, ZERO_POINT)
         scale = scale.to(ops.compute_dtype(output.dtype))  # .half() on the module rounds its buffers as well
-        return quant_noise(output, fake_quantize(output, scale, zero_point, self.bits, self.axis(module)), p)
+        return quant_noise(output, fake_quantize_ste(output, scale, zero_point, self.bits, self.axis(module)), p)
 
     def observe(self, module: nn.Module, output: Tensor) -> None:
         """Set the range from this output."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.scalar.grid import QParams
 from fairseq.modules.quantization.scalar.modules.replace import moved
-from fairseq.modules.quantization.scalar.modules.straight_through import fake_quantize
+from fairseq.modules.quantization.scalar.modules.straight_through import fake_quantize_ste
 from fairseq.modules.quantization.scalar.modules.weight import IntLinear
 from fairseq.modules.quantization.scalar.ops import check_bits
 from fairseq.modules.quantization.scalar.tokens import (
@@ -134,9 +134,9 @@ class EmulatedLinear(IntLinear):
         """The weight on its grid, with straight-through gradients: (out, in)."""
         scale, zero_point = self._grid()
         if self.group_size is None:
-            return fake_quantize(self.weight, scale, zero_point, self.bits)
+            return fake_quantize_ste(self.weight, scale, zero_point, self.bits)
         rows = split_groups(self.weight, self.group_size)
-        return join_groups(fake_quantize(rows, scale.flatten(), zero_point.flatten(), self.bits), self.weight.shape)
+        return join_groups(fake_quantize_ste(rows, scale.flatten(), zero_point.flatten(), self.bits), self.weight.shape)
 
     def integers(self) -> Tensor:
         """The weight's integers, uint8 of shape (out_features, in_features)."""
@@ -149,7 +149,7 @@ class EmulatedLinear(IntLinear):
             input = fake_quantize_tokens(input, self.activation_bits)
         elif self.input_scale is not None and self.input_zero_point is not None:
             zero_point = self.input_zero_point + static_offset(self.activation_bits)
-            input = fake_quantize(input, self.input_scale, zero_point, self.activation_bits)
+            input = fake_quantize_ste(input, self.input_scale, zero_point, self.activation_bits)
         return F.linear(input, self.noisy_weight(), self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmulatedLinear:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.scalar import ops
 from fairseq.modules.quantization.scalar.modules.fingerprint import fingerprint, in_backward, readable
-from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, moved, obstacle
-from fairseq.modules.quantization.scalar.modules.straight_through import check_noise, fake_quantize, quant_noise
+from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, moved, reason_not_quantizable
+from fairseq.modules.quantization.scalar.modules.straight_through import check_noise, fake_quantize_ste, quant_noise
 
 
 class QuantizedWeight(nn.Module):
@@ -56,7 +56,7 @@ class QuantizedWeight(nn.Module):
             ValueError: its weight is computed (pruned, weight_norm) or moved by accelerate.
         """
         settings = _settings(module)
-        if reason := obstacle(module):
+        if reason := reason_not_quantizable(module):
             raise ValueError(f"a {type(module).__name__} cannot be replaced: {reason}")
         with torch.device("meta"):
             new = cls(**settings, p=p, update_step=update_step, bits=bits, method=method, **more)
@@ -99,7 +99,7 @@ class QuantizedWeight(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight, every element on the n-bit grid, with straight-through gradients: shape of ``weight``."""
-        return fake_quantize(self.weight, *self._grid(), self.bits)
+        return fake_quantize_ste(self.weight, *self._grid(), self.bits)
 
     def noisy_weight(self) -> Tensor:
         """The weight that this forward uses: all quantized in eval, a share ``p`` of the elements in training."""
