@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from fairseq.modules.quantization.packed.patches import patch_obstacle
-from fairseq.modules.quantization.scalar.modules.replace import obstacle
+from fairseq.modules.quantization.packed.patches import reason_not_packable
+from fairseq.modules.quantization.scalar.modules.replace import reason_not_quantizable
 from fairseq.quantization.architectures.families import Family, embedding_kind, tower_of
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
 
@@ -41,8 +41,8 @@ def _decide(name: str, part: nn.Module | nn.Parameter, config: QuantizationConfi
         return why
     if isinstance(part, nn.Parameter):
         return TABLE if len(part) == 1 else f"its shape {tuple(part.shape)} is not (1, rows, columns)"
-    if reason := obstacle(part):
+    if reason := reason_not_quantizable(part):
         return reason
     if isinstance(part, nn.Conv2d):
-        return patch_obstacle(part) or config.for_layer(name)
+        return reason_not_packable(part) or config.for_layer(name)
     return TABLE

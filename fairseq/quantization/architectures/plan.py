@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.modules import QuantizedWeight
-from fairseq.modules.quantization.scalar.modules.replace import obstacle
+from fairseq.modules.quantization.scalar.modules.replace import reason_not_quantizable
 from fairseq.modules.quantization.scalar.ops import check_tensor
 from fairseq.quantization.architectures.embeddings import find_embeddings
 from fairseq.quantization.architectures.families import (
@@ -242,7 +242,7 @@ def _decide(
         return f"of the {tower} tower, and towers={config.towers!r}"
     if not config.selects(component):
         return f"quantize_{component}=False"
-    return config.left_out(name) or obstacle(layer) or config.for_layer(name)
+    return config.left_out(name) or reason_not_quantizable(layer) or config.for_layer(name)
 
 
 def check_data_free(chosen: Mapping[str, LayerConfig], why: str | None = None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fairseq.modules.quantization.scalar.ops import histogram_range, quantize, range_to_qparams
+from fairseq.modules.quantization.scalar.ops import fake_quantize, histogram_range, range_to_qparams
 from fairseq.quantization.rounding.gptq import Statistics
 from fairseq.quantization.rounding.quality import sqnr
 
@@ -69,7 +69,7 @@ def collect(
     if bits is not None:
         sample = torch.cat(values)
         low, high = histogram_range(sample, bits)
-        rounded = quantize(sample, *range_to_qparams(low, high, bits), bits)
+        rounded = fake_quantize(sample, *range_to_qparams(low, high, bits), bits)
         span = float(low), float(high), sqnr(sample, rounded)
     return [
         Statistics(

@@ -78,5 +78,6 @@ def _dequantize_embeddings(model: nn.Module) -> None:
 
 def _effective_weight(layer: EmulatedLinear) -> Tensor:
     """What the layer multiplies its input by: the weight on its grid, the input factor included."""
+    layer.update_range()
     weight = layer.quantized_weight()
     return weight if layer.input_factor is None else weight * layer.input_factor.to(weight.dtype)

@@ -195,7 +195,7 @@ def _emulated(
         old, settings.bits, settings.method, settings.group_size, settings.symmetric, settings.activations,
         layer.name, activation_bits=settings.activation_bits, input_range=done.input_range, input_factor=factor,
     )  # fmt: skip
-    new.scale, new.zero_point = done.scale, done.zero_point
+    new.set_range(done.scale, done.zero_point)
     if not torch.equal(new.integers(), done.integers):
         real = weight_to_real(*done[:3], settings.group_size).to(new.weight.dtype)
         if layer.tied:
@@ -203,6 +203,7 @@ def _emulated(
         else:
             with torch.no_grad():
                 new.weight.copy_(real)
+        new.set_range(done.scale, done.zero_point)  # of this weight, too
     return new
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fairseq.modules.quantization.scalar.ops import histogram_range, quantize, range_to_qparams
+from fairseq.modules.quantization.scalar.ops import fake_quantize, histogram_range, range_to_qparams
 from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int, weight_to_real
 from fairseq.quantization.architectures.blocks import BlockPlan
@@ -193,7 +193,7 @@ def _input_error(consumer: Consumer, factor: Tensor) -> Tensor | float:
     factor = factor.to(consumer.tokens.dtype)
     scaled = consumer.tokens * factor
     if consumer.settings.activations == "static":
-        rounded = quantize(scaled, *range_to_qparams(*histogram_range(scaled, bits), bits), bits)
+        rounded = fake_quantize(scaled, *range_to_qparams(*histogram_range(scaled, bits), bits), bits)
     else:
         rounded = fake_quantize_tokens(scaled, bits)
     error = ((rounded - scaled) / factor) @ weight.T

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
-from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding, patch_obstacle
+from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding, reason_not_packable
 from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedParameters, PackedTable, install_table
 from fairseq.modules.quantization.scalar.modules.replace import names_of
 from fairseq.modules.quantization.scalar.weights import check_settings, settings_tensor
@@ -101,7 +101,7 @@ def empty_part(model: nn.Module, name: str, entry: Mapping[str, Any], device: st
         raise ValueError(f"{name}: only a Linear layer has an input factor or scales of float64")
     try:
         if isinstance(part, nn.Conv2d):
-            if reason := patch_obstacle(part):
+            if reason := reason_not_packable(part):
                 raise ValueError(f"{name} cannot be packed: {reason}")
             size = cast(tuple[int, int], tuple(part.kernel_size))
             return PackedPatchEmbedding(

@@ -130,6 +130,16 @@ def test_the_hook_of_the_root_is_there_once_and_goes(tiny_vit):
         assert len(model._forward_hooks) == 1  # the user's
 
 
+def test_a_model_in_training_is_dequantized_with_the_ranges_of_its_weights(tiny_vit, pixels):
+    emulated, _ = convert(tiny_vit, QuantizationConfig(bits=4, method="channel", execution="emulated"))
+    emulated.train()(pixel_values=pixels)
+    for name in quantized_names(emulated):
+        emulated.get_submodule(name).weight.data *= 3
+    got = dequantize(emulated).state_dict()
+    expected = dequantize(emulated.eval()).state_dict()
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("component", ["attention", "mlp", "classifier"])
 def test_flags_choose_components(tiny_vit, component):
     flags = {f"quantize_{c}": c == component for c in ("attention", "mlp", "classifier")}
@@ -329,6 +339,12 @@ def test_both_executions_hold_the_same_calibrated_integers(tiny_vit, images):
         emulated, _ = convert(tiny_vit, replace(config, execution="emulated"), images)
         for name in quantized_names(packed):
             assert torch.equal(packed.get_submodule(name).integers(), emulated.get_submodule(name).integers()), name
+        first = quantized_names(packed)[0]
+        one, other = packed.get_submodule(first), emulated.get_submodule(first)
+        for training in (False, True, False):  # the chosen grid is kept until the weight is trained
+            emulated.train(training)(pixel_values=images[:1])
+            assert torch.equal(one.integers(), other.integers())
+            assert torch.equal(one.scale, other.scale)
         with torch.no_grad():
             got, expected = (m(pixel_values=images).logits for m in (packed, emulated))
         torch.testing.assert_close(got, expected, **EXACT)

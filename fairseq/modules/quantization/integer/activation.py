@@ -156,7 +156,8 @@ class QuantAct(nn.Module):
             return self.act_scaling_factor.clone()
         ends = []
         for given, running in ((specified_min, self.x_min), (specified_max, self.x_max)):
-            ends.append(running if given is None else torch.as_tensor(given).to(running).expand_as(running))
+            end = running if given is None else torch.as_tensor(given, dtype=running.dtype, device=running.device)
+            ends.append(end.expand_as(running))
         return self._range_scale(*ends)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantAct:

@@ -47,7 +47,7 @@ def symmetric_linear_quantization_params(
 
 def _range_end(end: Tensor | float) -> Tensor:
     if not isinstance(end, Tensor):
-        return torch.tensor([end], dtype=torch.float64)
+        return torch.tensor([end], dtype=torch.float64, device="cpu")
     return end.detach().to(ops.compute_dtype(end.dtype)).reshape(-1)
 
 

@@ -14,7 +14,7 @@ from fairseq.modules.quantization.packed.gradient import StraightThrough
 from fairseq.modules.quantization.packed.kernels import functional, native, operators
 from fairseq.modules.quantization.packed.state import PackedState
 from fairseq.modules.quantization.packed.weight import check_integers, to_codes
-from fairseq.modules.quantization.scalar.modules.replace import obstacle
+from fairseq.modules.quantization.scalar.modules.replace import reason_not_quantizable
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int
 
 
@@ -70,7 +70,7 @@ class PackedLinear(PackedState):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{name} must be an nn.Linear, got {type(linear).__name__}")
-        if reason := obstacle(linear):
+        if reason := reason_not_quantizable(linear):
             raise ValueError(f"{name} cannot be packed: {reason}")
         weight, bits = linear.weight.detach(), config.bits
         scale, zero_point = observe_weight(

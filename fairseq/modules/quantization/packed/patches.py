@@ -66,9 +66,9 @@ class PackedPatchEmbedding(nn.Module):
         """The twin of a convolution, ``linear`` being made of its weight, (out, C * height * width).
 
         Raises:
-            ValueError: it does more than embed patches (see :func:`patch_obstacle`), or ``linear`` does not fit it.
+            ValueError: it does more than embed patches, see :func:`reason_not_packable`, or ``linear`` does not fit.
         """
-        if reason := patch_obstacle(conv):
+        if reason := reason_not_packable(conv):
             raise ValueError(f"{name} cannot be packed: {reason}")
         size = cast(tuple[int, int], tuple(conv.kernel_size))
         new = cls(conv.in_channels, conv.out_channels, size, linear.config, name)
@@ -102,7 +102,7 @@ class PackedPatchEmbedding(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
 
 
-def patch_obstacle(conv: nn.Conv2d) -> str | None:
+def reason_not_packable(conv: nn.Conv2d) -> str | None:
     """Why a convolution is more than a Linear on patches that do not overlap, or None."""
     if tuple(conv.stride) != tuple(conv.kernel_size):
         return f"its stride {tuple(conv.stride)} is not its kernel size {tuple(conv.kernel_size)}: patches overlap"

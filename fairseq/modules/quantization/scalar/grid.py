@@ -125,14 +125,14 @@ def dequantize(
     return _to_real(q.to(scale.dtype), scale, zero_point, dtype)
 
 
-def quantize(w: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 8, axis: int = 0) -> Tensor:
+def fake_quantize(w: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 8, axis: int = 0) -> Tensor:
     """Round ``w`` onto the grid and return it as real numbers again: same shape, dtype and device.
 
     Equals ``dequantize(quantize_to_int(w, ...), ..., dtype=w.dtype)`` without the integers in between.
     """
     check_bits(bits)
     scale, zero_point = broadcast_qparams(scale, zero_point, w, axis)
-    return fake_quantize(w.to(compute_dtype(w.dtype)), scale, zero_point, bits, w.dtype)
+    return round_to_real(w.to(compute_dtype(w.dtype)), scale, zero_point, bits, w.dtype)
 
 
 def representable_range(scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -172,6 +172,6 @@ def clamp_to(real: Tensor, dtype: torch.dtype) -> Tensor:
     return real.clamp_(-limit, limit) if limit < torch.finfo(real.dtype).max else real
 
 
-def fake_quantize(w: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """:func:`quantize` without its checks, for a scale and zero point that broadcast against ``w``; as ``dtype``."""
+def round_to_real(w: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """:func:`fake_quantize` unchecked, for a scale and zero point that broadcast against ``w``; as ``dtype``."""
     return _to_real(_round_to_grid(w, scale, zero_point, bits), scale, zero_point, dtype)

@@ -6,9 +6,12 @@ The path of a tensor::
     range_to_qparams                                   (low, high) -> (scale, zero_point)      (grid.py)
     quantize_to_int                                    real -> integers                        (grid.py)
     dequantize                                         integers -> real                        (grid.py)
-    quantize                                           the last two in one                     (grid.py)
+    fake_quantize                                      the last two in one                     (grid.py)
     observe                                            the first two in one, by method
     emulate_int                                        all of them in one
+
+A function named ``quantize`` gives integers, one named ``fake_quantize`` real numbers. The exception is fairseq's own
+``quantize`` here.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from fairseq.modules.quantization.scalar.grid import (
     clamp_to,
     compute_dtype,
     dequantize,
-    quantize,
+    fake_quantize,
     quantize_to_int,
     quantized_range,
     range_to_qparams,
@@ -57,6 +60,7 @@ __all__ = [
     "emulate_int8_channel",
     "emulate_int8_histogram",
     "emulate_int8_tensor",
+    "fake_quantize",
     "histogram_range",
     "observe",
     "quantize",
@@ -152,7 +156,12 @@ def emulate_int(
         check_tensor(w, name)
         _check_axis(method, axis)
         _check_qparams(scale, zero_point, bits, one=method == "tensor" or (method == "histogram" and axis is None))
-    return quantize(w, scale, zero_point, bits, 0 if axis is None else axis), scale, zero_point
+    return fake_quantize(w, scale, zero_point, bits, 0 if axis is None else axis), scale, zero_point
+
+
+def quantize(w: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 8, axis: int = 0) -> Tensor:
+    """fairseq's name for :func:`fake_quantize`: it returns real numbers. The integers: :func:`quantize_to_int`."""
+    return fake_quantize(w, scale, zero_point, bits, axis)
 
 
 def _check_axis(method: str, axis: int | None) -> None:

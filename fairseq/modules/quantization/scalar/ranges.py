@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fairseq.modules.quantization.scalar.grid import (
     compute_dtype,
-    fake_quantize,
     quantized_range,
     range_to_qparams,
+    round_to_real,
     symmetric_qparams,
 )
 
@@ -81,10 +81,10 @@ def _squared_error(
     """The true squared error per row of quantizing with these ranges and rounding the result to ``dtype``: (R,)."""
     to_qparams = symmetric_qparams if symmetric else range_to_qparams
     scale, zero_point = (p.unsqueeze(1) for p in to_qparams(*limits, bits))
-    error = fake_quantize(rows, scale, zero_point, bits, dtype).to(rows.dtype).sub_(rows)
+    error = round_to_real(rows, scale, zero_point, bits, dtype).to(rows.dtype).sub_(rows)
     # A power of two as unit, the exponent of the largest error, keeps the squares of huge and tiny tensors finite.
     unit = torch.frexp(rows.abs().amax(dim=1, keepdim=True)).exponent
-    return torch.ldexp(error, -unit).square_().sum(dim=1, dtype=torch.float64)
+    return torch.ldexp(error, -unit.to(error.dtype)).square_().sum(dim=1, dtype=torch.float64)
 
 
 def _search_clipping(rows: Tensor, full: tuple[Tensor, Tensor], bits: int) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,9 @@ class _Histogram:
         index = ((rows / unit - self.low) / self.width).to(torch.int64).clamp_(0, bins - 1)
         index += torch.arange(count, device=rows.device).unsqueeze(1) * bins
         counts = torch.bincount(index.flatten(), minlength=count * bins).view(count, bins).to(torch.float64)
-        centres = self.low.double() + self.width * (torch.arange(bins, device=rows.device) + 0.5)  # (R, bins)
+        # Its dtype is given, here and below: integers and 0.5 make a tensor of the default dtype.
+        middle = torch.arange(bins, dtype=rows.dtype, device=rows.device) + 0.5
+        centres = self.low.double() + self.width * middle  # (R, bins)
         self.sums = []  # S0, S1, S2, each (R, bins + 1)
         for _ in range(3):
             self.sums.append(torch.cat([counts.new_zeros(count, 1), counts.cumsum(1)], 1))
@@ -148,7 +150,7 @@ class _Histogram:
         A level q makes q**2 S0 - 2 q S1 over its bins. Summed by parts, the last level serves everything and each
         edge, half way between two levels, moves what is below it down by one step.
         """
-        levels = torch.arange(top, device=scale.device)
+        levels = torch.arange(top, dtype=scale.dtype, device=scale.device)
         halfway = scale.unsqueeze(-1) * (levels + 0.5 - zero_point.unsqueeze(-1))  # (R, K, L - 1)
         s0, s1 = self._below(halfway, self.sums[:2])
         last = scale * (top - zero_point)

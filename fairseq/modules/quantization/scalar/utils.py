@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fairseq.modules.quantization.scalar.modules import ActivationQuantizer, IntConv2d, IntEmbedding, IntLinear
-from fairseq.modules.quantization.scalar.modules.weight import QuantizedWeight
+from fairseq.modules.quantization.scalar.modules.quantized_weight import QuantizedWeight
 
 EMULATIONS: dict[type[nn.Module], type[QuantizedWeight]] = {
     nn.Linear: IntLinear,

@@ -79,8 +79,11 @@ def weight_to_real(
 
 
 def settings_tensor(bits: int, in_features: int, group_size: int | None, symmetric: bool) -> Tensor:
-    """What a state dict says of the integers in it: int32 (bits, in_features, group_size or 0, 1 if symmetric)."""
-    return torch.tensor([bits, in_features, group_size or 0, int(symmetric)], dtype=torch.int32)
+    """What a state dict says of the integers in it: int32 (bits, in_features, group_size or 0, 1 if symmetric).
+
+    On the CPU whatever the default device is, so that there are values to compare.
+    """
+    return torch.tensor([bits, in_features, group_size or 0, int(symmetric)], dtype=torch.int32, device="cpu")
 
 
 def check_settings(saved: Tensor | None, own: Tensor, name: str) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
-from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding, patch_obstacle, unfold
+from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding, reason_not_packable, unfold
 
 WEIGHT_ONLY = LinearConfig(bits=4, method="channel", activations=None)
 
@@ -64,7 +64,7 @@ def test_dtype_and_state_dict():
 def test_other_convolutions_are_refused(conv, message):
     with pytest.raises(ValueError, match=message):
         packed(conv)
-    assert patch_obstacle(conv)
+    assert reason_not_packable(conv)
 
 
 def test_errors():

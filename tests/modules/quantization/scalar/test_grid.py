@@ -25,7 +25,7 @@ def test_clamps_to_the_range_of_its_own_width():
     far = torch.tensor([-1e6, 1e6])
     for bits in range(2, 9):
         assert ops.quantize_to_int(far, scale, zero_point, bits).tolist() == [0, 2**bits - 1]
-        assert ops.quantize(far, scale, zero_point, bits).tolist() == [-3.0, 2.0**bits - 4]
+        assert ops.fake_quantize(far, scale, zero_point, bits).tolist() == [-3.0, 2.0**bits - 4]
 
 
 def test_largest_float16_does_not_become_inf():

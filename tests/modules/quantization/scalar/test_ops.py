@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -9,6 +11,7 @@ import torch
 from hypothesis import given
 from strategies import tensors
 
+import fairseq
 from fairseq.modules.quantization.scalar import ops
 
 KERNELS = {
@@ -41,7 +44,7 @@ def test_every_method_is_a_projection_onto_a_grid_that_holds_zero(w, bits, metho
     axis = None if method == "tensor" else axis
     got, scale, zero_point = ops.emulate_int(w, bits, method, axis=axis)
     used = 0 if axis is None else axis
-    assert torch.equal(ops.quantize(torch.zeros_like(w), scale, zero_point, bits, used), torch.zeros_like(w))
+    assert torch.equal(ops.fake_quantize(torch.zeros_like(w), scale, zero_point, bits, used), torch.zeros_like(w))
     q = ops.quantize_to_int(w, scale, zero_point, bits, used)
     assert q.dtype == torch.uint8
     assert int(q.max()) < 2**bits
@@ -49,7 +52,7 @@ def test_every_method_is_a_projection_onto_a_grid_that_holds_zero(w, bits, metho
     channels = w.shape[used] if method == "channel" or axis is not None else 1
     assert tuple(scale.shape) == tuple(zero_point.shape) == (channels,)
     if w.dtype in (torch.float32, torch.float64):  # in half precision a value may round to the next integer
-        assert torch.equal(ops.quantize(got, scale, zero_point, bits, used), got)
+        assert torch.equal(ops.fake_quantize(got, scale, zero_point, bits, used), got)
 
 
 def test_channel_is_the_output_channel_at_every_width():
@@ -70,7 +73,7 @@ def test_kernels_are_emulate_int_and_reuse_a_given_scale(bits, method, device):
     other = 3 * w
     again, same, _ = kernel(other, scale, zero_point)
     assert same is scale
-    assert torch.equal(again, ops.quantize(other, scale, zero_point, bits))
+    assert torch.equal(again, ops.fake_quantize(other, scale, zero_point, bits))
     assert not torch.equal(again, kernel(other)[0])
 
 
@@ -96,6 +99,15 @@ def test_the_input_is_not_changed():
     for bits, method in itertools.product((4, 8), ops.METHODS):
         ops.emulate_int(w, bits, method)
     assert torch.equal(w, before)
+
+
+def test_quantize_is_fairseqs_name_for_fake_quantize():
+    """It returns reals, so nothing in the house uses it."""
+    w, scale, zero_point = torch.randn(4, 6), torch.tensor([0.1]), torch.tensor([5], dtype=torch.int32)
+    assert torch.equal(ops.quantize(w, scale, zero_point, 4), ops.fake_quantize(w, scale, zero_point, 4))
+    users = re.compile(r"ops\.quantize\(|scalar\.(ops|grid) import [^\n]*\bquantize\b")
+    root = Path(fairseq.__file__).parent
+    assert not [path for path in root.rglob("*.py") if users.search(path.read_text())]
 
 
 GOOD = torch.ones(2, 3)

@@ -20,7 +20,7 @@ def test_histogram_is_never_worse_than_min_max(w, bits, axis):
     unit = max(float(w.double().abs().max()), 1e-300)
     error = []
     for limits in (clipped, full):
-        got = ops.quantize(w, *ops.range_to_qparams(*limits, bits), bits, axis or 0)
+        got = ops.fake_quantize(w, *ops.range_to_qparams(*limits, bits), bits, axis or 0)
         rows = (((got.double() - w.double()) / unit) ** 2).movedim(axis or 0, 0).reshape(w.shape[axis or 0], -1)
         error.append(rows.sum() if axis is None else rows.sum(1))
     assert bool((error[0] <= error[1] * (1 + 1e-9)).all())
@@ -34,7 +34,7 @@ def test_histogram_finds_the_best_clip_of_a_dense_search(bits, outlier):
     low, high = ops.tensor_range(w)
 
     def error(lo, hi):
-        return float((ops.quantize(w, *ops.range_to_qparams(lo, hi, bits), bits) - w).double().square().sum())
+        return float((ops.fake_quantize(w, *ops.range_to_qparams(lo, hi, bits), bits) - w).double().square().sum())
 
     fractions = torch.logspace(-1.7, 0, 70)
     best = min(error(low * a, high * b) for a, b in itertools.product(fractions, fractions))

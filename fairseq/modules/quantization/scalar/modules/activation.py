@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
+from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.scalar import ops
-from fairseq.modules.quantization.scalar.modules.straight_through import check_noise, fake_quantize, quant_noise
+from fairseq.modules.quantization.scalar.modules.fingerprint import in_backward
+from fairseq.modules.quantization.scalar.modules.straight_through import check_noise, fake_quantize_ste, quant_noise
 
 SCALE, ZERO_POINT = "activation_scale", "activation_zero_point"
 
@@ -86,17 +88,16 @@ class ActivationQuantizer:
         """The hook: the output, quantized."""
         if not isinstance(output, Tensor):
             raise TypeError(f"ActivationQuantizer needs a module that returns a tensor, got {type(output).__name__}")
-        first = getattr(module, SCALE) is None
-        if first or (module.training and self.steps % self.update_step == 0):
+        counts = module.training and not in_backward()  # what gradient checkpointing repeats is no new batch
+        if getattr(module, SCALE) is None or (counts and self.steps % self.update_step == 0):
             self.observe(module, output)
-        if module.training:
-            self.steps += 1
+        self.steps += counts
         p = self.p if module.training else 1
         if p == 0:
             return output
         scale, zero_point = getattr(module, SCALE), getattr(module, ZERO_POINT)
         scale = scale.to(ops.compute_dtype(output.dtype))  # .half() on the module rounds its buffers as well
-        return quant_noise(output, fake_quantize(output, scale, zero_point, self.bits, self.axis(module)), p)
+        return quant_noise(output, fake_quantize_ste(output, scale, zero_point, self.bits, self.axis(module)), p)
 
     def observe(self, module: nn.Module, output: Tensor) -> None:
         """Set the range from this output."""
@@ -106,7 +107,10 @@ class ActivationQuantizer:
             mean, distance = values.mean(), self.clamp_threshold * values.std()
             x = values.clamp(mean - distance, mean + distance)
         axis = self.axis(module) if self.method == "channel" else None
-        scale, zero_point = ops.observe(x, self.bits, self.method, axis, name=f"the output of {type(module).__name__}")
+        with plain_context():
+            scale, zero_point = ops.observe(
+                x, self.bits, self.method, axis, name=f"the output of {type(module).__name__}"
+            )
         setattr(module, SCALE, scale)
         setattr(module, ZERO_POINT, zero_point)
 

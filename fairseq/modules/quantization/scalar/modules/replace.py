@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def obstacle(module: nn.Module) -> str | None:
+def reason_not_quantizable(module: nn.Module) -> str | None:
     """Why ``module`` cannot be replaced, or None if it can."""
     if module._parameters.get("weight") is None:
         return "its weight is computed, as pruning or weight_norm do; make that permanent first (prune.remove, ...)"

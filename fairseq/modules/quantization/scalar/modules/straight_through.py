@@ -11,13 +11,13 @@ from fairseq.modules.quantization.scalar import ops
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: ops.quantize. Backward: 1 where the input is inside the representable range, 0 outside."""
+    """Forward: ops.fake_quantize. Backward: 1 where the input is inside the representable range, 0 outside."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int) -> Tensor:
         low, high = ops.representable_range(*ops.broadcast_qparams(scale, zero_point, x, axis), bits)
         ctx.save_for_backward((x >= low) & (x <= high))
-        return ops.quantize(x, scale, zero_point, bits, axis)
+        return ops.fake_quantize(x, scale, zero_point, bits, axis)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
@@ -25,14 +25,14 @@ class _StraightThrough(torch.autograd.Function):
         return grad_outputs[0] * inside, None, None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int = 0) -> Tensor:
-    """:func:`ops.quantize <fairseq.modules.quantization.scalar.ops.quantize>` that lets gradients through.
+def fake_quantize_ste(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int = 0) -> Tensor:
+    """:func:`ops.fake_quantize <fairseq.modules.quantization.scalar.ops.fake_quantize>` that lets gradients through.
 
     The gradient is that of clamp(x, low, high), low and high being the ends of the grid: the piecewise-linear
     function that the staircase follows. Bengio et al., 2013, https://arxiv.org/abs/1308.3432.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return ops.quantize(x, scale, zero_point, bits, axis)
+        return ops.fake_quantize(x, scale, zero_point, bits, axis)
     result: Tensor = _StraightThrough.apply(x, scale, zero_point, bits, axis)
     return result
 
@@ -46,7 +46,7 @@ def quant_noise(x: Tensor, quantized: Tensor, p: float) -> Tensor:
         return quantized
     if p <= 0:
         return x
-    return torch.where(torch.rand(x.shape, device=x.device) < p, quantized, x)
+    return torch.where(torch.rand(x.shape, dtype=torch.float32, device=x.device) < p, quantized, x)
 
 
 def check_noise(p: float, update_step: int) -> None:

@@ -18,7 +18,7 @@ def test_eval_output_lies_on_the_grid_of_the_first_batch(device):
     expected, scale, zero_point = ops.emulate_int(exact, 4, "tensor")
     assert torch.equal(module(x), expected)
     assert torch.equal(
-        module(3 * x), ops.quantize(nn.functional.linear(3 * x, module.weight, module.bias), scale, zero_point, 4)
+        module(3 * x), ops.fake_quantize(nn.functional.linear(3 * x, module.weight, module.bias), scale, zero_point, 4)
     )
     assert torch.equal(module.activation_scale, scale)
 

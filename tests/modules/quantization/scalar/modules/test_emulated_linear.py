@@ -213,7 +213,46 @@ def test_state_of_another_grid_is_refused(settings):
         make(4, "channel", **{"group_size": 40, **settings}).load_state_dict(saved.state_dict())
 
 
+SETTINGS = [
+    {},
+    {"bits": 3, "method": "channel", "group_size": 32, "symmetric": True, "activations": "dynamic"},
+    {"bits": 4, "method": "tensor", "activations": "static", "input_range": RANGE, "activation_bits": 5},
+    {"input_factor": torch.linspace(0.5, 2, IN), "activations": "dynamic"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(s) or "defaults")
+def test_the_plain_constructor_makes_what_from_linear_makes(settings):
+    layer, x = EmulatedLinear(IN, OUT, **settings), tokens(3, IN)
+    twin = nn.Linear(IN, OUT)
+    twin.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    made = EmulatedLinear.from_linear(twin, **{"bits": 8, "method": "histogram", **settings})
+    assert torch.equal(layer(x), made(x))  # in training
+    assert torch.equal(layer.eval()(x), made.eval()(x))
+    assert torch.equal(layer.integers(), made.integers())
+    assert (layer.p, layer.update_step) == (made.p, made.update_step) == (1, 100)
+    fresh = EmulatedLinear(IN, OUT, **settings).eval()
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x), layer(x))
+    assert fresh.state_dict().keys() == made.state_dict().keys()
+
+
+def test_it_can_be_built_on_the_meta_device():
+    saved, x = EmulatedLinear(IN, OUT, bits=4, activations="static", input_range=RANGE).eval(), tokens(3, IN)
+    saved(x)
+    for where in ("meta", "cpu"):
+        with torch.device(where):
+            layer = EmulatedLinear(IN, OUT, bits=4, activations="static", input_range=RANGE)
+        assert layer.weight.is_meta == (where == "meta")
+        layer.to_empty(device="cpu").load_state_dict(saved.state_dict())
+        assert torch.equal(layer.eval()(x), saved(x))
+
+
 def test_bad_settings():
+    with pytest.raises(ValueError, match="activations of fc1 must be 'dynamic', 'static' or None, got 'int8'"):
+        EmulatedLinear(4, 4, activations="int8", name="fc1")
+    with pytest.raises(ValueError, match="fc1 has activations='static' and needs an input_range"):
+        EmulatedLinear(4, 4, activations="static", name="fc1")
     with pytest.raises(ValueError, match="takes no group_size"):
         make(4, "tensor", 32)
     with pytest.raises(ValueError, match="in steps of 8, got 33"):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from fairseq.modules.quantization.scalar import quantize_model_
-from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, obstacle
+from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, reason_not_quantizable
 
 
 def test_every_kind_of_hook_is_carried():
@@ -33,13 +33,13 @@ def test_quantize_model_keeps_hooks():
     assert calls == ["forward"]
 
 
-def test_obstacles():
-    assert obstacle(nn.Linear(2, 2)) is None
-    assert "computed" in obstacle(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
-    assert "computed" in obstacle(prune.l1_unstructured(nn.Linear(2, 2), "weight", 0.5))
+def test_reasons_not_to_quantize():
+    assert reason_not_quantizable(nn.Linear(2, 2)) is None
+    assert "computed" in reason_not_quantizable(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    assert "computed" in reason_not_quantizable(prune.l1_unstructured(nn.Linear(2, 2), "weight", 0.5))
     moved = nn.Linear(2, 2)
     moved._hf_hook = object()
-    assert "accelerate" in obstacle(moved)
+    assert "accelerate" in reason_not_quantizable(moved)
 
 
 def test_an_error_leaves_the_model_as_it_was():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fairseq.modules.quantization.scalar import ops
-from fairseq.modules.quantization.scalar.modules.straight_through import check_noise, fake_quantize, quant_noise
+from fairseq.modules.quantization.scalar.modules.straight_through import check_noise, fake_quantize_ste, quant_noise
 
 
 @pytest.mark.parametrize("axis", [0, 1, None])
@@ -18,9 +18,9 @@ def test_gradient_is_that_of_the_piecewise_linear_surrogate(axis, device):
     weights = torch.linspace(-1, 2, 60, dtype=torch.float64, device=device).view(6, 10)
 
     leaf = x.clone().requires_grad_()
-    out = fake_quantize(leaf, scale, zero_point, 4, used)
+    out = fake_quantize_ste(leaf, scale, zero_point, 4, used)
     (out * weights).sum().backward()
-    assert torch.equal(out.detach(), ops.quantize(x, scale, zero_point, 4, used))
+    assert torch.equal(out.detach(), ops.fake_quantize(x, scale, zero_point, 4, used))
 
     low, high = ops.representable_range(*ops.broadcast_qparams(scale, zero_point, x, used), 4)
 
@@ -32,13 +32,13 @@ def test_gradient_is_that_of_the_piecewise_linear_surrogate(axis, device):
     assert torch.allclose(leaf.grad, numeric, atol=1e-6)
 
 
-def test_without_gradients_it_is_quantize():
+def test_without_gradients_it_is_fake_quantize():
     x, scale, zero_point = torch.randn(5), torch.tensor([0.1]), torch.tensor([8], dtype=torch.int32)
-    assert not fake_quantize(x, scale, zero_point, 4).requires_grad
+    assert not fake_quantize_ste(x, scale, zero_point, 4).requires_grad
     with torch.no_grad():
-        out = fake_quantize(x.requires_grad_(), scale, zero_point, 4)
+        out = fake_quantize_ste(x.requires_grad_(), scale, zero_point, 4)
     assert not out.requires_grad
-    assert torch.equal(out, ops.quantize(x.detach(), scale, zero_point, 4))
+    assert torch.equal(out, ops.fake_quantize(x.detach(), scale, zero_point, 4))
 
 
 def test_noise_takes_a_share_p_of_the_elements():
