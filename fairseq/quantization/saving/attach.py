@@ -79,7 +79,8 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _save(model: Any, *args: Any, **keywords: Any) -> Any:
     """What is called as ``model.save_pretrained``."""
-    return _choose(model, inspect.unwrap(type(model).save_pretrained), args, keywords)
+    own = type(model).save_pretrained
+    return _choose(model, own.__wrapped__ if hasattr(own, "sees_packed_parts") else own, args, keywords)
 
 
 def _choose(model: Any, original: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
