@@ -26,8 +26,8 @@ def plain_context(device: torch.device | str = "cpu") -> Iterator[None]:
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.device(device))
-        onednn: Any = torch.backends.mkldnn
-        for backend in (onednn.matmul, onednn.conv, torch.backends.cuda.matmul):
+        mkldnn: Any = torch.backends.mkldnn
+        for backend in (mkldnn.matmul, mkldnn.conv, torch.backends.cuda.matmul):
             stack.enter_context(_exact(backend))
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)

@@ -111,8 +111,10 @@ def test_integer_block_follows_the_float_block(device):
 def test_block_in_none_is_the_float_block():
     block, x = make()
     y, scale = IntegerBlock(block, "none")(x)
+    expected = block(x)
     assert scale is None
-    assert torch.allclose(y, block(x), atol=1e-5)
+    # the attention is computed in float64, which changes the rounding of its sums of 32 to 64 float32 terms
+    assert (y - expected).abs().max() <= 64 * torch.finfo(torch.float32).eps * expected.abs().max()
 
 
 def test_block_trains_and_its_state_loads_into_a_fresh_one():

@@ -148,15 +148,16 @@ def test_layernorm_of_a_constant_row_and_of_a_zero_weight():
     rows = torch.tensor([[7, 7, 7], [1, 2, 9]])
     for eps in (1e-5, 0.0):
         y, scale = functional.layernorm(rows, 0.1, weight, bias, eps)
-        assert torch.allclose((y * scale)[0], bias, atol=1e-6)
-        assert abs((y * scale)[1, 0] - 0.5) < 1e-6  # the bias alone where the weight is 0
+        # the bias is rounded to the scale of the product, which is finer, and then to that of the output
+        assert ((y * scale)[0] - bias).abs().max() <= scale
+        assert abs((y * scale)[1, 0] - 0.5) <= scale  # the bias alone where the weight is 0
 
 
 def test_layernorm_uses_eps():
     """A row whose variance is that of eps: without eps the result is larger by sqrt(2)."""
     q, one = torch.tensor([[1, -1]]), torch.ones(2, dtype=torch.float64)
     y, scale = functional.layernorm(q, 1e-3, one, one * 0, eps=1e-6)
-    assert torch.allclose(y * scale, torch.tensor([[2**-0.5, -(2**-0.5)]]).double(), atol=1e-4)
+    assert (y * scale - torch.tensor([[2**-0.5, -(2**-0.5)]]).double()).abs().max() <= LAYERNORM_ERROR
 
 
 def test_layernorm_overflow_is_raised_without_handling_and_absent_with_it():

@@ -227,7 +227,9 @@ def test_embedding_gradient_reaches_the_rows_used_but_not_the_padding(device):
     (layer(torch.tensor([1, 4, 4], device=device))[0] * v).sum().backward()
     expected = torch.zeros(5, 3, device=device)
     expected[4] = v[1] + v[2]
-    assert torch.allclose(layer.weight.grad, expected, atol=1e-6)
+    # scale and 1 / scale cancel but for three float32 roundings of each term
+    bound = 4 * torch.finfo(torch.float32).eps * (v[1].abs() + v[2].abs())
+    assert ((layer.weight.grad - expected).abs() <= bound).all()
 
 
 def test_embedding_refusals():

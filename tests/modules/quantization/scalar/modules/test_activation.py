@@ -43,9 +43,13 @@ def test_clamp_threshold_keeps_an_outlier_out_of_the_range():
         module = nn.Identity().eval()
         ActivationQuantizer(module, bits=8, method="tensor", clamp_threshold=threshold)
         module(x)
-        ranges[threshold] = float(ops.representable_range(module.activation_scale, module.activation_zero_point, 8)[1])
-    assert ranges[None] == pytest.approx(1000, rel=0.01)
-    assert ranges[5] == pytest.approx(5 * float(x.std()), rel=0.1)
+        end = ops.representable_range(module.activation_scale, module.activation_zero_point, 8)[1]
+        ranges[threshold] = (
+            float(end),
+            0.501 * float(module.activation_scale),
+        )  # zero is exact, so an end is half a step off
+    assert ranges[None][0] == pytest.approx(1000, abs=ranges[None][1])
+    assert ranges[5][0] == pytest.approx(float(x.mean() + 5 * x.std()), abs=ranges[5][1])
 
 
 def test_training_follows_p_and_update_step():
@@ -58,8 +62,9 @@ def test_training_follows_p_and_update_step():
     assert float(module.activation_scale) == first
     module(10 * x)
     assert float(module.activation_scale) == pytest.approx(10 * first)
+    before = module.activation_scale
     module.eval()(x)
-    assert float(module.activation_scale) == pytest.approx(10 * first)
+    assert module.activation_scale is before
 
 
 def test_gradient_passes_inside_the_range_only():
@@ -96,7 +101,10 @@ def test_half_precision():
     expected = module(x)
     got = module.half()(x.half())
     assert got.dtype == torch.float16
-    assert torch.allclose(got.float(), expected, atol=2 * float(module.activation_scale))
+    # Half a step in each; before it, five terms of which both factors, each product and each sum are rounded.
+    terms = x.abs() @ module.weight.float().abs().T + module.bias.float().abs()
+    bound = module.activation_scale * 1.01 + 20 * torch.finfo(torch.float16).eps * terms
+    assert bool(((got.float() - expected).abs() <= bound).all())
 
 
 def test_remove_ends_it_and_a_second_one_is_refused():

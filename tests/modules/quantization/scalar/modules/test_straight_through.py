@@ -27,9 +27,12 @@ def test_gradient_is_that_of_the_piecewise_linear_surrogate(axis, device):
     def surrogate(value):
         return torch.minimum(torch.maximum(value, low), high) * weights
 
-    numeric = (surrogate(x + 1e-6) - surrogate(x - 1e-6)) / 2e-6
+    h = 1e-6
+    numeric = (surrogate(x + h) - surrogate(x - h)) / (2 * h)
     assert 0 < int((numeric == 0).sum()) < 60
-    assert torch.allclose(leaf.grad, numeric, atol=1e-6)
+    # x + h, x - h and the two products are rounded; the quotient makes that larger. No point is within h of a kink.
+    bound = 4 * torch.finfo(torch.float64).eps * float(x.abs().max() * weights.abs().max()) / (2 * h)
+    assert bool(((leaf.grad - numeric).abs() <= bound).all())
 
 
 def test_without_gradients_it_is_fake_quantize():

@@ -74,15 +74,15 @@ def test_range_is_observed_every_update_step_training_forwards():
         with torch.no_grad():
             layer.weight.mul_(2)
     assert scales[0] == scales[1] == scales[2]
-    assert scales[3] == scales[4] == scales[5] == pytest.approx(8 * scales[0])
-    assert scales[6] == pytest.approx(64 * scales[0])
+    assert scales[3] == scales[4] == scales[5] == 8 * scales[0]
+    assert scales[6] == 64 * scales[0]
     layer.eval()  # the range of the weight as it is now
-    assert float(layer.scale) == pytest.approx(128 * scales[0])
+    assert float(layer.scale) == 128 * scales[0]
     layer.train()(x)  # and from there the count begins anew
     with torch.no_grad():
         layer.weight.mul_(2)
     layer(x)
-    assert float(layer.scale) == pytest.approx(128 * scales[0])
+    assert float(layer.scale) == 128 * scales[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,12 +100,12 @@ def test_gradients_reach_the_float_weight_inside_the_range_only(kind):
     low, high = (float(v) for v in ops.representable_range(layer.scale, layer.zero_point, 4))
     other = layer.weight.detach().clone().requires_grad_()
     clamped = other.clamp(low, high)
-    surrogate = clamped + (layer.quantized_weight().detach() - clamped).detach()
+    surrogate = layer.quantized_weight().detach() + (clamped - clamped.detach())
     FLOAT_OUTPUT[kind](layer, x, surrogate).square().sum().backward()
     expected = other.grad.clone()
     if kind is IntEmbedding:
         expected[0] = 0  # the padding row
-    assert torch.allclose(layer.weight.grad, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(layer.weight.grad, expected)
     assert float(layer.weight.grad.view(-1)[7]) == 0
     assert float(layer.weight.grad.abs().sum()) > 0
 
@@ -215,7 +215,8 @@ def test_embedding_max_norm_is_applied_to_the_float_table():
     with torch.no_grad():
         layer.weight.fill_(5.0)
     layer(torch.tensor([2]))
-    assert layer.weight[2].norm().item() == pytest.approx(1.0, rel=1e-4)
+    # torch divides by the norm + 1e-7, of about 9; the norm, the quotient, the product and this norm are rounded
+    assert layer.weight[2].norm().item() == pytest.approx(1.0, abs=1e-7 + 8 * torch.finfo(torch.float32).eps)
     assert layer.weight[1].norm().item() > 5
 
 
