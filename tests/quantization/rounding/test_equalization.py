@@ -100,7 +100,12 @@ def test_layers_without_a_norm_multiply_their_input(tiny_vit):
     assert "classifier" in factors
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [("vit", torch.float16), ("deit", torch.bfloat16), ("vit", torch.float64)],
+    indirect=["model"],
+    ids=str,
+)
 def test_other_precisions(model, images, dtype):
     """In half precision, factors that are powers of two change no bit of the float model's output."""
     model = model.to(dtype)
@@ -124,8 +129,13 @@ def test_it_is_for_one_scale_per_layer(tiny_vit, method, expected):
 
 
 @pytest.mark.parametrize(
-    "activations",
-    [{"activations": "static"}, {"activations": "static", "activation_bits": 6}, {"activation_bits": 4}],
+    ("model", "activations"),
+    [
+        ("vit", {"activations": "static"}),
+        ("deit", {"activations": "static", "activation_bits": 6}),
+        ("vit", {"activation_bits": 4}),
+    ],
+    indirect=["model"],
     ids=str,
 )
 def test_inputs_that_share_a_scale_are_rounded_better(model, images, monkeypatch, activations):
