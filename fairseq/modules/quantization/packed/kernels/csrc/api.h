@@ -48,7 +48,7 @@ struct Tile {
 };
 
 // Memory of one call, for all of its threads.
-struct Shared {
+struct SharedWorkspace {
   uint8_t* integers;            // of all rows, in tiles: GROUP columns of each row, then the next GROUP
   float* scales;                // (rows,): of the integers
   int32_t* sums;                // (rows,): of the integers
@@ -59,7 +59,7 @@ struct Shared {
 };
 
 // Memory of one thread.
-struct Own {
+struct ThreadWorkspace {
   Tile* tiles;
   int64_t tile_count;
   float* row;                   // one row of any layer
@@ -87,11 +87,11 @@ struct Kernels {
   // Integer sums of a tile, (rows, PANEL).
   void (*product)(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums);
   // Panels first ... last - 1 for the own tiles, from the shared integers of `first_row` on: out = y (+ residual).
-  void (*linear)(const Linear& linear, const Shared& shared, Own& own, int64_t first, int64_t last, bool gelu,
+  void (*linear)(const Linear& linear, const SharedWorkspace& shared, ThreadWorkspace& own, int64_t first, int64_t last, bool gelu,
                  const float* residual, float* out);
   void (*attention_pack)(const float* const* qkv, int64_t row_stride, int64_t heads, int64_t head_size,
-                         const Shared& shared, Own& own);
-  void (*attend)(int64_t heads, int64_t head_size, float scaling, const Shared& shared, Own& own);
-  void (*before_attention)(const Block& block, const float* x, const Shared& shared, Own& own);
-  void (*after_attention)(const Block& block, const float* x, const Shared& shared, Own& own, int64_t slice, float* out);
+                         const SharedWorkspace& shared, ThreadWorkspace& own);
+  void (*attend)(int64_t heads, int64_t head_size, float scaling, const SharedWorkspace& shared, ThreadWorkspace& own);
+  void (*before_attention)(const Block& block, const float* x, const SharedWorkspace& shared, ThreadWorkspace& own);
+  void (*after_attention)(const Block& block, const float* x, const SharedWorkspace& shared, ThreadWorkspace& own, int64_t slice, float* out);
 };

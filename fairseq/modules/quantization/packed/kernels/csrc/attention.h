@@ -29,13 +29,13 @@ struct Heads {
   Heads(int64_t heads, int64_t size, int64_t tokens)
       : heads(heads), size(size), pairs(divide_up(size, HALVES) * HALVES / 2), panels(divide_up(size, PANEL)),
         key_panels(divide_up(tokens, PANEL)), token_pairs(divide_up(tokens, HALVES) * HALVES / 2) {}
-  uint16_t* query(const Shared& shared, int64_t head, int64_t row) const {
+  uint16_t* query(const SharedWorkspace& shared, int64_t head, int64_t row) const {
     return shared.queries + (head * shared.rows + row) * pairs * 2;
   }
-  uint16_t* key(const Shared& shared, int64_t image, int64_t head) const {
+  uint16_t* key(const SharedWorkspace& shared, int64_t image, int64_t head) const {
     return shared.keys + (image * heads + head) * key_panels * pairs * PANEL * 2;
   }
-  uint16_t* value(const Shared& shared, int64_t image, int64_t head) const {
+  uint16_t* value(const SharedWorkspace& shared, int64_t image, int64_t head) const {
     return shared.values + (image * heads + head) * panels * token_pairs * PANEL * 2;
   }
 };
@@ -55,7 +55,7 @@ static inline void store_groups(Halves halves, uint16_t* to, int64_t rows) {
 enum Part { QUERY, KEY, VALUE };
 
 // Where column `column` of a head goes, of the token in row `i` of a tile.
-static inline uint16_t* place(Part part, const Heads& heads, const Shared& shared, const Tile& tile, int64_t i,
+static inline uint16_t* place(Part part, const Heads& heads, const SharedWorkspace& shared, const Tile& tile, int64_t i,
                               int64_t head, int64_t column) {
   const int64_t token = tile.token + i;
   if (part == QUERY)
@@ -71,11 +71,11 @@ static inline uint16_t* place(Part part, const Heads& heads, const Shared& share
 struct Placer {
   Part part;
   const Heads& heads;
-  const Shared& shared;
+  const SharedWorkspace& shared;
   const Tile& tile;
   int64_t first, count, head, column;
   bool whole;  // all lanes are of one head and panel
-  Placer(Part part, const Heads& heads, const Shared& shared, const Tile& tile, int64_t first, int64_t width)
+  Placer(Part part, const Heads& heads, const SharedWorkspace& shared, const Tile& tile, int64_t first, int64_t width)
       : part(part), heads(heads), shared(shared), tile(tile), first(first),
         count(width - first < LANES ? width - first : LANES), head(first / heads.size), column(first % heads.size),
         whole(count == LANES && heads.size % LANES == 0) {}
@@ -103,7 +103,7 @@ struct Placer {
 };
 
 // Zeros where reductions are filled up: garbage there would be multiplied by zero, and NaN remains.
-static void fill_up(const Heads& heads, const Shared& shared, const Tile& tile) {
+static void fill_up(const Heads& heads, const SharedWorkspace& shared, const Tile& tile) {
   for (int64_t head = 0; head < heads.heads; head++) {
     for (int64_t column = heads.size; column < 2 * heads.pairs; column++) {
       for (int64_t i = 0; i < tile.rows; i++) {
@@ -119,7 +119,7 @@ static void fill_up(const Heads& heads, const Shared& shared, const Tile& tile) 
 }
 
 static void attention_pack(const float* const* qkv, int64_t row_stride, int64_t head_count, int64_t size,
-                           const Shared& shared, Own& own) {
+                           const SharedWorkspace& shared, ThreadWorkspace& own) {
   const Heads heads(head_count, size, shared.tokens);
   for (int64_t t = 0; t < own.tile_count; t++) {
     const Tile& tile = own.tiles[t];
@@ -149,7 +149,7 @@ static inline float softmax(float* scores, int64_t tokens, float scaling, uint16
 }
 
 // attended (rows, heads * size) of the own tiles.
-static void attend(int64_t head_count, int64_t size, float scaling, const Shared& shared, Own& own) {
+static void attend(int64_t head_count, int64_t size, float scaling, const SharedWorkspace& shared, ThreadWorkspace& own) {
   const Heads heads(head_count, size, shared.tokens);
   const int64_t width = head_count * size, stride = heads.key_panels * PANEL;
   for (int64_t head = 0; head < head_count; head++) {

@@ -13,7 +13,7 @@ static inline int64_t panel_count(const Linear& linear) { return divide_up(linea
 
 // LayerNorm and rounding of the own rows, into the shared integers.
 static void norm_rows(const Linear& linear, const float* x, int64_t width, const float* weight, const float* bias,
-                      float epsilon, const Shared& shared, Own& own) {
+                      float epsilon, const SharedWorkspace& shared, ThreadWorkspace& own) {
   for (int64_t t = 0; t < own.tile_count; t++) {
     const Tile& tile = own.tiles[t];
     for (int64_t i = 0; i < tile.rows; i++) {
@@ -26,26 +26,26 @@ static void norm_rows(const Linear& linear, const float* x, int64_t width, const
   lap(own, STAGE_NORM);
 }
 
-static void before_attention(const Block& block, const float* x, const Shared& shared, Own& own) {
+static void before_attention(const Block& block, const float* x, const SharedWorkspace& shared, ThreadWorkspace& own) {
   const Heads heads(block.heads, block.head_size, shared.tokens);
   const Linear* linears[] = {&block.query, &block.key, &block.value};
   norm_rows(block.query, x, block.width, block.norm1_weight, block.norm1_bias, block.norm1_epsilon, shared, own);
   for (int part = QUERY; part <= VALUE; part++) {
     const Linear& linear = *linears[part];
-    auto sink = [&](const Tile& tile, int64_t column) {
+    auto epilogue = [&](const Tile& tile, int64_t column) {
       return [place = Placer((Part)part, heads, shared, tile, column, linear.out)](int64_t i, Floats y) {
         place(i, y);
       };
     };
     multiply(linear, shared.integers, shared.stride, shared.scales, shared.sums, 0, own.tiles, own.tile_count, 0,
-             panel_count(linear), part < VALUE ? linears[part + 1] : nullptr, own, sink);
+             panel_count(linear), part < VALUE ? linears[part + 1] : nullptr, own, epilogue);
   }
   for (int64_t t = 0; t < own.tile_count; t++) fill_up(heads, shared, own.tiles[t]);
   lap(own, STAGE_ATTENTION);
 }
 
 // out = h + MLP(LayerNorm(h)), h = x + output projection of the attended values; the MLP `slice` rows at a time.
-static void after_attention(const Block& block, const float* x, const Shared& shared, Own& own, int64_t slice, float* out) {
+static void after_attention(const Block& block, const float* x, const SharedWorkspace& shared, ThreadWorkspace& own, int64_t slice, float* out) {
   attend(block.heads, block.head_size, block.scaling, shared, own);
   lap(own, STAGE_ATTENTION);
   for (int64_t t = 0; t < own.tile_count; t++) {
@@ -58,7 +58,7 @@ static void after_attention(const Block& block, const float* x, const Shared& sh
     }
   }
   lap(own, STAGE_QUANTIZE);
-  linear_then(block.output, &block.fc1, shared, own, 0, panel_count(block.output), false, x, out);
+  linear_before(block.output, &block.fc1, shared, own, 0, panel_count(block.output), false, x, out);
   norm_rows(block.fc1, out, block.width, block.norm2_weight, block.norm2_bias, block.norm2_epsilon, shared, own);
   for (int64_t first = 0, last; first < own.tile_count; first = last) {
     const Tile* tiles = own.tiles + first;

@@ -121,7 +121,7 @@ struct Sizes {
 };
 
 // Lays out everything in `layout`; without memory only its size.
-static void lay_out(Layout& layout, const Sizes& sizes, Shared& shared, Own* own) {
+static void lay_out(Layout& layout, const Sizes& sizes, SharedWorkspace& shared, ThreadWorkspace* own) {
   const int64_t numbers = divide_up(sizes.head_size, GROUP / 2) * GROUP / 2, panels = divide_up(sizes.head_size, PANEL);
   const int64_t key_panels = divide_up(sizes.tokens, PANEL);
   shared.rows = sizes.rows;
@@ -135,7 +135,7 @@ static void lay_out(Layout& layout, const Sizes& sizes, Shared& shared, Own* own
   layout.take(shared.values, sizes.images * sizes.heads * panels * key_panels * PANEL * PANEL);
   layout.take(shared.attended, sizes.rows * sizes.heads * sizes.head_size);
   for (int thread = 0; thread < sizes.threads; thread++) {
-    Own& mine = own[thread];
+    ThreadWorkspace& mine = own[thread];
     layout.take(mine.tiles, divide_up(sizes.rows, TILE) + sizes.images + 1);  // OpenMP may start fewer threads
     layout.take(mine.row, sizes.longest + ALIGNMENT);
     layout.take(mine.values, TILE * PANEL);
@@ -151,7 +151,7 @@ static void lay_out(Layout& layout, const Sizes& sizes, Shared& shared, Own* own
   }
 }
 
-static bool prepare(const Sizes& sizes, Shared& shared, Own* own) {
+static bool prepare(const Sizes& sizes, SharedWorkspace& shared, ThreadWorkspace* own) {
   Layout layout = {nullptr, 0};
   lay_out(layout, sizes, shared, own);
   if (!arena.reserve(layout.used)) return false;
@@ -161,7 +161,7 @@ static bool prepare(const Sizes& sizes, Shared& shared, Own* own) {
 }
 
 // The rows first ... last - 1 of images of `tokens` rows, cut into tiles of one image, of sizes as equal as they can be.
-static void cut(int64_t first, int64_t last, int64_t tokens, Own& own) {
+static void cut(int64_t first, int64_t last, int64_t tokens, ThreadWorkspace& own) {
   own.tile_count = 0;
   while (first < last) {
     const int64_t image = first / tokens, end = (image + 1) * tokens < last ? (image + 1) * tokens : last;
@@ -180,7 +180,7 @@ static int64_t begin(int64_t rows, int64_t tokens, int thread, int threads) {
   return row - row % tokens % 2;
 }
 
-static void start(Own& own, bool timed) {
+static void start(ThreadWorkspace& own, bool timed) {
   if (!timed) {
     own.stages = nullptr;
     return;
@@ -189,14 +189,14 @@ static void start(Own& own, bool timed) {
   own.started = fairseq_seconds();
 }
 
-static void wait_is_over(Own& own) {
+static void wait_is_over(ThreadWorkspace& own) {
   if (!own.stages) return;
   const double now = fairseq_seconds();
   own.stages[STAGE_WAIT] += now - own.started;
   own.started = now;
 }
 
-static void add_stages(double* stages, const Own* own, int threads) {
+static void add_stages(double* stages, const ThreadWorkspace* own, int threads) {
   if (!stages) return;
   for (int thread = 0; thread < threads; thread++)
     for (int stage = 0; stage < STAGES; stage++) stages[stage] += own[thread].stages[stage];
@@ -228,8 +228,8 @@ EXPORT int fairseq_quantize(int level, const Linear* grid, const float* x, int64
   Sizes sizes = {};
   sizes.rows = sizes.threads = 1;
   sizes.width = sizes.longest = grid->in;
-  Shared shared;
-  Own own;
+  SharedWorkspace shared;
+  ThreadWorkspace own;
   if (!prepare(sizes, shared, &own)) return 1;
   for (int64_t row = 0; row < rows; row++) {
     kernels_of(level)->quantize(x + row * grid->in, *grid, own.row, shared.integers, 0, 1, scales + row, sums + row);
@@ -246,8 +246,8 @@ EXPORT int fairseq_product(int level, const Linear* linear, const int8_t* q, int
   sizes.width = sizes.longest = linear->in;
   sizes.tokens = rows;
   sizes.images = 1;
-  Shared shared;
-  Own own;
+  SharedWorkspace shared;
+  ThreadWorkspace own;
   if (!prepare(sizes, shared, &own)) return 1;
   cut(0, rows, rows, own);
   const int64_t steps = padded(linear->in) / 4;
@@ -297,14 +297,14 @@ EXPORT int fairseq_linear(int level, const Linear* linear, const float* x, int64
   sizes.images = 1;
   sizes.threads = threads;
   sizes.width = sizes.longest = linear->in;
-  Shared shared;
-  Own* own = (Own*)calloc(threads, sizeof(Own));
+  SharedWorkspace shared;
+  ThreadWorkspace* own = (ThreadWorkspace*)calloc(threads, sizeof(ThreadWorkspace));
   if (!own || !prepare(sizes, shared, own)) {
     free(own);
     return 1;
   }
   // All tiles, of which each task takes some.
-  Own whole = own[0];
+  ThreadWorkspace whole = own[0];
   whole.tiles = (Tile*)malloc((tiles + 1) * sizeof(Tile));
   if (!whole.tiles) {
     free(own);
@@ -314,7 +314,7 @@ EXPORT int fairseq_linear(int level, const Linear* linear, const float* x, int64
   int used = threads;
 #pragma omp parallel num_threads(threads)
   {
-    Own mine = own[omp_get_thread_num()];
+    ThreadWorkspace mine = own[omp_get_thread_num()];
     start(mine, stages != nullptr);
 #pragma omp single
     used = omp_get_num_threads();
@@ -365,8 +365,8 @@ EXPORT int fairseq_attention(int level, const float* query, const float* key, co
   sizes.heads = heads;
   sizes.head_size = size;
   sizes.threads = threads;
-  Shared shared;
-  Own* own = (Own*)calloc(threads, sizeof(Own));
+  SharedWorkspace shared;
+  ThreadWorkspace* own = (ThreadWorkspace*)calloc(threads, sizeof(ThreadWorkspace));
   if (!own || !prepare(sizes, shared, own)) {
     free(own);
     return 1;
@@ -374,9 +374,9 @@ EXPORT int fairseq_attention(int level, const float* query, const float* key, co
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num(), count = omp_get_num_threads();
-    Own& mine = own[thread];
+    ThreadWorkspace& mine = own[thread];
     mine.stages = nullptr;
-    Shared ours = shared;
+    SharedWorkspace ours = shared;
     for (int64_t image = 0; image < images; image += sizes.images) {
       const int64_t now = images - image < sizes.images ? images - image : sizes.images, rows = now * tokens;
       const float* qkv[] = {query + image * tokens * stride, key + image * tokens * stride,
@@ -410,8 +410,8 @@ EXPORT int fairseq_block(int level, const Block* block, const float* x, int64_t 
   sizes.slice = most(slice, TILE);
   sizes.mlp = block->mlp;
   sizes.threads = threads;
-  Shared shared;
-  Own* own = (Own*)calloc(threads, sizeof(Own));
+  SharedWorkspace shared;
+  ThreadWorkspace* own = (ThreadWorkspace*)calloc(threads, sizeof(ThreadWorkspace));
   if (!own || !prepare(sizes, shared, own)) {
     free(own);
     return 1;
@@ -420,7 +420,7 @@ EXPORT int fairseq_block(int level, const Block* block, const float* x, int64_t 
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num(), count = omp_get_num_threads();
-    Own& mine = own[thread];
+    ThreadWorkspace& mine = own[thread];
     start(mine, stages != nullptr);
     if (thread == 0) used = count;
     for (int64_t image = 0; image < images; image += sizes.images) {

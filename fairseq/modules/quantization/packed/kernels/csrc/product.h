@@ -200,7 +200,7 @@ void unpack(const uint8_t* narrow, int64_t steps, uint8_t* panel, int32_t* sums)
 }
 
 // Adds the time since the last call to a stage.
-static inline void lap(Own& own, Stage stage) {
+static inline void lap(ThreadWorkspace& own, Stage stage) {
   if (__builtin_expect(own.stages == nullptr, 1)) return;
   double now = fairseq_seconds();
   own.stages[stage] += now - own.started;
@@ -209,14 +209,14 @@ static inline void lap(Own& own, Stage stage) {
 
 int64_t panel_bytes(const Linear& linear) { return steps_of(linear.in) * 4 * PANEL / (linear.narrow ? 2 : 1); }
 
-// y = x @ W.T + bias of the own tiles for the panels first ... last - 1; `sink` takes each tile's results:
-// sink(tile, column)(i, y), the outputs from `column` on of row i of the tile, zeros or nonsense beyond the last one.
-// `then` is what is multiplied next, or null.
+// y = x @ W.T + bias of the own tiles for the panels first ... last - 1; `epilogue` takes each tile's results:
+// epilogue(tile, column)(i, y), the outputs from `column` on of row i of the tile, zeros or nonsense beyond the last one.
+// `next_layer` is what is multiplied next, or null.
 // `integers`, `stride` bytes a row, `scales` and `sums` are of the rows from `first_row` on.
-template <typename Sink>
+template <typename Epilogue>
 static inline void multiply(const Linear& linear, const uint8_t* integers, int64_t stride, const float* scales,
                             const int32_t* sums, int64_t first_row, const Tile* tiles, int64_t tile_count, int64_t first, int64_t last,
-                            const Linear* then, Own& own, Sink sink) {
+                            const Linear* next_layer, ThreadWorkspace& own, Epilogue epilogue) {
   const int64_t steps = steps_of(linear.in), bytes = panel_bytes(linear);
   for (int64_t panel = first; panel < last; panel++) {
     const int64_t column = panel * PANEL, columns = linear.out - column;
@@ -239,8 +239,8 @@ static inline void multiply(const Linear& linear, const uint8_t* integers, int64
       const Tile& tile = tiles[t];
       const int64_t row = tile.row - first_row;
       // Each tile has its share of the next panel brought from memory.
-      const int64_t coming = panel + 1 < last ? bytes : then ? panel_bytes(*then) : 0;
-      const uint8_t* from = panel + 1 < last ? linear.panels + (panel + 1) * bytes : then ? then->panels : nullptr;
+      const int64_t coming = panel + 1 < last ? bytes : next_layer ? panel_bytes(*next_layer) : 0;
+      const uint8_t* from = panel + 1 < last ? linear.panels + (panel + 1) * bytes : next_layer ? next_layer->panels : nullptr;
       for (int64_t at = coming * t / tile_count; at < coming * (t + 1) / tile_count; at += ALIGNMENT)
         __builtin_prefetch(from + at, 0, 2);
       product(integers + row * stride, codes, tile.rows, steps, own.accumulators);
@@ -248,7 +248,7 @@ static inline void multiply(const Linear& linear, const uint8_t* integers, int64
       for (int64_t j = 0; j < PANEL; j += LANES) {
         const Words zeros = load<Words>(zero + j), offsets = load<Words>(offset + j);
         const Floats scaled = load<Floats>(scale + j), added = load<Floats>(bias + j);
-        const auto put = sink(tile, column + j);
+        const auto put = epilogue(tile, column + j);
         for (int64_t i = 0; i < tile.rows; i++) {
           // As words: the sum of a row that holds NaN is garbage, and its product may overflow.
           const Ints total = (Ints)(load<Words>(own.accumulators + PANEL * i + j) - offsets - zeros * (uint32_t)sums[row + i]);
@@ -261,9 +261,9 @@ static inline void multiply(const Linear& linear, const uint8_t* integers, int64
 }
 
 // Whole rows of results to (rows, linear.out): y, GELU of y, or residual + y.
-static void linear_then(const Linear& linear, const Linear* then, const Shared& shared, Own& own, int64_t first,
+static void linear_before(const Linear& linear, const Linear* next_layer, const SharedWorkspace& shared, ThreadWorkspace& own, int64_t first,
                         int64_t last, bool with_gelu, const float* residual, float* out) {
-  auto sink = [&](const Tile& tile, int64_t column) {
+  auto epilogue = [&](const Tile& tile, int64_t column) {
     return [=, &linear, &tile](int64_t i, Floats y) {
       const int64_t at = (tile.row + i) * linear.out + column, left = linear.out - column;
       if (left <= 0) return;
@@ -272,12 +272,12 @@ static void linear_then(const Linear& linear, const Linear* then, const Shared& 
       store(out + at, y, left);
     };
   };
-  multiply(linear, shared.integers, shared.stride, shared.scales, shared.sums, 0, own.tiles, own.tile_count, first, last, then, own, sink);
+  multiply(linear, shared.integers, shared.stride, shared.scales, shared.sums, 0, own.tiles, own.tile_count, first, last, next_layer, own, epilogue);
 }
 
-static void linear(const Linear& layer, const Shared& shared, Own& own, int64_t first, int64_t last, bool with_gelu,
+static void linear(const Linear& layer, const SharedWorkspace& shared, ThreadWorkspace& own, int64_t first, int64_t last, bool with_gelu,
                    const float* residual, float* out) {
-  linear_then(layer, nullptr, shared, own, first, last, with_gelu, residual, out);
+  linear_before(layer, nullptr, shared, own, first, last, with_gelu, residual, out);
 }
 
 }  // namespace
