@@ -148,3 +148,10 @@ def test_slices_change_nothing(monkeypatch, activations, bits, group_size, sizes
     assert torch.equal(whole[1], x @ layer.dequantize().T + layer.bias)
     assert max(slices) == max(1, sizes[0] * torch.get_num_threads() // 70)
     assert sum(slices) == 23
+
+
+@pairwise(bits=[3, 8], method=["tensor", "channel"], dtype=DTYPES)
+def test_a_weight_that_is_dequantized_in_parts_gives_the_same(monkeypatch, bits, method, dtype):
+    layer, x = make(bits, method, None), torch.randn(3, 75, generator=generator()).to(dtype)
+    monkeypatch.setattr(cpu, "WEIGHTS_AT_ONCE", 75 * 4)  # of 21 outputs, each with a scale and a zero point of its own
+    assert agrees(run(cpu, layer, x), layer, x)
