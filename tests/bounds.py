@@ -10,6 +10,7 @@ import math
 import torch
 
 from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.modules.quantization.packed.kernels import reference
 
 HALF = math.sqrt(torch.finfo(torch.float64).eps)
 EXACT = {"rtol": HALF, "atol": HALF}
@@ -59,10 +60,14 @@ def eps(dtype):
     return torch.finfo(dtype).eps
 
 
+def scaled(layer, x):
+    """The input as the layer multiplies it, in the dtype of x."""
+    return x if layer.input_factor is None else x * layer.input_factor.to(x.dtype)
+
+
 def terms(layer, x):
     """T of each output, float64 (M, out), for x of shape (M, in)."""
-    if layer.input_factor is not None:
-        x = x * layer.input_factor.to(x.dtype)
+    x = scaled(layer, x)
     q, scale = layer.input_grid.quantize(x.to(layer.scale.dtype)) if layer.config.activations else (x, 1)
     result = (q.double() * scale).abs() @ layer.weight_matrix.dequantize().double().abs().T
     for addend in (layer.bias, layer.input_correction):
@@ -70,26 +75,38 @@ def terms(layer, x):
     return result
 
 
-def integer_bound(layer, x):
-    """Between two that multiply integers, whose sums are exact.
+def exact(layer, x):
+    """The output as the reference defines it, (M, out), before it is rounded to the dtype of x: float64."""
+    x, weight = scaled(layer, x).double(), layer.weight_matrix
+    if layer.config.activations:
+        return reference.integer(x, weight, layer.bias, layer.input_grid)
+    y = x @ weight._replace(scale=weight.scale.double()).dequantize().T
+    return y if layer.bias is None else y + layer.bias.double()
 
-    Rounded are, in the dtype of the scale: each group's sum as a float, its product with the weight's scale, the sum of
-    groups, the product with the token's scale, the sum with the bias, 2 G + 3 roundings with G groups; with a static
-    range its correction and the sum of that and the bias, too; and once more to the dtype of x.
+
+def bound(layer, x, y):
+    """How far an output for x of shape (M, in) may be from the exact one, ``y``."""
+    u, tiny = eps(x.dtype) / 2, torch.finfo(x.dtype).tiny
+    if layer.config.activations:
+        last = 0 if x.dtype == layer.scale.dtype else u * (1 + u) * y.double().abs() + u * tiny
+        return _integer_roundings(layer) * eps(layer.scale.dtype) / 2 * terms(layer, x) + last
+    # The weight rounds to the dtype of its scale and to that of x, K products and their sums in float32 at least, and
+    # the product, its product with the scale, and the sum with the bias in the dtype of x.
+    sums = x.shape[-1] * eps(torch.promote_types(x.dtype, torch.float32)) / 2
+    bias = 0 if layer.bias is None else layer.bias.double().abs()
+    products = (sums + eps(layer.scale.dtype) + u) * terms(layer, x)
+    return products + 3.01 * u * (y.double().abs() + products + bias) + 2 * u * tiny
+
+
+def _integer_roundings(layer):
+    """Those in the dtype of the scale, where sums of integers are exact.
+
+    Each group's sum as a float, its product with the weight's scale, the sum of groups, the product with the token's
+    scale, the sum with the bias: 2 G + 2 with G groups; of a static range its correction and the sum of that and the
+    bias, too; and one for u**2.
     """
     groups = layer.scale.shape[1] if layer.scale.ndim == 2 else 1
-    roundings = 2 * groups + (5 if layer.config.activations == "static" else 3)
-    return (roundings * eps(layer.scale.dtype) + _to_another(layer, x)) * terms(layer, x)
-
-
-def weight_only_bound(layer, x):
-    """Between two that multiply floats.
-
-    Rounded are: the weight, to the dtype of its scale and to that of x; K products and their sums, in float32 at
-    least; the product, its scale and the bias, in the dtype of x.
-    """
-    sums = x.shape[-1] * eps(torch.promote_types(x.dtype, torch.float32))
-    return (sums + eps(layer.scale.dtype) + 3 * eps(x.dtype) + _to_another(layer, x)) * terms(layer, x)
+    return 2 * groups + (5 if layer.config.activations == "static" else 3)
 
 
 def half_steps(layer, x):
@@ -102,12 +119,7 @@ def half_steps(layer, x):
     if step is None:
         step = sizes.amax(-1, keepdim=True) / 127 if layer.config.activations else torch.zeros(1)
     steps = step / 2 * w.sum(-1) + layer.scale / 2 * sizes.sum(-1, keepdim=True)
-    return 1.001 * steps + bound(layer, x) + x.shape[-1] * eps(x.dtype) * terms(layer, x)
-
-
-def bound(layer, x):
-    """The one of the two that holds for the layer."""
-    return integer_bound(layer, x) if layer.config.activations else weight_only_bound(layer, x)
+    return 1.001 * steps + bound(layer, x, exact(layer, x)) + x.shape[-1] * eps(x.dtype) * terms(layer, x)
 
 
 def is_within(got, expected, bound):
@@ -115,5 +127,7 @@ def is_within(got, expected, bound):
     return bool(((got.double() - expected.double()).abs() <= bound).all())
 
 
-def _to_another(layer, x):
-    return 0 if x.dtype == layer.scale.dtype else eps(x.dtype)
+def agrees(got, layer, x):
+    """Whether an output of the layer for x of shape (M, in) is the exact one within :func:`bound`."""
+    y = exact(layer, x)
+    return got.shape == y.shape and is_within(got, y, bound(layer, x, y))

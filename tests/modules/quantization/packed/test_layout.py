@@ -96,11 +96,13 @@ def test_integers_that_are_shared_stay_shared(bits, weight_storage):
     layers, x = twins(bits, weight_storage), torch.randn(3, IN)
     before, expected = [layer.integers() for layer in layers], [layer(x) for layer in layers]
     use_native(layers)
+    outputs = [layer(x) for layer in layers]  # and so each has pointers, which no copy may take over
     for model in (layers, copy.deepcopy(layers), pickle.loads(pickle.dumps(layers))):
         assert model[0].panels is model[1].panels
         assert model[0].code_sums is model[1].code_sums
         assert model[2].panels is not model[1].panels
         assert all(map(torch.equal, (layer.integers() for layer in model), before))
+        assert all(map(torch.equal, (layer(x) for layer in model), outputs))
     use_native(layers, use=False)
     assert layers[0].panels is None
     assert layers[0].weight_codes is layers[1].weight_codes

@@ -6,13 +6,12 @@ import pickle
 
 import pytest
 import torch
-from bounds import bound, eps, is_within, terms
+from bounds import agrees, bound, eps, exact, is_within, terms
 from packed_layers import IN, OUT, float_linear, make, tokens
 from pairwise import pairwise
 from torch import nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
-from fairseq.modules.quantization.packed.kernels import reference
 from fairseq.modules.quantization.packed.packing import packed_length
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 
@@ -236,13 +235,6 @@ def test_copies_give_the_same_and_share_nothing(duplicate, activations, bits, we
 # Dtypes.
 
 
-def exact(layer, x):
-    """The output as the reference defines it."""
-    if layer.config.activations:
-        return reference.integer(x, layer.weight_matrix, layer.bias, layer.input_grid)
-    return x.double() @ layer.dequantize().double().T + layer.bias.double()
-
-
 @pairwise(
     dtype=[torch.float16, torch.bfloat16, torch.float64, torch.float32],
     layer_dtype=[torch.float16, torch.bfloat16, torch.float64, torch.float32],
@@ -265,7 +257,7 @@ def test_output_has_the_dtype_of_the_input_and_the_scale_keeps_its_own(layer_dty
     x = tokens(5, IN, dtype=dtype)
     y = layer(x)
     assert y.dtype == dtype
-    assert is_within(y, exact(layer, x), bound(layer, x))
+    assert agrees(y, layer, x)
 
 
 def test_to_a_dtype_keeps_the_scale():
@@ -280,7 +272,8 @@ def test_a_float64_layer_computes_in_float64(activations):
     layer, x = make(8, activations=activations, dtype=torch.float64), tokens(5, IN).double()
     assert layer.scale.dtype == torch.float64
     longer = IN * eps(torch.float64) * terms(layer, x)  # float64 itself is no better for the sums that it makes
-    assert is_within(layer(x), exact(layer, x), bound(layer, x) + longer)
+    y = exact(layer, x)
+    assert is_within(layer(x), y, bound(layer, x, y) + longer)
 
 
 @pytest.mark.parametrize("group_size", [None, 32])

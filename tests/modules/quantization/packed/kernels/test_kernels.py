@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from bounds import bound, is_within
+from bounds import agrees
 from packed_layers import GRIDS, INPUTS, make
 from pairwise import pairwise
 from torch import nn
@@ -89,11 +89,10 @@ def test_kernels_agree_with_the_reference(
     x = torch.randn(rows, 150, generator=generator(), dtype=torch.float64).to(dtype)
     x[0] *= 100
     x = x[:, ::2] if strides else x[:, :75].contiguous()
-    expected, allowed = run(reference, layer, x), bound(layer, x)
-    results = [run(cpu, layer, x), run(functional, layer, x), run(functional, layer, x, cpu.product)]
-    for got in results:
-        assert got.dtype == expected.dtype == dtype
-        assert is_within(got, expected, allowed)
+    results = [run(kernel, layer, x) for kernel in (reference, cpu, functional)]
+    for got in (*results, run(functional, layer, x, cpu.product)):
+        assert got.dtype == dtype
+        assert agrees(got, layer, x)
 
 
 @pairwise(inputs=INPUTS, bias=[True, False], kernel=[cpu, reference, functional])
@@ -149,3 +148,10 @@ def test_slices_change_nothing(monkeypatch, activations, bits, group_size, sizes
     assert torch.equal(whole[1], x @ layer.dequantize().T + layer.bias)
     assert max(slices) == max(1, sizes[0] * torch.get_num_threads() // 70)
     assert sum(slices) == 23
+
+
+@pairwise(bits=[3, 8], method=["tensor", "channel"], dtype=DTYPES)
+def test_a_weight_that_is_dequantized_in_parts_gives_the_same(monkeypatch, bits, method, dtype):
+    layer, x = make(bits, method, None), torch.randn(3, 75, generator=generator()).to(dtype)
+    monkeypatch.setattr(cpu, "WEIGHTS_AT_ONCE", 75 * 4)  # of 21 outputs, each with a scale and a zero point of its own
+    assert agrees(run(cpu, layer, x), layer, x)
