@@ -52,7 +52,7 @@ NOTES = """
 
 ² timm's models have no ``from_pretrained``; *one file* saves them.
 
-³ ``export`` refuses: a file of SigLIP 2 would take one batch size only.
+³ SigLIP 2 resizes its position embeddings to the shape of each picture, which no file can; ``export`` refuses it.
 
 What a tick says:
 
