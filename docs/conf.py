@@ -16,6 +16,8 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = f"fairseq {release}"
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
 exclude_patterns = ["_build"]
 
 autodoc_member_order = "bysource"

@@ -46,6 +46,9 @@ HEAD = """Support matrix
 A tick is a test of a small random model of the family that passed on transformers {versions}; {oldest} was tested with
 torch 2.9.
 
+.. table::
+   :class: compact
+
 """
 NOTES = """
 ¹ Not with torch 2.9, whose exporter fails on it; ``export`` says so.
@@ -93,11 +96,11 @@ def cell(column: str, family: str, results: dict[str, dict[tuple[str, str], str]
 
 
 def simple_table(rows: list[list[str]]) -> str:
-    """Rows of cells, the first of titles, as a table of reStructuredText."""
+    """Rows of cells, the first of titles, as the content of a table directive of reStructuredText."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     rule = "  ".join("=" * width for width in widths)
     lines = ["  ".join(f"{text:{width}}" for text, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([rule, lines[0], rule, *lines[1:], rule]) + "\n"
+    return "".join(f"   {line}\n" for line in (rule, lines[0], rule, *lines[1:], rule))
 
 
 def main(arguments: list[str]) -> None:
