@@ -16,6 +16,8 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = f"fairseq {release}"
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
 exclude_patterns = ["_build"]
 
 autodoc_member_order = "bysource"
@@ -23,4 +25,11 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 napoleon_google_docstring = True
 napoleon_use_ivar = True
+# The groups of ViTQuantizer's arguments.
+napoleon_custom_sections = [
+    ("Which layers", "params_style"),
+    ("How weights are rounded", "params_style"),
+    ("How activations are rounded", "params_style"),
+    ("How it runs", "params_style"),
+]
 nitpicky = False

@@ -4,7 +4,8 @@ r"""Makes docs/support.rst from what the tests of every family said on two versi
         --junitxml=build/support-5.23.xml
     PYTHONPATH=tests python tests/support_matrix.py 4.57=build/support-4.57.xml 5.23=build/support-5.23.xml
 
-Each cell names the versions on which its test passed; a test that failed stops the script.
+A tick stands for a test that passed on all of these versions, and a note for an exception; a test that failed, or was
+not run, stops the script.
 """
 
 from __future__ import annotations
@@ -14,63 +15,92 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from families import BUILDERS
-from quantization.test_export_families import REFUSED, REFUSED_BY_TORCH_2_9
+from quantization.export.test_families import REFUSED, REFUSED_BY_TORCH_2_9
 
 from fairseq.quantization.export.export import FORMATS
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.rst"
 COLUMNS = {
-    "packed": ("test_families", "test_quantized_output_is_close_and_not_equal[{}]"),
-    "emulated": ("test_families", "test_emulated_is_packed[{}]"),
-    "calibrated": ("test_families", "test_calibration_lowers_the_error[{}]"),
-    "embeddings": ("test_families", "test_embeddings[nearest-{}]"),
-    "one file": ("test_checkpoint", "test_every_family[{}]"),
-    "folder": ("test_huggingface", "test_every_family_comes_back[{}]"),
-    "while loading": ("test_huggingface", "test_every_family_is_quantized_while_it_is_loaded[{}]"),
-    "ONNX": ("test_export_families", "test_export[{}-onnx]"),
-    "TorchScript": ("test_export_families", "test_export[{}-torchscript]"),
-    "torch.export": ("test_export_families", "test_export[{}-torch_export]"),
+    "packed": ("architectures.test_families", "test_quantized_output_is_close_and_not_equal[{}]"),
+    "emulated": ("architectures.test_families", "test_emulated_is_packed[{}]"),
+    "calibrated": ("architectures.test_families", "test_calibration_lowers_the_error[{}]"),
+    "embeddings": ("architectures.test_families", "test_embeddings[nearest-{}]"),
+    "one file": ("saving.test_checkpoint", "test_every_family[{}]"),
+    "folder": ("saving.test_huggingface", "test_every_family_comes_back[{}]"),
+    "while loading": ("saving.test_huggingface", "test_every_family_is_quantized_while_it_is_loaded[{}]"),
+    "ONNX": ("export.test_families", "test_export[{}-onnx]"),
+    "TorchScript": ("export.test_families", "test_export[{}-torchscript]"),
+    "torch.export": ("export.test_families", "test_export[{}-torch_export]"),
 }
-"""Title -> file and name of the test."""
+"""Title -> folder and file, and name, of the test."""
+
+OLDEST = "4.57"
+"""Tested with torch 2.9."""
+NOT_BY_TORCH_2_9, NO_FOLDER, NO_FILE = "✓¹", "no²", "no³"
 
 HEAD = """Support matrix
 ==============
 
 .. Made by tests/support_matrix.py; do not edit.
 
-Every cell is a test of a small random model of the family that passed on these versions of transformers. "packed" and
-"emulated" run close to float; "calibrated" is closer with pictures than without; "embeddings" packs them, too; "one
-file" (``ViTQuantizer.save`` and ``load``) and "folder" (``save_pretrained`` and ``from_pretrained``) come back equal to
-the bit; "while loading" gives the integers of ``quantize_model``; an exported file runs by itself on two batch sizes
-and gives the model's outputs. "no" stands for what does not exist for a family: ``from_pretrained`` of timm's models,
-and files of SigLIP 2 for any batch size, which ``export`` refuses. transformers 4.57 was tested with torch 2.9, whose
-exporter fails on some; ``export`` says so.
+A tick is a test of a small random model of the family that passed on transformers {versions}; {oldest} was tested with
+torch 2.9.
 
+.. table::
+   :class: compact
+
+"""
+NOTES = """
+¹ Not with torch 2.9, whose exporter fails on it; ``export`` says so.
+
+² timm's models have no ``from_pretrained``; *one file* saves them.
+
+³ SigLIP 2 resizes its position embeddings to the shape of each picture, which no file can; ``export`` refuses it.
+
+What a tick says:
+
+- *packed*, *emulated*: the outputs are close to the float model's.
+- *calibrated*: they are closer with pictures than without.
+- *embeddings*: these can be packed, too.
+- *one file* (``ViTQuantizer.save`` and ``load``), *folder* (``save_pretrained`` and ``from_pretrained``): what is
+  loaded gives equal outputs, to the bit.
+- *while loading*: ``from_pretrained`` with a ``FairseqViTConfig`` gives the integers of ``quantize_model``.
+- *ONNX*, *TorchScript*, *torch.export*: the file runs by itself, on two batch sizes, and gives the model's outputs.
 """
 
 
 def outcomes(path: str) -> dict[tuple[str, str], str]:
-    """(file, test) -> "passed", "skipped" or "failed", from a JUnit file of pytest."""
+    """(folder and file, test) -> "passed", "skipped" or "failed", from a JUnit file of pytest."""
     found = {}
     for case in ElementTree.parse(path).iter("testcase"):
         kinds = {child.tag for child in case}
         outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        found[case.attrib["classname"].rpartition(".")[2], case.attrib["name"]] = outcome
+        folder_and_file = ".".join(case.attrib["classname"].split(".")[-2:])
+        found[folder_and_file, case.attrib["name"]] = outcome
     return found
 
 
 def cell(column: str, family: str, results: dict[str, dict[tuple[str, str], str]]) -> str:
-    """The versions on which the test of a cell passed."""
+    """A tick if the test of a cell passed on all versions, or the mark of a known exception."""
     file, name = COLUMNS[column]
-    said = {version: result.get((file, name.format(family))) for version, result in results.items()}
     if any((family, form) in REFUSED and f"-{form}]" in name for form in FORMATS):
-        return "no"
-    if any((family, form) in REFUSED_BY_TORCH_2_9 and f"-{form}]" in name for form in FORMATS):
-        said = {version: outcome for version, outcome in said.items() if version != "4.57"}
-    failed = [version for version, outcome in said.items() if outcome == "failed"]
-    if failed:
-        raise SystemExit(f"{file}::{name.format(family)} failed on transformers {', '.join(failed)}")
-    return ", ".join(version for version, outcome in said.items() if outcome == "passed") or "no"
+        return NO_FILE
+    if family.startswith("timm-") and file == "saving.test_huggingface":
+        return NO_FOLDER
+    late = any((family, form) in REFUSED_BY_TORCH_2_9 and f"-{form}]" in name for form in FORMATS)
+    for version, result in results.items():
+        outcome = result.get((file, name.format(family)), "not run")
+        if outcome != "passed" and not (late and version == OLDEST):
+            raise SystemExit(f"{file}::{name.format(family)} on transformers {version}: {outcome}")
+    return NOT_BY_TORCH_2_9 if late else "✓"
+
+
+def simple_table(rows: list[list[str]]) -> str:
+    """Rows of cells, the first of titles, as the content of a table directive of reStructuredText."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rule = "  ".join("=" * width for width in widths)
+    lines = ["  ".join(f"{text:{width}}" for text, width in zip(row, widths)).rstrip() for row in rows]
+    return "".join(f"   {line}\n" for line in (rule, lines[0], rule, *lines[1:], rule))
 
 
 def main(arguments: list[str]) -> None:
@@ -78,10 +108,8 @@ def main(arguments: list[str]) -> None:
     for version, _, path in (argument.partition("=") for argument in arguments):
         results.setdefault(version, {}).update(outcomes(path))  # a later file of a version wins
     rows = [["family", *COLUMNS], *([family, *(cell(c, family, results) for c in COLUMNS)] for family in BUILDERS)]
-    lines = [".. list-table::", "   :header-rows: 1", "   :stub-columns: 1", ""]
-    for row in rows:
-        lines += [f"   {'*' if number == 0 else ' '} - {text}" for number, text in enumerate(row)]
-    PAGE.write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
+    head = HEAD.format(versions=" and ".join(results), oldest=OLDEST)
+    PAGE.write_text(head + simple_table(rows) + NOTES, encoding="utf-8")
     print(f"{PAGE.name}: {len(rows) - 1} families, {len(COLUMNS)} columns")
 
 
