@@ -45,6 +45,7 @@ ALLOWED = {
     "quantization/utils": (INTEGER,),
     "quantization/config.py": (f"{PACKED}.config",),
     "quantization/files.py": (),
+    "quantization/synthetic.py": (f"{Q}.calibration.synthetic",),
     **{
         f"quantization/{room}/": (
             SCALAR,

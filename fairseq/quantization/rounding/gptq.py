@@ -156,9 +156,9 @@ def gptq(weight: Tensor, statistics: Statistics | None, config: LinearConfig) ->
 
 
 def gptaq(weight: Tensor, statistics: Statistics | None, config: LinearConfig) -> Rounded:
-    """:func:`gptq` of the weight that makes up for the drift of the inputs, too: see :func:`undrifted`."""
+    """:func:`gptq` of the weight that makes up for the drift of the inputs, too: see :func:`drift_corrected`."""
     assert statistics is not None
-    return gptq(undrifted(weight, statistics), statistics, config)
+    return gptq(drift_corrected(weight, statistics), statistics, config)
 
 
 ROUNDINGS: dict[str, Callable[[Tensor, Statistics | None, LinearConfig], Rounded]] = {
@@ -168,7 +168,7 @@ ROUNDINGS: dict[str, Callable[[Tensor, Statistics | None, LinearConfig], Rounded
 }
 
 
-def undrifted(weight: Tensor, statistics: Statistics) -> Tensor:
+def drift_corrected(weight: Tensor, statistics: Statistics) -> Tensor:
     """The weight, (out, in), whose product with the inputs x comes near that of ``weight`` with the float model's x*.
 
     The layers before have changed x. E|V x - W x*|^2 is least for V = W + W E[(x* - x) x^T] H^-1 (the aim of Li et al.,

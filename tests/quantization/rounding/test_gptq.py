@@ -10,10 +10,10 @@ from fairseq.quantization.config import resolve_rounding
 from fairseq.quantization.rounding.gptq import (
     Statistics,
     damped,
+    drift_corrected,
     grid_used,
     inverse_factor,
     round_weight,
-    undrifted,
 )
 
 SETTINGS = [
@@ -239,7 +239,7 @@ def test_the_correction_is_least_squares_and_shrinks_with_the_samples(monkeypatc
     expected = torch.linalg.lstsq(x.double(), exact.double() @ w.double().T).solution.T
     moves = []
     for samples in (1e12, 1000.0, 10.0, 0.1):
-        got = undrifted(w.double(), data._replace(samples=samples))
+        got = drift_corrected(w.double(), data._replace(samples=samples))
         moves.append((got - w).norm().item())
         if samples == 1e12:
             h = data.second_moment  # with D added to H, its inverse changes by |D| / |H's least eigenvalue|
