@@ -20,11 +20,18 @@ def float_linear(inputs=IN, outputs=OUT, bias=True, seed=0, dtype=torch.float32)
 
 
 def make(bits=8, method="channel", activations="dynamic", group_size=None, symmetric=False, **more):
-    """A packed layer called encoder.query; ``more``: further settings, input_range, and what float_linear takes."""
+    """A packed layer called encoder.query; ``more``: further settings, input_range, input_factor, and what float_linear
+    takes.
+    """
     settings = {key: more.pop(key) for key in ("weight_storage", "backend", "activation_bits") if key in more}
     input_range = more.pop("input_range", RANGE if activations == "static" else None)
+    factor = more.pop("input_factor", None)
     config = LinearConfig(bits, method, activations, group_size, symmetric, **settings)
-    return PackedLinear.from_float(float_linear(**more), config, "encoder.query", input_range)
+    layer = PackedLinear.from_float(float_linear(**more), config, "encoder.query", input_range)
+    if factor is None:
+        return layer
+    tensors = layer.integers(), layer.scale, layer.zero_point, layer.bias
+    return PackedLinear.from_integers(*tensors, config, "encoder.query", input_range, factor)
 
 
 def tokens(*shape, seed=1, dtype=torch.float32):

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 
 def all_pairs(**values: Sequence) -> list[tuple]:
@@ -51,4 +52,6 @@ def pairwise(**values: Sequence) -> pytest.MarkDecorator:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return "tensor"
     return getattr(value, "__name__", None) or str(value).removeprefix("torch.")

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from bounds import bound, eps, half_steps, is_within, terms
+from bounds import bound, eps, half_steps, is_within, scaled, terms
 from packed_layers import GRIDS, IN, INPUTS, OUT, RANGE, float_linear, make, tokens
 from pairwise import all_pairs, pairwise
 from torch import nn
@@ -21,7 +21,7 @@ EPS = eps(torch.float32)
 
 def formula(layer, x):
     """The output in float64, of integers that are exact and a weight that is as it is."""
-    x, bias = x.to(layer.scale.dtype), 0 if layer.bias is None else layer.bias.double()
+    x, bias = scaled(layer, x).to(layer.scale.dtype), 0 if layer.bias is None else layer.bias.double()
     scale, zero_point, bits = 1, 0, layer.config.activation_bits
     if layer.config.activations == "dynamic" and bits == 8:
         scale = x.abs().amax(-1, keepdim=True) * (1 / 127)
@@ -33,7 +33,7 @@ def formula(layer, x):
         zero_point = layer.input_zero_point
         x = ((x / layer.input_scale).round() + zero_point).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         scale = layer.input_scale.double()
-    return ((x.double() - zero_point) * scale) @ layer.dequantize().double().T + bias
+    return ((x.double() - zero_point) * scale) @ layer.weight_matrix.dequantize().double().T + bias
 
 
 def is_close(got, layer, x, more=0.0):
@@ -55,20 +55,22 @@ def is_close(got, layer, x, more=0.0):
     weight_storage=["packed", "unpacked"],
     backend=["auto", "reference"],
     bias=[True, False],
+    factor=[None, tokens(IN).abs() + 0.5],
 )
 def test_output_and_integers_are_those_of_the_formula(
-    bits, grid, inputs, symmetric, weight_storage, backend, bias, device
+    bits, grid, inputs, symmetric, weight_storage, backend, bias, factor, device
 ):
     (method, group_size), (activations, activation_bits) = grid, inputs
     layer = make(
         bits, method, activations, group_size, symmetric, weight_storage=weight_storage, backend=backend, bias=bias,
-        activation_bits=activation_bits,
+        activation_bits=activation_bits, input_factor=factor,
     ).to(device)  # fmt: skip
     w = float_linear(bias=bias).weight.detach()
     scale, zero_point = weights.observe_weight(w, bits, method, group_size, symmetric)
     integers = weights.weight_to_int(w, scale, zero_point, bits, group_size)
     assert torch.equal(layer.integers().cpu(), integers)
-    assert torch.equal(layer.dequantize().cpu(), weights.weight_to_real(integers, scale, zero_point, group_size))
+    real = weights.weight_to_real(integers, scale, zero_point, group_size)
+    assert torch.equal(layer.dequantize().cpu(), real if factor is None else real * factor)
     x = tokens(9, IN).to(device)
     assert is_close(layer(x), layer, x)
 

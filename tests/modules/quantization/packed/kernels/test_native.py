@@ -596,8 +596,12 @@ def test_static_ranges_that_change_are_seen():
     assert not torch.equal(layer(x), before)
 
 
-@pytest.mark.parametrize("settings", [{}, {"activations": "static"}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [({}, torch.float32), ({"bits": 4}, torch.bfloat16), ({"activations": "static"}, torch.float32),
+     ({"bits": 3, "method": "channel", "activations": "static"}, torch.bfloat16)],
+    ids=str,
+)  # fmt: skip
 def test_the_operator_and_a_compiled_layer_give_the_same(settings, dtype):
     """Of a bias in half precision, and of a static range, there are copies that must live as long as the call."""
     layer = packed(**settings, outputs=90).to(dtype)
