@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,39 +12,62 @@ import torch
 EXACT = ("ieee", "none")
 """Precisions that leave a float32 product a float32 product; others round its operands (bf16, tf32)."""
 
+_lock = threading.Lock()
+_inside = 0
+_undo: list[Callable[[], None]] = []
+
 
 @contextmanager
 def plain_context(device: torch.device | str = "cpu") -> Iterator[None]:
     """float32 by default, on ``device`` by default, no autocast, no inference mode, no gradients, exact products.
 
     Inside, a quantization gives the integers that it gives in a fresh process. What the caller had is back afterwards.
-    The default dtype and the precision of products belong to the whole process: other threads see them, too.
+    The default dtype and the precision of products belong to the whole process: other threads see them, too, from when
+    the first of them enters to when the last one leaves.
     """
-    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.device(device))
-        mkldnn: Any = torch.backends.mkldnn
-        for backend in (mkldnn.matmul, mkldnn.conv, torch.backends.cuda.matmul):
-            stack.enter_context(_exact(backend))
-        if dtype != torch.float32:
-            torch.set_default_dtype(torch.float32)
-            stack.callback(torch.set_default_dtype, dtype)
+        stack.enter_context(_plain_process())
         yield
 
 
 @contextmanager
-def _exact(backend: Any) -> Iterator[None]:
-    """Full float32 products of one backend: ``set_float32_matmul_precision("medium")`` rounds them to bfloat16."""
-    before = backend.fp32_precision
-    if before in EXACT:
-        yield
-        return
-    backend.fp32_precision = "ieee"
+def _plain_process() -> Iterator[None]:
+    """What is plain for the whole process at once."""
+    global _inside
+    with _lock:
+        _inside += 1
+        if _inside == 1:
+            _make_plain()
     try:
         yield
     finally:
-        backend.fp32_precision = before
+        with _lock:
+            _inside -= 1
+            while not _inside and _undo:
+                _undo.pop()()
+
+
+def _make_plain() -> None:
+    dtype = torch.get_default_dtype()
+    if dtype != torch.float32:
+        torch.set_default_dtype(torch.float32)
+        _undo.append(lambda: torch.set_default_dtype(dtype))
+    mkldnn: Any = torch.backends.mkldnn
+    for backend in (mkldnn.matmul, mkldnn.conv, torch.backends.cuda.matmul):
+        _make_exact(backend)
+
+
+def _make_exact(backend: Any) -> None:
+    """Full float32 products of one backend: ``set_float32_matmul_precision("medium")`` rounds them to bfloat16."""
+    before = backend.fp32_precision
+    if before in EXACT:
+        return
+    general: Any = torch.backends
+    inherited = before == general.fp32_precision  # which it follows again afterwards
+    backend.fp32_precision = "ieee"
+    _undo.append(lambda: setattr(backend, "fp32_precision", "none" if inherited else before))

@@ -96,9 +96,9 @@ def block_plan(block: nn.Module, kind: BlockClass | None) -> BlockPlan | None:
     inside = {path for path, _ in block.named_modules()}
     layers = {role: next((p for p in paths if p in inside), None) for role, paths in kind.paths.items()}
     norms: list[Any] = [getattr(block, name, None) for name in kind.norms]
-    if not all(isinstance(norm, nn.LayerNorm) for norm in norms) or any(
-        norm.weight is None or norm.bias is None for norm in norms
-    ):
+    if not all(isinstance(norm, nn.LayerNorm) for norm in norms):
+        return None
+    if any(norm._parameters.get(name) is None for norm in norms for name in ("weight", "bias")):  # none, or computed
         return None
     found = {role: path for role, path in layers.items() if path is not None}
     if len(found) < len(layers):

@@ -27,12 +27,14 @@ class Observation(NamedTuple):
             that were called more than once or not at all are missing.
         calls: block -> the arguments of its one call, copied.
         reached: the layers that pictures reach, whatever else the model is given.
+        repeated: the LayerNorms that were called more than once, by the full name.
         failure: why there was no forward pass, or None.
     """
 
     shares: Mapping[str, str]
     calls: Mapping[str, Arguments]
     reached: frozenset[str] = frozenset()
+    repeated: frozenset[str] = frozenset()
     failure: str | None = None
 
     def source(self, layer: str) -> str:
@@ -67,7 +69,11 @@ def observe(
     if seen.failure is not None or not text or not rest:
         return seen
     with_text = _watched(model, rest, [name for name in blocks if name not in seen.calls], pixel_values, text=True)
-    return seen._replace(shares={**seen.shares, **with_text.shares}, calls={**seen.calls, **with_text.calls})
+    return seen._replace(
+        shares={**seen.shares, **with_text.shares},
+        calls={**seen.calls, **with_text.calls},
+        repeated=seen.repeated | with_text.repeated,
+    )
 
 
 def _watched(
@@ -82,7 +88,8 @@ def _watched(
     except Exception as error:  # whatever a model raises that is not called as we call it
         return Observation({}, {}, failure=f"{type(error).__name__}: {error}")
     calls = {name: calls[0] for name, calls in watch.calls.items() if len(calls) == 1}
-    return Observation(watch.shares, calls, frozenset(name for name, count in watch.counts.items() if count))
+    reached = frozenset(name for name, count in watch.counts.items() if count)
+    return Observation(watch.shares, calls, reached, frozenset(n for n, count in watch.norms.items() if count > 1))
 
 
 def folds(block: nn.Module, plan: BlockPlan, arguments: Arguments | None) -> bool:
@@ -99,17 +106,21 @@ def folds(block: nn.Module, plan: BlockPlan, arguments: Arguments | None) -> boo
     """
     if not all(type(block.get_submodule(path)) is nn.Linear for path in plan.layers.values()):
         return False
+    watched = [block.get_submodule(path) for path in (*plan.norms, *plan.layers.values())]
+    if any(module._forward_hooks or module._forward_pre_hooks for module in watched):
+        return False  # whatever a hook sees may be read outside of the block
     plain = {name: p.detach().clone() for name, p in _involved(block, plan).items()}
     scaled = _scaled(block, plan, plain)
-    for args, keywords in _attempts(block, plan, arguments):
-        try:
-            first, second = (
-                _tensors(torch.func.functional_call(block, parameters, *copied((args, keywords))))
-                for parameters in (plain, scaled)
-            )
-        except Exception:  # called in another way than this block is
-            continue
-        return len(first) == len(second) > 0 and all(map(_same, first, second))
+    with evaluating(block), torch.no_grad(), torch.random.fork_rng(_cuda(block)):
+        for args, keywords in _attempts(block, plan, arguments):
+            try:
+                first, second = (
+                    _tensors(torch.func.functional_call(block, parameters, *copied((args, keywords))))
+                    for parameters in (plain, scaled)
+                )
+            except Exception:  # called in another way than this block is
+                continue
+            return len(first) == len(second) > 0 and all(map(_same, first, second))
     return False
 
 
@@ -149,6 +160,7 @@ class _Watch:
         self.calls: dict[str, list[Arguments]] = {name: [] for name in blocks}
         self.seen: list[tuple[str, Tensor, Tensor]] = []  # layer, its input, and what was in that at the time
         self.counts: dict[str, int] = dict.fromkeys(layers, 0)
+        self.norms = {name: 0 for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
         self.hooks: list[Any] = []
 
     def __enter__(self) -> _Watch:
@@ -158,6 +170,8 @@ class _Watch:
             self.hooks.append(module.register_forward_hook(lambda *_: self.seen.clear()))
         for name in self.layers:
             self.hooks.append(self.model.get_submodule(name).register_forward_pre_hook(self._layer(name)))
+        for name in self.norms:
+            self.hooks.append(self.model.get_submodule(name).register_forward_pre_hook(self._norm(name)))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -172,6 +186,12 @@ class _Watch:
             self.calls[name].append(copied((args, keywords)))
 
         return look
+
+    def _norm(self, name: str) -> Callable[..., None]:
+        def count(*_: Any) -> None:
+            self.norms[name] += 1
+
+        return count
 
     def _layer(self, name: str) -> Callable[..., None]:
         def look(module: nn.Module, args: Any) -> None:

@@ -71,7 +71,9 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
             probe -= probe.mean(dimension, keepdim=True)
         if not result.requires_grad:  # it depends on no picture
             continue
-        called = [name for name in names if len(outputs[name]) == 1]
+        called = [name for name in names if _per_picture(outputs[name], count)]
+        if not called:
+            continue
         with torch.enable_grad():
             total = (result.float() * probe.to(device)).sum()
         gradients = torch.autograd.grad(total, [outputs[name][0] for name in called], allow_unused=True)
@@ -88,3 +90,8 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
         usable = bool(torch.isfinite(mean)) and float(mean) > 0
         weights[name] = (1 - UNIFORM_SHARE) * values / mean + UNIFORM_SHARE if usable else torch.empty(0)
     return weights
+
+
+def _per_picture(outputs: list[Tensor], count: int) -> bool:
+    """Whether a layer was called once, with ``count`` pictures first, and the pictures or a parameter changes it."""
+    return len(outputs) == 1 and outputs[0].requires_grad and outputs[0].shape[0] % count == 0

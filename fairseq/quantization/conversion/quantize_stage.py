@@ -14,7 +14,7 @@ from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
 from fairseq.modules.quantization.scalar.weights import weight_to_real
-from fairseq.quantization.architectures.blocks import block_plan, class_of
+from fairseq.quantization.architectures.blocks import BlockPlan, block_plan, class_of
 from fairseq.quantization.architectures.observe import folds
 from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan
 from fairseq.quantization.calibration.calibration import Calibration
@@ -124,7 +124,7 @@ def _equalize(
         known = block_plan(block, class_of(type(block)))
         roles = {} if known is None else {known.role(x.name.removeprefix(f"{name}.")): x for x in layers}
         by_role = {role: layer for role, layer in roles.items() if role is not None}
-        if known is not None and _gains(by_role.values()) and folds(block, known, plan.observed.calls.get(name)):
+        if known is not None and _gains(by_role.values()) and _may_fold(block, known, plan, name):
             seen = {role: tokens[x.name] for role, x in by_role.items() if x.name in tokens}
             rescaled = equalize(block, known, {role: x.settings for role, x in by_role.items()}, seen)
             moved |= {x.name: rescaled[role] for role, x in by_role.items() if role in rescaled}
@@ -210,6 +210,14 @@ def _emulated(
 def _of_the_weight(settings: LayerConfig) -> tuple[object, ...]:
     """The settings that decide a weight's integers."""
     return settings.bits, settings.method, settings.group_size, settings.symmetric, settings.rounding
+
+
+def _may_fold(block: nn.Module, known: BlockPlan, plan: ModelPlan, name: str) -> bool:
+    """Whether nothing but the block's own layers reads what equalization rescales, as far as running shows."""
+    seen = plan.observed
+    return not any(f"{name}.{norm}" in seen.repeated for norm in known.norms) and folds(
+        block, known, seen.calls.get(name)
+    )
 
 
 def _gains(layers: Any) -> bool:

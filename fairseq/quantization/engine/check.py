@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, cast
 
 import torch
@@ -14,8 +15,10 @@ from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.engine.native_block import NativeBlock
-from fairseq.quantization.engine.plan import FusedPlan, attention_function, attention_of, unfused_class
+from fairseq.quantization.engine.plan import FusedPlan, attention_function, attention_of, settings_of, unfused_class
 
+PLAIN = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
+"""Settings of a module that decide what it computes, and can be compared."""
 IMAGES, TOKENS = 2, 33
 """Of the hidden states that the two are compared on."""
 HALF = 2.0**-8
@@ -42,16 +45,21 @@ def disagreement(block: nn.Module, plan: FusedPlan) -> str | None:
 
 def _configuration(block: nn.Module, plan: FusedPlan) -> Any:
     """What decides whether the two compute the same: the code of all parts, and what they are set to."""
-    code = [
-        (path, unfused_class(type(part)), unfused_class(type(part)).forward) for path, part in block.named_modules()
-    ]
+    kinds = [(path, unfused_class(type(part))) for path, part in block.named_modules()]
+    code = [(path, kind, kind.forward, kind.__call__) for path, kind in kinds]
+    values = [(name, holder[name]) for holder, name in settings_of(block)]
+    settings = [(name, value) for name, value in values if isinstance(value, PLAIN)]
     layers = [cast(PackedLinear, block.get_submodule(path)) for path in plan.layers]
     shapes = [(layer.config, layer.sizes(), layer.bias is None, layer.input_factor is None) for layer in layers]
-    return tuple(code), tuple(shapes), plan.epsilons, plan.heads, plan.scaling, attention_function(attention_of(block))
+    used = attention_function(attention_of(block))
+    return tuple(code), tuple(settings), tuple(shapes), plan.epsilons, plan.heads, plan.scaling, used
 
 
 def _compare(block: nn.Module, plan: FusedPlan) -> str | None:
-    layers = copy.deepcopy(block)
+    try:
+        layers = copy.deepcopy(block)
+    except Exception as failure:
+        return f"it cannot be copied to be looked at: {type(failure).__name__}: {failure}"
     layers.__class__ = unfused_class(type(layers))
     for part in layers.modules():  # whoever looks in is not to see this
         part._forward_hooks.clear()

@@ -10,9 +10,12 @@ from typing import Any, cast
 import torch
 import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed import PackedLinear, kernels
 from fairseq.modules.quantization.packed.kernels import functional, operators
+from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.engine.check import disagreement
 from fairseq.quantization.engine.native_block import NativeBlock
 from fairseq.quantization.engine.plan import FusedPlan, fused_plan, unfused_class
@@ -57,6 +60,8 @@ class FusedBlock(nn.Module):
             return False
         if any(value is not None and value is not False for value in asked):
             return False
+        if forward_ad.unpack_dual(x).tangent is not None:  # no derivative of the native block is known forwards
+            return False
         if x.ndim != 3 or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return False
         if torch.compiler.is_compiling():
@@ -64,7 +69,8 @@ class FusedBlock(nn.Module):
             inner = [module for module in self.modules() if module is not self]
             return all(layer.panels is not None for layer in layers) and not _any_watched(inner)
         if self._native is None or not self._native.holds():
-            self._native = native_block_of(self)
+            with plain_context():
+                self._native = native_block_of(self)
             self.plan = self.plan if self._native is None else self._native.plan
         return self._native is not None and not _any_watched(self._native.inner)
 
@@ -109,7 +115,8 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         hidden_states, *tuned = ctx.saved_tensors
         x = hidden_states.detach().requires_grad_()
-        with torch.enable_grad():
+        # in the mode of the forward pass, whatever the model is in by now; which computed in float32
+        with torch.enable_grad(), evaluating(ctx.block), torch.autocast("cpu", enabled=False):
             output = ctx.block.by_layers(x)
         found = torch.autograd.grad(output, [x, *tuned], gradient, allow_unused=True)
         return None, *found

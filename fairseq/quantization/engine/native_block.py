@@ -9,10 +9,7 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.kernels import native
-from fairseq.quantization.engine.plan import FusedPlan, attention_function, attention_of, unfused_class
-
-SETTINGS = ("scaling", "num_attention_heads", "activation_fn", "intermediate_act_fn")
-"""What the modules of a block are set to, and a native block was made for."""
+from fairseq.quantization.engine.plan import FusedPlan, attention_function, attention_of, settings_of, unfused_class
 
 
 class NativeBlock:
@@ -33,7 +30,7 @@ class NativeBlock:
         prepared = [layer.prepared() for layer in layers]
         self.block = native.make_block(prepared, floats, plan.epsilons, plan.scaling, plan.heads)
         self.inner = [module for module in block.modules() if module is not block]
-        self.classes = [(module, type(module), type(module).forward) for module in block.modules()]
+        self.classes = [(module, type(module), _code(type(module))) for module in block.modules()]
         self.base = unfused_class(type(block))
         self.forward = self.base.forward
         self.attention = attention_of(block)
@@ -43,7 +40,7 @@ class NativeBlock:
             *((layer._buffers, name) for layer in layers for name in PackedLinear.PARTS),
             *((norm._parameters, name) for norm in norms for name in ("weight", "bias")),
             *((norm.__dict__, "eps") for norm in norms),
-            *((module.__dict__, name) for module in self.inner for name in SETTINGS if name in module.__dict__),
+            *settings_of(block),
         ]
         self.found = [holder[name] for holder, name in self.seen]
         self.addressed = [thing for thing in self.found if isinstance(thing, Tensor)]
@@ -65,10 +62,15 @@ class NativeBlock:
             if holder.get(name) is not found:
                 return False
         for module, kind, forward in self.classes:
-            if type(module) is not kind or kind.forward is not forward:
+            if type(module) is not kind or _code(kind) != forward:
                 return False
         if self.base.forward is not self.forward or attention_function(self.attention) != self.attention_function:
             return False
         return self.pointers == [tensor.data_ptr() for tensor in self.addressed] and all(
             native.version(tensor) == number for tensor, number in self.versions
         )
+
+
+def _code(kind: type) -> tuple[Any, Any]:
+    """What runs when a module of that class is called."""
+    return kind.__call__, kind.forward  # type: ignore[attr-defined]

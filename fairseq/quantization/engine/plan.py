@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -75,6 +74,8 @@ def fused_plan(block: nn.Module, kind: type) -> FusedPlan | str:
     if attention is None:
         return "it has no attention module with num_attention_heads and scaling"
     heads, scaling = int(attention.num_attention_heads), float(attention.scaling)
+    if getattr(attention, "is_causal", False):
+        return "its attention is causal"
     if not scaling > 0:
         return f"its scaling is {scaling}"
     if packed["query"].out_features % heads:
@@ -97,20 +98,47 @@ def attention_of(block: nn.Module) -> Any:
     return found[0] if len(found) == 1 else None
 
 
-def attention_function(attention: Any) -> tuple[str | None, Callable[..., Any] | None]:
-    """Which attention function of transformers a module asks for, by name, and what is registered under that now."""
+class AttentionFunction(NamedTuple):
+    """What an attention module calls.
+
+    Attributes:
+        name: of the function of transformers that it asks for.
+        registered: what is registered under that name now, or None.
+        eager: what its own file calls "eager".
+        torch: PyTorch's function, as it is now.
+    """
+
+    name: str | None
+    registered: Any
+    eager: Any
+    torch: Any
+
+
+def attention_function(attention: Any) -> AttentionFunction:
+    """What an attention module calls, as it is now: any of it may have been replaced."""
     name = getattr(getattr(attention, "config", None), "_attn_implementation", None)
     registry = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
-    return name, registry.get(name) if registry is not None else None
+    eager = getattr(sys.modules.get(type(attention).__module__), "eager_attention_forward", None)
+    registered = registry.get(name) if registry is not None else None
+    return AttentionFunction(name, registered, eager, F.scaled_dot_product_attention)
+
+
+def settings_of(block: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where the modules within a block keep what they were set to, besides what packed layers and norms hold."""
+    parts = [
+        part for part in block.modules() if part is not block and not isinstance(part, PackedLinear | nn.LayerNorm)
+    ]
+    return [(part.__dict__, name) for part in parts for name in part.__dict__ if name[0] != "_" and name != "training"]
 
 
 def _other_attention(attention: Any) -> str | None:
     """Why an attention module computes something else than a softmax of scaled products, or None."""
-    name, function = attention_function(attention)
-    if name not in (None, *ATTENTIONS):
-        return f"its attention function is {name!r}, not one of {', '.join(map(repr, ATTENTIONS))}"
-    if function is not None and not function.__module__.startswith("transformers."):
-        return f"its attention function {name!r} was replaced by {function.__module__}.{function.__qualname__}"
+    used = attention_function(attention)
+    if used.name not in (None, *ATTENTIONS):
+        return f"its attention function is {used.name!r}, not one of {', '.join(map(repr, ATTENTIONS))}"
+    known = getattr(sys.modules.get("transformers.integrations.sdpa_attention"), "sdpa_attention_forward", None)
+    if used.registered is not None and used.registered is not known:
+        return f"its attention function {used.name!r} was replaced by {used.registered!r}"
     return None
 
 
