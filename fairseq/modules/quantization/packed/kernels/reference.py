@@ -23,7 +23,7 @@ def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGri
               + b[n]
     """
     if functional.capturing():  # exporters know no products of int64 and no view as another dtype
-        into_onnx = torch.onnx.is_in_onnx_export()  # type: ignore[attr-defined]
+        into_onnx = torch.onnx.is_in_onnx_export()
         return functional.integer(x, weight, bias, grid, functional.int_product if into_onnx else product)
     q, token_scale = grid.quantize(x.to(weight.scale.dtype))
     q = grid.centre(q)
