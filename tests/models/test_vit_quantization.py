@@ -284,6 +284,23 @@ def test_onnx_holds_integers_and_gives_the_same_logits(tmp_path, settings, nodes
     assert rms(torch.from_numpy(got) - expected) < bound
 
 
+@pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4, "activations": None}], ids=str)
+def test_the_reference_kernels_can_be_recorded(tiny_vit, pixels, tmp_path, settings):
+    """Processors without exact products of bytes, as with AVX2 alone, run them, and trace and export all the same."""
+    import onnxruntime
+
+    quantized = ViTQuantizer(**settings, backend="reference").quantize_model(tiny_vit)
+    traced = torch.jit.trace(quantized, pixels)
+    torch.onnx.export(quantized, pixels, str(tmp_path / "vit.onnx"), input_names=["x"], verbose=False)
+    (there,) = onnxruntime.InferenceSession(str(tmp_path / "vit.onnx")).run(None, {"x": pixels.numpy()})
+    with torch.no_grad():
+        expected = quantized(pixels).logits
+        chain = 20 * sum_error(40, rms(expected))  # some twenty sums, of at most 40 terms, one after the other
+        bound = chain if "activations" in settings else flips(quantized, pixels)
+        for got in (traced(pixels)[0], torch.from_numpy(there)):
+            assert rms(got - expected) < bound
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

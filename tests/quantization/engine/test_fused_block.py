@@ -16,7 +16,7 @@ from torch import nn
 from transformers import DeiTConfig, DeiTForImageClassification, ViTForImageClassification, ViTModel
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.packed import PackedLinear, kernels
 from fairseq.modules.quantization.packed.kernels import native, reference
 from fairseq.quantization.engine.fuse import fuse, optimize, unfuse
 from fairseq.quantization.engine.fused_block import FusedBlock
@@ -355,8 +355,9 @@ def test_attentions_and_hidden_states(tiny_vit, pixels, monkeypatch):
         output, reference = (m(pixels, output_attentions=True) for m in (fused, layers))
         assert calls == [2]
         assert len(output.attentions) == 2
-        assert all(map(torch.equal, output.attentions, reference.attentions))
-        assert torch.equal(output.logits, reference.logits)
+        exact = ViTQuantizer.dequantize_model(layers)(pixels, output_attentions=True)
+        for got, wanted, unrounded in zip(*((*o.attentions, o.logits) for o in (output, reference, exact))):
+            assert rms(got - wanted) < 2 * rms(wanted - unrounded)  # see bounds.flips
         assert torch.equal(logits(fused, pixels), expected)  # the hooks that collected them are still there
         assert calls == [4]
         output = fused(pixels, output_hidden_states=True)
@@ -480,7 +481,7 @@ def test_shared_weights_stay_shared(tiny_vit):
         ({"activation_bits": 4}, "its query layer: activation_bits=4"),
         ({"quantize_mlp": False}, "its fc1 layer is not packed"),
         ({"overrides": {"*attention.q*": {"skip": True}}}, "its query layer is not packed"),
-        ({"backend": "cpu"}, "its query layer: backend='cpu'"),
+        ({"backend": "reference"}, "its query layer: backend='reference'"),
         ({"method": "channel", "group_size": 32}, "its query layer: group_size=32"),
     ],
     ids=str,
@@ -540,7 +541,8 @@ def test_without_the_library(tiny_vit, pixels, monkeypatch):
     quantizer = ViTQuantizer(bits=4)
     automatic = quantizer.quantize_model(tiny_vit)
     assert not blocks(automatic)
-    assert {m.backend for m in automatic.modules() if isinstance(m, PackedLinear)} == {"cpu"}
+    best = kernels.choose(torch.device("cpu")).name  # "reference" where products of bytes are not exact
+    assert {m.backend for m in automatic.modules() if isinstance(m, PackedLinear)} == {best}
     with pytest.raises(RuntimeError, match="engine='fused' needs the native kernels: they were not built; install a"):
         quantizer.quantize_model(tiny_vit, engine="fused")
     assert torch.equal(logits(automatic, pixels), logits(automatic, pixels))
@@ -550,7 +552,7 @@ def test_the_environment_forbids_it(tiny_vit, pixels, monkeypatch):
     quantizer = ViTQuantizer(bits=8)
     layers, fused = (quantizer.quantize_model(tiny_vit, engine=engine) for engine in ("layers", "fused"))
     calls = count_calls(monkeypatch)
-    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_BACKEND", "cpu")
+    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_BACKEND", "reference")  # which every processor can
     assert torch.equal(logits(fused, pixels), logits(layers, pixels))
     assert calls == [0]
     assert not blocks(quantizer.quantize_model(tiny_vit))

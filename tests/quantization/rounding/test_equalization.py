@@ -119,7 +119,8 @@ def test_other_precisions(model, images, dtype):
     for settings in ({"method": "tensor", "activations": "static"}, {"method": "channel", "activations": "static"}):
         quantized = ViTQuantizer(bits=8, **settings).quantize_model(model, images)
         error = compare_models(model, quantized, images.to(dtype)).mse_loss
-        assert error < rounding_noise(ROUNDINGS) * expected.double().square().mean()
+        noise = rounding_noise(13) + 13 * 10**-2.8  # weights; and inputs, which below 28 dB would stay dynamic
+        assert error < noise * expected.double().square().mean()
 
 
 @pytest.mark.parametrize(("method", "expected"), [("tensor", True), ("channel", False), ("histogram", False)])

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed.input_grid import InputGrid
+from fairseq.modules.quantization.packed.kernels import functional
 from fairseq.modules.quantization.packed.weight import PackedWeight
 
 
@@ -21,6 +22,9 @@ def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGri
     y[m, n] = s_x[m] * sum over groups g of s_w[n, g] * sum over k in g of (q_x[m, k] - z_x) * (q_w[n, k] - z_w[n, g])
               + b[n]
     """
+    if functional.capturing():  # exporters know no products of int64 and no view as another dtype
+        into_onnx = torch.onnx.is_in_onnx_export()
+        return functional.integer(x, weight, bias, grid, functional.int_product if into_onnx else product)
     q, token_scale = grid.quantize(x.to(weight.scale.dtype))
     q = grid.centre(q)
     integers, zero_point = weight.integers().to(torch.int64), weight.zero_point.to(torch.int64)
@@ -38,4 +42,6 @@ def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGri
 
 def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x times the dequantized weight in the dtype of ``x``: (M, in) -> (M, out)."""
+    if functional.capturing():
+        return functional.weight_only(x, weight, bias)
     return F.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype)).to(x.dtype)
