@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,12 +64,26 @@ def working(quiet: bool) -> Iterator[Say]:
         if issubclass(category, UserWarning) and Path(file).is_relative_to(HOUSE):  # others are not for this person
             say(f"warning: {first_line(str(message))}")
 
-    if quiet or not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported
+    bars = sys.stderr.isatty() and not quiet
+    if not bars:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # for those of other processes
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr), nullcontext() if bars else _no_bars():
         warnings.showwarning = show  # type: ignore[assignment]
         yield say
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """No progress bars inside, of whoever; tqdm reads its environment when it is imported, which may be long ago."""
+    from tqdm import tqdm
+
+    before = tqdm.__init__
+    tqdm.__init__ = functools.partialmethod(before, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = before
 
 
 def finish(result: Mapping[str, Any], text: str, as_json: bool, code: int = 0) -> int:

@@ -35,6 +35,11 @@ def plain_context(device: torch.device | str = "cpu") -> Iterator[None]:
         yield
 
 
+def default_device() -> torch.device:
+    """Where a new tensor goes; ``torch.get_default_device`` of 2.9 fails after ``set_default_device(None)``."""
+    return torch.empty(0).device
+
+
 @contextmanager
 def _plain_process() -> Iterator[None]:
     """What is plain for the whole process at once."""

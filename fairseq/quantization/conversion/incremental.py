@@ -51,10 +51,10 @@ class WhileLoading:
         return layer is not None and layer.chosen and layer.block in self.blocks
 
     def advance(self) -> None:
-        """Quantize the blocks whose weights are all there."""
+        """Quantize the blocks whose weights are all there, and buffers, without which a block does not run."""
         for block in list(self.blocks):
             module = self.model.get_submodule(block)
-            if not any(parameter.is_meta for parameter in module.parameters()):
+            if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
                 self._quantize(self.blocks.pop(block))
                 for part in module.modules():  # or transformers would initialize the weights that are gone
                     vars(part)[INITIALIZED] = True

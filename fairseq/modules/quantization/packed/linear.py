@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fairseq.modules.quantization.context import plain_context
+from fairseq.modules.quantization.context import default_device, plain_context
 from fairseq.modules.quantization.packed import kernels
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.packed.gradient import StraightThrough
@@ -132,7 +132,7 @@ class PackedLinear(PackedState):
         scale_dtype: torch.dtype = torch.float32,
     ) -> PackedLinear:
         """A layer to load a state dict into; its integers are 0 and its scales 1 until then. ``dtype``: of the bias."""
-        device = torch.get_default_device() if device is None else device
+        device = default_device() if device is None else device
         shape: tuple[int, ...] = (1,) if config.method == "tensor" else (out_features,)
         if config.group_size is not None:
             shape = (out_features, -(-in_features // config.group_size))

@@ -101,15 +101,16 @@ class PackedState(nn.Module):
     @property
     def panels(self) -> Tensor | None:
         """The integers if they lie in panels, else None."""
-        return self.weight_codes if self.layout.in_panels else None
+        return self.weight_codes if self.weight_codes.ndim == 3 else None
 
     @property
     def weight_matrix(self) -> PackedWeight:
         """The integers and their meaning, for a kernel."""
         config = self.config
         centred = config.symmetric and config.bits == 8
+        rows = self.weight_codes if self.panels is None else self.layout.row_codes()  # 2.9 compiles no layout
         return PackedWeight(
-            self.layout.row_codes(), self.scale, self.zero_point, config.bits, self.in_features, config.group_size,
+            rows, self.scale, self.zero_point, config.bits, self.in_features, config.group_size,
             centred,
         )  # fmt: skip
 

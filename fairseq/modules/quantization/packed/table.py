@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fairseq.modules.quantization.context import plain_context
+from fairseq.modules.quantization.context import default_device, plain_context
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.packed.packing import packed_length
 from fairseq.modules.quantization.packed.weight import PackedWeight, pack_codes, to_codes
@@ -58,7 +58,7 @@ class PackedTable(nn.Module):
         self.rows, self.columns, self.config, self.name = rows, columns, config, name
         width = columns if config.bits > 4 else packed_length(columns, config.bits)
         shape = (rows,) if config.group_size is None else (rows, -(-columns // config.group_size))
-        with plain_context(torch.get_default_device() if device is None else device):
+        with plain_context(default_device() if device is None else device):
             self.register_buffer("weight_codes", torch.zeros(rows, width, dtype=torch.uint8))
             self.register_buffer("scale", torch.ones(shape))
             self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.uint8))
