@@ -178,7 +178,8 @@ def family_of(model: nn.Module) -> Family:
     """
     known = _known(model)
     if known is not None:
-        return known
+        # with blocks in wrappers, its layers may have names that the family does not know
+        return known if {"attention", "mlp"} <= _components_by_name(model, known).keys() else _by_rule(model) or known
     if getattr(getattr(model, "config", None), "model_type", None) == ENCODER_DECODER:
         return _encoder_decoder(model)
     found = _components_by_name(model, VIT)
@@ -192,18 +193,23 @@ def family_of(model: nn.Module) -> Family:
         return Family(type(model).__name__, classifier=VIT.classifier, parts=whole)
     if {"attention", "mlp"} <= found.keys():
         return VIT
+    return _by_rule(model) or VIT
+
+
+def _by_rule(model: nn.Module) -> Family | None:
+    """The family that the generic rule makes for a model, with a warning; None if it finds no attention or no MLP."""
     family = _generic(model)
     counts = _components_by_name(model, family)
-    if {"attention", "mlp"} <= counts.keys():
-        text = ", ".join(f"{len(names)} {component} ({names[0]}, ...)" for component, names in counts.items())
-        warnings.warn(
-            f"{type(model).__name__} is of no known family; by their names, its Linear layers are taken for {text}. "
-            "Print the quantizer's report to see what was quantized",
-            UserWarning,
-            stacklevel=2,
-        )
-        return family
-    return VIT
+    if not {"attention", "mlp"} <= counts.keys():
+        return None
+    text = ", ".join(f"{len(names)} {component} ({names[0]}, ...)" for component, names in counts.items())
+    warnings.warn(
+        f"{type(model).__name__} is of no known family; by their names, its Linear layers are taken for {text}. "
+        "Print the quantizer's report to see what was quantized",
+        UserWarning,
+        stacklevel=3,
+    )
+    return family
 
 
 def _known(model: nn.Module) -> Family | None:

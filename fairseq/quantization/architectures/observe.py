@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -64,6 +65,10 @@ def observe(
         pixel_values: pictures, (N, C, H, W), whose first is taken; None for noise of the size in the model's config.
         text: also run the text tower of a model that has one.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model = copy.deepcopy(
+            model
+        )  # which may keep what it computes, as BEiT does: without numbers, not in the original
     seen = _watched(model, layers, blocks, pixel_values, text=False)
     rest = [name for name in layers if name not in seen.reached]
     if seen.failure is not None or not text or not rest:

@@ -183,3 +183,13 @@ def test_only_the_class_of_transformers_itself_is_known():
     assert class_of(type(kind.__name__, (kind,), {})) is None
     fake = type(kind.__name__, (nn.Module,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
     assert class_of(fake) is None
+
+
+def test_a_look_without_numbers_leaves_nothing_in_the_model():
+    """BEiT keeps an index that it computes once; one without numbers would stay with a model that is loaded."""
+    model = build("beit").to("meta")
+    assert observe(model, list(linear_layers(model)), []).failure is None
+    loaded = model.to_empty(device="cpu")
+    loaded.load_state_dict(build("beit").state_dict())
+    with torch.no_grad():
+        assert loaded(torch.zeros(1, 3, 16, 16)).logits.device.type == "cpu"

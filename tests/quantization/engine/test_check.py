@@ -178,7 +178,7 @@ def test_what_is_not_known_runs_layer_by_layer(tiny_vit, pixels, change):
         got, expected, exact = (logits(model, pixels) for model in (auto, layers, tiny_vit))
     finally:
         undo()
-    assert (exact - plain).abs().max() > 10 * (expected - exact).abs().max(), "the change must be felt"
+    assert (exact - plain).abs().max() > 5 * (expected - exact).abs().max(), "the change must be felt"
     if CASES[change] is None:
         assert report.fused_blocks == 2
         # flips of rounding, and attention in bfloat16: as much as rounding does
