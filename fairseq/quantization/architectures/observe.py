@@ -66,9 +66,7 @@ def observe(
         text: also run the text tower of a model that has one.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
-        model = copy.deepcopy(
-            model
-        )  # which may keep what it computes, as BEiT does: without numbers, not in the original
+        model = copy.deepcopy(model)  # a model may keep what it computes, as BEiT does, which has no numbers here
     seen = _watched(model, layers, blocks, pixel_values, text=False)
     rest = [name for name in layers if name not in seen.reached]
     if seen.failure is not None or not text or not rest:
