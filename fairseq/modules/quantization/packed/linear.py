@@ -132,7 +132,7 @@ class PackedLinear(PackedState):
         scale_dtype: torch.dtype = torch.float32,
     ) -> PackedLinear:
         """A layer to load a state dict into; its integers are 0 and its scales 1 until then. ``dtype``: of the bias."""
-        device = torch.get_default_device() if device is None else device
+        device = torch.empty(0).device if device is None else device
         shape: tuple[int, ...] = (1,) if config.method == "tensor" else (out_features,)
         if config.group_size is not None:
             shape = (out_features, -(-in_features // config.group_size))

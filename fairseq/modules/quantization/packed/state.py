@@ -101,7 +101,7 @@ class PackedState(nn.Module):
     @property
     def panels(self) -> Tensor | None:
         """The integers if they lie in panels, else None."""
-        return self.weight_codes if self.layout.in_panels else None
+        return self.weight_codes if self.layout.in_panels() else None
 
     @property
     def weight_matrix(self) -> PackedWeight:
@@ -148,7 +148,7 @@ class PackedState(nn.Module):
     def _place(self) -> None:
         """Bring the integers into panels where the native kernels can run them, else into rows."""
         wanted = self.native and self.weight_codes.device.type == "cpu" and bool(native.levels())
-        if wanted != self.layout.in_panels:
+        if wanted != self.layout.in_panels():
             with plain_context():
                 self.layout = self.layout.panels() if wanted else self.layout.rows()
 

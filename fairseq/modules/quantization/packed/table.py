@@ -58,7 +58,7 @@ class PackedTable(nn.Module):
         self.rows, self.columns, self.config, self.name = rows, columns, config, name
         width = columns if config.bits > 4 else packed_length(columns, config.bits)
         shape = (rows,) if config.group_size is None else (rows, -(-columns // config.group_size))
-        with plain_context(torch.get_default_device() if device is None else device):
+        with plain_context(torch.empty(0).device if device is None else device):
             self.register_buffer("weight_codes", torch.zeros(rows, width, dtype=torch.uint8))
             self.register_buffer("scale", torch.ones(shape))
             self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.uint8))
