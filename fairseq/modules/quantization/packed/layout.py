@@ -38,19 +38,18 @@ class Layout(NamedTuple):
         outputs, inputs = codes.shape
         return cls(codes if bytewise else pack_codes(codes, bits), None, bits, outputs, inputs, bytewise)
 
-    @property
     def in_panels(self) -> bool:
         """Whether the codes lie in panels."""
         return self.codes.ndim == 3
 
     def row_codes(self) -> Tensor:
         """The codes in rows as they lie, or out of their panels as int8 (out, in): what PyTorch's products take."""
-        return from_panels(self.codes, self.outputs, self.inputs, self.bits) if self.in_panels else self.codes
+        return from_panels(self.codes, self.outputs, self.inputs, self.bits) if self.in_panels() else self.codes
 
     def unpacked(self) -> Tensor:
         """The codes, int8 (out, in)."""
         rows = self.row_codes()
-        return rows if self.bytewise or self.in_panels else unpack_codes(rows, self.bits, self.inputs)
+        return rows if self.bytewise or self.in_panels() else unpack_codes(rows, self.bits, self.inputs)
 
     def integers(self) -> Tensor:
         """The weight's integers, uint8 (out, in)."""
@@ -58,18 +57,18 @@ class Layout(NamedTuple):
 
     def rows(self) -> Layout:
         """The same codes in rows."""
-        return Layout.of(self.row_codes(), self.bits, self.bytewise) if self.in_panels else self
+        return Layout.of(self.row_codes(), self.bits, self.bytewise) if self.in_panels() else self
 
     def panels(self) -> Layout:
         """The same codes in panels."""
-        if self.in_panels:
+        if self.in_panels():
             return self
         codes = self.unpacked()
         return self._replace(codes=to_panels(codes, self.bits), sums=sums_of(codes, self.bits))
 
     def saved(self) -> Tensor:
         """What a state dict holds of any layout: uint8 (out, packed_length(in, bits))."""
-        if not self.in_panels and not self.bytewise:
+        if not self.in_panels() and not self.bytewise:
             return self.codes
         return pack_codes(self.row_codes(), self.bits)
 
@@ -80,10 +79,10 @@ class Layout(NamedTuple):
 
     def loaded(self, saved: Tensor) -> Layout:
         """The codes that were saved, laid out as these are."""
-        if not self.in_panels and not self.bytewise:
+        if not self.in_panels() and not self.bytewise:
             return self._replace(codes=saved)
         rows = self._replace(codes=unpack_codes(saved, self.bits, self.inputs), sums=None, bytewise=True)
-        return (rows.panels() if self.in_panels else rows)._replace(bytewise=self.bytewise)
+        return (rows.panels() if self.in_panels() else rows)._replace(bytewise=self.bytewise)
 
     def summed(self) -> Layout:
         """The same codes, which may have been written to, with sums that are theirs."""

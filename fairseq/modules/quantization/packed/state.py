@@ -149,7 +149,7 @@ class PackedState(nn.Module):
     def _place(self) -> None:
         """Bring the integers into panels where the native kernels can run them, else into rows."""
         wanted = self.native and self.weight_codes.device.type == "cpu" and bool(native.levels())
-        if wanted != self.layout.in_panels:
+        if wanted != self.layout.in_panels():
             with plain_context():
                 self.layout = self.layout.panels() if wanted else self.layout.rows()
 

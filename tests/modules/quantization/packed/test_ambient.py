@@ -199,10 +199,24 @@ def test_a_first_use_that_only_pretends_to_compute_is_none(fresh):
     assert list(choosing._checked.values()) == [None]
 
 
-def test_an_empty_layer_is_on_the_default_device():
+def test_what_is_empty_is_on_the_default_device():
+    config = LinearConfig(8, "channel", "static")
+
+    def devices():
+        return {
+            b.device.type
+            for part in (PackedLinear.empty(75, 21, config), PackedTable(4, 6, config))
+            for b in part.buffers()
+        }
+
     with torch.device("meta"):
-        layer = PackedLinear.empty(75, 21, LinearConfig(activations="static"))
-        assert {buffer.device.type for buffer in layer.buffers()} == {"meta"}
+        assert devices() == {"meta"}
+    torch.set_default_device("meta")
+    try:
+        assert devices() == {"meta"}
+    finally:
+        torch.set_default_device(None)
+    assert devices() == {"cpu"}
 
 
 @each_state

@@ -30,7 +30,7 @@ def test_rows_and_panels_hold_the_same_codes(bits, unpacked):
     codes = codes_of(bits)
     rows = Layout.of(codes, bits, unpacked)
     panels = rows.panels()
-    assert (rows.in_panels, panels.in_panels) == (False, True)
+    assert (rows.in_panels(), panels.in_panels()) == (False, True)
     assert rows.codes.shape == (OUT, IN if unpacked or bits > 4 else packed_length(IN, bits))
     assert panels.codes.shape == panels_shape(OUT, IN, bits)
     assert (panels.sums is None) == (bits <= 4)
@@ -56,7 +56,7 @@ def test_what_was_saved_is_loaded_into_the_layout_that_is_there(form, bits, unpa
     loaded = layout.loaded(pack_codes(other, bits)).summed()
     assert torch.equal(loaded.unpacked(), other)
     assert loaded.codes.shape == layout.codes.shape
-    assert loaded.in_panels == layout.in_panels
+    assert loaded.in_panels() == layout.in_panels()
     assert (loaded.sums is None) == (layout.sums is None)
     assert loaded.sums is None or torch.equal(loaded.sums, other.sum(1, dtype=torch.int32))
     assert loaded[2:] == layout[2:]

@@ -521,7 +521,7 @@ def packed(**settings):
 def test_a_packed_layer_gives_what_the_reference_gives(settings):
     layer, plain = packed(**settings, backend="native"), packed(**settings, backend="reference")
     assert layer.backend == "native"
-    assert layer.layout.in_panels
+    assert layer.layout.in_panels()
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         x = 2 * torch.randn(3, 5, 75, generator=generator(1)).to(dtype)
         y = layer(x)
