@@ -63,7 +63,7 @@ class PackedTable(nn.Module):
             self.register_buffer("scale", torch.ones(shape))
             self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.uint8))
             settings = settings_tensor(config.bits, columns, config.group_size, config.symmetric)
-            self.register_buffer("settings", settings)
+            self.register_buffer("settings", settings.to(self.scale.device))
             self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     @plain_context()
