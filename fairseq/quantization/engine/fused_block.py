@@ -65,14 +65,23 @@ class FusedBlock(nn.Module):
         if x.ndim != 3 or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return False
         if torch.compiler.is_compiling():
-            layers = [cast(PackedLinear, self.get_submodule(path)) for path in self.plan.layers]
-            inner = [module for module in self.modules() if module is not self]
-            return all(layer.panels is not None for layer in layers) and not _any_watched(inner)
+            return self._fits_in_a_graph()
         if self._native is None or not self._native.holds():
             with plain_context():
                 self._native = native_block_of(self)
             self.plan = self.plan if self._native is None else self._native.plan
         return self._native is not None and not _any_watched(self._native.inner)
+
+    def _fits_in_a_graph(self) -> bool:
+        """Whether the block still is what its plan says, as far as a compiler that records this can follow."""
+        plan, inner = self.plan, [module for module in self.modules() if module is not self]
+        layers = [cast(PackedLinear, self.get_submodule(path)) for path in plan.layers]
+        attention = cast(Any, self.get_submodule(plan.attention))
+        set_as_planned = (attention.num_attention_heads, attention.scaling) == (plan.heads, plan.scaling)
+        epsilons = tuple([cast(nn.LayerNorm, self.get_submodule(path)).eps for path in plan.norms])
+        known = len(inner) == len(plan.classes) and all(type(m) is kind for m, kind in zip(inner, plan.classes))
+        in_panels = all(layer.panels is not None for layer in layers)
+        return known and set_as_planned and epsilons == plan.epsilons and in_panels and not _any_watched(inner)
 
     def _run(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.to(torch.float32).contiguous()

@@ -28,12 +28,16 @@ class FusedPlan:
         epsilons: of the two norms.
         heads: number of heads.
         scaling: what products of queries and keys are multiplied by.
+        attention: path of the module that has these two.
+        classes: of all modules within the block, in their order.
     """
 
     block: BlockPlan
     epsilons: tuple[float, float]
     heads: int
     scaling: float
+    attention: str
+    classes: tuple[type, ...]
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -84,7 +88,9 @@ def fused_plan(block: nn.Module, kind: type) -> FusedPlan | str:
         return "its activation is not the exact GELU"
     if reason := _other_attention(attention):
         return reason
-    return FusedPlan(plan, (norms[0].eps, norms[1].eps), heads, scaling)
+    paths = {path: part for path, part in block.named_modules() if path}
+    where = next(path for path, part in paths.items() if part is attention)
+    return FusedPlan(plan, (norms[0].eps, norms[1].eps), heads, scaling, where, tuple(map(type, paths.values())))
 
 
 def unfused_class(kind: type) -> Any:

@@ -215,6 +215,24 @@ def test_what_changes_after_a_block_was_fused_is_seen(tiny_vit, pixels):
             assert torch.equal(logits(changed, pixels), before)  # fused again
 
 
+@pytest.mark.parametrize("change", ["eps", "scaling", "class"])
+def test_a_compiler_sees_what_changed_since(tiny_vit, pixels, change):
+    """A graph is recorded after the change: it must not hold the native block of what was there before."""
+    quantizer = ViTQuantizer(bits=8, method="channel")
+    fused = quantizer.quantize_model(tiny_vit, engine="fused")
+    before = logits(fused, pixels)
+    for block in blocks(fused):
+        if change == "eps":
+            block.layernorm_before.eps = 1.0
+        elif change == "scaling":
+            attention(block).scaling *= 8
+        else:
+            derive(mlp(block), lambda kind, self, x: 0.25 * kind.forward(self, x))
+    torch.compiler.reset()
+    got, expected = logits(torch.compile(fused, backend="eager"), pixels), logits(fused, pixels)
+    assert (expected - before).abs().max() > 5 * (got - expected).abs().max()
+
+
 def test_a_block_that_adds_nothing_is_fused(tiny_vit):
     with torch.no_grad():
         for block in blocks(tiny_vit):
