@@ -25,6 +25,21 @@ def _matmul_precision(precision):
         torch.set_float32_matmul_precision(before)
 
 
+@contextmanager
+def default_device(device):
+    """Another device for every thread; afterwards as in a fresh process.
+
+    ``torch.set_default_device(None)`` alone leaves something behind, at which ``torch.get_default_device`` of 2.9, and
+    with it ``from_pretrained``, fails.
+    """
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)
+
+
 AMBIENT = {
     "bfloat16": lambda: _default_dtype(torch.bfloat16),
     "float16": lambda: _default_dtype(torch.float16),

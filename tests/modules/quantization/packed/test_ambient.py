@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from ambient import default_device
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -36,7 +37,7 @@ STATES = {
     "float16 by default": lambda: setting(torch.set_default_dtype, torch.float16, torch.float32),
     "bfloat16 by default": lambda: setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
     "float64 by default": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
-    "another device by default": lambda: setting(torch.set_default_device, "meta", None),
+    "another device by default": lambda: default_device("meta"),
     "a device context": lambda: torch.device("meta"),
     "medium precision": lambda: setting(torch.set_float32_matmul_precision, "medium", "highest"),
 }
@@ -211,11 +212,8 @@ def test_what_is_empty_is_on_the_default_device():
 
     with torch.device("meta"):
         assert devices() == {"meta"}
-    torch.set_default_device("meta")
-    try:
+    with default_device("meta"):
         assert devices() == {"meta"}
-    finally:
-        torch.set_default_device(None)
     assert devices() == {"cpu"}
 
 
