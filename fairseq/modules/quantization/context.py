@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,9 +30,15 @@ def plain_context(device: torch.device | str = "cpu") -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(torch.device(device))
+        stack.enter_context(on_device(device))
         stack.enter_context(_plain_process())
         yield
+
+
+def on_device(device: torch.device | str) -> AbstractContextManager[object]:
+    """``device`` by default; nothing where it is already, since PyTorch looks at every call under such a context."""
+    wanted = torch.device(device)
+    return nullcontext() if default_device() == wanted else wanted
 
 
 def default_device() -> torch.device:

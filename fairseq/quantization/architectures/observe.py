@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fairseq.modules.quantization.context import on_device
 from fairseq.quantization.architectures.blocks import BlockPlan
 from fairseq.quantization.architectures.forward import call, evaluating, picture_inputs, vision_config
 
@@ -85,7 +86,7 @@ def _watched(
     watch = _Watch(model, layers, blocks)
     try:
         inputs = _sample(model, pixel_values, text)
-        where = torch.device(inputs["pixel_values"].device)  # for what a model makes on its way, on the meta device
+        where = on_device(inputs["pixel_values"].device)  # for what a model makes on its way, on the meta device
         with watch, evaluating(model), torch.no_grad(), torch.random.fork_rng(_cuda(model)), where:
             call(model, inputs)
     except Exception as error:  # whatever a model raises that is not called as we call it

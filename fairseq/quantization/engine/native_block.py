@@ -30,9 +30,9 @@ class NativeBlock:
         prepared = [layer.prepared() for layer in layers]
         self.block = native.make_block(prepared, floats, plan.epsilons, plan.scaling, plan.heads)
         self.inner = [module for module in block.modules() if module is not block]
-        self.classes = [(module, type(module), _code(type(module))) for module in block.modules()]
-        self.base = unfused_class(type(block))
-        self.forward = self.base.forward
+        self.classes = [(module, type(module)) for module in block.modules()]
+        kinds = {*(kind for _, kind in self.classes), unfused_class(type(block))}
+        self.code = [(kind, kind.__call__, kind.forward) for kind in kinds]
         self.attention = attention_of(block)
         self.attention_function = attention_function(self.attention)
         self.seen: list[tuple[dict[str, Any], str]] = [
@@ -61,16 +61,14 @@ class NativeBlock:
         for (holder, name), found in zip(self.seen, self.found):
             if holder.get(name) is not found:
                 return False
-        for module, kind, forward in self.classes:
-            if type(module) is not kind or _code(kind) != forward:
+        for module, kind in self.classes:
+            if type(module) is not kind:
                 return False
-        if self.base.forward is not self.forward or attention_function(self.attention) != self.attention_function:
+        for kind, call, forward in self.code:
+            if kind.__call__ is not call or kind.forward is not forward:
+                return False
+        if attention_function(self.attention) != self.attention_function:
             return False
         return self.pointers == [tensor.data_ptr() for tensor in self.addressed] and all(
             native.version(tensor) == number for tensor, number in self.versions
         )
-
-
-def _code(kind: type) -> tuple[Any, Any]:
-    """What runs when a module of that class is called."""
-    return kind.__call__, kind.forward  # type: ignore[attr-defined]
