@@ -26,49 +26,53 @@ DOCS = ["sphinx>=8", "furo>=2024.8", "sphinx-copybutton>=0.5"]
 LINT = ["ruff>=0.12", "mypy>=1.16", "pre-commit>=4", "setuptools>=77"]  # setuptools: .ci/sanitize
 
 KERNELS = Path("fairseq", "modules", "quantization", "packed", "kernels")
-COMPILE = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma"]
-LEVELS = {"portable": []}  # instruction set -> the flags for its file alone; which one runs is decided at run time
+COMPILE = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi"]
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
+# Instruction sets, the slowest first: each a file of csrc/isa and the flags that the kernels are compiled with for it;
+# which one runs is decided at run time.
+LEVELS = {"amx_emulated": [], "portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {
-        "avx2": ["-mavx2", "-mfma"],
-        "avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
+        "avx2": AVX2,
+        "avxvnni": [*AVX2, "-mavxvnni"],
         "avx512vnni": AVX512,
         "avx512bf16": [*AVX512, "-mavx512bf16"],
+        "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
     }
 
 
 class BuildNative(build_ext):
-    """Compiles each file of the native library with the flags of its instruction set."""
+    """Compiles the kernels once for each instruction set, with its flags."""
 
     def build_extension(self, ext):
-        first, *others = ext.sources
+        native, kernels = ext.sources
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = list(pool.map(lambda source: self.compile_level(ext, source), others))
-        known = [f"-DWITH_{Path(source).stem}" for source, objects in zip(others, compiled) if objects]
-        objects = sum(compiled, self.compile(first, [*ext.extra_compile_args, *known]))
+            compiled = list(pool.map(lambda level: self.compile_level(ext, kernels, level), LEVELS))
+        known = " ".join(f"X({level})" for level, objects in zip(LEVELS, compiled) if objects)
+        objects = sum(compiled, self.compile(native, [*ext.extra_compile_args, f"-DLEVELS(X)={known}"], "native"))
         target = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, target, extra_postargs=ext.extra_link_args, target_lang="c++")
 
-    def compile_level(self, ext, source):
+    def compile_level(self, ext, source, level):
         """The object of one instruction set; none where the compiler does not know it."""
-        level = Path(source).stem
         try:
-            return self.compile(source, [*ext.extra_compile_args, *LEVELS[level]])
+            return self.compile(source, [*ext.extra_compile_args, *LEVELS[level], f"-DLEVEL={level}"], level)
         except CompileError as error:
             if level == "portable":
                 raise
             self.warn(f"this compiler does not know {level}, which is left out: {error}")
             return []
 
-    def compile(self, source, flags):
-        return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+    def compile(self, source, flags, name):
+        folder = str(Path(self.build_temp, name))
+        return self.compiler.compile([source], output_dir=folder, extra_postargs=flags)
 
 
 NATIVE = Extension(
     ".".join((*KERNELS.parts, "_native")),
-    [str(KERNELS / "csrc" / f"{name}.cpp") for name in ("native", *LEVELS)],
-    depends=[str(header) for header in sorted((KERNELS / "csrc").glob("*.h"))],
+    [str(KERNELS / "csrc" / name) for name in ("native.cpp", "level.cpp")],
+    depends=[str(header) for header in sorted((KERNELS / "csrc").rglob("*.h"))],
     extra_compile_args=COMPILE,
     extra_link_args=["-fopenmp"],
     language="c++",

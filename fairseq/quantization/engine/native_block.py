@@ -28,7 +28,11 @@ class NativeBlock:
         self.parameters = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
         floats = [tensor.detach().to(torch.float32).contiguous() for tensor in self.parameters]
         prepared = [layer.prepared() for layer in layers]
-        self.block = native.make_block(prepared, floats, plan.epsilons, plan.scaling, plan.heads)
+        by_role = dict(zip(plan.block.layers, prepared, strict=True))
+        pairs = {
+            f"norm{i + 1}": ("layer", *floats[2 * i : 2 * i + 2], epsilon) for i, epsilon in enumerate(plan.epsilons)
+        }
+        self.block = native.make_block(by_role, pairs, plan.heads, plan.scaling)
         self.inner = [module for module in block.modules() if module is not block]
         self.classes = [(module, type(module)) for module in block.modules()]
         kinds = {*(kind for _, kind in self.classes), unfused_class(type(block))}

@@ -10,8 +10,8 @@ import os
 import sysconfig
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from collections.abc import Iterator, Mapping, Sequence
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,6 @@ from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed.panels import is_narrow, panels_shape, sums_of, to_panels
 from fairseq.modules.quantization.packed.weight import code_offset
 from fairseq.modules.quantization.scalar.tokens import quantize_tokens
-
-LEVELS = ("portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16")
-"""Instruction sets that the library is compiled for, the slowest first."""
 
 ENVIRONMENT = "FAIRSEQ_QUANTIZATION_LEVEL"
 LIBRARY = "FAIRSEQ_QUANTIZATION_LIBRARY"
@@ -58,33 +55,66 @@ class Linear(Structure):
     )  # fmt: skip
 
 
+class Norm(Structure):
+    """A norm, as ``struct Norm`` of csrc/api.h."""
+
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("epsilon", c_float), ("kind", c_int32))
+
+
+NORMS = ("none", "layer", "rms", "l2")
+"""LayerNorm, RMSNorm, and x / max(norm of x, epsilon), in the order of the C enumeration ``NormKind``."""
+ACTIVATIONS = ("gelu", "gelu_tanh", "gelu_quick", "silu", "relu")
+"""In the order of the C enumeration ``Activation``."""
+GATINGS = ("none", "layer", "halves")
+"""Of an MLP, in the order of the C enumeration ``Gating``."""
+LAYERS = ("query", "key", "value", "output", "fc1", "gate", "fc2")
+BLOCK_NORMS = (
+    "norm1", "norm2", "post1", "post2", "query_norm", "key_norm", "attended_norm", "hidden_norm",
+)  # fmt: skip
+
+
 class Block(Structure):
     """An encoder block, as ``struct Block`` of csrc/api.h."""
 
     _fields_ = (
-        *((name, Linear) for name in ("query", "key", "value", "output", "fc1", "fc2")),
-        *((name, c_void_p) for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias")),
-        *((name, c_float) for name in ("norm1_epsilon", "norm2_epsilon", "scaling")),
+        *((name, Linear) for name in LAYERS),
+        *((name, Norm) for name in BLOCK_NORMS),
+        *((name, c_void_p) for name in ("scale1", "scale2", "head_scale")),
+        ("scaling", c_float),
+        *((name, c_int32) for name in ("projections", "activation", "gating")),
         *((name, c_int64) for name in ("width", "heads", "head_size", "mlp")),
     )
     kept: tuple[Any, ...]  # what it points to
 
 
+class Call(Structure):
+    """What a block is called with, as ``struct Call`` of csrc/api.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("images", "tokens", "row_count")),
+        *((name, c_void_p) for name in ("rows", "cosines", "sines", "bias", "mask")),
+        ("masks", c_int64), ("neighbours", c_int32), ("exact", c_int32),
+    )  # fmt: skip
+    kept: tuple[Any, ...]  # what it points to
+
+
 SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "fairseq_levels": (),
+    "fairseq_level_name": (c_int,),
+    "fairseq_supports": (c_int,),
     "fairseq_size": (c_int,),
-    "fairseq_gelu": (c_int, c_void_p, c_int64, c_void_p),
-    "fairseq_layer_norm": (c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float, c_void_p),
+    "fairseq_activate": (c_int, c_int, c_void_p, c_int64, c_void_p),
+    "fairseq_norm": (c_int, POINTER(Norm), c_void_p, c_int64, c_int64, c_void_p),
     "fairseq_quantize": (c_int, POINTER(Linear), c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
     "fairseq_product": (c_int, POINTER(Linear), c_void_p, c_int64, c_void_p),
     "fairseq_linear": (
         c_int, POINTER(Linear), c_void_p, c_int64, c_int, c_void_p, c_void_p, c_int, POINTER(c_double),
     ),
     "fairseq_attention": (
-        c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_float, c_void_p, c_int,
+        c_int, POINTER(Block), POINTER(Call), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int,
     ),
-    "fairseq_block": (
-        c_int, POINTER(Block), c_void_p, c_int64, c_int64, c_void_p, c_int, c_int64, POINTER(c_double),
+    "fairseq_blocks": (
+        c_int, POINTER(POINTER(Block)), c_int64, POINTER(Call), c_void_p, c_void_p, c_int, c_int64, c_int64,
+        POINTER(c_double),
     ),
 }  # fmt: skip
 
@@ -102,7 +132,8 @@ def library() -> ctypes.CDLL | None:
         for name, arguments in SIGNATURES.items():
             function = getattr(loaded, name)
             function.argtypes, function.restype = arguments, c_int
-        if (loaded.fairseq_size(0), loaded.fairseq_size(1)) != (ctypes.sizeof(Linear), ctypes.sizeof(Block)):
+        loaded.fairseq_level_name.restype = c_char_p
+        if [loaded.fairseq_size(i) for i in range(3)] != [ctypes.sizeof(kind) for kind in (Linear, Block, Call)]:
             raise OSError(f"{file} was built from another version of its sources; reinstall fairseq")
     except (OSError, AttributeError) as error:
         if chosen:
@@ -114,22 +145,28 @@ def library() -> ctypes.CDLL | None:
 
 
 @functools.cache
+def level_names() -> tuple[str, ...]:
+    """The instruction sets that the library was compiled for, the slowest first: what it says itself."""
+    loaded = library()
+    names = (loaded.fairseq_level_name(level) for level in itertools.count()) if loaded else iter(())
+    return tuple(name.decode() for name in itertools.takewhile(lambda name: name is not None, names))
+
+
+@functools.cache
 def levels() -> tuple[str, ...]:
     """The instruction sets that run here and agree with the reference, the slowest first; empty without the library."""
-    loaded = library()
-    mask = loaded.fairseq_levels() if loaded else 0
-    here = [bit for bit in range(len(LEVELS)) if mask >> bit & 1]
-    wrong = {bit: problem for bit in here if (problem := _disagreement(bit))}
-    for bit, problem in wrong.items():
-        warnings.warn(f"the native kernels for {LEVELS[bit]} are not used: {problem}", stacklevel=2)
-    return tuple(LEVELS[bit] for bit in here if bit not in wrong)
+    here = [level for level in range(len(level_names())) if _library().fairseq_supports(level)]
+    wrong = {level: problem for level in here if (problem := _disagreement(level))}
+    for level, problem in wrong.items():
+        warnings.warn(f"the native kernels for {level_names()[level]} are not used: {problem}", stacklevel=2)
+    return tuple(level_names()[level] for level in here if level not in wrong)
 
 
 @functools.cache
 def _checked_level(wanted: str) -> int:
     if wanted not in levels():
         raise ValueError(f"level {wanted!r} does not run here; {', '.join(levels())} do")
-    return LEVELS.index(wanted)
+    return level_names().index(wanted)
 
 
 def level_number(level: str | None = None) -> int:
@@ -223,54 +260,153 @@ class Prepared:
         return same and self.pointers == _pointers(parts) and all(version(t) == number for t, number in self.versions)
 
 
+NormParts = tuple[str, Tensor | None, Tensor | None, float]
+"""Kind, one of :data:`NORMS`; weight and bias, float32 of the row's width, or None; epsilon."""
+
+
 def make_block(
-    layers: Sequence[Prepared], norms: Sequence[Tensor], epsilons: Sequence[float], scaling: float, heads: int
+    layers: Mapping[str, Prepared],
+    norms: Mapping[str, NormParts],
+    heads: int,
+    scaling: float,
+    activation: str = "gelu",
+    gating: str = "none",
+    scales: Sequence[Tensor | None] = (None, None),
+    head_scale: Tensor | None = None,
 ) -> Block:
     """Check that the parts of an encoder block fit together, and point to them.
 
     Args:
-        layers: query, key, value, output, fc1, fc2.
-        norms: weight and bias of the LayerNorm before attention, and of the one after; float32 (width,).
-        epsilons: of the two.
-        scaling: what products of queries and keys are multiplied by.
+        layers: by their names in :data:`LAYERS`; without "key" and "value" the query's outputs are those of all three,
+            a third each. "gate" with ``gating="layer"``.
+        norms: by their names in :data:`BLOCK_NORMS`; one that is missing is none.
         heads: number of heads.
+        scaling: what products of queries and keys are multiplied by.
+        activation: one of :data:`ACTIVATIONS`.
+        gating: "none": act(fc1(x)); "layer": act(gate(x)) * fc1(x); "halves": act(g) * u of the halves of fc1(x).
+        scales: LayerScale of attention and MLP, float32 (width,), or None.
+        head_scale: in the place of ``scaling``, float32 (heads,), or None.
 
     Raises:
         ValueError: sizes that do not fit together; the message gives them.
     """
-    linears = [layer.linear for layer in layers]
-    query, _, _, _, fc1, _ = linears
-    width, inner, mlp = query.inputs, query.outputs, fc1.outputs
-    sizes = [(linear.inputs, linear.outputs) for linear in linears]
-    expected = [(width, inner)] * 3 + [(inner, width), (width, mlp), (mlp, width)]
+    linears = {name: layer.linear for name, layer in layers.items()}
+    three = "key" in linears
+    query, fc1, fc2 = linears["query"], linears["fc1"], linears["fc2"]
+    width, inner, mlp = query.inputs, query.outputs if three else query.outputs // 3, fc2.inputs
+    first = (width, 2 * mlp if gating == "halves" else mlp)
+    expected = {
+        "query": (width, inner if three else 3 * inner),
+        **({"key": (width, inner), "value": (width, inner)} if three else {}),
+        "output": (inner, width), "fc1": first, **({"gate": first} if gating == "layer" else {}), "fc2": (mlp, width),
+    }  # fmt: skip
+    sizes = {name: (linear.inputs, linear.outputs) for name, linear in linears.items()}
     if sizes != expected or inner % heads:
         raise ValueError(f"an encoder block with {heads} heads has layers of (in, out) {expected}, got {sizes}")
     if not scaling > 0:
         raise ValueError(f"the scaling of attention must be positive, got {scaling}")
-    for name, norm in zip(("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"), norms, strict=True):
-        _check(name, norm, torch.float32, (width,))
-    pointers = (norm.data_ptr() for norm in norms)
-    block = Block(*linears, *pointers, *epsilons, scaling, width, heads, inner // heads, mlp)
-    block.kept = (*layers, *norms)
+    size = inner // heads
+    widths = dict.fromkeys(BLOCK_NORMS, width)
+    widths |= {"query_norm": size, "key_norm": size, "attended_norm": inner, "hidden_norm": mlp}
+    for name, (_, *parts, _) in norms.items():
+        for part, tensor in zip(("weight", "bias"), parts, strict=True):
+            if tensor is not None:
+                _check(f"{name}.{part}", tensor, torch.float32, (widths[name],))
+    for name, scale, shape in zip(("scale1", "scale2", "head_scale"), (*scales, head_scale), (width, width, heads)):
+        if scale is not None:
+            _check(name, scale, torch.float32, (shape,))
+    block = Block(
+        *(linears.get(name, Linear()) for name in LAYERS),
+        *(_norm(norms.get(name)) for name in BLOCK_NORMS),
+        *(_pointer(scale) for scale in (*scales, head_scale)),
+        scaling, 3 if three else 1, ACTIVATIONS.index(activation), GATINGS.index(gating), width, heads, size, mlp,
+    )  # fmt: skip
+    block.kept = (*layers.values(), *norms.values(), *scales, head_scale)
     return block
 
 
-def run_block(block: Block, x: Tensor, level: int, slice_rows: int = 98) -> Tensor:
-    """The block's output for hidden states ``x``, float32 (images, tokens, width)."""
-    _check("hidden_states", x, torch.float32, (*x.shape[:2], block.width))
+def _norm(parts: NormParts | None) -> Norm:
+    if parts is None:
+        return Norm()
+    kind, weight, bias, epsilon = parts
+    return Norm(_pointer(weight), _pointer(bias), epsilon, NORMS.index(kind))
+
+
+def make_call(
+    images: int,
+    tokens: int,
+    rows: Tensor | None = None,
+    row_count: int | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None,
+    neighbours: bool = False,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    heads: int = 1,
+    head_size: int = 1,
+) -> Call:
+    """What a block is called with, besides its hidden states; checked, and pointed to.
+
+    Args:
+        images, tokens: an image is what attends to itself: a window, where there are windows.
+        rows: int32 (images * tokens,): the row of the hidden states that stands there, -1 for zeros after the norm.
+        row_count: of the hidden states; images * tokens if not given.
+        rotation: cosines and sines, float32 (tokens, head_size), of queries and keys.
+        neighbours: whether columns 2 i and 2 i + 1 turn together, not i and i + head_size / 2.
+        bias: float32 (heads, tokens, tokens), added to the scaled products.
+        mask: float32 (masks, tokens, tokens), added, too: image i has mask i % masks.
+        heads, head_size: of the block.
+
+    Raises:
+        ValueError: another dtype, shape or device.
+    """
+    if rows is not None:
+        _check("rows", rows, torch.int32, (images * tokens,))
+    for name, table in zip(("cosines", "sines"), rotation or ()):
+        _check(name, table, torch.float32, (tokens, head_size))
+    if bias is not None:
+        _check("bias", bias, torch.float32, (heads, tokens, tokens))
+    if mask is not None:
+        _check("mask", mask, torch.float32, (len(mask), tokens, tokens))
+    cosines, sines = rotation or (None, None)
+    call = Call(
+        images, tokens, images * tokens if row_count is None else row_count, _pointer(rows), _pointer(cosines),
+        _pointer(sines), _pointer(bias), _pointer(mask), 0 if mask is None else len(mask), neighbours, 0,
+    )  # fmt: skip
+    call.kept = (rows, rotation, bias, mask)
+    return call
+
+
+ROWS_AT_ONCE, SLICE = 256, 224
+"""Rows of images that one thread takes at once, and of an MLP at once: what stays in its cache."""
+
+
+def run_blocks(blocks: Sequence[Block], x: Tensor, call: Call, level: int) -> Tensor:
+    """The output of blocks, one after the other, for hidden states ``x``, float32 (..., width), ``call.row_count`` rows."""
+    width = blocks[0].width
+    if x.numel() != call.row_count * width:
+        raise ValueError(f"the call is for {call.row_count} rows of {width}, got hidden states of {tuple(x.shape)}")
+    _check("hidden_states", x, torch.float32, (*x.shape[:-1], width))
     out = torch.empty_like(x)
     if x.numel():
+        pointers = (POINTER(Block) * len(blocks))(*map(ctypes.pointer, blocks))
         _raise(
-            _library().fairseq_block(
-                level, block, x.data_ptr(), x.shape[0], x.shape[1], out.data_ptr(), torch.get_num_threads(),
-                slice_rows, _recorder.stages,
+            _library().fairseq_blocks(
+                level, pointers, len(blocks), call, x.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+                ROWS_AT_ONCE, SLICE, _recorder.stages,
             )
         )  # fmt: skip
     return out
 
 
-def run_linear(linear: Linear, x: Tensor, level: int, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
-    """y = x @ W.T + bias, or GELU of y, or residual + y: float32 (rows, in) -> (rows, out)."""
+def run_block(block: Block, x: Tensor, level: int) -> Tensor:
+    """The block's output for hidden states ``x``, float32 (images, tokens, width)."""
+    return run_blocks([block], x, make_call(*x.shape[:2]), level)
+
+
+def run_linear(
+    linear: Linear, x: Tensor, level: int, activation: str | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """y = x @ W.T + bias, or an activation of y, or residual + y: float32 (rows, in) -> (rows, out)."""
     _check("x", x, torch.float32, (len(x), linear.inputs))
     shape = (len(x), linear.outputs)
     if residual is not None:
@@ -279,30 +415,30 @@ def run_linear(linear: Linear, x: Tensor, level: int, gelu: bool = False, residu
     if out.numel():
         _raise(
             _library().fairseq_linear(
-                level, linear, x.data_ptr(), len(x), gelu, _pointer(residual), out.data_ptr(), torch.get_num_threads(),
-                _recorder.stages,
+                level, linear, x.data_ptr(), len(x), -1 if activation is None else ACTIVATIONS.index(activation),
+                _pointer(residual), out.data_ptr(), torch.get_num_threads(), _recorder.stages,
             )
         )  # fmt: skip
     return out
 
 
-def gelu(x: Tensor, level: int) -> Tensor:
-    """x * (1 + erf(x / sqrt(2))) / 2 to 1e-5: float32 -> float32, the same shape."""
+def activate(x: Tensor, activation: str, level: int) -> Tensor:
+    """One of :data:`ACTIVATIONS`, to 1e-5: float32 -> float32, the same shape."""
     _check("x", x, torch.float32, tuple(x.shape))
     out = torch.empty_like(x)
-    _library().fairseq_gelu(level, x.data_ptr(), x.numel(), out.data_ptr())
+    _library().fairseq_activate(level, ACTIVATIONS.index(activation), x.data_ptr(), x.numel(), out.data_ptr())
     return out
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, level: int) -> Tensor:
-    """LayerNorm over the last dimension: float32 (rows, width) -> the same."""
+def norm(x: Tensor, parts: NormParts, level: int) -> Tensor:
+    """A norm over the last dimension: float32 (rows, width) -> the same."""
     rows, width = x.shape
     _check("x", x, torch.float32, (rows, width))
-    _check("weight", weight, torch.float32, (width,))
-    _check("bias", bias, torch.float32, (width,))
+    for name, tensor in zip(("weight", "bias"), parts[1:3]):
+        if tensor is not None:
+            _check(name, tensor, torch.float32, (width,))
     out = torch.empty_like(x)
-    pointers = x.data_ptr(), rows, width, weight.data_ptr(), bias.data_ptr(), epsilon, out.data_ptr()
-    _library().fairseq_layer_norm(level, *pointers)
+    _library().fairseq_norm(level, _norm(parts), x.data_ptr(), rows, width, out.data_ptr())
     return out
 
 
@@ -337,10 +473,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, scaling: fl
         _check(name, tensor, torch.float32, (images, tokens, width))
     out = torch.empty_like(query)
     if out.numel():
-        sizes = width, images, tokens, heads, width // heads
-        pointers = query.data_ptr(), key.data_ptr(), value.data_ptr()
-        threads = torch.get_num_threads()
-        _raise(_library().fairseq_attention(level, *pointers, *sizes, scaling, out.data_ptr(), threads))
+        block = Block(heads=heads, head_size=width // heads, scaling=scaling)
+        pointers = (tensor.data_ptr() for tensor in (query, key, value))
+        call, threads = make_call(images, tokens), torch.get_num_threads()
+        _raise(_library().fairseq_attention(level, block, call, *pointers, width, out.data_ptr(), threads))
     return out
 
 

@@ -39,11 +39,16 @@ def native_block(
 ) -> Tensor:
     """An encoder block: float32 (images, tokens, width) -> the same.
 
-    ``parts`` and ``sizes`` are those of the query, key, value, output, fc1 and fc2 layers, one after the other; the
-    rest as for :func:`native.make_block`.
+    ``parts`` and ``sizes`` are those of the query, key, value, output, fc1 and fc2 layers, one after the other, and
+    ``norms`` weight and bias of the two LayerNorms; the rest as for :func:`native.make_block`.
     """
-    layers = [native.Prepared(tuple(parts[i * PARTS :][:PARTS]), sizes[3 * i : 3 * i + 3]) for i in range(6)]
-    return native.run_block(native.make_block(layers, norms, epsilons, scaling, heads), x, native.level_number())
+    names = [name for name in native.LAYERS if name != "gate"]
+    layers = {
+        name: native.Prepared(tuple(parts[i * PARTS :][:PARTS]), sizes[3 * i : 3 * i + 3])
+        for i, name in enumerate(names)
+    }
+    pairs = {f"norm{i + 1}": ("layer", *norms[2 * i : 2 * i + 2], epsilons[i]) for i in range(2)}
+    return native.run_block(native.make_block(layers, pairs, heads, scaling), x, native.level_number())
 
 
 @native_block.register_fake

@@ -23,8 +23,9 @@ from fairseq.modules.quantization.packed.kernels import native, operators, refer
 from fairseq.modules.quantization.packed.panels import sums_of, to_panels
 from fairseq.modules.quantization.scalar.tokens import quantize_static, quantize_tokens
 
-LEVELS = [native.LEVELS.index(name) for name in native.levels()]
-each_level = pytest.mark.parametrize("level", LEVELS, ids=lambda level: native.LEVELS[level])
+LEVELS = [native.level_number(name) for name in native.levels()]
+PORTABLE = native.level_number("portable") if native.levels() else 0
+each_level = pytest.mark.parametrize("level", LEVELS, ids=lambda level: native.level_names()[level])
 INF, NAN = float("inf"), float("nan")
 EPS = eps(torch.float32)
 
@@ -238,12 +239,12 @@ def gelu_bound(x):
 @each_level
 def test_gelu_is_as_accurate_as_promised(level):
     x = torch.linspace(-20, 20, 100_003)
-    assert is_within(native.gelu(x, level), F.gelu(x.double()), gelu_bound(x))
+    assert is_within(native.activate(x, "gelu", level), F.gelu(x.double()), gelu_bound(x))
     ends = torch.tensor([0.0, -0.0, 1e30, -1e30, 1e-40, INF, -INF])
-    got, expected = native.gelu(ends, level), torch.tensor([0.0, 0.0, 1e30, 0.0, 0.0, INF, 0.0])
+    got, expected = native.activate(ends, "gelu", level), torch.tensor([0.0, 0.0, 1e30, 0.0, 0.0, INF, 0.0])
     assert got[5] == INF
     assert is_within(got[[0, 1, 2, 3, 4, 6]], expected[[0, 1, 2, 3, 4, 6]], 1.2e-6)
-    assert bool(native.gelu(torch.full((37,), NAN), level).isnan().all())
+    assert bool(native.activate(torch.full((37,), NAN), "gelu", level).isnan().all())
 
 
 def layer_norm_bound(x, weight, bias, epsilon):
@@ -266,7 +267,7 @@ def layer_norm_bound(x, weight, bias, epsilon):
 def test_layer_norm(level, width):
     x = torch.randn(7, width, generator=generator(0)) * 3 + 5
     weight, bias = torch.randn(2, width, generator=generator(1))
-    got = native.layer_norm(x, weight, bias, 1e-6, level)
+    got = native.norm(x, ("layer", weight, bias, 1e-6), level)
     doubles = x.double(), weight.double(), bias.double()
     expected = F.layer_norm(doubles[0], (width,), *doubles[1:], 1e-6)
     assert is_within(got, expected, layer_norm_bound(*doubles, 1e-6))
@@ -290,7 +291,7 @@ def test_a_layer_is_its_integers_scaled(level, settings, shape):
     total, expected = magnitudes(x, layer, weight)
     got = native.run_linear(layer.linear, x, level)
     assert is_within(got, expected, SCALED * total)
-    activated = native.run_linear(layer.linear, x, level, gelu=True)
+    activated = native.run_linear(layer.linear, x, level, activation="gelu")
     steepest = 1.13  # of GELU
     assert is_within(activated, F.gelu(expected), steepest * SCALED * total + gelu_bound(expected))
     residual = torch.randn(rows, outputs, generator=generator(2))

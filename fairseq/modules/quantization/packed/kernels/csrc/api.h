@@ -22,76 +22,135 @@ struct Linear {
   int32_t input_zero;
 };
 
-// A pre-norm encoder block. `width` is that of the hidden states, `head_size` that of a head.
+enum NormKind { NORM_NONE, NORM_LAYER, NORM_RMS, NORM_L2 };
+
+// LayerNorm; x / sqrt(mean(x^2) + epsilon) * weight; or x / max(|x|, epsilon).
+struct Norm {
+  const float *weight, *bias;  // of the row's width, or null for 1 and 0
+  float epsilon;
+  int32_t kind;
+};
+
+enum Activation { GELU, GELU_TANH, GELU_QUICK, SILU, RELU };
+enum Gating { GATING_NONE, GATING_LAYER, GATING_HALVES };
+
+// An encoder block:
+//   h = x + scale1 * post1(output(attended_norm(attention(norm1(x)))))
+//   y = h + scale2 * post2(fc2(hidden_norm(hidden)))
+//   hidden = act(fc1(norm2(h))), or act(gate(norm2(h))) * fc1(norm2(h)), or act(g) * u of the halves g, u that fc1 gives
 struct Block {
-  Linear query, key, value, output, fc1, fc2;
-  const float *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
-  float norm1_epsilon, norm2_epsilon, scaling;
-  int64_t width, heads, head_size, mlp;
+  Linear query, key, value;          // with one projection, query gives all three, each of heads * head_size columns
+  Linear output, fc1, gate, fc2;
+  Norm norm1, norm2, post1, post2;   // of a row
+  Norm query_norm, key_norm;         // of each head's part of a row, before its rotation
+  Norm attended_norm, hidden_norm;
+  const float *scale1, *scale2;      // LayerScale, (width,), or null
+  const float* head_scale;           // (heads,): what products of queries and keys are multiplied by, or null for scaling
+  float scaling;
+  int32_t projections, activation, gating;
+  int64_t width, heads, head_size, mlp;  // mlp: the inputs of fc2
+};
+
+// What a block is called with, besides the hidden states (row_count, width).
+struct Call {
+  int64_t images, tokens, row_count;  // an image is what attends to itself: a window, where there are windows
+  const int32_t* rows;        // (images * tokens,): the row of the hidden states that stands there, -1 for zeros; or null
+  const float *cosines, *sines;       // (tokens, head_size), the rotation of queries and keys, or null
+  const float* bias;          // (heads, tokens, tokens), added to the scaled products, or null
+  const float* mask;          // (masks, tokens, tokens), added, too: image i has mask i % masks; or null
+  int64_t masks;
+  int32_t neighbours;         // whether a rotation is of columns 2 i and 2 i + 1, not i and i + head_size / 2
+  int32_t exact;              // whether attention is in float, in an order that is the same everywhere
 };
 
 // Where the time goes, in seconds of one thread.
 enum Stage { STAGE_NORM, STAGE_PRODUCT, STAGE_EPILOGUE, STAGE_ATTENTION, STAGE_QUANTIZE, STAGE_UNPACK, STAGE_WAIT, STAGES };
 
-const int64_t PANEL = 32;     // outputs of a panel
-const int64_t TILE = 14;      // most rows of a tile: 28 accumulators, 2 weight vectors, 2 spare, of 32 registers
-const int64_t GROUP = 16;     // bytes of a row that lie together in a tile; the next group is that of the next row
+const int64_t PANEL = 32;        // outputs of a panel
+const int64_t PANEL_STEP = 16;   // inputs are filled up to a multiple of it
 const int64_t ALIGNMENT = 64;
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t steps_of(int64_t in) { return divide_up(in, GROUP) * (GROUP / 4); }  // of 4 inputs, of a panel
+static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+template <typename Type>
+static inline Type* least(Type* a, Type* b) {
+  return a < b ? a : b;
+}
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t steps_of(int64_t in) { return round_up(in, PANEL_STEP) / 4; }  // of 4 inputs, of a panel
+static inline int64_t panel_count(const Linear& linear) { return divide_up(linear.out, PANEL); }
+static inline int64_t panel_bytes(const Linear& linear) {
+  return steps_of(linear.in) * 4 * PANEL / (linear.narrow ? 2 : 1);
+}
 
-// Rows that are multiplied together: all of one image, the first is `row` of the call.
+// Rows that are multiplied together, counted from the first of a chunk.
 struct Tile {
-  int64_t row, image, token;
-  int32_t rows;
+  int32_t row, rows;
 };
 
-// Memory of one call, for all of its threads.
+// Where a row of a chunk belongs.
+struct Place {
+  int32_t image, token;
+};
+
+// Threads that work on the same rows, each on its share; all of them call wait().
+struct Crew {
+  int member, members;
+  struct Barrier* barrier;  // null for a single one
+};
+extern "C" void fairseq_wait(struct Barrier* barrier, int members);
+
+// Memory of a crew, for the rows of a chunk.
 struct SharedWorkspace {
-  uint8_t* integers;            // of all rows, in tiles: GROUP columns of each row, then the next GROUP
+  Tile* tiles;
+  Place* places;                // (rows,)
+  int64_t tile_count, rows, images, tokens;
+  uint8_t* integers;            // of all rows, in tiles: a group of columns of each row, then the next group
   float* scales;                // (rows,): of the integers
   int32_t* sums;                // (rows,): of the integers
-  uint16_t *queries, *keys, *values;  // bfloat16, see attention.h
+  void *queries, *keys, *values;  // see attention.h
+  float* projected;             // (rows, 2 * heads * head_size): queries and keys that are normed or rotated
   float* attended;              // (rows, heads * head_size)
-  int64_t rows, tokens;
-  int64_t stride;               // bytes of a row among the integers, the same for all layers: rows stay with their thread
+  float* added;                 // (rows, width): what is normed before it is added
+  float* hidden;                // (rows of a slice, outputs of fc1)
 };
 
 // Memory of one thread.
 struct ThreadWorkspace {
-  Tile* tiles;
-  int64_t tile_count;
   float* row;                   // one row of any layer
-  float* values;                // TILE x PANEL
-  int32_t* accumulators;        // TILE x PANEL
-  uint8_t* panel;               // the codes of a panel, a byte each
-  float* scores;                // TILE x tokens, filled up to panels
-  uint16_t* weights;            // TILE x tokens, filled up to pairs
-  float* hidden;                // a slice of rows x mlp
-  uint8_t* hidden_integers;
-  float* hidden_scales;
-  int32_t* hidden_sums;
+  float* values;                // rows of a tile x PANEL
+  int32_t* accumulators[2];     // rows of a tile x PANEL
+  uint8_t* panel[2];            // the codes of a panel, a byte each
+  float* scores;                // rows of a tile x tokens, filled up to panels
+  void* weights;                // rows of a tile x tokens, filled up to groups
   double* stages;               // STAGES seconds, or null
   double started;
 };
 
-// What one instruction set offers.
+// What one instruction set offers. enter() and leave() are called by each thread around everything else.
 struct Kernels {
   const char* name;
-  void (*layer_norm)(const float* x, int64_t width, const float* weight, const float* bias, float epsilon, float* y);
-  void (*gelu)(const float* x, int64_t count, float* y);
+  int64_t tile_rows, group;     // of a tile; bytes of a row that lie together
+  int32_t offset;               // of the bytes that integers become
+  void (*enter)();
+  void (*leave)();
+  void (*norm)(const Norm& norm, const float* x, int64_t width, float* y);
+  void (*activate)(int32_t activation, const float* x, int64_t count, float* y);
   // Rounds one row into row `row` of a tile of `rows` rows; scale and sum are of the integers.
   void (*quantize)(const float* x, const Linear& grid, float* scratch, uint8_t* tile, int64_t row, int64_t rows,
                    float* scale, int32_t* sum);
   // Integer sums of a tile, (rows, PANEL).
   void (*product)(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums);
-  // Panels first ... last - 1 for the own tiles, from the shared integers of `first_row` on: out = y (+ residual).
-  void (*linear)(const Linear& linear, const SharedWorkspace& shared, ThreadWorkspace& own, int64_t first, int64_t last, bool gelu,
-                 const float* residual, float* out);
-  void (*attention_pack)(const float* const* qkv, int64_t row_stride, int64_t heads, int64_t head_size,
-                         const SharedWorkspace& shared, ThreadWorkspace& own);
-  void (*attend)(int64_t heads, int64_t head_size, float scaling, const SharedWorkspace& shared, ThreadWorkspace& own);
-  void (*before_attention)(const Block& block, const float* x, const SharedWorkspace& shared, ThreadWorkspace& own);
-  void (*after_attention)(const Block& block, const float* x, const SharedWorkspace& shared, ThreadWorkspace& own, int64_t slice, float* out);
+  // Panels first ... last - 1 for the tiles from `from` to `to`: out = y, activated if that is not -1, (+ residual).
+  void (*linear)(const Linear& linear, const SharedWorkspace& shared, ThreadWorkspace& own, int64_t from, int64_t to,
+                 int64_t first, int64_t last, int32_t activation, const float* residual, float* out);
+  // Queries, keys and values of all rows of a chunk to where they are read; rows `row_stride` floats apart.
+  void (*attention_pack)(const float* const* qkv, int64_t row_stride, const Block& block, const Call& call,
+                         const SharedWorkspace& shared, const Crew& crew);
+  void (*attend)(const Block& block, const Call& call, int64_t first_image, const SharedWorkspace& shared,
+                 ThreadWorkspace& own, const Crew& crew);
+  // The block for the images of a chunk, the first of which is `first_image`.
+  void (*block)(const Block& block, const Call& call, int64_t first_image, const float* x, float* out,
+                const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t slice);
 };

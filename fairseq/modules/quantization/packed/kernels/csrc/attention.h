@@ -1,6 +1,6 @@
 // Attention, a head and a tile of queries at a time: bfloat16 products, softmax in float, nothing of tokens x tokens.
 //
-// queries  [head][row of the call] in tiles, as the integers of a product: GROUP bytes of each row, then the next
+// queries  [head][image][tile of an image's tokens], as the integers of a product: a group of each row, then the next
 // keys     [image][head][32 tokens][pair of columns][32][2], the tokens filled up to 32
 // values   [image][head][32 columns][pair of tokens][32][2], the columns filled up to 32
 //
@@ -8,174 +8,287 @@
 #pragma once
 
 #include "api.h"
-#include "product.h"
+#include "gemm.h"
 #include "vector.h"
 
 namespace {  // each instruction set has its own
+
+const int64_t HALVES = Isa::GROUP / 2;  // numbers of bfloat16 in a group
 
 // Rounds half to even to bfloat16; NaN stays NaN.
 static inline Halves bfloat16(Floats x) {
 #if defined(__AVX512BF16__)
   return (Halves)_mm512_cvtneps_pbh((__m512)x);
 #else
-  Words bits = (Words)x;
-  Words up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words bits = (Words)x;
+  const Words up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return __builtin_convertvector(x != x ? (bits >> 16) | 0x40 : up, Halves);
 #endif
 }
 
 struct Heads {
-  int64_t heads, size, pairs, panels, key_panels, token_pairs;  // pairs and panels of columns; panels, pairs of tokens
-  Heads(int64_t heads, int64_t size, int64_t tokens)
-      : heads(heads), size(size), pairs(divide_up(size, HALVES) * HALVES / 2), panels(divide_up(size, PANEL)),
-        key_panels(divide_up(tokens, PANEL)), token_pairs(divide_up(tokens, HALVES) * HALVES / 2) {}
-  uint16_t* query(const SharedWorkspace& shared, int64_t head, int64_t row) const {
-    return shared.queries + (head * shared.rows + row) * pairs * 2;
+  int64_t heads, size, images, tokens;
+  int64_t pairs, panels, key_panels, token_pairs;  // pairs and panels of columns; panels, pairs of tokens
+  uint16_t *queries, *keys, *values;
+  Heads(const Block& block, const SharedWorkspace& shared)
+      : heads(block.heads), size(block.head_size), images(shared.images), tokens(shared.tokens),
+        pairs(round_up(size, HALVES) / 2), panels(divide_up(size, PANEL)), key_panels(divide_up(tokens, PANEL)),
+        token_pairs(round_up(tokens, HALVES) / 2), queries((uint16_t*)shared.queries), keys((uint16_t*)shared.keys),
+        values((uint16_t*)shared.values) {}
+  // The tile of queries that begins with a token.
+  uint16_t* query(int64_t image, int64_t head, int64_t token) const {
+    return queries + ((head * images + image) * tokens + token) * pairs * 2;
   }
-  uint16_t* key(const SharedWorkspace& shared, int64_t image, int64_t head) const {
-    return shared.keys + (image * heads + head) * key_panels * pairs * PANEL * 2;
+  uint16_t* key(int64_t image, int64_t head) const { return keys + (image * heads + head) * key_panels * pairs * PANEL * 2; }
+  uint16_t* value(int64_t image, int64_t head) const {
+    return values + (image * heads + head) * panels * token_pairs * PANEL * 2;
   }
-  uint16_t* value(const SharedWorkspace& shared, int64_t image, int64_t head) const {
-    return shared.values + (image * heads + head) * panels * token_pairs * PANEL * 2;
-  }
+  int64_t tile_rows(int64_t first) const { return least(Isa::ROWS, tokens - first); }
 };
 
 // Consecutive numbers of a row to a tile of `rows` rows, from `to` on.
 static inline void store_groups(Halves halves, uint16_t* to, int64_t rows) {
 #if LANES == 16
-  typedef uint16_t Group __attribute__((vector_size(GROUP)));
-  store(to, __builtin_shufflevector(halves, halves, 0, 1, 2, 3, 4, 5, 6, 7), All());
-  store(to + HALVES * rows, (Group)__builtin_shufflevector(halves, halves, 8, 9, 10, 11, 12, 13, 14, 15), All());
-#else
-  (void)rows;  // no more than a group
-  store(to, halves);
+  if constexpr (LANES > HALVES) {
+    typedef uint16_t Group __attribute__((vector_size(16)));
+    store(to, __builtin_shufflevector(halves, halves, 0, 1, 2, 3, 4, 5, 6, 7), All());
+    store(to + HALVES * rows, (Group)__builtin_shufflevector(halves, halves, 8, 9, 10, 11, 12, 13, 14, 15), All());
+    return;
+  }
 #endif
+  (void)rows;
+  store(to, halves);
 }
 
 enum Part { QUERY, KEY, VALUE };
 
-// Where column `column` of a head goes, of the token in row `i` of a tile.
-static inline uint16_t* place(Part part, const Heads& heads, const SharedWorkspace& shared, const Tile& tile, int64_t i,
-                              int64_t head, int64_t column) {
-  const int64_t token = tile.token + i;
-  if (part == QUERY)
-    return heads.query(shared, head, tile.row) + column / HALVES * HALVES * tile.rows + HALVES * i + column % HALVES;
+// Where column `column` of a head goes.
+static inline uint16_t* place(Part part, const Heads& heads, const Place& at, int64_t head, int64_t column) {
+  const int64_t token = at.token;
+  if (part == QUERY) {
+    const int64_t first = token / Isa::ROWS * Isa::ROWS;
+    return heads.query(at.image, head, first) + column / HALVES * HALVES * heads.tile_rows(first) +
+           HALVES * (token - first) + column % HALVES;
+  }
   if (part == KEY)
-    return heads.key(shared, tile.image, head) + token / PANEL * heads.pairs * PANEL * 2 +
-           (column / 2 * PANEL + token % PANEL) * 2 + column % 2;
-  return heads.value(shared, tile.image, head) + column / PANEL * heads.token_pairs * PANEL * 2 +
+    return heads.key(at.image, head) + token / PANEL * heads.pairs * PANEL * 2 + (column / 2 * PANEL + token % PANEL) * 2 +
+           column % 2;
+  return heads.value(at.image, head) + column / PANEL * heads.token_pairs * PANEL * 2 +
          (token / 2 * PANEL + column % PANEL) * 2 + token % 2;
 }
 
-// Takes the numbers of columns from `first` on, counted over all heads, of each row of a tile to where they are read.
+// Takes the numbers of columns from `first` on, counted over all heads, of a row to where attention reads them.
 struct Placer {
   Part part;
-  const Heads& heads;
-  const SharedWorkspace& shared;
-  const Tile& tile;
+  const Heads* heads;
+  const Place* places;
   int64_t first, count, head, column;
   bool whole;  // all lanes are of one head and panel
-  Placer(Part part, const Heads& heads, const SharedWorkspace& shared, const Tile& tile, int64_t first, int64_t width)
-      : part(part), heads(heads), shared(shared), tile(tile), first(first),
-        count(width - first < LANES ? width - first : LANES), head(first / heads.size), column(first % heads.size),
-        whole(count == LANES && heads.size % LANES == 0) {}
+  Placer(Part part, const Heads& heads, const Place* places, int64_t first)
+      : part(part), heads(&heads), places(places), first(first), count(least(heads.heads * heads.size - first, LANES)),
+        head(first / heads.size), column(first % heads.size), whole(count == LANES && heads.size % LANES == 0) {}
 
-  void operator()(int64_t i, Floats numbers) const {
+  void operator()(int64_t row, Floats numbers) const {
+    const Place at = places[row];
     const Halves halves = bfloat16(numbers);
     if (!whole) {
       for (int64_t lane = 0; lane < count; lane++)
-        *place(part, heads, shared, tile, i, (first + lane) / heads.size, (first + lane) % heads.size) = halves[lane];
+        *place(part, *heads, at, (first + lane) / heads->size, (first + lane) % heads->size) = halves[lane];
       return;
     }
-    uint16_t* to = place(part, heads, shared, tile, i, head, column);
+    uint16_t* to = place(part, *heads, at, head, column);
     if (part == QUERY) {
-      store_groups(halves, to, tile.rows);
+      store_groups(halves, to, heads->tile_rows(at.token / Isa::ROWS * Isa::ROWS));
     } else if (part == KEY) {
       uint32_t pairs[LANES / 2];
       memcpy(pairs, &halves, sizeof(pairs));
       for (int64_t pair = 0; pair < LANES / 2; pair++) memcpy(to + 2 * PANEL * pair, pairs + pair, 4);
     } else {  // the even token of a pair comes first, and clears the place of the odd one
       const Words words = __builtin_convertvector(halves, Words);
-      if ((tile.token + i) % 2 == 0) store((uint32_t*)to, words);
+      if (at.token % 2 == 0) store((uint32_t*)to, words);
       else store((uint32_t*)(to - 1), load<Words>((const uint32_t*)(to - 1)) | words << 16);
     }
   }
 };
 
+// Results of a projection that go to one part; or of one projection for all three, a third of the columns each.
+struct Placed {
+  Part part;
+  bool thirds;
+  const Heads& heads;
+  const Place* places;
+  struct At {
+    Placer first, second;
+    int64_t before;  // lanes of the first part; the others are of the second
+    void operator()(int64_t row, Floats y) const {
+      if (before > 0) first(row, y);
+      if (before >= LANES || before >= first.count + second.count) return;
+      float numbers[2 * LANES] = {};
+      store(numbers, y);
+      second(row, load<Floats>(numbers + before));
+    }
+  };
+  At at(int64_t column) const {
+    const int64_t inner = heads.heads * heads.size, all = thirds ? 3 * inner : inner;
+    const int64_t third = thirds ? least(column / inner, 2) : 0, within = column - third * inner;
+    const Placer one((Part)(part + third), heads, places, within);
+    const int64_t before = most(one.count, 0);
+    if (before == LANES || column + before >= all) return {one, one, LANES * (before > 0)};
+    return {one, Placer((Part)(part + third + 1), heads, places, 0), before};
+  }
+};
+
+// A member's rows, from an even token on: two tokens share the words of a value.
+static inline Share rows_of_pairs(const SharedWorkspace& shared, const Crew& crew) {
+  Share rows(shared.rows, crew);
+  if (rows.first < shared.rows) rows.first -= shared.places[rows.first].token % 2;
+  if (rows.last < shared.rows) rows.last -= shared.places[rows.last].token % 2;
+  return rows;
+}
+
 // Zeros where reductions are filled up: garbage there would be multiplied by zero, and NaN remains.
-static void fill_up(const Heads& heads, const SharedWorkspace& shared, const Tile& tile) {
-  for (int64_t head = 0; head < heads.heads; head++) {
-    for (int64_t column = heads.size; column < 2 * heads.pairs; column++) {
-      for (int64_t i = 0; i < tile.rows; i++) {
-        *place(QUERY, heads, shared, tile, i, head, column) = 0;
-        *place(KEY, heads, shared, tile, i, head, column) = 0;
+static void fill_up(const Heads& heads, const SharedWorkspace& shared, const Share& rows) {
+  for (int64_t row = rows.first; row < rows.last; row++) {
+    const Place at = shared.places[row];
+    for (int64_t head = 0; head < heads.heads; head++) {
+      for (int64_t column = heads.size; column < 2 * heads.pairs; column++) {
+        *place(QUERY, heads, at, head, column) = 0;
+        *place(KEY, heads, at, head, column) = 0;
       }
-    }
-    if (tile.token + tile.rows < shared.tokens) continue;
-    for (int64_t token = shared.tokens; token < 2 * heads.token_pairs; token++)
-      for (int64_t column = 0; column < heads.panels * PANEL; column++)
-        *place(VALUE, heads, shared, tile, token - tile.token, head, column) = 0;
-  }
-}
-
-static void attention_pack(const float* const* qkv, int64_t row_stride, int64_t head_count, int64_t size,
-                           const SharedWorkspace& shared, ThreadWorkspace& own) {
-  const Heads heads(head_count, size, shared.tokens);
-  for (int64_t t = 0; t < own.tile_count; t++) {
-    const Tile& tile = own.tiles[t];
-    for (int part = QUERY; part <= VALUE; part++)
-      for (int64_t i = 0; i < tile.rows; i++)
-        for (int64_t column = 0, left; (left = head_count * size - column) > 0; column += LANES)
-          Placer((Part)part, heads, shared, tile, column, head_count * size)(
-              i, load<Floats>(qkv[part] + (tile.row + i) * row_stride + column, left));
-    fill_up(heads, shared, tile);
-  }
-}
-
-// exp((scores - the largest) * scaling) of a row of `tokens` scores, as bfloat16 to row `row` of a tile; their sum.
-static inline float softmax(float* scores, int64_t tokens, float scaling, uint16_t* tile, int64_t row, int64_t rows) {
-  const int64_t filled = divide_up(tokens, PANEL) * PANEL;
-  for (int64_t j = tokens; j < filled; j++) scores[j] = -__builtin_inff();
-  Floats most = floats(-__builtin_inff());
-  for (int64_t j = 0; j < filled; j += LANES) most = largest(most, load<Floats>(scores + j));
-  const float top = largest(most);
-  Floats total = {};
-  for (int64_t j = 0; j < divide_up(tokens, HALVES) * HALVES; j += LANES) {  // whole groups
-    const Floats weights = exp_of((load<Floats>(scores + j) - top) * scaling);
-    total += weights;
-    store_groups(bfloat16(weights), tile + j / HALVES * HALVES * rows + HALVES * row + j % HALVES, rows);
-  }
-  return sum(total);
-}
-
-// attended (rows, heads * size) of the own tiles.
-static void attend(int64_t head_count, int64_t size, float scaling, const SharedWorkspace& shared, ThreadWorkspace& own) {
-  const Heads heads(head_count, size, shared.tokens);
-  const int64_t width = head_count * size, stride = heads.key_panels * PANEL;
-  for (int64_t head = 0; head < head_count; head++) {
-    for (int64_t t = 0; t < own.tile_count; t++) {
-      const Tile& tile = own.tiles[t];
-      const uint16_t* query = heads.query(shared, head, tile.row);
-      const uint16_t* key = heads.key(shared, tile.image, head);
-      const uint16_t* value = heads.value(shared, tile.image, head);
-      for (int64_t panel = 0; panel < heads.key_panels; panel++)
-        half_product(query, key + panel * heads.pairs * PANEL * 2, tile.rows, heads.pairs, own.scores + panel * PANEL,
-                     stride);
-      float inverse[TILE];
-      for (int64_t i = 0; i < tile.rows; i++)
-        inverse[i] = 1.0f / softmax(own.scores + i * stride, shared.tokens, scaling, own.weights, i, tile.rows);
-      for (int64_t panel = 0; panel < heads.panels; panel++) {
-        half_product(own.weights, value + panel * heads.token_pairs * PANEL * 2, tile.rows, heads.token_pairs,
-                     own.values, PANEL);
-        const int64_t column = panel * PANEL, columns = size - column < PANEL ? size - column : PANEL;
-        for (int64_t i = 0; i < tile.rows; i++) {
-          float* to = shared.attended + (tile.row + i) * width + head * size + column;
-          for (int64_t j = 0; j < columns; j += LANES)
-            store(to + j, load<Floats>(own.values + PANEL * i + j) * inverse[i], columns - j);
-        }
+      if (at.token + 1 < heads.tokens) continue;
+      for (int64_t token = heads.tokens; token < 2 * heads.token_pairs; token++) {
+        for (int64_t column = 0; column < heads.panels * PANEL; column++)
+          *place(VALUE, heads, {at.image, (int32_t)token}, head, column) = 0;
       }
     }
   }
+}
+
+// One row of queries or keys, normed and rotated in place, head by head.
+static inline void turn(const Norm& norm_of_head, const Call& call, const Heads& heads, int64_t token, float* row,
+                        float* scratch) {
+  const int64_t size = heads.size, half = size / 2;
+  for (int64_t head = 0; head < heads.heads; head++, row += size) {
+    if (norm_of_head.kind != NORM_NONE) norm(norm_of_head, row, size, row);
+    if (!call.cosines) continue;
+    const float *cosine = call.cosines + token * size, *sine = call.sines + token * size;
+    memcpy(scratch, row, size * sizeof(float));
+    for (int64_t i = 0; i < half; i++) {
+      const int64_t a = call.neighbours ? 2 * i : i, b = call.neighbours ? a + 1 : i + half;
+      row[a] = scratch[a] * cosine[a] - scratch[b] * sine[a];
+      row[b] = scratch[b] * cosine[b] + scratch[a] * sine[b];
+    }
+  }
+}
+
+// Rows of floats to where attention reads them.
+static void pack_part(Part part, const Heads& heads, const Place* places, const float* rows, int64_t stride, const Share& share) {
+  const int64_t inner = heads.heads * heads.size;
+  for (int64_t column = 0; column < inner; column += LANES) {
+    const Placer placer(part, heads, places, column);
+    for (int64_t row = share.first; row < share.last; row++)
+      placer(row, load<Floats>(rows + row * stride + column, inner - column));
+  }
+}
+
+// exp((scores - the largest) * scaling) of `at_once` rows from row `row` of a tile on, as bfloat16 to that tile, and
+// 1 / their sums. `filled` scores, `stride` from row to row; `groups` of them are read. Rows beside each other do not
+// wait for each other.
+template <int at_once>
+static inline void softmax(const float* scores, int64_t stride, int64_t groups, float scaling, uint16_t* tile, int64_t row,
+                           int64_t rows, float* inverse) {
+  Floats highest[at_once];
+#pragma GCC unroll 4
+  for (int r = 0; r < at_once; r++) highest[r] = load<Floats>(scores + (row + r) * stride);
+  for (int64_t j = LANES; j < stride; j += LANES) {
+#pragma GCC unroll 4
+    for (int r = 0; r < at_once; r++) highest[r] = largest(highest[r], load<Floats>(scores + (row + r) * stride + j));
+  }
+  Floats total[at_once][16 / LANES] = {};
+  float top[at_once];
+#pragma GCC unroll 4
+  for (int r = 0; r < at_once; r++) top[r] = largest(highest[r]);
+  for (int64_t j = 0; j < groups; j += 16) {  // as many on every processor
+#pragma GCC unroll 4
+    for (int part = 0; part < 16 / LANES; part++) {
+      const int64_t column = j + part * LANES;
+      uint16_t* to = tile + column / HALVES * HALVES * rows + HALVES * row + column % HALVES;
+#pragma GCC unroll 4
+      for (int r = 0; r < at_once; r++) {
+        const Floats weights = exp_of((load<Floats>(scores + (row + r) * stride + column) - top[r]) * scaling);
+        total[r][part] += weights;
+        store_groups(bfloat16(weights), to + HALVES * r, rows);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < at_once; r++) {
+#pragma GCC unroll 2
+    for (int half = 16 / LANES / 2; half; half /= 2)
+#pragma GCC unroll 2
+      for (int part = 0; part < half; part++) total[r][part] += total[r][part + half];
+    inverse[row + r] = 1.0f / sum(total[r][0]);
+  }
+}
+
+// scores * scaling + bias + mask, of `tokens` scores.
+static inline void shift(float* scores, int64_t tokens, float scaling, const float* bias, const float* mask) {
+  each(tokens, [&](int64_t j, auto left) {
+    Floats score = load<Floats>(scores + j) * scaling;
+    if (bias) score = score + load<Floats>(bias + j, left);
+    if (mask) score = score + load<Floats>(mask + j, left);
+    store(scores + j, score);
+  });
+}
+
+// attended (rows, heads * size) of the member's share of heads and tiles.
+static void attend(const Block& block, const Call& call, int64_t first_image, const SharedWorkspace& shared,
+                   ThreadWorkspace& own, const Crew& crew) {
+  const Heads heads(block, shared);
+  const int64_t tokens = heads.tokens, width = heads.heads * heads.size, stride = heads.key_panels * PANEL;
+  const int64_t tiles = divide_up(tokens, Isa::ROWS), groups = 2 * heads.token_pairs;
+  const Share share(heads.images * heads.heads * tiles, crew);
+  uint16_t* const weights = (uint16_t*)own.weights;
+  for (int64_t item = share.first; item < share.last; item++) {
+    const int64_t image = item / tiles / heads.heads, head = item / tiles % heads.heads;
+    const int64_t first = item % tiles * Isa::ROWS, rows = heads.tile_rows(first);
+    const uint16_t *query = heads.query(image, head, first), *key = heads.key(image, head), *value = heads.value(image, head);
+    for (int64_t panel = 0; panel < heads.key_panels; panel++)
+      Isa::half_product(query, key + panel * heads.pairs * PANEL * 2, rows, heads.pairs, own.scores + panel * PANEL, stride);
+    const float* mask = call.mask ? call.mask + (first_image + image) % call.masks * tokens * tokens : nullptr;
+    const float scaling = block.head_scale ? block.head_scale[head] : block.scaling;
+    float inverse[Isa::ROWS];
+    const bool shifted = call.bias || mask || block.head_scale;
+    for (int64_t i = 0; i < rows; i++) {
+      float* scores = own.scores + i * stride;
+      if (shifted)
+        shift(scores, tokens, scaling, call.bias ? call.bias + (head * tokens + first + i) * tokens : nullptr,
+              mask ? mask + (first + i) * tokens : nullptr);
+      for (int64_t j = tokens; j < stride; j++) scores[j] = -__builtin_inff();
+    }
+    const float factor = shifted ? 1.0f : scaling;
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) softmax<4>(own.scores, stride, groups, factor, weights, row, rows, inverse);
+    for (; row < rows; row++) softmax<1>(own.scores, stride, groups, factor, weights, row, rows, inverse);
+    for (int64_t panel = 0; panel < heads.panels; panel++) {
+      Isa::half_product(weights, value + panel * heads.token_pairs * PANEL * 2, rows, heads.token_pairs, own.values, PANEL);
+      const int64_t column = panel * PANEL, columns = least(heads.size - column, PANEL);
+      for (int64_t i = 0; i < rows; i++) {
+        float* to = shared.attended + (image * tokens + first + i) * width + head * heads.size + column;
+        for (int64_t j = 0; j < columns; j += LANES)
+          store(to + j, load<Floats>(own.values + PANEL * i + j) * inverse[i], columns - j);
+      }
+    }
+  }
+}
+
+static void attention_pack(const float* const* qkv, int64_t row_stride, const Block& block, const Call& call,
+                           const SharedWorkspace& shared, const Crew& crew) {
+  (void)call;
+  const Heads heads(block, shared);
+  const Share rows = rows_of_pairs(shared, crew);
+  fill_up(heads, shared, rows);
+  for (int part = QUERY; part <= VALUE; part++) pack_part((Part)part, heads, shared.places, qkv[part], row_stride, rows);
 }
 
 }  // namespace

@@ -1,97 +1,198 @@
-// An encoder block for the rows of one thread: everything before the keys of the other rows are needed, and the rest.
+// An encoder block for the rows of a chunk. A crew shares rows where rows are alone, panels where they are multiplied,
+// and heads in attention; its members wait for each other in between.
 #pragma once
 
 #include "api.h"
 #include "attention.h"
-#include "product.h"
+#include "gemm.h"
 #include "rows.h"
 
 namespace {  // each instruction set has its own
 
-static inline int64_t row_bytes(const Linear& linear) { return steps_of(linear.in) * 4; }
-static inline int64_t panel_count(const Linear& linear) { return divide_up(linear.out, PANEL); }
+static inline Integers integers_of(const SharedWorkspace& shared, const Linear& layer) {
+  return {shared.integers, row_bytes(layer), shared.scales, shared.sums};
+}
 
-// LayerNorm and rounding of the own rows, into the shared integers.
-static void norm_rows(const Linear& linear, const float* x, int64_t width, const float* weight, const float* bias,
-                      float epsilon, const SharedWorkspace& shared, ThreadWorkspace& own) {
-  for (int64_t t = 0; t < own.tile_count; t++) {
-    const Tile& tile = own.tiles[t];
+// Rounds the member's rows of the tiles [from, to): give(row, own.row) says which numbers, and may put them there.
+template <typename Give>
+static inline void quantize_rows(const Linear& linear, const SharedWorkspace& shared, ThreadWorkspace& own,
+                                 const Crew& crew, int64_t from, int64_t to, Give give) {
+  const Share tiles(to - from, crew);
+  for (int64_t t = from + tiles.first; t < from + tiles.last; t++) {
+    const Tile& tile = shared.tiles[t];
     for (int64_t i = 0; i < tile.rows; i++) {
       const int64_t row = tile.row + i;
-      layer_norm(x + row * width, width, weight, bias, epsilon, own.row);
-      quantize(own.row, linear, own.row, shared.integers + tile.row * shared.stride, i, tile.rows,
+      quantize(give(row, own.row), linear, own.row, shared.integers + tile.row * row_bytes(linear), i, tile.rows,
                shared.scales + row, shared.sums + row);
     }
   }
-  lap(own, STAGE_NORM);
 }
 
-static void before_attention(const Block& block, const float* x, const SharedWorkspace& shared, ThreadWorkspace& own) {
-  const Heads heads(block.heads, block.head_size, shared.tokens);
+// One layer for the tiles [from, to), whose columns the crew shares.
+template <typename Epilogue>
+static inline void run(const Linear& layer, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew,
+                       int64_t from, int64_t to, const Linear* coming, const Epilogue& epilogue) {
+  const Share panels(panel_count(layer), crew);
+  const int64_t first = coming ? Share(panel_count(*coming), crew).first : 0;
+  multiply(layer, integers_of(shared, layer), {shared.tiles, from, to, panels.first, panels.last}, coming, first, own, epilogue);
+}
+
+
+// out += scale * norm(added), row by row.
+static inline void add_normed(const Norm& post, const float* scale, int64_t width, const float* added, float* scratch, const float* residual, float* out) {
+  norm(post, added, width, scratch);
+  each(width, [&](int64_t i, auto left) {
+    Floats y = load<Floats>(scratch + i, left);
+    if (scale) y = y * load<Floats>(scale + i, left);
+    store(out + i, load<Floats>(residual + i, left) + y, left);
+  });
+}
+
+// Queries, keys and values of the normed rows, to where attention reads them.
+static void project(const Block& block, const Call& call, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew) {
+  const Heads heads(block, shared);
   const Linear* linears[] = {&block.query, &block.key, &block.value};
-  norm_rows(block.query, x, block.width, block.norm1_weight, block.norm1_bias, block.norm1_epsilon, shared, own);
-  for (int part = QUERY; part <= VALUE; part++) {
-    const Linear& linear = *linears[part];
-    auto epilogue = [&](const Tile& tile, int64_t column) {
-      return [place = Placer((Part)part, heads, shared, tile, column, linear.out)](int64_t i, Floats y) {
-        place(i, y);
-      };
-    };
-    multiply(linear, shared.integers, shared.stride, shared.scales, shared.sums, 0, own.tiles, own.tile_count, 0,
-             panel_count(linear), part < VALUE ? linears[part + 1] : nullptr, own, epilogue);
+  const int64_t tiles = shared.tile_count, inner = heads.heads * heads.size;
+  const bool turned = block.query_norm.kind != NORM_NONE || block.key_norm.kind != NORM_NONE || call.cosines;
+  if (turned && block.projections == 1) {
+    run(block.query, shared, own, crew, 0, tiles, &block.output, ToRows<AsItIs>{shared.projected, 3 * inner, 3 * inner, {}});
+  } else if (block.projections == 1) {
+    run(block.query, shared, own, crew, 0, tiles, &block.output, Placed{QUERY, true, heads, shared.places});
+  } else {
+    for (int part = QUERY; part <= VALUE; part++) {
+      const Linear* coming = part < VALUE ? linears[part + 1] : &block.output;
+      if (turned && part < VALUE)
+        run(*linears[part], shared, own, crew, 0, tiles, coming, ToRows<AsItIs>{shared.projected + part * inner, 3 * inner, inner, {}});
+      else
+        run(*linears[part], shared, own, crew, 0, tiles, coming, Placed{(Part)part, false, heads, shared.places});
+    }
   }
-  for (int64_t t = 0; t < own.tile_count; t++) fill_up(heads, shared, own.tiles[t]);
+  wait(crew, own);
+  if (!turned) return;
+  const Share rows = rows_of_pairs(shared, crew);
+  for (int64_t row = rows.first; row < rows.last; row++) {
+    float* projected = shared.projected + row * 3 * inner;
+    turn(block.query_norm, call, heads, shared.places[row].token, projected, own.row);
+    turn(block.key_norm, call, heads, shared.places[row].token, projected + inner, own.row);
+  }
+  for (int part = QUERY; part <= (block.projections == 1 ? VALUE : KEY); part++)
+    pack_part((Part)part, heads, shared.places, shared.projected + part * inner, 3 * inner, rows);
   lap(own, STAGE_ATTENTION);
+  wait(crew, own);
 }
 
-// out = h + MLP(LayerNorm(h)), h = x + output projection of the attended values; the MLP `slice` rows at a time.
-static void after_attention(const Block& block, const float* x, const SharedWorkspace& shared, ThreadWorkspace& own, int64_t slice, float* out) {
-  attend(block.heads, block.head_size, block.scaling, shared, own);
-  lap(own, STAGE_ATTENTION);
-  for (int64_t t = 0; t < own.tile_count; t++) {
-    const Tile& tile = own.tiles[t];
-    for (int64_t i = 0; i < tile.rows; i++) {
-      const int64_t row = tile.row + i;
-      quantize(shared.attended + row * block.output.in, block.output, own.row,
-               shared.integers + tile.row * shared.stride, i, tile.rows, shared.scales + row,
-               shared.sums + row);
+// The MLP of the tiles [from, to): out = out + MLP(norm2(out)).
+static void feed_forward(const Block& block, const Call& call, int64_t first_row, int64_t from, int64_t to, float* out,
+                         const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew) {
+  const int64_t width = block.width, mlp = block.mlp, stride = block.fc1.out, slice_row = shared.tiles[from].row;
+  const int32_t* const rows = call.rows ? call.rows + first_row : nullptr;
+  float* const kept = rows ? out : out + first_row * width;  // of the rows of this chunk
+  quantize_rows(block.fc1, shared, own, crew, from, to, [&](int64_t row, float* scratch) -> const float* {
+    const int64_t at = rows ? rows[row] : row;
+    if (at < 0) {
+      memset(scratch, 0, width * sizeof(float));
+      return scratch;
     }
+    if (block.norm2.kind == NORM_NONE) return kept + at * width;
+    norm(block.norm2, kept + at * width, width, scratch);
+    return scratch;
+  });
+  lap(own, STAGE_NORM);
+  wait(crew, own);
+  float* const hidden = shared.hidden - slice_row * stride;  // so that rows count from the first of the chunk
+  if (block.gating == GATING_LAYER) {
+    with_activation(block.activation, [&](auto activate) {
+      run(block.gate, shared, own, crew, from, to, &block.fc1, ToRows<decltype(activate)>{hidden, stride, stride, activate});
+    });
+    run(block.fc1, shared, own, crew, from, to, &block.fc2, Multiplied{hidden, stride, stride});
+  } else {
+    with_activation(block.gating == GATING_NONE ? block.activation : -1, [&](auto activate) {
+      run(block.fc1, shared, own, crew, from, to, &block.fc2, ToRows<decltype(activate)>{hidden, stride, stride, activate});
+    });
   }
+  wait(crew, own);
+  quantize_rows(block.fc2, shared, own, crew, from, to, [&](int64_t row, float* scratch) -> const float* {
+    float* from_row = hidden + row * stride;
+    if (block.gating == GATING_HALVES) {
+      activate(block.activation, from_row, mlp, from_row);
+      each(mlp, [&](int64_t i, auto left) {
+        store(from_row + i, load<Floats>(from_row + i, left) * load<Floats>(from_row + mlp + i, left), left);
+      });
+    }
+    if (block.hidden_norm.kind == NORM_NONE) return from_row;
+    norm(block.hidden_norm, from_row, mlp, scratch);
+    return scratch;
+  });
   lap(own, STAGE_QUANTIZE);
-  linear_before(block.output, &block.fc1, shared, own, 0, panel_count(block.output), false, x, out);
-  norm_rows(block.fc1, out, block.width, block.norm2_weight, block.norm2_bias, block.norm2_epsilon, shared, own);
-  for (int64_t first = 0, last; first < own.tile_count; first = last) {
-    const Tile* tiles = own.tiles + first;
-    const int64_t row = tiles->row;
-    int64_t rows = 0;
-    for (last = first; last < own.tile_count && rows + own.tiles[last].rows <= slice; last++) rows += own.tiles[last].rows;
-    auto to_hidden = [&](const Tile& tile, int64_t column) {
-      float* to = own.hidden + (tile.row - row) * block.mlp + column;
-      const int64_t left = block.mlp - column, stride = block.mlp;
-      return [=](int64_t i, Floats y) {
-        if (left > 0) store(to + i * stride, gelu_of(y), left);
-      };
-    };
-    multiply(block.fc1, shared.integers, shared.stride, shared.scales, shared.sums, 0, tiles, last - first, 0,
-             panel_count(block.fc1), &block.fc2, own, to_hidden);
-    for (int64_t t = 0; t < last - first; t++) {
-      for (int64_t i = 0; i < tiles[t].rows; i++) {
-        const int64_t at = tiles[t].row - row;
-        quantize(own.hidden + (at + i) * block.mlp, block.fc2, own.row, own.hidden_integers + at * row_bytes(block.fc2),
-                 i, tiles[t].rows, own.hidden_scales + at + i, own.hidden_sums + at + i);
-      }
-    }
-    lap(own, STAGE_QUANTIZE);
-    auto add = [&](const Tile& tile, int64_t column) {
-      float* to = out + tile.row * block.width + column;
-      const int64_t left = block.width - column, stride = block.width;
-      return [=](int64_t i, Floats y) {
-        if (left > 0) store(to + i * stride, load<Floats>(to + i * stride, left) + y, left);
-      };
-    };
-    multiply(block.fc2, own.hidden_integers, row_bytes(block.fc2), own.hidden_scales, own.hidden_sums, row, tiles, last - first, 0,
-             panel_count(block.fc2), last < own.tile_count ? &block.fc1 : nullptr, own, add);
+  wait(crew, own);
+  if (block.post2.kind == NORM_NONE) {
+    run(block.fc2, shared, own, crew, from, to, nullptr, Added{kept, block.scale2, kept, width, rows});
+    wait(crew, own);
+    return;
   }
+  run(block.fc2, shared, own, crew, from, to, nullptr, ToRows<AsItIs>{shared.added, width, width, {}});
+  wait(crew, own);
+  const Share share(to - from, crew);
+  for (int64_t t = from + share.first; t < from + share.last; t++) {
+    for (int64_t row = shared.tiles[t].row; row < shared.tiles[t].row + shared.tiles[t].rows; row++) {
+      const int64_t at = rows ? rows[row] : row;
+      if (at < 0) continue;
+      add_normed(block.post2, block.scale2, width, shared.added + row * width, own.row, kept + at * width, kept + at * width);
+    }
+  }
+  lap(own, STAGE_NORM);
+  wait(crew, own);
+}
+
+static void block(const Block& block, const Call& call, int64_t first_image, const float* x, float* out,
+                  const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t slice) {
+  const int64_t width = block.width, inner = block.heads * block.head_size, first_row = first_image * call.tokens;
+  const int32_t* const rows = call.rows ? call.rows + first_row : nullptr;
+  const float* const from = rows ? x : x + first_row * width;  // of the rows of this chunk
+  float* const to = rows ? out : out + first_row * width;
+  fill_up(Heads(block, shared), shared, rows_of_pairs(shared, crew));
+  quantize_rows(block.query, shared, own, crew, 0, shared.tile_count, [&](int64_t row, float* scratch) -> const float* {
+    const int64_t at = rows ? rows[row] : row;
+    if (at < 0) {
+      memset(scratch, 0, width * sizeof(float));
+      return scratch;
+    }
+    if (block.norm1.kind == NORM_NONE) return from + at * width;
+    norm(block.norm1, from + at * width, width, scratch);
+    return scratch;
+  });
+  lap(own, STAGE_NORM);
+  wait(crew, own);
+  project(block, call, shared, own, crew);
+  attend(block, call, first_image, shared, own, crew);
+  lap(own, STAGE_ATTENTION);
+  wait(crew, own);
+  quantize_rows(block.output, shared, own, crew, 0, shared.tile_count, [&](int64_t row, float* scratch) -> const float* {
+    const float* attended = shared.attended + row * inner;
+    if (block.attended_norm.kind == NORM_NONE) return attended;
+    norm(block.attended_norm, attended, inner, scratch);
+    return scratch;
+  });
+  lap(own, STAGE_QUANTIZE);
+  wait(crew, own);
+  if (block.post1.kind == NORM_NONE) {
+    run(block.output, shared, own, crew, 0, shared.tile_count, &block.fc1, Added{from, block.scale1, to, width, rows});
+    wait(crew, own);
+  } else {
+    run(block.output, shared, own, crew, 0, shared.tile_count, &block.fc1, ToRows<AsItIs>{shared.added, width, width, {}});
+    wait(crew, own);
+    const Share share(shared.rows, crew);
+    for (int64_t row = share.first; row < share.last; row++) {
+      const int64_t at = rows ? rows[row] : row;
+      if (at < 0) continue;
+      add_normed(block.post1, block.scale1, width, shared.added + row * width, own.row, from + at * width, to + at * width);
+    }
+    lap(own, STAGE_NORM);
+    wait(crew, own);
+  }
+  const int64_t slices = divide_up(shared.tile_count, most(1, slice / Isa::ROWS));
+  for (int64_t s = 0; s < slices; s++)
+    feed_forward(block, call, first_row, shared.tile_count * s / slices, shared.tile_count * (s + 1) / slices, out, shared, own, crew);
 }
 
 }  // namespace

@@ -1,10 +1,15 @@
-// The functions that Python calls: choose the instruction set, lay out memory, share the rows among threads.
+// The functions that Python calls: choose the instruction set, lay out memory, share the images and rows among threads.
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
+#include <atomic>
+#include <new>
+
 #include "api.h"
+#include "isa/processor.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -22,45 +27,20 @@ static int omp_get_num_threads() { return 1; }
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-extern const Kernels kernels_portable, kernels_avx2, kernels_avxvnni, kernels_avx512vnni, kernels_avx512bf16;
+// LEVELS(X) is X(portable) X(avx2) ...: the instruction sets that this library was compiled for, see setup.py.
+#define DECLARE(level) extern const Kernels kernels_##level;
+LEVELS(DECLARE)
+#undef DECLARE
 
-static bool supports(int level) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vnni");
-  switch (level) {
-    case 1: return avx2;
-    case 2: return avx2 && __builtin_cpu_supports("avxvnni");
-    case 3: return avx512;
-    case 4: return avx512 && __builtin_cpu_supports("avx512bf16");
-  }
-#endif
-  return level == 0;
-}
-
-static const Kernels* kernels_of(int level) {
-  if (!supports(level)) return nullptr;
-  switch (level) {  // those that the compiler knew, see setup.py
-#ifdef WITH_avx2
-    case 1: return &kernels_avx2;
-#endif
-#ifdef WITH_avxvnni
-    case 2: return &kernels_avxvnni;
-#endif
-#ifdef WITH_avx512vnni
-    case 3: return &kernels_avx512vnni;
-#endif
-#ifdef WITH_avx512bf16
-    case 4: return &kernels_avx512bf16;
-#endif
-  }
-  return level == 0 ? &kernels_portable : nullptr;
-}
-
-const int LEVELS = 5;
+static const struct {
+  const Kernels* kernels;
+  bool (*supported)();
+} levels[] = {
+#define ENTRY(level) {&kernels_##level, has_##level},
+    LEVELS(ENTRY)
+#undef ENTRY
+};
+const int LEVEL_COUNT = sizeof(levels) / sizeof(levels[0]);
 
 extern "C" double fairseq_seconds() {
   timespec now;
@@ -73,25 +53,52 @@ static bool forked = false;
 static void in_child() { forked = true; }
 __attribute__((constructor)) static void at_load() { pthread_atfork(nullptr, nullptr, in_child); }
 
-static int threads_for(int wanted) { return forked || wanted < 1 ? 1 : wanted; }
+const int MOST_THREADS = 1024;
+static int threads_for(int wanted) { return forked || wanted < 1 ? 1 : (int)least(wanted, MOST_THREADS); }
+
+struct alignas(ALIGNMENT) Barrier {
+  std::atomic<int> arrived{0}, phase{0};
+};
+
+extern "C" void fairseq_wait(Barrier* barrier, int members) {
+  const int phase = barrier->phase.load(std::memory_order_acquire);
+  if (barrier->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == members) {
+    barrier->arrived.store(0, std::memory_order_relaxed);
+    barrier->phase.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  const int patience = 20000;  // then others may have the processor
+  for (int spins = 0; barrier->phase.load(std::memory_order_acquire) == phase; spins++) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+    if (spins > patience) sched_yield();
+  }
+}
 
 // Memory that a calling thread keeps for its next call, given back when the thread ends.
-struct Arena {
+class Arena {
+ public:
+  ~Arena() { clear(); }
+  uint8_t* reserve(size_t wanted) {
+    ASAN_UNPOISON_MEMORY_REGION(memory, size);
+    if (wanted > size) {
+      clear();
+      if (posix_memalign((void**)&memory, 4096, wanted)) memory = nullptr;
+      size = memory ? wanted : 0;
+    }
+    return memory;
+  }
+
+ private:
+  void clear() {
+    ASAN_UNPOISON_MEMORY_REGION(memory, size);
+    free(memory);
+    memory = nullptr;
+    size = 0;
+  }
   uint8_t* memory = nullptr;
   size_t size = 0;
-  ~Arena() {
-    ASAN_UNPOISON_MEMORY_REGION(memory, size);
-    free(memory);
-  }
-  bool reserve(size_t wanted) {
-    ASAN_UNPOISON_MEMORY_REGION(memory, size);
-    if (wanted <= size) return true;
-    free(memory);
-    size = 0;
-    if (posix_memalign((void**)&memory, 4096, wanted)) memory = nullptr;
-    if (memory) size = wanted;
-    return memory != nullptr;
-  }
 };
 static thread_local Arena arena;
 
@@ -101,83 +108,99 @@ struct Layout {
   size_t used;
   template <typename Type>
   void take(Type*& pointer, int64_t count) {
-    const size_t bytes = count * sizeof(Type), step = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT + ALIGNMENT;
+    const size_t bytes = count * sizeof(Type), step = round_up(bytes, ALIGNMENT) + ALIGNMENT;
     pointer = memory ? (Type*)(memory + used) : nullptr;
     if (memory) ASAN_POISON_MEMORY_REGION(memory + used + bytes, step - bytes);
     used += step;
   }
+  void take_bytes(void*& pointer, int64_t bytes) {
+    uint8_t* array;
+    take(array, bytes);
+    pointer = array;
+  }
 };
-
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t padded(int64_t in) { return steps_of(in) * 4; }
 
 struct Sizes {
-  int64_t rows, images, tokens;        // of the call
-  int64_t width;                       // of the rows that become shared integers
+  int64_t images, tokens;              // of a chunk
   int64_t longest;                     // row or reduction of any layer
   int64_t heads, head_size;            // 0 without attention
-  int64_t slice, mlp;                  // 0 without an MLP
-  int threads;
+  int64_t projected, added;            // floats of a row, 0 where they are not kept
+  int64_t slice, hidden;               // rows and floats of a row, 0 without an MLP
+  int crews, threads;
 };
 
-// Lays out everything in `layout`; without memory only its size.
-static void lay_out(Layout& layout, const Sizes& sizes, SharedWorkspace& shared, ThreadWorkspace* own) {
-  const int64_t numbers = divide_up(sizes.head_size, GROUP / 2) * GROUP / 2, panels = divide_up(sizes.head_size, PANEL);
-  const int64_t key_panels = divide_up(sizes.tokens, PANEL);
-  shared.rows = sizes.rows;
-  shared.tokens = sizes.tokens;
-  shared.stride = padded(sizes.width);
-  layout.take(shared.integers, sizes.rows * shared.stride);
-  layout.take(shared.scales, sizes.rows);
-  layout.take(shared.sums, sizes.rows);
-  layout.take(shared.queries, sizes.heads * sizes.rows * numbers);
-  layout.take(shared.keys, sizes.images * sizes.heads * key_panels * numbers * PANEL);
-  layout.take(shared.values, sizes.images * sizes.heads * panels * key_panels * PANEL * PANEL);
-  layout.take(shared.attended, sizes.rows * sizes.heads * sizes.head_size);
-  for (int thread = 0; thread < sizes.threads; thread++) {
-    ThreadWorkspace& mine = own[thread];
-    layout.take(mine.tiles, divide_up(sizes.rows, TILE) + sizes.images + 1);  // OpenMP may start fewer threads
-    layout.take(mine.row, sizes.longest + ALIGNMENT);
-    layout.take(mine.values, TILE * PANEL);
-    layout.take(mine.accumulators, TILE * PANEL);
-    layout.take(mine.panel, padded(sizes.longest) * PANEL);
-    layout.take(mine.scores, sizes.heads ? TILE * key_panels * PANEL : 0);
-    layout.take(mine.weights, sizes.heads ? TILE * key_panels * PANEL : 0);
-    layout.take(mine.hidden, sizes.slice * sizes.mlp);
-    layout.take(mine.hidden_integers, sizes.slice * padded(sizes.mlp));
-    layout.take(mine.hidden_scales, sizes.slice);
-    layout.take(mine.hidden_sums, sizes.slice);
-    layout.take(mine.stages, STAGES);
+static void lay_out(Layout& layout, const Kernels& kernels, const Sizes& sizes, SharedWorkspace& shared) {
+  const int64_t rows = sizes.images * sizes.tokens, halves = kernels.group / 2, numbers = round_up(sizes.head_size, halves);
+  const int64_t panels = divide_up(sizes.head_size, PANEL), tokens = round_up(round_up(sizes.tokens, PANEL), halves);
+  const int64_t behind = kernels.tile_rows * kernels.group;  // what is read with the last rows
+  layout.take(shared.tiles, divide_up(rows, kernels.tile_rows));
+  layout.take(shared.places, rows);
+  layout.take(shared.integers, rows * round_up(sizes.longest, kernels.group) + behind);
+  layout.take(shared.scales, rows);
+  layout.take(shared.sums, rows);
+  layout.take_bytes(shared.queries, sizes.heads * rows * numbers * 2 + behind);
+  layout.take_bytes(shared.keys, sizes.images * sizes.heads * tokens * numbers * 2);
+  layout.take_bytes(shared.values, sizes.images * sizes.heads * panels * PANEL * tokens * 2);
+  layout.take(shared.projected, rows * sizes.projected);
+  layout.take(shared.attended, rows * sizes.heads * sizes.head_size);
+  layout.take(shared.added, rows * sizes.added);
+  layout.take(shared.hidden, sizes.slice * sizes.hidden);
+}
+
+static void lay_out(Layout& layout, const Kernels& kernels, const Sizes& sizes, ThreadWorkspace& own) {
+  const int64_t tile = kernels.tile_rows, tokens = sizes.heads ? round_up(round_up(sizes.tokens, PANEL), kernels.group / 2) : 0;
+  layout.take(own.row, sizes.longest + ALIGNMENT);
+  layout.take(own.values, tile * PANEL);
+  for (auto& accumulators : own.accumulators) layout.take(accumulators, tile * PANEL);
+  for (auto& panel : own.panel) layout.take(panel, steps_of(sizes.longest) * 4 * PANEL);
+  layout.take(own.scores, tile * tokens);
+  layout.take_bytes(own.weights, tile * tokens * sizeof(float) + tile * kernels.group);
+  layout.take(own.stages, STAGES);
+}
+
+// The memory of a call: a workspace for each crew and each thread. OpenMP may start fewer threads than there are.
+class Workspaces {
+ public:
+  SharedWorkspace* shared = nullptr;
+  ThreadWorkspace* own = nullptr;
+  Barrier* barriers = nullptr;
+
+  Workspaces(const Kernels& kernels, const Sizes& sizes) {
+    Layout layout = {nullptr, 0};
+    everything(layout, kernels, sizes);
+    layout = {arena.reserve(layout.used), 0};
+    if (!layout.memory) return;
+    everything(layout, kernels, sizes);
+    ready = true;
   }
-}
+  bool ready = false;
 
-static bool prepare(const Sizes& sizes, SharedWorkspace& shared, ThreadWorkspace* own) {
-  Layout layout = {nullptr, 0};
-  lay_out(layout, sizes, shared, own);
-  if (!arena.reserve(layout.used)) return false;
-  layout = {arena.memory, 0};
-  lay_out(layout, sizes, shared, own);
-  return true;
-}
-
-// The rows first ... last - 1 of images of `tokens` rows, cut into tiles of one image, of sizes as equal as they can be.
-static void cut(int64_t first, int64_t last, int64_t tokens, ThreadWorkspace& own) {
-  own.tile_count = 0;
-  while (first < last) {
-    const int64_t image = first / tokens, end = (image + 1) * tokens < last ? (image + 1) * tokens : last;
-    const int64_t count = divide_up(end - first, TILE);
-    for (int64_t t = 0; t < count; t++) {
-      const int64_t rows = (end - first) / (count - t);
-      own.tiles[own.tile_count++] = {first, image, first % tokens, (int32_t)rows};
-      first += rows;
-    }
+ private:
+  void everything(Layout& layout, const Kernels& kernels, const Sizes& sizes) {
+    layout.take(shared, sizes.crews);
+    layout.take(own, sizes.threads);
+    layout.take(barriers, sizes.crews);
+    SharedWorkspace a;
+    ThreadWorkspace b;
+    for (int crew = 0; crew < sizes.crews; crew++) lay_out(layout, kernels, sizes, layout.memory ? shared[crew] : a);
+    for (int thread = 0; thread < sizes.threads; thread++) lay_out(layout, kernels, sizes, layout.memory ? own[thread] : b);
+    if (layout.memory)
+      for (int crew = 0; crew < sizes.crews; crew++) new (&barriers[crew]) Barrier;
   }
-}
+};
 
-// Where the rows of a thread begin: on an even token, since two of them share the words of a value.
-static int64_t begin(int64_t rows, int64_t tokens, int thread, int threads) {
-  const int64_t row = rows * thread / threads;
-  return row - row % tokens % 2;
+// The tiles and places of a chunk of images.
+static void cut(SharedWorkspace& shared, const Kernels& kernels, int64_t images, int64_t tokens) {
+  shared.images = images;
+  shared.tokens = tokens;
+  shared.rows = images * tokens;
+  shared.tile_count = divide_up(shared.rows, kernels.tile_rows);
+  for (int64_t t = 0; t < shared.tile_count; t++) {
+    const int64_t row = kernels.tile_rows * t;
+    shared.tiles[t] = {(int32_t)row, (int32_t)least(kernels.tile_rows, shared.rows - row)};
+  }
+  for (int64_t row = 0; row < shared.rows; row++)
+    shared.places[row] = {(int32_t)(row / tokens), (int32_t)(row % tokens)};
 }
 
 static void start(ThreadWorkspace& own, bool timed) {
@@ -189,254 +212,243 @@ static void start(ThreadWorkspace& own, bool timed) {
   own.started = fairseq_seconds();
 }
 
-static void wait_is_over(ThreadWorkspace& own) {
-  if (!own.stages) return;
-  const double now = fairseq_seconds();
-  own.stages[STAGE_WAIT] += now - own.started;
-  own.started = now;
-}
-
 static void add_stages(double* stages, const ThreadWorkspace* own, int threads) {
   if (!stages) return;
   for (int thread = 0; thread < threads; thread++)
     for (int stage = 0; stage < STAGES; stage++) stages[stage] += own[thread].stages[stage];
 }
 
-const int MOST_THREADS = 1024;
-
-// Bit n: whether this processor runs level n (portable, avx2, avxvnni, avx512vnni, avx512bf16).
-EXPORT int fairseq_levels() {
-  int result = 0;
-  for (int level = 0; level < LEVELS; level++) result |= (kernels_of(level) != nullptr) << level;
-  return result;
+// Shares images among threads: as many as all threads can have the same number of are taken alone, `at_once` in a
+// chunk; what is left over is shared by crews, an image for each. visit(first image, workspace, thread's, crew) runs on
+// all members of a crew. Whoever computes an image, and with whom, does not change its bits. 0, or 1 without memory.
+template <typename Visit>
+static int for_images(const Kernels& kernels, Sizes sizes, int64_t images, int64_t at_once, int wanted, double* stages, Visit visit) {
+  const int threads = threads_for(wanted);
+  sizes.images = most(1, least(at_once, images / threads));
+  sizes.threads = sizes.crews = threads;
+  const Workspaces work(kernels, sizes);
+  if (!work.ready) return 1;
+  int used = threads;
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), count = omp_get_num_threads();
+    ThreadWorkspace& own = work.own[thread];
+    start(own, stages != nullptr);
+    if (thread == 0) used = count;
+    kernels.enter();
+    const int64_t alone = images / count, left = images % count;
+    for (int64_t done = 0; done < alone; done += sizes.images) {
+      cut(work.shared[thread], kernels, least(sizes.images, alone - done), sizes.tokens);
+      visit(thread * alone + done, work.shared[thread], own, Crew{0, 1, nullptr});
+    }
+    if (left) {
+      int64_t crew = thread * left / count;
+      while ((crew + 1) * count / left <= thread) crew++;
+      const int first = (int)(crew * count / left), members = (int)((crew + 1) * count / left) - first;
+      const Crew mine = {thread - first, members, &work.barriers[first]};
+      if (members > 1) fairseq_wait(mine.barrier, members);  // the workspace is its first member's
+      if (thread == first) cut(work.shared[first], kernels, 1, sizes.tokens);
+      if (members > 1) fairseq_wait(mine.barrier, members);
+      visit(count * alone + crew, work.shared[first], own, mine);
+    }
+    kernels.leave();
+  }
+  add_stages(stages, work.own, used);
+  return 0;
 }
 
-// The size of struct Linear (0) or Block (1), for a check of their description elsewhere.
-EXPORT int fairseq_size(int which) { return which ? (int)sizeof(Block) : (int)sizeof(Linear); }
+static const Kernels& kernels_of(int level) { return *levels[level].kernels; }
 
-EXPORT void fairseq_gelu(int level, const float* x, int64_t count, float* y) { kernels_of(level)->gelu(x, count, y); }
+// The name of a level, or null beyond the last one: in the order of LEVELS, the slowest first.
+EXPORT const char* fairseq_level_name(int level) {
+  return level >= 0 && level < LEVEL_COUNT ? levels[level].kernels->name : nullptr;
+}
 
-EXPORT void fairseq_layer_norm(int level, const float* x, int64_t rows, int64_t width, const float* weight,
-                               const float* bias, float epsilon, float* y) {
-  for (int64_t row = 0; row < rows; row++)
-    kernels_of(level)->layer_norm(x + row * width, width, weight, bias, epsilon, y + row * width);
+// Whether this processor runs a level.
+EXPORT int fairseq_supports(int level) { return levels[level].supported(); }
+
+// The size of struct Linear (0), Block (1) or Call (2), for a check of their description elsewhere.
+EXPORT int fairseq_size(int which) {
+  return (int)(which == 0 ? sizeof(Linear) : which == 1 ? sizeof(Block) : sizeof(Call));
+}
+
+EXPORT int fairseq_activate(int level, int activation, const float* x, int64_t count, float* y) {
+  kernels_of(level).activate(activation, x, count, y);
+  return 0;
+}
+
+EXPORT int fairseq_norm(int level, const Norm* norm, const float* x, int64_t rows, int64_t width, float* y) {
+  for (int64_t row = 0; row < rows; row++) kernels_of(level).norm(*norm, x + row * width, width, y + row * width);
+  return 0;
 }
 
 // The integers of rows, int8 (rows, in), their scales and sums. 0, or 1 if there is no memory.
 EXPORT int fairseq_quantize(int level, const Linear* grid, const float* x, int64_t rows, int8_t* q, float* scales,
                             int32_t* sums) {
+  const Kernels& kernels = kernels_of(level);
   Sizes sizes = {};
-  sizes.rows = sizes.threads = 1;
-  sizes.width = sizes.longest = grid->in;
-  SharedWorkspace shared;
-  ThreadWorkspace own;
-  if (!prepare(sizes, shared, &own)) return 1;
+  sizes.images = sizes.tokens = sizes.threads = sizes.crews = 1;
+  sizes.longest = grid->in;
+  const Workspaces work(kernels, sizes);
+  if (!work.ready) return 1;
+  uint8_t* integers = work.shared->integers;
   for (int64_t row = 0; row < rows; row++) {
-    kernels_of(level)->quantize(x + row * grid->in, *grid, own.row, shared.integers, 0, 1, scales + row, sums + row);
-    for (int64_t k = 0; k < grid->in; k++) q[row * grid->in + k] = (int8_t)(shared.integers[k] ^ 0x80);
+    kernels.quantize(x + row * grid->in, *grid, work.own->row, integers, 0, 1, scales + row, sums + row);
+    for (int64_t k = 0; k < grid->in; k++) q[row * grid->in + k] = (int8_t)(uint8_t)(integers[k] - kernels.offset);
   }
   return 0;
 }
 
 // Sums of products of int8 (rows, in) and the codes: int32 (rows, out). 0, or 1 if there is no memory.
 EXPORT int fairseq_product(int level, const Linear* linear, const int8_t* q, int64_t rows, int32_t* out) {
+  const Kernels& kernels = kernels_of(level);
   Sizes sizes = {};
-  sizes.rows = rows;
-  sizes.threads = 1;
-  sizes.width = sizes.longest = linear->in;
+  sizes.images = sizes.threads = sizes.crews = 1;
   sizes.tokens = rows;
-  sizes.images = 1;
-  SharedWorkspace shared;
-  ThreadWorkspace own;
-  if (!prepare(sizes, shared, &own)) return 1;
-  cut(0, rows, rows, own);
-  const int64_t steps = padded(linear->in) / 4;
-  for (int64_t t = 0; t < own.tile_count; t++) {
-    const Tile& tile = own.tiles[t];
-    uint8_t* integers = shared.integers + tile.row * shared.stride;
+  sizes.longest = linear->in;
+  const Workspaces work(kernels, sizes);
+  if (!work.ready) return 1;
+  SharedWorkspace& shared = work.shared[0];
+  cut(shared, kernels, 1, rows);
+  const int64_t steps = steps_of(linear->in), group = kernels.group, stride = round_up(linear->in, group);
+  kernels.enter();
+  for (int64_t t = 0; t < shared.tile_count; t++) {
+    const Tile& tile = shared.tiles[t];
+    uint8_t* integers = shared.integers + tile.row * stride;
     for (int64_t i = 0; i < tile.rows; i++)
-      for (int64_t k = 0; k < steps * 4; k++)
-        integers[(k / GROUP * tile.rows + i) * GROUP + k % GROUP] = k < linear->in ? q[(tile.row + i) * linear->in + k] ^ 0x80 : 0;
-    for (int64_t panel = 0; panel * PANEL < linear->out; panel++) {
-      const uint8_t* codes = linear->panels + panel * steps * 4 * PANEL / (linear->narrow ? 2 : 1);
+      for (int64_t k = 0; k < stride; k++)
+        integers[(k / group * tile.rows + i) * group + k % group] =
+            k < linear->in ? (uint8_t)(q[(tile.row + i) * linear->in + k] + kernels.offset) : 0;
+    for (int64_t panel = 0; panel < panel_count(*linear); panel++) {
+      const uint8_t* codes = linear->panels + panel * panel_bytes(*linear);
       if (linear->narrow) {
         for (int64_t step = 0; step < steps; step++) {
           for (int64_t j = 0; j < 64; j++) {
-            own.panel[step * 128 + j] = codes[step * 64 + j] & 15;
-            own.panel[step * 128 + 64 + j] = codes[step * 64 + j] >> 4;
+            work.own->panel[0][step * 128 + j] = codes[step * 64 + j] & 15;
+            work.own->panel[0][step * 128 + 64 + j] = codes[step * 64 + j] >> 4;
           }
         }
-        codes = own.panel;
+        codes = work.own->panel[0];
       }
       int32_t sums[PANEL] = {};
       for (int64_t k = 0; k < steps; k++)
         for (int64_t j = 0; j < PANEL * 4; j++) sums[j / 4] += (int8_t)codes[k * PANEL * 4 + j];
-      kernels_of(level)->product(integers, codes, tile.rows, steps, own.accumulators);
+      kernels.product(integers, codes, tile.rows, steps, work.own->accumulators[0]);
       for (int64_t i = 0; i < tile.rows; i++)
         for (int64_t j = 0; j < PANEL && panel * PANEL + j < linear->out; j++)
-          out[(tile.row + i) * linear->out + panel * PANEL + j] = own.accumulators[i * PANEL + j] - 128 * sums[j];
+          out[(tile.row + i) * linear->out + panel * PANEL + j] =
+              work.own->accumulators[0][i * PANEL + j] - kernels.offset * sums[j];
     }
   }
+  kernels.leave();
   return 0;
 }
 
-// y = x @ W.T + bias, GELU of it, or residual + it: (rows, in) -> (rows, out). 0, or 1 if there is no memory.
-EXPORT int fairseq_linear(int level, const Linear* linear, const float* x, int64_t rows, int gelu, const float* residual,
-                          float* out, int threads, double* stages) {
-  const Kernels& kernels = *kernels_of(level);
-  const int64_t panels = divide_up(linear->out, PANEL), tiles = divide_up(rows, TILE);
-  threads = threads_for(threads > MOST_THREADS ? MOST_THREADS : threads);
-  const int64_t tile_group = 8;  // whose integers stay in the cache while panels pass
+// y = x @ W.T + bias, an activation of it (-1 for none), or residual + it: (rows, in) -> (rows, out). 0, or 1 if there
+// is no memory.
+EXPORT int fairseq_linear(int level, const Linear* linear, const float* x, int64_t rows, int activation,
+                          const float* residual, float* out, int wanted, double* stages) {
+  const Kernels& kernels = kernels_of(level);
+  const int64_t panels = panel_count(*linear), tiles = divide_up(rows, kernels.tile_rows);
+  int threads = threads_for(wanted);
+  const int64_t tile_group = most(1, 128 / kernels.tile_rows);  // whose integers stay in the cache while panels pass
   const int64_t tile_groups = divide_up(tiles, tile_group);
   // Whole rows of output where there are rows enough for all threads, or else some panels.
   const int64_t panel_group = tile_groups >= 3 * threads ? panels : most(1, divide_up(panels, 2 * threads));
   const int64_t panel_groups = divide_up(panels, panel_group);
-  if (tile_groups * panel_groups < threads) threads = (int)(tile_groups * panel_groups);
+  threads = (int)least(threads, tile_groups * panel_groups);
   Sizes sizes = {};
-  sizes.rows = sizes.tokens = rows;
-  sizes.images = 1;
+  sizes.images = sizes.crews = 1;
+  sizes.tokens = rows;
   sizes.threads = threads;
-  sizes.width = sizes.longest = linear->in;
-  SharedWorkspace shared;
-  ThreadWorkspace* own = (ThreadWorkspace*)calloc(threads, sizeof(ThreadWorkspace));
-  if (!own || !prepare(sizes, shared, own)) {
-    free(own);
-    return 1;
-  }
-  // All tiles, of which each task takes some.
-  ThreadWorkspace whole = own[0];
-  whole.tiles = (Tile*)malloc((tiles + 1) * sizeof(Tile));
-  if (!whole.tiles) {
-    free(own);
-    return 1;
-  }
-  cut(0, rows, rows, whole);
+  sizes.longest = linear->in;
+  const Workspaces work(kernels, sizes);
+  if (!work.ready) return 1;
+  SharedWorkspace& shared = work.shared[0];
+  cut(shared, kernels, 1, rows);
+  const int64_t stride = round_up(linear->in, kernels.group);
   int used = threads;
 #pragma omp parallel num_threads(threads)
   {
-    ThreadWorkspace mine = own[omp_get_thread_num()];
-    start(mine, stages != nullptr);
+    ThreadWorkspace& own = work.own[omp_get_thread_num()];
+    start(own, stages != nullptr);
+    kernels.enter();
+    const auto lap = [&](Stage stage) {
+      if (!own.stages) return;
+      const double now = fairseq_seconds();
+      own.stages[stage] += now - own.started;
+      own.started = now;
+    };
 #pragma omp single
     used = omp_get_num_threads();
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < whole.tile_count; t++) {
-      const Tile& tile = whole.tiles[t];
+    for (int64_t t = 0; t < tiles; t++) {
+      const Tile& tile = shared.tiles[t];
       for (int64_t i = 0; i < tile.rows; i++)
-        kernels.quantize(x + (tile.row + i) * linear->in, *linear, mine.row,
-                         shared.integers + tile.row * shared.stride, i, tile.rows, shared.scales + tile.row + i,
-                         shared.sums + tile.row + i);
-      if (mine.stages) {
-        const double now = fairseq_seconds();
-        mine.stages[STAGE_QUANTIZE] += now - mine.started;
-        mine.started = now;
-      }
+        kernels.quantize(x + (tile.row + i) * linear->in, *linear, own.row, shared.integers + tile.row * stride, i,
+                         tile.rows, shared.scales + tile.row + i, shared.sums + tile.row + i);
+      lap(STAGE_QUANTIZE);
     }
-    wait_is_over(mine);
+    lap(STAGE_WAIT);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tile_groups * panel_groups; task++) {
       const int64_t tile = task / panel_groups * tile_group, panel = task % panel_groups * panel_group;
-      mine.tiles = whole.tiles + tile;
-      mine.tile_count = tile + tile_group < whole.tile_count ? tile_group : whole.tile_count - tile;
-      kernels.linear(*linear, shared, mine, panel, panel + panel_group < panels ? panel + panel_group : panels, gelu,
-                     residual, out);
+      kernels.linear(*linear, shared, own, tile, least(tile + tile_group, tiles), panel, least(panel + panel_group, panels),
+                     activation, residual, out);
     }
-    wait_is_over(mine);
+    lap(STAGE_WAIT);
+    kernels.leave();
   }
-  add_stages(stages, own, used);
-  free(whole.tiles);
-  free(own);
+  add_stages(stages, work.own, used);
   return 0;
 }
 
-// Images are taken `threads` at a time; their rows, and not heads or columns, are shared among the threads, so that a
-// thread waits for others once: for the keys and values of its image.
-static int64_t images_at_once(int64_t images, int threads) { return images < threads ? images : threads; }
-
-// softmax(scaling * q @ k.T) @ v per head: float (images, tokens, heads * size), rows `stride` floats apart.
-EXPORT int fairseq_attention(int level, const float* query, const float* key, const float* value, int64_t stride,
-                             int64_t images, int64_t tokens, int64_t heads, int64_t size, float scaling, float* out,
-                             int threads) {
-  const Kernels& kernels = *kernels_of(level);
-  threads = threads_for(threads > MOST_THREADS ? MOST_THREADS : threads);
+// softmax(scaling * q @ k.T + bias + mask) @ v per head, as block and call say: float (images, tokens, heads * size),
+// rows of the three `stride` floats apart. 0, or 1 if there is no memory.
+EXPORT int fairseq_attention(int level, const Block* block, const Call* call, const float* query, const float* key,
+                             const float* value, int64_t stride, float* out, int threads) {
+  const Kernels& kernels = kernels_of(level);
   Sizes sizes = {};
-  sizes.images = images_at_once(images, threads);
-  sizes.tokens = tokens;
-  sizes.rows = sizes.images * tokens;
-  sizes.heads = heads;
-  sizes.head_size = size;
-  sizes.threads = threads;
-  SharedWorkspace shared;
-  ThreadWorkspace* own = (ThreadWorkspace*)calloc(threads, sizeof(ThreadWorkspace));
-  if (!own || !prepare(sizes, shared, own)) {
-    free(own);
-    return 1;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num(), count = omp_get_num_threads();
-    ThreadWorkspace& mine = own[thread];
-    mine.stages = nullptr;
-    SharedWorkspace ours = shared;
-    for (int64_t image = 0; image < images; image += sizes.images) {
-      const int64_t now = images - image < sizes.images ? images - image : sizes.images, rows = now * tokens;
-      const float* qkv[] = {query + image * tokens * stride, key + image * tokens * stride,
-                            value + image * tokens * stride};
-      cut(begin(rows, tokens, thread, count), begin(rows, tokens, thread + 1, count), tokens, mine);
-      if (thread == count - 1) cut(begin(rows, tokens, thread, count), rows, tokens, mine);
-      ours.attended = out + image * tokens * heads * size;
-      kernels.attention_pack(qkv, stride, heads, size, ours, mine);
-#pragma omp barrier
-      kernels.attend(heads, size, scaling, ours, mine);
-#pragma omp barrier
-    }
-  }
-  free(own);
-  return 0;
-}
-
-// One encoder block: float (images, tokens, width) -> the same. 0, or 1 if there is no memory.
-EXPORT int fairseq_block(int level, const Block* block, const float* x, int64_t images, int64_t tokens, float* out,
-                         int threads, int64_t slice, double* stages) {
-  const Kernels& kernels = *kernels_of(level);
-  threads = threads_for(threads > MOST_THREADS ? MOST_THREADS : threads);
-  Sizes sizes = {};
-  sizes.images = images_at_once(images, threads);
-  sizes.tokens = tokens;
-  sizes.rows = sizes.images * tokens;
+  sizes.tokens = call->tokens;
   sizes.heads = block->heads;
   sizes.head_size = block->head_size;
-  sizes.width = most(block->width, block->output.in);
-  sizes.longest = most(sizes.width, block->mlp);
-  sizes.slice = most(slice, TILE);
-  sizes.mlp = block->mlp;
-  sizes.threads = threads;
-  SharedWorkspace shared;
-  ThreadWorkspace* own = (ThreadWorkspace*)calloc(threads, sizeof(ThreadWorkspace));
-  if (!own || !prepare(sizes, shared, own)) {
-    free(own);
-    return 1;
+  const int64_t width = block->heads * block->head_size;
+  return for_images(kernels, sizes, call->images, 1, threads, nullptr,
+                    [&](int64_t image, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew) {
+    const int64_t row = image * call->tokens;
+    const float* qkv[] = {query + row * stride, key + row * stride, value + row * stride};
+    SharedWorkspace ours = shared;
+    ours.attended = out + row * width;
+    kernels.attention_pack(qkv, stride, *block, *call, ours, crew);
+    if (crew.members > 1) fairseq_wait(crew.barrier, crew.members);
+    kernels.attend(*block, *call, image, ours, own, crew);
+    if (crew.members > 1) fairseq_wait(crew.barrier, crew.members);
+  });
+}
+
+// Encoder blocks one after the other, for the same images: float (row_count, width) -> the same; at_once rows in a
+// chunk, `slice` of them at a time in an MLP. 0, or 1 if there is no memory.
+EXPORT int fairseq_blocks(int level, const Block* const* blocks, int64_t count, const Call* call, const float* x,
+                          float* out, int threads, int64_t at_once, int64_t slice, double* stages) {
+  const Kernels& kernels = kernels_of(level);
+  Sizes sizes = {};
+  sizes.tokens = call->tokens;
+  slice = round_up(most(slice, 1), kernels.tile_rows);
+  sizes.slice = slice;
+  for (int64_t b = 0; b < count; b++) {
+    const Block& block = *blocks[b];
+    const int64_t inner = block.heads * block.head_size;
+    const bool turned = block.query_norm.kind != NORM_NONE || block.key_norm.kind != NORM_NONE || call->cosines;
+    sizes.heads = most(sizes.heads, block.heads);
+    sizes.head_size = most(sizes.head_size, block.head_size);
+    sizes.longest = most(sizes.longest, most(most(block.width, inner), most(block.mlp, block.head_size)));
+    sizes.hidden = most(sizes.hidden, block.fc1.out);
+    if (turned) sizes.projected = most(sizes.projected, 3 * inner);
+    if (block.post1.kind != NORM_NONE || block.post2.kind != NORM_NONE) sizes.added = most(sizes.added, block.width);
   }
-  int used = threads;
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num(), count = omp_get_num_threads();
-    ThreadWorkspace& mine = own[thread];
-    start(mine, stages != nullptr);
-    if (thread == 0) used = count;
-    for (int64_t image = 0; image < images; image += sizes.images) {
-      const int64_t now = images - image < sizes.images ? images - image : sizes.images, rows = now * tokens;
-      const int64_t first = begin(rows, tokens, thread, count);
-      cut(first, thread == count - 1 ? rows : begin(rows, tokens, thread + 1, count), tokens, mine);
-      const float* from = x + image * tokens * block->width;
-      kernels.before_attention(*block, from, shared, mine);
-#pragma omp barrier
-      wait_is_over(mine);
-      kernels.after_attention(*block, from, shared, mine, sizes.slice, out + image * tokens * block->width);
-#pragma omp barrier
-      wait_is_over(mine);
-    }
-  }
-  add_stages(stages, own, used);
-  free(own);
-  return 0;
+  return for_images(kernels, sizes, call->images, most(1, at_once / call->tokens), threads, stages,
+                    [&](int64_t image, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew) {
+    for (int64_t b = 0; b < count; b++)
+      kernels.block(*blocks[b], *call, image, b ? out : x, out, shared, own, crew, slice);
+  });
 }

@@ -1,4 +1,4 @@
-// What is done to one row: LayerNorm, GELU, rounding to integers.
+// What is done to one row: norms, activations, rounding to integers. The bits are the same on every processor.
 #pragma once
 
 #include "api.h"
@@ -14,18 +14,36 @@ static inline Floats gelu_of(Floats x) {
       2.598730352e-01f,  -6.340375484e-01f, 4.618007528e-01f, 1.788213130e-01f,  -5.494658837e-01f,
       2.049030888e-01f,  2.368763455e-01f,  -1.686572991e-01f, -3.988635261e-02f, 4.006091723e-02f};
   const Floats size = (Floats)(bits_of(x) & 0x7fffffff);
-  const Floats s = (size > 5.5f ? floats(5.5f) : size) * (2 / 5.5f) - 1.0f, square = s * s;
-  Floats even = square * g[14] + g[12], odd = square * g[13] + g[11];  // two chains, each half as long
+  const Floats s = fma(size > 5.5f ? floats(5.5f) : size, 2 / 5.5f, -1.0f), square = s * s;
+  Floats even = fma(square, g[14], g[12]), odd = fma(square, g[13], g[11]);  // two chains, each half as long
   for (int power = 10; power >= 2; power -= 2) {
-    even = even * square + g[power];
-    odd = odd * square + g[power - 1];
+    even = fma(even, square, g[power]);
+    odd = fma(odd, square, g[power - 1]);
   }
-  even = even * square + g[0];
-  return (x < 0.0f ? floats(0.0f) : x) - (odd * s + even);
+  even = fma(even, square, g[0]);
+  return (x < 0.0f ? floats(0.0f) : x) - fma(odd, s, even);
 }
 
-static void gelu(const float* x, int64_t count, float* y) {
-  each(count, [&](int64_t i, auto left) { store(y + i, gelu_of(load<Floats>(x + i, left)), left); });
+// x / (1 + exp(-z))
+static inline Floats times_sigmoid(Floats x, Floats z) {
+  const Floats tail = exp_of((Floats)(bits_of(z) | (int32_t)0x80000000));  // e**-|z|
+  return x * ((z < 0.0f ? tail : floats(1.0f)) / (tail + 1.0f));
+}
+
+static inline Floats activated(Floats x, Activation activation) {
+  switch (activation) {
+    case GELU: return gelu_of(x);
+    case GELU_TANH:  // x * (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 * x**3)
+      return times_sigmoid(x, fma(x * x * x, floats(0.044715f), x) * 1.595769122f);
+    case GELU_QUICK: return times_sigmoid(x, x * 1.702f);
+    case SILU: return times_sigmoid(x, x);
+    case RELU: return x < 0.0f ? floats(0.0f) : x;
+  }
+  return x;
+}
+
+static void activate(int32_t activation, const float* x, int64_t count, float* y) {
+  each(count, [&](int64_t i, auto left) { store(y + i, activated(load<Floats>(x + i, left), (Activation)activation), left); });
 }
 
 // Zeros in the lanes from `count` on.
@@ -36,19 +54,29 @@ static inline Floats keep(Floats vector, int64_t count) {
   return load<Floats>(copy, count);
 }
 
-// y = (x - mean) / sqrt(variance + epsilon) * weight + bias. The row is read three times, from the cache.
-static void layer_norm(const float* x, int64_t width, const float* weight, const float* bias, float epsilon, float* y) {
-  Floats total = {}, squares = {};
-  each(width, [&](int64_t i, auto left) { total += load<Floats>(x + i, left); });
-  const float mean = sum(total) / width;
+// The row is read three times, from the cache. y may be x.
+static void norm(const Norm& norm, const float* x, int64_t width, float* y) {
+  float mean = 0.0f, factor = 1.0f;
+  if (norm.kind == NORM_LAYER) {
+    Floats total[SPLIT] = {};
+    each_part(width, [&](int64_t i, auto left, int part) { total[part] += load<Floats>(x + i, left); });
+    mean = total_of(total) / width;
+  }
+  if (norm.kind != NORM_NONE) {
+    Floats squares[SPLIT] = {};
+    each_part(width, [&](int64_t i, auto left, int part) {
+      const Floats from_mean = keep(load<Floats>(x + i, left) - mean, left);
+      squares[part] += from_mean * from_mean;
+    });
+    const float total = total_of(squares), size = __builtin_sqrtf(total);
+    if (norm.kind == NORM_L2) factor = 1.0f / (size > norm.epsilon || size != size ? size : norm.epsilon);
+    else factor = 1.0f / __builtin_sqrtf(total / width + norm.epsilon);
+  }
   each(width, [&](int64_t i, auto left) {
-    const Floats from_mean = keep(load<Floats>(x + i, left) - mean, left);
-    squares += from_mean * from_mean;
-  });
-  const float factor = 1.0f / __builtin_sqrtf(sum(squares) / width + epsilon);
-  each(width, [&](int64_t i, auto left) {
-    const Floats normal = (load<Floats>(x + i, left) - mean) * factor;
-    store(y + i, normal * load<Floats>(weight + i, left) + load<Floats>(bias + i, left), left);
+    Floats normal = (load<Floats>(x + i, left) - mean) * factor;
+    if (norm.weight) normal = normal * load<Floats>(norm.weight + i, left);
+    if (norm.bias) normal = normal + load<Floats>(norm.bias + i, left);
+    store(y + i, normal, left);
   });
 }
 
@@ -61,11 +89,11 @@ static inline Ints rounded(Floats x, float scale, float inverse) {
   return bits_of(shifted) - bits_of(floats(ROUNDER));
 }
 
-// Writes integers + 128 as columns from `column` on of a row that begins at `to`.
+// Writes integers + OFFSET as columns from `column` on of a row that begins at `to`.
 template <typename Left>
 static inline void put(Ints integers, uint8_t* to, int64_t rows, int64_t column, Left left) {
-  const Bytes bytes = __builtin_convertvector((Words)(integers + 128) & 0xff, Bytes);
-  store(to + column / GROUP * GROUP * rows + column % GROUP, bytes, left);
+  const Bytes bytes = __builtin_convertvector((Words)(integers + Isa::OFFSET) & 0xff, Bytes);
+  store(to + column / Isa::GROUP * Isa::GROUP * rows + column % Isa::GROUP, bytes, left);
 }
 
 static inline Ints keep(Ints vector, All) { return vector; }
@@ -75,7 +103,7 @@ static inline Ints keep(Ints vector, int64_t count) {
   return load<Ints>(copy, count);
 }
 
-// One row onto the grid of a Linear: its own scale, the largest magnitude / 127, or a static one. The integers + 128 go
+// One row onto the grid of a Linear: its own scale, the largest magnitude / 127, or a static one. The integers + OFFSET go
 // to row `row` of a tile of `rows` rows; a NaN makes the scale NaN. `scratch` holds a row, and may be x.
 static void quantize(const float* x, const Linear& grid, float* scratch, uint8_t* tile, int64_t row, int64_t rows,
                      float* scale, int32_t* sum_of_row) {
@@ -91,7 +119,7 @@ static void quantize(const float* x, const Linear& grid, float* scratch, uint8_t
   const int32_t most_bits = largest(most);
   float magnitude;
   memcpy(&magnitude, &most_bits, 4);
-  uint8_t* to = tile + GROUP * row;
+  uint8_t* to = tile + Isa::GROUP * row;
   Words total = {};  // of garbage, too, for a row that holds NaN
   if (grid.input_scale > 0) {
     const float fixed = grid.input_scale, inverse = 1.0f / fixed;

@@ -9,6 +9,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace {  // each instruction set has its own
@@ -55,6 +57,25 @@ static inline __attribute__((always_inline)) void each(int64_t count, Visit visi
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) visit(i, All());
   if (i < count) visit(i, count - i);
+}
+
+// Sums are of 64 lanes on every processor, whatever its width, so that their bits are the same: SPLIT vectors.
+const int SUMMED = 64, SPLIT = SUMMED / LANES;
+
+// As `each`, with the part of the 64 lanes as a third argument.
+template <typename Visit>
+static inline __attribute__((always_inline)) void each_part(int64_t count, Visit visit) {
+  int64_t i = 0;
+  for (; i + SUMMED <= count; i += SUMMED) {
+#pragma GCC unroll 16
+    for (int part = 0; part < SPLIT; part++) visit(i + part * LANES, All(), part);
+  }
+#pragma GCC unroll 16
+  for (int part = 0; part < SPLIT; part++) {
+    const int64_t left = count - i - part * LANES;
+    if (left >= LANES) visit(i + part * LANES, All(), part);
+    else if (left > 0) visit(i + part * LANES, left, part);
+  }
 }
 
 // Parts of a vector, apart, so that whole ones need not go through memory.
@@ -126,6 +147,39 @@ static inline float largest(Floats vector) {
   return reduce(vector, [](auto a, auto b) { return a > b ? a : b; });
 }
 
+// The sum of the 64 lanes, halves with halves: in an order that does not depend on the width.
+static inline float total_of(Floats (&parts)[SPLIT]) {
+  for (int half = SPLIT / 2; half; half /= 2)
+    for (int part = 0; part < half; part++) parts[part] += parts[part + half];
+  return sum(parts[0]);
+}
+
+// a * b + c, rounded once on every processor.
+static inline Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  // The product is exact in double; their sum is rounded to odd, so that rounding it to float is the only rounding.
+  typedef double Doubles __attribute__((vector_size(8 * LANES)));
+  typedef int64_t Longs __attribute__((vector_size(8 * LANES)));
+  const Doubles product = __builtin_convertvector(a, Doubles) * __builtin_convertvector(b, Doubles);
+  const Doubles addend = __builtin_convertvector(c, Doubles), sum = product + addend;
+  const Doubles from_product = sum - addend, from_addend = sum - from_product;
+  const Doubles error = (product - from_product) + (addend - from_addend);
+  const Longs bits = (Longs)sum;
+  const Longs between = (error != 0.0) & (error == error) & ((bits & 1) == 0);  // not for Inf and NaN
+  const Longs nearer = ((Longs)error ^ bits) < 0;                                // zero lies on that side
+  return __builtin_convertvector((Doubles)(bits + (between & (nearer | 1))), Floats);
+#endif
+}
+
+static inline Floats fma(Floats a, Floats b, float c) { return fma(a, b, floats(c)); }
+static inline Floats fma(Floats a, float b, float c) { return fma(a, floats(b), floats(c)); }
+
 // Whether a lane of x is above the limit.
 static inline bool any_above(Floats x, float limit) {
 #if defined(__AVX512F__)
@@ -148,9 +202,9 @@ static inline Floats exp_of(Floats x) {
   const Floats scaled = (x < -87.0f ? floats(-87.0f) : x) * 1.44269504f;
   const Floats shifted = scaled + ROUNDER;
   const Floats f = scaled - (shifted - ROUNDER), square = f * f;
-  const Floats low = f * 6.931471880e-01f + 1.000000075f, middle = f * 5.550357114e-02f + 2.402210749e-01f;
-  const Floats high = f * 1.339086336e-03f + 9.676031918e-03f;
-  const Floats value = (high * square + middle) * square + low;
+  const Floats low = fma(f, 6.931471880e-01f, 1.000000075f), middle = fma(f, 5.550357114e-02f, 2.402210749e-01f);
+  const Floats high = fma(f, 1.339086336e-03f, 9.676031918e-03f);
+  const Floats value = fma(fma(high, square, middle), square, low);
   const Floats result = (Floats)(bits_of(value) + (bits_of(shifted) << 23));
   return x != x ? x : result;
 }

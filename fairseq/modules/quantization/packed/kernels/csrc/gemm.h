@@ -1,0 +1,263 @@
+// Products of rows and the panels of a Linear, and what is done with their sums.
+#pragma once
+
+#include "api.h"
+#include "rows.h"
+#include "vector.h"
+
+extern "C" double fairseq_seconds();
+
+namespace {  // each instruction set has its own
+
+// Adds the time since the last call to a stage.
+static inline void lap(ThreadWorkspace& own, Stage stage) {
+  if (__builtin_expect(own.stages == nullptr, 1)) return;
+  const double now = fairseq_seconds();
+  own.stages[stage] += now - own.started;
+  own.started = now;
+}
+
+static inline void wait(const Crew& crew, ThreadWorkspace& own) {
+  if (crew.members > 1) fairseq_wait(crew.barrier, crew.members);
+  lap(own, STAGE_WAIT);
+}
+
+static inline int64_t row_bytes(const Linear& linear) { return round_up(linear.in, Isa::GROUP); }
+
+// The part of `count` things that is a member's: [first, last).
+struct Share {
+  int64_t first, last;
+  Share(int64_t count, const Crew& crew)
+      : first(count * crew.member / crew.members), last(count * (crew.member + 1) / crew.members) {}
+};
+
+// Two codes a byte to one, and the sum of each output's codes, as it passes by.
+static void unpack(const uint8_t* narrow, int64_t steps, uint8_t* panel, int32_t* sums) {
+  typedef uint8_t Line __attribute__((vector_size(64)));
+  typedef uint16_t Pairs __attribute__((vector_size(64)));
+  const int64_t most_steps = 1000;  // whose sums of codes up to 15, two at a time, fit 16 bits
+  Words totals[PANEL / LANES] = {};
+  for (int64_t step = 0; step < steps;) {
+    const int64_t stop = least(steps, step + most_steps);
+    Pairs partial[2] = {};
+    for (; step < stop; step++, narrow += 64, panel += 4 * PANEL) {
+      Line both;
+      memcpy(&both, narrow, 64);
+      const Line low = both & 15, high = both >> 4;
+      memcpy(panel, &low, 64);
+      memcpy(panel + 64, &high, 64);
+      partial[0] += ((Pairs)low & 0xff) + ((Pairs)low >> 8);
+      partial[1] += ((Pairs)high & 0xff) + ((Pairs)high >> 8);
+    }
+    uint32_t pairs[PANEL];
+    memcpy(pairs, partial, sizeof(pairs));
+    for (int64_t j = 0; j < PANEL / LANES; j++) {
+      const Words two = load<Words>(pairs + LANES * j);
+      totals[j] += (two & 0xffff) + (two >> 16);
+    }
+  }
+  for (int64_t j = 0; j < PANEL / LANES; j++) store(sums + LANES * j, totals[j]);
+}
+
+// What turns the sums of a panel into outputs: y = ((sum - zero point's share) * scale) * scale of the row + bias, each
+// operation rounded once. It is the order that every kernel of this library has, in whatever language.
+struct Scaling {
+  float scale[PANEL], bias[PANEL];
+  int32_t zero[PANEL], offset[PANEL];
+
+  void of(const Linear& linear, int64_t panel, const int32_t* unpacked) {
+    const int64_t column = panel * PANEL, columns = linear.out - column;
+    for (int64_t j = 0; j < PANEL; j++) {
+      const int64_t n = column + (j < columns ? j : 0), s = n * linear.scale_step;
+      scale[j] = linear.scale[s];
+      bias[j] = linear.bias ? linear.bias[n] : 0.0f;
+      zero[j] = (int32_t)linear.zero[s] - linear.zero_offset;
+      offset[j] = Isa::OFFSET * (linear.narrow ? unpacked[j] : linear.sums[n]);
+    }
+  }
+};
+
+// The integers of rows, in tiles.
+struct Integers {
+  const uint8_t* bytes;
+  int64_t stride;
+  const float* scales;
+  const int32_t* sums;
+};
+
+// Which tiles are multiplied with which panels: [from, to) and [first, last).
+struct Region {
+  const Tile* tiles;
+  int64_t from, to, first, last;
+};
+
+// y = x @ W.T + bias of a region. Results are taken by epilogue.at(column), for a vector of columns, and what that
+// returns: at(row, y) for each row; beyond the last output y is anything. `coming` is multiplied next, from panel
+// `coming_first` on, or null. What is done with one tile's sums runs in the pauses of the next tile's product, if the
+// instruction set has any: tiles multiply by themselves.
+template <typename Epilogue>
+static inline void multiply(const Linear& linear, const Integers& x, const Region& region, const Linear* coming,
+                            int64_t coming_first, ThreadWorkspace& own, const Epilogue& epilogue) {
+  typedef decltype(epilogue.at(0)) At;
+  struct Pending {
+    Scaling scaling;
+    At at[PANEL / LANES];
+  };
+  const int64_t steps = steps_of(linear.in), bytes = panel_bytes(linear), tile_count = region.to - region.from;
+  if (tile_count <= 0 || region.first >= region.last) return;
+  union Both {  // constructed by assignment
+    Pending pending[2];
+    Both() {}
+    ~Both() {}
+  } both;
+  int32_t code_sums[2][PANEL];
+  const auto finish = [&](const Pending& pending, const Tile& tile, const int32_t* sums, int64_t from, int64_t to) {
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < PANEL / LANES; j++) {
+      const Words zeros = load<Words>(pending.scaling.zero + LANES * j), offsets = load<Words>(pending.scaling.offset + LANES * j);
+      const Floats scale = load<Floats>(pending.scaling.scale + LANES * j), bias = load<Floats>(pending.scaling.bias + LANES * j);
+      for (int64_t i = from; i < to; i++) {
+        const int64_t row = tile.row + i;
+        // As words: the sum of a row that holds NaN is garbage, and its product may overflow.
+        const Ints total = (Ints)(load<Words>(sums + PANEL * i + LANES * j) - offsets - zeros * (uint32_t)x.sums[row]);
+        pending.at[j](row, __builtin_convertvector(total, Floats) * scale * x.scales[row] + bias);
+      }
+    }
+  };
+  if (linear.narrow) unpack(linear.panels + region.first * bytes, steps, own.panel[0], code_sums[0]);
+  const Tile* waiting = nullptr;  // the tile whose epilogue has not run, in accumulators[1 - turn]
+  int waiting_panel = 0, turn = 0;
+  for (int64_t panel = region.first; panel < region.last; panel++) {
+    const int now = panel % 2;
+    const uint8_t* codes = linear.panels + panel * bytes;
+    if (linear.narrow) {
+      const int mine = (panel - region.first) % 2;
+      codes = own.panel[mine];
+      both.pending[now].scaling.of(linear, panel, code_sums[mine]);
+      if (panel + 1 < region.last) unpack(linear.panels + (panel + 1) * bytes, steps, own.panel[1 - mine], code_sums[1 - mine]);
+      lap(own, STAGE_UNPACK);
+    } else {
+      both.pending[now].scaling.of(linear, panel, nullptr);
+    }
+    // The panel before the last one has been finished: its place is free.
+    for (int64_t j = 0; j < PANEL / LANES; j++) both.pending[now].at[j] = epilogue.at(panel * PANEL + LANES * j);
+    const bool more = panel + 1 < region.last;
+    const int64_t following = more ? bytes : coming ? panel_bytes(*coming) : 0;
+    const uint8_t* next = more ? linear.panels + (panel + 1) * bytes : coming ? coming->panels + coming_first * panel_bytes(*coming) : nullptr;
+    for (int64_t t = 0; t < tile_count; t++) {
+      const Tile& tile = region.tiles[region.from + t];
+      const uint8_t* rows = x.bytes + tile.row * x.stride;
+      const int64_t pauses = Isa::pauses(steps), count = waiting ? waiting->rows : 0, share = divide_up(count, pauses);
+      int64_t done = 0;
+      const auto some = [&](int64_t rows) {
+        finish(both.pending[waiting_panel], *waiting, own.accumulators[1 - turn], done, least(done + rows, count));
+        done += rows;
+      };
+      // Each tile has its share of the next panel brought from memory, a bit in each pause.
+      const uint8_t *fetch = next + following * t / tile_count, *const fetched = next + following * (t + 1) / tile_count;
+      const int64_t lines = divide_up(fetched - fetch, ALIGNMENT * pauses) * ALIGNMENT;
+      const auto pause = [&] {
+        for (const uint8_t* stop = least(fetch + lines, fetched); fetch < stop; fetch += ALIGNMENT) __builtin_prefetch(fetch, 0, 2);
+        if (done < count) some(share);
+      };
+      Isa::product(rows, codes, tile.rows, steps, own.accumulators[turn], pause);
+      lap(own, STAGE_PRODUCT);
+      if (done < count) some(count);
+      lap(own, STAGE_EPILOGUE);
+      waiting = &tile;
+      waiting_panel = now;
+      turn = 1 - turn;
+    }
+  }
+  if (waiting) finish(both.pending[waiting_panel], *waiting, own.accumulators[1 - turn], 0, waiting->rows);
+  lap(own, STAGE_EPILOGUE);
+}
+
+// Rows of floats: y, or what an activation makes of it.
+template <typename Activate>
+struct ToRows {
+  float* out;
+  int64_t stride, columns;
+  Activate activate;
+  struct At {
+    float* out;
+    int64_t stride, left;
+    Activate activate;
+    void operator()(int64_t row, Floats y) const {
+      if (left > 0) store(out + row * stride, activate(y), left);
+    }
+  };
+  At at(int64_t column) const { return {out + column, stride, columns - column, activate}; }
+};
+
+struct AsItIs {
+  Floats operator()(Floats y) const { return y; }
+};
+
+template <Activation activation>
+struct Activated {
+  Floats operator()(Floats y) const { return activated(y, activation); }
+};
+
+// Calls with(Activated<...>), or with AsItIs for -1: one loop for each activation, not a choice in the loop.
+template <typename With>
+static inline void with_activation(int32_t activation, With with) {
+  switch (activation) {
+    case GELU: return with(Activated<GELU>());
+    case GELU_TANH: return with(Activated<GELU_TANH>());
+    case GELU_QUICK: return with(Activated<GELU_QUICK>());
+    case SILU: return with(Activated<SILU>());
+    case RELU: return with(Activated<RELU>());
+    default: return with(AsItIs());
+  }
+}
+
+// Multiplies what stands there already.
+struct Multiplied {
+  float* out;
+  int64_t stride, columns;
+  struct At {
+    float* out;
+    int64_t stride, left;
+    void operator()(int64_t row, Floats y) const {
+      float* to = out + row * stride;
+      if (left > 0) store(to, load<Floats>(to, left) * y, left);
+    }
+  };
+  At at(int64_t column) const { return {out + column, stride, columns - column}; }
+};
+
+// residual + scale * y, to rows that may lie elsewhere: those of which the number is -1 nowhere.
+struct Added {
+  const float *residual, *scale;  // scale may be null
+  float* out;
+  int64_t columns;
+  const int32_t* rows;  // or null
+  struct At {
+    const float *residual, *scale;
+    float* out;
+    int64_t columns, left;
+    const int32_t* rows;
+    void operator()(int64_t row, Floats y) const {
+      const int64_t to = rows ? rows[row] : row;
+      if (left <= 0 || to < 0) return;
+      if (scale) y = y * load<Floats>(scale, left);
+      store(out + to * columns, load<Floats>(residual + to * columns, left) + y, left);
+    }
+  };
+  At at(int64_t column) const {
+    return {residual + column, scale ? scale + column : nullptr, out + column, columns, columns - column, rows};
+  }
+};
+
+static void linear(const Linear& layer, const SharedWorkspace& shared, ThreadWorkspace& own, int64_t from, int64_t to,
+                   int64_t first, int64_t last, int32_t activation, const float* residual, float* out) {
+  const Integers x = {shared.integers, row_bytes(layer), shared.scales, shared.sums};
+  const Region region = {shared.tiles, from, to, first, last};
+  if (residual) return multiply(layer, x, region, nullptr, 0, own, Added{residual, nullptr, out, layer.out, nullptr});
+  with_activation(activation, [&](auto activate) {
+    multiply(layer, x, region, nullptr, 0, own, ToRows<decltype(activate)>{out, layer.out, layer.out, activate});
+  });
+}
+
+}  // namespace

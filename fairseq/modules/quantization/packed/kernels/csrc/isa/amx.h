@@ -1,0 +1,125 @@
+// AMX: tiles of 16 rows of 64 bytes, two by two: 32 rows times a panel of 32 outputs, 64 inputs at a time.
+//
+// Tiles 0 to 3 hold the sums (rows 0-15 and 16-31, outputs 0-15 and 16-31), 4 and 5 the rows, 6 and 7 the weights.
+// Rows beyond those of a tile are multiplied, too, and looked at by nobody; memory behind a tile must be readable.
+#pragma once
+
+#include "../api.h"
+#include "../vector.h"
+
+#ifndef TILE_ROWS  // not emulated
+#define TILE_ROWS 16
+#define tile_configure(configuration) _tile_loadconfig(configuration)
+#define tile_release() _tile_release()
+#define tile_zero(tile) _tile_zero(tile)
+#define tile_load(tile, from, stride) _tile_loadd(tile, from, stride)
+#define tile_load_once(tile, from, stride) _tile_stream_loadd(tile, from, stride)
+#define tile_store(tile, to, stride) _tile_stored(tile, to, stride)
+#define tile_bytes(sums, rows, weights) _tile_dpbusd(sums, rows, weights)
+#define tile_halves(sums, rows, weights) _tile_dpbf16ps(sums, rows, weights)
+#endif
+
+namespace {  // each instruction set has its own
+
+struct TileConfiguration {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+struct Isa {
+  static const int64_t ROWS = 2 * TILE_ROWS, GROUP = 64;
+  static const int32_t OFFSET = 128;
+  static const int64_t STEPS = GROUP / 4;  // of a panel, that are multiplied at a time
+
+  // Other libraries load tile configurations of their own: on each thread at the beginning of each call, not once.
+  static void enter() {
+    TileConfiguration configuration;
+    for (int tile = 0; tile < 8; tile++) {
+      configuration.row_bytes[tile] = GROUP;
+      configuration.rows[tile] = TILE_ROWS;
+    }
+    asm volatile("" : : "r"(&configuration) : "memory");  // gcc 12 believes that only its first 8 bytes are read
+    tile_configure(&configuration);
+  }
+  static void leave() { tile_release(); }
+
+  // Integer sums of a tile, (rows, PANEL), over 4 * steps inputs. pause() is called after each 64 inputs:
+  // for what else there is to do, while the tiles multiply.
+  template <typename Pause>
+  static inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows,
+                                                            int64_t steps, int32_t* sums, Pause pause) {
+    const int64_t whole = steps / STEPS, rest = steps % STEPS, parts = whole + (rest != 0), next = rows * GROUP;
+    alignas(64) uint8_t last[STEPS * 4 * PANEL];  // the steps of a panel that are no whole tile, filled up
+    if (rest) {
+      memset(last, 0, sizeof(last));
+      memcpy(last, panel + whole * STEPS * 4 * PANEL, rest * 4 * PANEL);
+    }
+    asm volatile("" ::: "memory");  // what tiles are loaded from has been written
+    const bool both = rows > TILE_ROWS;
+    tile_zero(0);
+    tile_zero(1);
+    tile_zero(2);
+    tile_zero(3);
+    for (int64_t part = 0; part < parts; part++, tile += next) {
+      const uint8_t* weights = part < whole ? panel + part * STEPS * 4 * PANEL : last;
+      tile_load_once(4, tile, GROUP);  // the panel is to stay in the first cache, not the rows
+      tile_load(6, weights, 4 * PANEL);
+      tile_bytes(0, 4, 6);
+      tile_load(7, weights + GROUP, 4 * PANEL);
+      tile_bytes(1, 4, 7);
+      if (both) {
+        tile_load_once(5, tile + TILE_ROWS * GROUP, GROUP);
+        tile_bytes(2, 5, 6);
+        tile_bytes(3, 5, 7);
+      }
+      pause();
+    }
+    tile_store(0, sums, 4 * PANEL);
+    tile_store(1, sums + 16, 4 * PANEL);
+    if (both) {
+      tile_store(2, sums + TILE_ROWS * PANEL, 4 * PANEL);
+      tile_store(3, sums + TILE_ROWS * PANEL + 16, 4 * PANEL);
+    }
+    asm volatile("" ::: "memory");
+  }
+
+  static void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums) {
+    product(tile, panel, rows, steps, sums, [] {});
+  }
+
+  static int64_t pauses(int64_t steps) { return divide_up(steps, STEPS); }
+
+  // Products of bfloat16, summed in float over 2 * steps numbers, whole tiles of them: (rows, PANEL).
+  static void half_product(const uint16_t* tile, const uint16_t* panel, int64_t rows, int64_t steps, float* out,
+                           int64_t stride) {
+    const int64_t halves = GROUP / 2, next = rows * halves;
+    asm volatile("" ::: "memory");
+    const bool both = rows > TILE_ROWS;
+    tile_zero(0);
+    tile_zero(1);
+    tile_zero(2);
+    tile_zero(3);
+    for (int64_t step = 0; step < steps; step += STEPS, tile += next, panel += STEPS * 2 * PANEL) {
+      tile_load(4, tile, GROUP);
+      tile_load(6, panel, 4 * PANEL);
+      tile_halves(0, 4, 6);
+      tile_load(7, panel + PANEL, 4 * PANEL);
+      tile_halves(1, 4, 7);
+      if (both) {
+        tile_load(5, tile + TILE_ROWS * halves, GROUP);
+        tile_halves(2, 5, 6);
+        tile_halves(3, 5, 7);
+      }
+    }
+    tile_store(0, out, 4 * stride);
+    tile_store(1, out + 16, 4 * stride);
+    if (both) {
+      tile_store(2, out + TILE_ROWS * stride, 4 * stride);
+      tile_store(3, out + TILE_ROWS * stride + 16, 4 * stride);
+    }
+    asm volatile("" ::: "memory");
+  }
+};
+
+}  // namespace

@@ -1,0 +1,42 @@
+// Which instruction sets this processor has: has_NAME for each file of this folder; see LEVELS in setup.py.
+#pragma once
+
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
+static inline bool has_portable() { return true; }
+static inline bool has_amx_emulated() { return true; }
+
+#if defined(__x86_64__)
+static inline bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+static inline bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
+static inline bool has_avx512vnni() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+static inline bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
+
+// The tiles of AMX for bytes and bfloat16; the operating system has to let this process use them, and may refuse.
+static inline bool has_amx() {
+#if defined(__linux__)
+  static const bool granted = [] {
+    unsigned a, b, c, d = 0;
+    const unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, amx_int8 = 1u << 25, all = amx_bf16 | amx_tile | amx_int8;
+    if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & all) != all) return false;
+    const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif

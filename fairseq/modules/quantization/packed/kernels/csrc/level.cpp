@@ -1,0 +1,20 @@
+// The kernels for one instruction set, LEVEL; setup.py has the flags that it is compiled with.
+#define TEXT_OF(name) #name
+#define TEXT(name) TEXT_OF(name)
+#define JOIN_OF(one, other) one##other
+#define JOIN(one, other) JOIN_OF(one, other)
+#define HEADER TEXT(isa/LEVEL.h)
+
+#include HEADER
+
+#include "block.h"
+
+namespace {
+void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums) {
+  Isa::product(tile, panel, rows, steps, sums);
+}
+}  // namespace
+
+extern const Kernels JOIN(kernels_, LEVEL) = {
+    TEXT(LEVEL), Isa::ROWS, Isa::GROUP, Isa::OFFSET, Isa::enter, Isa::leave, norm, activate, quantize, product, linear,
+    attention_pack, attend, block};
