@@ -94,6 +94,17 @@ def test_errors_are_added_up_in_one_order(width):
         assert torch.equal(_sum_in_order(laid_out), expected)
 
 
+def test_two_ranges_that_are_nearly_as_good():
+    """Their errors are equal to the last place, and which of them is the smaller follows from how they are added up."""
+    row = torch.tensor([978581.0, 1034748, -751273, -395188, -231847, -920388]) / 2**18
+    x = row.expand(33, 6)
+    expected = quantize_tokens(row, 2)
+    for laid_out in (x.contiguous(), x.T.contiguous().T):
+        q, scale = quantize_tokens(laid_out, 2)
+        assert torch.equal(q, expected[0].expand(33, 6))
+        assert torch.equal(scale, expected[1].expand(33, 1))
+
+
 def test_a_one_sided_token_uses_all_levels():
     """A GELU's output is nearly positive: a symmetric grid would spend half of its levels on nothing."""
     x = torch.nn.functional.gelu(2 * torch.randn(50, 200, generator=torch.Generator().manual_seed(1)))
