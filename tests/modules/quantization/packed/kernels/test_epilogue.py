@@ -201,6 +201,8 @@ def clean_compiler():
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
 def test_inductor_fuses_no_product_with_a_sum():
     """It makes one loop of the sum of groups, the scales and the bias."""
+    if torch.__version__ < "2.10":
+        pytest.importorskip("setuptools")  # its Inductor imports it
     layer, x = make(4, group_size=32).eval(), tokens(33, 75)
     with torch.no_grad():
         assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
