@@ -10,7 +10,6 @@ import math
 import torch
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.modules.quantization.packed.kernels import reference
 
 HALF = math.sqrt(torch.finfo(torch.float64).eps)
 EXACT = {"rtol": HALF, "atol": HALF}
@@ -76,11 +75,12 @@ def terms(layer, x):
 
 
 def exact(layer, x):
-    """The output as the reference defines it, (M, out), before it is rounded to the dtype of x: float64."""
-    x, weight = scaled(layer, x).double(), layer.weight_matrix
+    """The output for x of shape (M, in) if nothing rounds but the integers, (M, out): float64."""
+    x, weight = scaled(layer, x), layer.weight_matrix
     if layer.config.activations:
-        return reference.integer(x, weight, layer.bias, layer.input_grid)
-    y = x @ weight._replace(scale=weight.scale.double()).dequantize().T
+        q, scale = layer.input_grid.quantize(x.to(layer.scale.dtype))
+        x = layer.input_grid.centre(q).double() * scale.double()
+    y = x.double() @ weight._replace(scale=weight.scale.double()).dequantize().T
     return y if layer.bias is None else y + layer.bias.double()
 
 

@@ -106,12 +106,12 @@ def test_torch_files_give_the_outputs_of_the_model_from_integers(tmp_path):
     for form, suffix in (("torchscript", ".pt"), ("torch_export", ".pt2")):
         report = ViTQuantizer.export(model, tmp_path / f"vit{suffix}", form, PICTURES)
         assert report.integer_weights == 7
-        assert report.max_difference <= report.tolerance
+        assert report.max_difference == 0
         assert json.loads(json.dumps(report.to_dict()))["format"] == form
     with torch.no_grad():
         expected = ViTQuantizer.optimize(model, engine="layers")(PICTURES).logits
         (got,) = torch.jit.load(str(tmp_path / "vit.pt"))(PICTURES)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("format", ["onnx", "torchscript"])

@@ -65,5 +65,9 @@ def correction(weight: PackedWeight, scale: Tensor, zero_point: Tensor) -> Tenso
 
     x[m, k] = scale * (q[m, k] - zero_point), so y[m, n] = scale * sum over k of q[m, k] * W[n, k] + correction[n].
     """
-    rows = weight._replace(scale=weight.scale.double()).dequantize().sum(-1)
+    codes, code_zero_point = weight.unpacked(), weight.code_zero_point()
+    rows = torch.zeros(len(codes), dtype=torch.float64, device=codes.device)
+    for group, (start, stop) in enumerate(weight.columns()):
+        s, z = (t[:, group] if t.ndim == 2 else t for t in (weight.scale, code_zero_point))
+        rows += (codes[:, start:stop].sum(-1) - (stop - start) * z) * s.double()  # a sum of integers has no order
     return (rows * -(scale.double() * zero_point)).to(weight.scale.dtype)

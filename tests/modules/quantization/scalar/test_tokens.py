@@ -1,6 +1,9 @@
 """Activations per token: the integers, how far they are from the numbers, and the gradient that passes through."""
 
+import itertools
+
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +12,7 @@ from strategies import tensors
 from fairseq.modules.quantization.scalar import ops
 from fairseq.modules.quantization.scalar.tokens import (
     CLIPS,
+    _sum_in_order,
     check_static_state,
     fake_quantize_tokens,
     quantize_static,
@@ -75,6 +79,30 @@ def test_below_eight_bits_a_token_has_the_best_of_some_ranges(bits, kind):
         assert torch.equal(got, expected[0])
         assert step == expected[1]
     assert int((q.amax(-1) - q.amin(-1)).max()) == token_limit(bits)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 75, 768])
+def test_errors_are_added_up_in_one_order(width):
+    """Whatever lies where in memory: the range that is chosen must not depend on it."""
+    x = torch.rand(33, width, generator=torch.Generator().manual_seed(0))
+    columns = [column.numpy() for column in x.unbind(1)]
+    while len(columns) > 1:
+        half = -(-len(columns) // 2)
+        columns = [a + b for a, b in itertools.zip_longest(columns[:half], columns[half:], fillvalue=np.float32(0))]
+    expected = torch.from_numpy(columns[0])[:, None]
+    for laid_out in (x, x.T.contiguous().T, x.repeat(1, 2)[:, :width]):
+        assert torch.equal(_sum_in_order(laid_out), expected)
+
+
+def test_two_ranges_that_are_nearly_as_good():
+    """Their errors are equal to the last place, and which of them is the smaller follows from how they are added up."""
+    row = torch.tensor([978581.0, 1034748, -751273, -395188, -231847, -920388]) / 2**18
+    x = row.expand(33, 6)
+    expected = quantize_tokens(row, 2)
+    for laid_out in (x.contiguous(), x.T.contiguous().T):
+        q, scale = quantize_tokens(laid_out, 2)
+        assert torch.equal(q, expected[0].expand(33, 6))
+        assert torch.equal(scale, expected[1].expand(33, 1))
 
 
 def test_a_one_sided_token_uses_all_levels():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fairseq.modules.quantization.packed.input_grid import InputGrid
 from fairseq.modules.quantization.packed.kernels import functional
+from fairseq.modules.quantization.packed.kernels.epilogue import finish
 from fairseq.modules.quantization.packed.weight import PackedWeight, unpack_codes
 from fairseq.modules.quantization.scalar.ops import clamp_to
 from fairseq.modules.quantization.scalar.tokens import static_offset, token_limit
@@ -52,7 +54,7 @@ def product(q: Tensor, codes: Tensor) -> Tensor:
 
 
 def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid) -> Tensor:
-    """Integer products of quantized activations: (M, in) -> (M, out).
+    """Integer products of quantized activations: (M, in) -> (M, out), the bits of the reference.
 
     Args:
         x: floating, of any strides.
@@ -78,7 +80,8 @@ def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x times the dequantized weight in the dtype of ``x``: (M, in) -> (M, out).
 
     In the dtype of the scale the product is of x and q - zero_point, which are exact, and the output is scaled: there
-    are fewer outputs than weights. A narrower dtype takes the dequantized weight, rounded to it.
+    are fewer outputs than weights. A narrower dtype takes the dequantized weight, rounded to it. The order in which
+    these floats are added up is defined nowhere: the result equals that of other kernels to rounding only.
     """
     if functional.capturing() or weight.group_size is not None or x.numel() == 0:
         return functional.weight_only(x, weight, bias)
@@ -139,31 +142,30 @@ def _quantize(x: Tensor, compute: torch.dtype, grid: InputGrid) -> Tokens:
 
 
 def _multiply(tokens: Tokens, weight: PackedWeight, zero_point: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """One slice: product, correction for the zero point, scales, bias; into ``out``."""
-    if weight.group_size is not None:
-        _multiply_groups(tokens, weight, zero_point, bias, out)
-        return
+    """One slice: products and the epilogue, into ``out``."""
     compute, shape = weight.scale.dtype, tuple(out.shape)
-    accumulator = scratch.take("accumulator", shape, torch.int32)
-    _product_into(tokens.q, weight.codes, accumulator)
-    one = weight.scale.numel() == 1
-    if not weight.centred and one:
-        accumulator.sub_(tokens.sums * zero_point)  # addcmul_ with two broadcast factors is not vectorized
-    elif not weight.centred:
-        accumulator.addcmul_(tokens.sums, zero_point, value=-1)
     real = out if out.dtype == compute else scratch.take("result", shape, compute)
-    real.copy_(accumulator)
-    if one:
-        factor = tokens.scale * weight.scale  # (M, 1)
-    else:
-        real.mul_(weight.scale)  # before the token's, which may be huge
-        factor = tokens.scale
-    if bias is None:
-        real.mul_(factor)
-    else:
-        torch.addcmul(bias, real, factor, out=real)
+    term = None if weight.group_size is None else scratch.take("term", shape, compute)
+    finish(_accumulators(tokens, weight, zero_point, shape), weight.scale, tokens.scale, bias, real, term)
     if real is not out:
         out.copy_(real)
+
+
+def _accumulators(tokens: Tokens, weight: PackedWeight, zero_point: Tensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """The sums of each group of columns, int32 (M, N), each in the memory of the one before."""
+    accumulator = scratch.take("accumulator", shape, torch.int32)
+    for group, (start, stop) in enumerate(weight.columns()):
+        grouped = weight.group_size is not None
+        q, codes = (t[:, start:stop].contiguous() if grouped else t for t in (tokens.q, weight.codes))
+        _product_into(q, codes, accumulator)
+        if not weight.centred:
+            sums = q.sum(-1, keepdim=True, dtype=torch.int32) if grouped else tokens.sums
+            zero = zero_point[:, group] if grouped else zero_point
+            if zero.numel() == 1:
+                accumulator.sub_(sums * zero)  # addcmul_ with two broadcast factors is not vectorized
+            else:
+                accumulator.addcmul_(sums, zero, value=-1)  # of integers, and so exact
+        yield accumulator
 
 
 def _product_into(q: Tensor, codes: Tensor, out: Tensor) -> None:
@@ -172,21 +174,3 @@ def _product_into(q: Tensor, codes: Tensor, out: Tensor) -> None:
         out.copy_(product(q, codes))
     else:
         torch._int_mm(q, codes.t(), out=out)
-
-
-def _multiply_groups(
-    tokens: Tokens, weight: PackedWeight, zero_point: Tensor, bias: Tensor | None, out: Tensor
-) -> None:
-    """The same with a product per group of columns, added up in float."""
-    compute, shape = weight.scale.dtype, tuple(out.shape)
-    accumulator = scratch.take("accumulator", shape, torch.int32)
-    term = scratch.take("term", shape, compute)
-    total = scratch.take("result", shape, compute).zero_()
-    for group, (start, stop) in enumerate(weight.columns()):
-        q = tokens.q[:, start:stop].contiguous()
-        _product_into(q, weight.codes[:, start:stop].contiguous(), accumulator)
-        if not weight.centred:
-            accumulator.addcmul_(q.sum(-1, keepdim=True, dtype=torch.int32), zero_point[:, group], value=-1)
-        total.addcmul_(term.copy_(accumulator), weight.scale[:, group])
-    total.mul_(tokens.scale)
-    out.copy_(total if bias is None else total.add_(bias))

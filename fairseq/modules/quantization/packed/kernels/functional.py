@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed.input_grid import InputGrid
+from fairseq.modules.quantization.packed.kernels.epilogue import finish
 from fairseq.modules.quantization.packed.weight import PackedWeight
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -25,31 +26,34 @@ def recording() -> bool:
 
 
 def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid, product: Product) -> Tensor:
-    """(M, in) -> (M, out), dtype of ``x``; ``product`` is int8 (M, K), int8 (N, K) -> int32 (M, N)."""
+    """(M, in) -> (M, out), dtype of ``x``; ``product`` is int8 (M, K), int8 (N, K) -> int32 (M, N).
+
+    The bits of the reference, but for groups in a graph for ONNX, whose products are of floats.
+    """
     compute = weight.scale.dtype
     rounded, token_scale = grid.quantize(x.to(compute))  # (M, in), (M, 1)
     if weight.group_size is not None and torch.onnx.is_in_onnx_export():
         # A product per group would be hundreds of nodes; a float product of the same values is one.
         return weight_only(grid.centre(rounded) * token_scale, weight, bias).to(x.dtype)
+    accumulators = _accumulators(rounded, weight, product)
+    return finish(accumulators, weight.scale, token_scale, grid.bias(bias, compute)).to(x.dtype)
+
+
+def _accumulators(rounded: Tensor, weight: PackedWeight, product: Product) -> Iterator[Tensor]:
+    """The sums of each group of columns, int32 (M, N); ``rounded``: integers, in a floating dtype."""
     q, codes, zero_point = rounded.to(torch.int8), weight.unpacked(), weight.code_zero_point()
-    y: Tensor | None = None
     for group, (start, stop) in enumerate(weight.columns()):
         grouped = weight.scale.ndim == 2
-        scale, zero = (weight.scale[:, group], zero_point[:, group]) if grouped else (weight.scale, zero_point)
         part, columns = (q[:, start:stop], codes[:, start:stop]) if grouped else (q, codes)
         accumulator = product(part, columns)  # (M, N)
         if not weight.centred:
             sums = rounded[:, start:stop].sum(-1, keepdim=True).to(torch.int32)
-            accumulator = accumulator - sums * zero
-        term = accumulator.to(compute) * scale
-        y = term if y is None else y + term
-    assert y is not None
-    y, addend = y * token_scale, grid.bias(bias, compute)
-    return (y if addend is None else y + addend).to(x.dtype)
+            accumulator = accumulator - sums * (zero_point[:, group] if grouped else zero_point)
+        yield accumulator
 
 
 def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x times the dequantized weight in the dtype of ``x``: (M, in) -> (M, out)."""
+    """x times the dequantized weight in the dtype of ``x``: (M, in) -> (M, out), in no defined order of sums."""
     w = _dequantize(weight, x.dtype)
     return F.linear(x, w, None if bias is None else bias.to(x.dtype)).to(x.dtype)  # autocast would change the dtype
 

@@ -1,4 +1,4 @@
-"""The definition of correct: int64 products and float64 scaling, one step after the other."""
+"""The definition of correct: int64 products of the integers, and the one epilogue, a step after the other."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed.input_grid import InputGrid
 from fairseq.modules.quantization.packed.kernels import functional
+from fairseq.modules.quantization.packed.kernels.epilogue import finish
 from fairseq.modules.quantization.packed.weight import PackedWeight
 
 
@@ -19,29 +20,28 @@ def product(q: Tensor, codes: Tensor) -> Tensor:
 def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid) -> Tensor:
     """x quantized times the weight's integers, scaled, plus bias: (M, in) -> (M, out), dtype of ``x``.
 
-    y[m, n] = s_x[m] * sum over groups g of s_w[n, g] * sum over k in g of (q_x[m, k] - z_x) * (q_w[n, k] - z_w[n, g])
-              + b[n]
+    This defines the result to the bit; the other kernels give the same. x is rounded to the dtype of the weight's scale
+    and to the integers of ``grid``, their products with the weight's integers less its zero point are summed exactly,
+    :func:`~fairseq.modules.quantization.packed.kernels.epilogue.finish` has the order of all that follows, and its
+    result is rounded to the dtype of x. Of a token that holds NaN or Inf only that is defined that nothing is finite.
     """
     if functional.capturing():  # exporters know no products of int64 and no view as another dtype
         into_onnx = torch.onnx.is_in_onnx_export()
         return functional.integer(x, weight, bias, grid, functional.int_product if into_onnx else product)
-    q, token_scale = grid.quantize(x.to(weight.scale.dtype))
-    q = grid.centre(q)
-    integers, zero_point = weight.integers().to(torch.int64), weight.zero_point.to(torch.int64)
-    scale = weight.scale.to(torch.float64)
-    y = torch.zeros(len(x), len(integers), dtype=torch.float64, device=x.device)
+    rounded, token_scale = grid.quantize(x.to(weight.scale.dtype))
+    q, integers, zero_point = (t.to(torch.int64) for t in (rounded, weight.integers(), weight.zero_point))
+    accumulators = []
     for group, (start, stop) in enumerate(weight.columns()):
-        s, z = (scale[:, group], zero_point[:, group]) if scale.ndim == 2 else (scale, zero_point)
-        accumulator = q[:, start:stop].to(torch.int64) @ (integers[:, start:stop] - z.reshape(-1, 1)).T
-        y += accumulator * s
-    y *= token_scale
-    if bias is not None:
-        y += bias
-    return y.to(x.dtype)
+        z = zero_point[:, group] if zero_point.ndim == 2 else zero_point
+        accumulators.append(q[:, start:stop] @ (integers[:, start:stop] - z.reshape(-1, 1)).T)
+    return finish(accumulators, weight.scale, token_scale, grid.bias(bias, weight.scale.dtype)).to(x.dtype)
 
 
 def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x times the dequantized weight in the dtype of ``x``: (M, in) -> (M, out)."""
+    """x times the dequantized weight in the dtype of ``x``: (M, in) -> (M, out).
+
+    A product of floats, whose sums no kernel adds up in a defined order: two of them are equal to rounding only.
+    """
     if functional.capturing():
         return functional.weight_only(x, weight, bias)
     return F.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype)).to(x.dtype)

@@ -101,12 +101,19 @@ def test_no_rows(inputs, bias, kernel):
     assert run(kernel, layer, torch.randn(0, 75)).shape == (0, 21)
 
 
-@pairwise(activation_bits=[2, 4, 8], activations=["dynamic", "static"], dtype=DTYPES)
-def test_integers_of_the_cpu_kernel_are_those_of_the_grid(activations, activation_bits, dtype):
+@pairwise(
+    activation_bits=range(2, 9),
+    activations=["dynamic", "static"],
+    dtype=DTYPES,
+    compute=[torch.float32, torch.float64],
+    strides=[False, True],
+)
+def test_integers_of_the_cpu_kernel_are_those_of_the_grid(activations, activation_bits, dtype, compute, strides):
     grid = make(activations=activations, activation_bits=activation_bits).input_grid
     x = (3 * torch.randn(50, 75, generator=generator())).to(dtype)
-    q, scale = grid.quantize(x.float())
-    tokens = cpu._quantize(x, torch.float32, grid)
+    x = x.T.contiguous().T if strides else x
+    q, scale = grid.quantize(x.to(compute))
+    tokens = cpu._quantize(x, compute, grid)
     assert torch.equal(tokens.q, q.to(torch.int8))
     assert torch.equal(tokens.scale, scale)
     assert torch.equal(tokens.sums, q.sum(-1, keepdim=True).int())

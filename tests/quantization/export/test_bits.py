@@ -1,0 +1,73 @@
+"""A model that runs layer by layer has the same bits traced, exported, and read back from a file of PyTorch's."""
+
+import copy
+
+import pytest
+import torch
+from families import build, pictures
+from torch import nn
+
+from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.quantization.engine.fuse import optimize
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CASES = [
+    ("vit", {"bits": 8}),
+    ("vit", {"bits": 4, "method": "tensor", "activations": "static"}),
+    ("swin", {"bits": 8}),
+    ("dinov2", {"bits": 4, "group_size": 32}),
+]
+
+
+def quantized(name, settings):
+    quantizer = ViTQuantizer(**{"method": "channel", **settings})
+    return quantizer.quantize_model(build(name), calibration=pictures(8) if "activations" in settings else None)
+
+
+def logits(output):
+    output = output if isinstance(output, (tuple, torch.Tensor)) else output.logits
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Logits(nn.Module):
+    """A model by position, and of its output only the logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return logits(self.model(pixel_values))
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
+def test_traced_exported_and_read_back(name, settings, tmp_path):
+    layers = Logits(optimize(quantized(name, settings), "layers")).eval()
+    x, batch = pictures(5), torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        traced = torch.jit.trace(copy.deepcopy(layers), x, check_trace=False)  # Swin keeps a number of the trace
+        traced.save(str(tmp_path / "traced.pt"))
+        exported = torch.export.export(layers, (x,), dynamic_shapes=({0: batch},)).module()
+        runs = traced, torch.jit.load(str(tmp_path / "traced.pt")), exported
+        for pixels in (x, pictures(3, seed=4)):
+            expected = layers(pixels)
+            for run in runs:
+                for _ in range(3):  # TorchScript looks at the first runs and optimizes the later ones
+                    assert torch.equal(run(pixels), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "form", "suffix"),
+    [("vit", {"bits": 8}, "torchscript", ".pt"), ("vit", {"bits": 4}, "torch_export", ".pt2"),
+     ("swin", {"bits": 4}, "torchscript", ".pt")],
+    ids=str,
+)  # fmt: skip
+def test_files(name, settings, form, suffix, tmp_path, verified_here):
+    model, path = quantized(name, settings), tmp_path / f"model{suffix}"
+    report = ViTQuantizer.export(model, path, form, pictures(5))
+    assert report.max_difference == 0  # on two batch sizes
+    loaded = torch.jit.load(str(path)) if form == "torchscript" else torch.export.load(str(path)).module()
+    x = pictures(3, seed=4)
+    with torch.no_grad():
+        assert torch.equal(logits(loaded(x)), logits(optimize(model, "layers")(x)))
