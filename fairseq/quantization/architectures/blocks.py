@@ -75,7 +75,7 @@ BLOCK_CLASSES: dict[str, BlockClass] = {
         _NORM12, scales=_SCALES
     ),
     f"{_MODELS}.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": BlockClass(_NORM12, None, _SCALES, call="dinov3"),
-    f"{_MODELS}.clip.modeling_clip.CLIPEncoderLayer": BlockClass(_LAYER_NORM12),
+    f"{_MODELS}.clip.modeling_clip.CLIPEncoderLayer": BlockClass(_LAYER_NORM12, call="clip"),
     f"{_MODELS}.siglip.modeling_siglip.SiglipEncoderLayer": BlockClass(_LAYER_NORM12),
     f"{_MODELS}.siglip2.modeling_siglip2.Siglip2EncoderLayer": BlockClass(_LAYER_NORM12),
     "timm.models.vision_transformer.Block": BlockClass(_NORM12, FUSED, ("ls1", "ls2")),
@@ -116,7 +116,7 @@ def class_of(kind: type) -> BlockClass | None:
 
 
 def layer_paths(block: nn.Module) -> dict[str, str] | None:
-    """Role ("query", "key", "value" or "qkv", "output", "fc1", "gate", "fc2") -> path of that layer; None if one lacks."""
+    """Role ("query", "key", "value" or "qkv", "output", "fc1", "gate", "fc2") -> path of that layer, or None."""
     inside = {path for path, _ in block.named_modules()}
     halves = [next(filter(None, (_found(paths, inside) for paths in known)), None) for known in (PROJECTIONS, MLPS)]
     return {**halves[0], **halves[1]} if halves[0] and halves[1] else None

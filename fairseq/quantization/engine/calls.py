@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fairseq.modules.quantization.context import plain_context
 from fairseq.quantization.architectures.blocks import BlockClass
 from fairseq.quantization.engine import position_bias, windows
+from fairseq.quantization.engine.plan import attention_function
 from fairseq.quantization.engine.reading import attention_of
 from fairseq.quantization.engine.spec import BlockSpec, Call, Tables
 
@@ -67,7 +69,19 @@ def images(calls: Calls, x: Tensor, given: Given) -> Call | None:
     """Each image by itself: ViT, DINOv2, CLIP and their like, with a mask or without."""
     names = ("attention_mask", "causal_attention_mask", "attn_mask")
     masks = [mask for name in names if (mask := given.pop(name, None)) is not None]
+    if len(masks) == 2 and all(mask.is_floating_point() for mask in masks):  # of CLIP's text tower
+        masks = [derived((masks[0], masks[1]), "sum", lambda: masks[0] + masks[1])]
     return _masked(calls, x, masks, {})
+
+
+def clip(calls: Calls, x: Tensor, given: Given) -> Call | None:
+    """The same of CLIP, whose text tower may ask PyTorch's function for a causal mask instead of giving one."""
+    if given.pop("is_causal", None) and given.get("attention_mask") is None:
+        if attention_function(calls.attention).name != "sdpa":
+            return None
+        mask = calls.table(x, ("causal", x.shape[1]), lambda dtype: _causal(x.shape[1], dtype, x.device))
+        given["attention_mask"] = mask
+    return images(calls, x, given)
 
 
 def beit(calls: Calls, x: Tensor, given: Given) -> Call | None:
@@ -78,8 +92,12 @@ def beit(calls: Calls, x: Tensor, given: Given) -> Call | None:
     if position_bias.has_own(calls.attention, calls.block):
         if resolution is None:
             return None
-        key = ("bias", tuple(map(int, resolution)), interpolate, x.shape[1])
-        own = calls.table(x, key, lambda dtype: position_bias.of_beit(calls.block, calls.attention, *key[1:]).to(dtype))
+        size, tokens = (int(resolution[0]), int(resolution[1])), x.shape[1]
+        own = calls.table(
+            x,
+            ("bias", size, interpolate, tokens),
+            lambda dtype: position_bias.of_beit(calls.block, calls.attention, size, interpolate, tokens).to(dtype),
+        )
     return _masked(calls, x, [bias for bias in shared if bias is not None], {"bias": own})
 
 
@@ -117,22 +135,23 @@ def eva(calls: Calls, x: Tensor, given: Given) -> Call | None:
 
 def shifted_windows(calls: Calls, x: Tensor, given: Given) -> Call | None:
     """Windows of a grid of tokens, shifted in every second block."""
-    size, block = given.pop("input_dimensions", None), calls.block
+    size, block = given.pop("input_dimensions", None), cast(Any, calls.block)
     if size is None or int(size[0]) * int(size[1]) != x.shape[1]:
         return None
     if not given.pop("always_partition", False) and hasattr(block, "set_shift_and_window_size"):
         block.set_shift_and_window_size(size)  # what the forward of Swin does, and keeps
-    grid = windows.Grid(int(size[0]), int(size[1]), int(block.window_size), int(block.shift_size))  # type: ignore[arg-type]
+    grid = windows.Grid(int(size[0]), int(size[1]), int(block.window_size), int(block.shift_size))
     bias = calls.table(x, "bias", lambda dtype: position_bias.of_windows(calls.attention).to(dtype).contiguous())
     if bias.shape[-1] != grid.window**2:
         return None
     rows = calls.table(x, ("rows", grid, len(x)), lambda dtype: windows.rows(grid, len(x)).to(x.device))
     mask = calls.table(x, ("mask", grid), lambda dtype: windows.mask(block, grid, dtype, x.device))
-    return Call(len(x) * grid.count, grid.window**2, x.shape[0] * x.shape[1], rows=rows, bias=bias, mask=mask)
+    return Call(len(x) * grid.windows, grid.window**2, x.shape[0] * x.shape[1], rows=rows, bias=bias, mask=mask)
 
 
 ADAPTERS: dict[str, Callable[[Calls, Tensor, Given], Call | None]] = {
     "images": images,
+    "clip": clip,
     "beit": beit,
     "timm_beit": timm_beit,
     "dinov3": dinov3,
@@ -153,7 +172,7 @@ def _masked(calls: Calls, x: Tensor, added: list[Tensor], tables: Given) -> Call
         if len(table) == 1 and table.shape[1] == heads and table.is_floating_point():
             bias = table[0] if bias is None else bias + table[0]
         elif table.shape[1] == 1 and len(table) in (1, count) and mask is None:
-            mask = derived(table, "mask", lambda table=table: _mask(table[:, 0]))
+            mask = derived((table,), "mask", functools.partial(_mask, table[:, 0]))
             if mask is None:
                 return None
             mask = mask if len(mask) else None
@@ -162,6 +181,11 @@ def _masked(calls: Calls, x: Tensor, added: list[Tensor], tables: Given) -> Call
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     bias, mask = (None if t is None else t.detach().to(real).contiguous() for t in (bias, mask))
     return Call(count, tokens, count * tokens, bias=bias, mask=mask, **tables)
+
+
+def _causal(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What keeps tokens from those behind them: (1, 1, tokens, tokens)."""
+    return torch.full((tokens, tokens), -torch.inf, dtype=dtype, device=device).triu_(1)[None, None]
 
 
 def _mask(table: Tensor) -> Tensor | None:
@@ -185,21 +209,23 @@ def _rotation(
         ones = torch.cat([cos.new_ones(before, size), cos])
         return ones, torch.cat([sin.new_zeros(before, size), sin])
 
-    cosines, sines = derived(sin if source is None else source, ("rotation", before, x.dtype), padded)
+    cosines, sines = derived((sin, cos) if source is None else (source,), ("rotation", before), padded)
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     cosines, sines = cosines.detach().to(real), sines.detach().to(real)
     return {"cos": cosines, "sin": sines, "neighbours": neighbours}
 
 
-def derived(source: Tensor, key: Any, make: Callable[[], Any]) -> Any:
-    """What ``make`` gives for a tensor that all blocks of a model are called with: made for the first of them.
+def derived(sources: tuple[Tensor, ...], key: Any, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives for tensors that all blocks of a model are called with: made for the first of them.
 
     A tensor of inference mode does not know whether it was written to; of such a one it is made each time.
     """
-    if source.is_inference():
+    if any(source.is_inference() for source in sources):
         return make()
-    found = _derived.get(source)
-    if found is None or found[:2] != (source._version, key):
-        found = (source._version, key, make())
-        _derived[source] = found
+    first, *others = sources
+    key = (key, *(source._version for source in sources))
+    found = _derived.get(first)
+    if found is None or found[0] != key or any(kept is not other for kept, other in zip(found[1], others)):
+        found = (key, others, make())
+        _derived[first] = found
     return found[2]

@@ -44,7 +44,7 @@ _lock = threading.RLock()
 
 
 def compare(block: nn.Module, plan: FusedPlan) -> Finding:
-    """How the native block of ``block`` differs from its layers, if it does; found out once per class and configuration.
+    """How the native block of ``block`` differs from its layers, if it does: found out once for each configuration.
 
     Args:
         block: of packed layers on the CPU; it stays as it is.
@@ -66,7 +66,7 @@ def _configuration(block: nn.Module, plan: FusedPlan) -> Any:
     settings = [(name, value) for name, value in values if isinstance(value, PLAIN)]
     layers = [cast(PackedLinear, block.get_submodule(path)) for path in plan.layers]
     shapes = [(layer.config, layer.sizes(), layer.bias is None, layer.input_factor is None) for layer in layers]
-    tensors = [(name, t.shape, t.dtype) for name, t in (*block.named_parameters(), *block.named_buffers())]
+    tensors = [(name, t.shape) for name, t in (*block.named_parameters(), *block.named_buffers())]
     used = attention_function(attention_of(block))
     return tuple(code), tuple(settings), tuple(shapes), tuple(tensors), plan.epsilons, plan.heads, plan.scaling, used
 
@@ -105,9 +105,7 @@ def _compared(layers: nn.Module, plan: FusedPlan) -> Finding:
         hook.remove()
     first, *others = output if isinstance(output, tuple) else (output,)
     if first.shape != x.shape or len(roundings) != len(plan.layers):
-        return Finding(
-            f"its layers give {tuple(first.shape)} in {len(roundings)} calls, not what a native block gives"
-        )
+        return Finding(f"its layers give {tuple(first.shape)} in {len(roundings)} calls, not what a native block gives")
     if any(other is not None for other in others):
         return Finding("it returns more than hidden states")
     call = native.call(x, (), given)

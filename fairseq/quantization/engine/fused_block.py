@@ -24,6 +24,7 @@ from fairseq.quantization.engine.plan import FusedPlan, fused_plan, unfused_clas
 from fairseq.quantization.engine.reading import heads_and_scaling
 from fairseq.quantization.engine.spec import Call
 
+
 class FusedBlock(nn.Module):
     """Put before the class of a block: its forward as one native call where that gives the same, else its own.
 
@@ -82,6 +83,8 @@ class FusedBlock(nn.Module):
     def _fits_in_a_graph(self) -> bool:
         """Whether the block still is what its plan says, as far as a compiler that records this can follow."""
         plan, inner = self.plan, [module for module in self.modules() if module is not self]
+        if not plan.plain:
+            return False
         layers = [cast(PackedLinear, self.get_submodule(path)) for path in plan.layers]
         attention = cast(Any, self.get_submodule(plan.attention))
         set_as_planned = heads_and_scaling(attention, layers[0].out_features) == (plan.heads, plan.scaling)

@@ -14,7 +14,7 @@ from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.engine.calls import Calls
 from fairseq.quantization.engine.plan import FusedPlan, attention_function, settings_of, unfused_class
 from fairseq.quantization.engine.reading import attention_of, read
-from fairseq.quantization.engine.spec import BlockSpec, Call
+from fairseq.quantization.engine.spec import BlockSpec, Call, runs_natively
 
 
 class NativeBlock:
@@ -53,7 +53,7 @@ class NativeBlock:
     def call(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """What a call of the block gives besides hidden states; None if only the layers can run it."""
         call = self.calls.call(x, args, kwargs)
-        return call if call is not None and call.plain else None
+        return call if call is not None and runs_natively(call) else None
 
     def run(self, x: Tensor, call: Call) -> Tensor:
         """Hidden states, float32 (images, tokens, width) -> the block's output."""

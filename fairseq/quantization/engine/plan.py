@@ -12,12 +12,13 @@ from torch.nn import functional as F
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.quantization.architectures.blocks import BLOCK_CLASSES, class_of, layer_paths
 from fairseq.quantization.engine.reading import attention_of, read
-from fairseq.quantization.engine.spec import BlockSpec, reason_not_native
+from fairseq.quantization.engine.spec import BlockSpec, reason_not_native, reason_not_plain
 
 ATTENTIONS = ("eager", "sdpa")
 """Names of transformers' attention functions that a native block stands for."""
 KNOWN_PARTS = (
-    nn.Dropout, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.ReLU, nn.SiLU, nn.Linear, nn.Sequential, PackedLinear,
+    nn.Dropout, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.ReLU, nn.SiLU, nn.Linear, nn.Sequential,
+    PackedLinear,
 )  # fmt: skip
 """Classes that a block may hold beside those of its own file, of transformers' activations and of timm's layers."""
 TOGETHER = (("query", "key", "value"), ("gate", "fc1"))
@@ -38,6 +39,7 @@ class FusedPlan:
         scaling: what products of queries and keys are multiplied by.
         attention: path of the module that has these two.
         classes: of all modules within the block, in their order.
+        plain: whether it is a block that a compiler can record; see ``reason_not_plain``.
         returns: 0 if the block returns hidden states alone; else the length of the tuple whose first item they are,
             and whose others are None. None until that was seen.
     """
@@ -49,6 +51,7 @@ class FusedPlan:
     scaling: float
     attention: str
     classes: tuple[type, ...]
+    plain: bool
     returns: int | None = None
 
     @property
@@ -80,8 +83,9 @@ def fused_plan(block: nn.Module, kind: type) -> FusedPlan | str:
         return reason
     paths = {path: part for path, part in block.named_modules() if path}
     where = next(path for path, part in paths.items() if part is attention)
-    epsilons = (spec.norm("norm1").epsilon, spec.norm("norm2").epsilon)
-    return FusedPlan(roles, known.norms, epsilons, spec.heads, spec.scaling, where, tuple(map(type, paths.values())))
+    epsilons, classes = (spec.norm("norm1").epsilon, spec.norm("norm2").epsilon), tuple(map(type, paths.values()))
+    plain = reason_not_plain(spec) is None
+    return FusedPlan(roles, known.norms, epsilons, spec.heads, spec.scaling, where, classes, plain)
 
 
 def unfused_class(kind: type) -> Any:

@@ -54,7 +54,9 @@ def attention_of(block: nn.Module) -> Any:
 
 def heads_and_scaling(attention: Any, columns: int) -> tuple[int, float]:
     """Number of heads, and what products of queries, of ``columns`` channels, and keys are multiplied by."""
-    heads = next((getattr(attention, name) for name in ("num_attention_heads", "num_heads") if hasattr(attention, name)), 0)
+    heads = next(
+        (getattr(attention, name) for name in ("num_attention_heads", "num_heads") if hasattr(attention, name)), 0
+    )
     if not heads or columns % heads:
         raise Inexpressible(f"its {columns} columns do not divide into {heads} heads")
     usual = (columns // heads) ** -0.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,7 +54,8 @@ def activate(activation: str, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
     if activation == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
-    return {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}[activation](x)
+    functions: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
+    return functions[activation](x)
 
 
 def _mlp(spec: BlockSpec, x: Tensor) -> Tensor:

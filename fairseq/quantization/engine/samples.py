@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -59,13 +59,14 @@ def _eva(calls: Calls) -> tuple[int, dict[str, Any]]:
 
 def _windows(calls: Calls) -> tuple[int, dict[str, Any]]:
     """Three windows by two, some of them padded."""
-    window = int(calls.block.window_size)  # type: ignore[arg-type]
+    window = int(cast(Any, calls.block).window_size)
     height, width = 2 * window + 1, window + 1
     return height * width, {"input_dimensions": (height, width)}
 
 
 SAMPLES: dict[str, Callable[[Calls], tuple[int, dict[str, Any]]]] = {
     "images": _images,
+    "clip": _images,
     "beit": _beit,
     "timm_beit": _timm_beit,
     "dinov3": _dinov3,

@@ -136,13 +136,23 @@ class Tables:
         if key not in self.made:
             made = make()
             while len(self.made) >= self.most:
-                self.made.pop(next(iter(self.made)), None)
+                self.made.pop(next(iter(list(self.made))), None)
             self.made[key] = made
         return self.made[key]
 
 
 def reason_not_native(spec: BlockSpec) -> str | None:
-    """Which part of a block the native kernels do not compute yet, or None."""
+    """Which part of a block the native kernels do not compute, or None."""
+    return reason_not_plain(spec)
+
+
+def runs_natively(call: Call) -> bool:
+    """Whether the native kernels run such a call."""
+    return call.plain
+
+
+def reason_not_plain(spec: BlockSpec) -> str | None:
+    """What a block has that those of ViT have not, or None."""
     if spec.projections != 3:
         return "its query, key and value are one layer"
     if spec.gating != "none":

@@ -28,7 +28,7 @@ class Grid(NamedTuple):
         return -(-self.height // self.window) * self.window, -(-self.width // self.window) * self.window
 
     @property
-    def count(self) -> int:
+    def windows(self) -> int:
         """Windows in the grid."""
         height, width = self.padded
         return height // self.window * (width // self.window)
