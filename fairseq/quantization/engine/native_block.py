@@ -12,7 +12,7 @@ from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.kernels import native
 from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.engine.calls import Calls
-from fairseq.quantization.engine.plan import FusedPlan, attention_function, settings_of, unfused_class
+from fairseq.quantization.engine.plan import EACH_CALL, FusedPlan, attention_function, settings_of, unfused_class
 from fairseq.quantization.engine.reading import attention_of, read
 from fairseq.quantization.engine.spec import BlockSpec, Call, runs_natively
 
@@ -43,7 +43,8 @@ class NativeBlock:
         self.code = [(each, each.__call__, each.forward) for each in kinds]
         self.attention = attention_of(block)
         self.attention_function = attention_function(self.attention)
-        self.seen: list[tuple[dict[str, Any], str]] = [*_held(block), *settings_of(block)]
+        settings = [pair for pair in settings_of(block) if pair[0] is not block.__dict__ or pair[1] not in EACH_CALL]
+        self.seen: list[tuple[dict[str, Any], str]] = [*_held(block), *settings]
         self.found = [holder[name] for holder, name in self.seen]
         self.addressed = [thing for thing in self.found if isinstance(thing, Tensor)]
         self.pointers = [tensor.data_ptr() for tensor in self.addressed]

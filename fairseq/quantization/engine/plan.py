@@ -25,6 +25,8 @@ TOGETHER = (("query", "key", "value"), ("gate", "fc1"))
 """Layers whose input is rounded once for all of them."""
 OWN = ("training", "plan")
 """What modules hold, but are not set to."""
+EACH_CALL = ("window_size", "shift_size")
+"""What a block of Swin is set to by its calls; it is read in each of them."""
 
 
 @dataclass(frozen=True)
