@@ -1,4 +1,4 @@
-"""What is known of each class of encoder blocks: its layers by role, and which layers read which of its norms."""
+"""What is known of each class of encoder blocks: its layers by role, its norms, and what else decides what it gives."""
 
 from __future__ import annotations
 
@@ -11,57 +11,83 @@ from torch import nn
 
 Paths = Mapping[str, tuple[str, ...]]
 
-SPLIT: Paths = {
-    "query": ("attention.attention.query", "attention.q_proj", "attention.self.query", "self_attn.q_proj"),
-    "key": ("attention.attention.key", "attention.k_proj", "attention.self.key", "self_attn.k_proj"),
-    "value": ("attention.attention.value", "attention.v_proj", "attention.self.value", "self_attn.v_proj"),
-    "output": ("attention.output.dense", "attention.o_proj", "self_attn.out_proj"),
-    "fc1": ("intermediate.dense", "mlp.fc1"),
-    "fc2": ("output.dense", "mlp.fc2"),
+PROJECTIONS: tuple[Paths, ...] = (
+    {
+        "query": ("attention.attention.query", "attention.q_proj", "attention.self.query", "self_attn.q_proj"),
+        "key": ("attention.attention.key", "attention.k_proj", "attention.self.key", "self_attn.k_proj"),
+        "value": ("attention.attention.value", "attention.v_proj", "attention.self.value", "self_attn.v_proj"),
+        "output": ("attention.output.dense", "attention.o_proj", "self_attn.out_proj"),
+    },
+    {"qkv": ("attn.qkv",), "output": ("attn.proj",)},
+    {"query": ("attn.q_proj",), "key": ("attn.k_proj",), "value": ("attn.v_proj",), "output": ("attn.proj",)},
+)
+"""Role -> where a block has that layer, in one version or another: of transformers, and of timm with one or three."""
+PLAIN: Paths = {"fc1": ("intermediate.dense", "mlp.fc1"), "fc2": ("output.dense", "mlp.fc2")}
+GATED: Paths = {
+    "gate": ("mlp.gate_proj", "mlp.fc1_g"),
+    "fc1": ("mlp.up_proj", "mlp.fc1_x"),
+    "fc2": ("mlp.down_proj", "mlp.fc2"),
 }
-"""Role -> where a block of transformers has that layer, in one version or another; three projections."""
-FUSED: Paths = {"qkv": ("attn.qkv",), "output": ("attn.proj",), "fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)}
+OTHERS: Paths = {"fc1": ("mlp.up_proj", "mlp.weights_in"), "fc2": ("mlp.down_proj", "mlp.weights_out")}
+"""DINOv3 without a gate, and DINOv2's, which has both in one layer."""
+MLPS = (GATED, PLAIN, OTHERS)
+SPLIT: Paths = {**PROJECTIONS[0], **PLAIN}
+"""Of the blocks that are equalized: three projections."""
+FUSED: Paths = {**PROJECTIONS[1], **PLAIN}
 """The same of timm, with one projection for query, key and value."""
 
 
 class BlockClass(NamedTuple):
-    """One class of pre-norm blocks: query, key and value read the first norm alone, fc1 the second alone.
+    """One class of blocks: two branches that add to hidden states, attention and an MLP.
 
     Attributes:
-        norms: the names of the two LayerNorms.
-        paths: where its layers are, by role.
-        native: whether it computes what a native block computes: attention with a softmax and nothing added, an exact
-            GELU, no scaled branches.
+        norms: the names of its two norms.
+        paths: where the layers of those that are equalized are, by role: pre-norm blocks whose query, key and value
+            read the first norm alone, and fc1 the second alone. None: a block of this class is not equalized.
+        scales: the names of what multiplies the branches (LayerScale): modules, parameters or numbers.
+        post_norm: whether the norms are of what the branches add, not of what they read.
+        call: how the arguments of its forward become those of a native call; see ``engine/calls.py``.
     """
 
     norms: tuple[str, str] = ("layernorm_before", "layernorm_after")
-    paths: Paths = SPLIT
-    native: bool = False
+    paths: Paths | None = SPLIT
+    scales: tuple[str, str] | None = None
+    post_norm: bool = False
+    call: str = "images"
 
 
 _MODELS = "transformers.models"
+_NORM12, _LAYER_NORM12 = ("norm1", "norm2"), ("layer_norm1", "layer_norm2")
+_LAMBDAS, _SCALES, _GAMMAS = ("lambda_1", "lambda_2"), ("layer_scale1", "layer_scale2"), ("gamma_1", "gamma_2")
 BLOCK_CLASSES: dict[str, BlockClass] = {
-    f"{_MODELS}.vit.modeling_vit.ViTLayer": BlockClass(native=True),
-    f"{_MODELS}.deit.modeling_deit.DeiTLayer": BlockClass(native=True),
-    f"{_MODELS}.vit_mae.modeling_vit_mae.ViTMAELayer": BlockClass(native=True),
-    f"{_MODELS}.vit_msn.modeling_vit_msn.ViTMSNLayer": BlockClass(native=True),
-    f"{_MODELS}.beit.modeling_beit.BeitLayer": BlockClass(),
-    f"{_MODELS}.swin.modeling_swin.SwinLayer": BlockClass(),
-    f"{_MODELS}.dinov2.modeling_dinov2.Dinov2Layer": BlockClass(("norm1", "norm2")),
-    f"{_MODELS}.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": BlockClass(
-        ("norm1", "norm2")
+    f"{_MODELS}.vit.modeling_vit.ViTLayer": BlockClass(),
+    f"{_MODELS}.deit.modeling_deit.DeiTLayer": BlockClass(),
+    f"{_MODELS}.vit_mae.modeling_vit_mae.ViTMAELayer": BlockClass(),
+    f"{_MODELS}.vit_msn.modeling_vit_msn.ViTMSNLayer": BlockClass(),
+    f"{_MODELS}.beit.modeling_beit.BeitLayer": BlockClass(scales=_LAMBDAS, call="beit"),
+    f"{_MODELS}.data2vec.modeling_data2vec_vision.Data2VecVisionLayer": BlockClass(
+        paths=None, scales=_LAMBDAS, call="beit"
     ),
-    f"{_MODELS}.clip.modeling_clip.CLIPEncoderLayer": BlockClass(("layer_norm1", "layer_norm2")),
-    f"{_MODELS}.siglip.modeling_siglip.SiglipEncoderLayer": BlockClass(("layer_norm1", "layer_norm2")),
-    f"{_MODELS}.siglip2.modeling_siglip2.Siglip2EncoderLayer": BlockClass(("layer_norm1", "layer_norm2")),
-    "timm.models.vision_transformer.Block": BlockClass(("norm1", "norm2"), FUSED),
+    f"{_MODELS}.swin.modeling_swin.SwinLayer": BlockClass(call="windows"),
+    f"{_MODELS}.swinv2.modeling_swinv2.Swinv2Layer": BlockClass(paths=None, post_norm=True, call="windows"),
+    f"{_MODELS}.dinov2.modeling_dinov2.Dinov2Layer": BlockClass(_NORM12, scales=_SCALES),
+    f"{_MODELS}.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": BlockClass(
+        _NORM12, scales=_SCALES
+    ),
+    f"{_MODELS}.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": BlockClass(_NORM12, None, _SCALES, call="dinov3"),
+    f"{_MODELS}.clip.modeling_clip.CLIPEncoderLayer": BlockClass(_LAYER_NORM12, call="clip"),
+    f"{_MODELS}.siglip.modeling_siglip.SiglipEncoderLayer": BlockClass(_LAYER_NORM12),
+    f"{_MODELS}.siglip2.modeling_siglip2.Siglip2EncoderLayer": BlockClass(_LAYER_NORM12),
+    "timm.models.vision_transformer.Block": BlockClass(_NORM12, FUSED, ("ls1", "ls2")),
+    "timm.models.beit.Block": BlockClass(_NORM12, None, _GAMMAS, call="timm_beit"),
+    "timm.models.eva.EvaBlock": BlockClass(_NORM12, None, _GAMMAS, call="eva"),
 }
 """By the full name of the class, for the classes that were read; a subclass is another class."""
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Where a block of a known class has what equalization and the fused engine need.
+    """Where a block of a known class has what equalization needs.
 
     Attributes:
         kind: its class.
@@ -89,19 +115,28 @@ def class_of(kind: type) -> BlockClass | None:
     return known if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind else None
 
 
-def block_plan(block: nn.Module, kind: BlockClass | None) -> BlockPlan | None:
-    """The plan of a block of class ``kind``; None if it lacks a layer, or a norm is not a LayerNorm with bias."""
-    if kind is None:
-        return None
+def layer_paths(block: nn.Module) -> dict[str, str] | None:
+    """Role ("query", "key", "value" or "qkv", "output", "fc1", "gate", "fc2") -> path of that layer, or None."""
     inside = {path for path, _ in block.named_modules()}
-    layers = {role: next((p for p in paths if p in inside), None) for role, paths in kind.paths.items()}
+    halves = [next(filter(None, (_found(paths, inside) for paths in known)), None) for known in (PROJECTIONS, MLPS)]
+    return {**halves[0], **halves[1]} if halves[0] and halves[1] else None
+
+
+def block_plan(block: nn.Module, kind: BlockClass | None) -> BlockPlan | None:
+    """The plan of a block of class ``kind``; None if it is not equalized, lacks a layer, or a LayerNorm with bias."""
+    if kind is None or kind.paths is None:
+        return None
+    found = _found(kind.paths, {path for path, _ in block.named_modules()})
     norms: list[Any] = [getattr(block, name, None) for name in kind.norms]
-    if not all(isinstance(norm, nn.LayerNorm) for norm in norms):
+    if found is None or not all(isinstance(norm, nn.LayerNorm) for norm in norms):
         return None
     if any(norm._parameters.get(name) is None for norm in norms for name in ("weight", "bias")):  # none, or computed
         return None
-    found = {role: path for role, path in layers.items() if path is not None}
-    if len(found) < len(layers):
-        return None
     first = tuple(role for role in found if role in ("query", "key", "value", "qkv"))
     return BlockPlan(kind, found, dict(zip(kind.norms, (first, ("fc1",)))))
+
+
+def _found(paths: Paths, inside: set[str]) -> dict[str, str] | None:
+    """The path of each role within a block; None if one is not there."""
+    found = {role: next((path for path in places if path in inside), None) for role, places in paths.items()}
+    return {role: path for role, path in found.items() if path is not None} if all(found.values()) else None

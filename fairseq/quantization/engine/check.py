@@ -6,30 +6,45 @@ import copy
 import math
 import threading
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.architectures.forward import evaluating
+from fairseq.quantization.engine import reference_block
 from fairseq.quantization.engine.native_block import NativeBlock
-from fairseq.quantization.engine.plan import FusedPlan, attention_function, attention_of, settings_of, unfused_class
+from fairseq.quantization.engine.plan import FusedPlan, attention_function, settings_of, unfused_class
+from fairseq.quantization.engine.reading import attention_of
+from fairseq.quantization.engine.samples import sample
 
 PLAIN = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
 """Settings of a module that decide what it computes, and can be compared."""
-IMAGES, TOKENS = 2, 33
-"""Of the hidden states that the two are compared on."""
 HALF = 2.0**-8
 """Relative error of a number rounded to bfloat16, as the native attention rounds its factors."""
 
-_checked: dict[Any, str | None] = {}
+
+class Finding(NamedTuple):
+    """What the comparison found.
+
+    Attributes:
+        reason: why the native block may not run, or None.
+        returns: as of ``FusedPlan``; None where there is a reason.
+    """
+
+    reason: str | None
+    returns: int | None = None
+
+
+_checked: dict[Any, Finding] = {}
 _lock = threading.RLock()
 
 
-def disagreement(block: nn.Module, plan: FusedPlan) -> str | None:
-    """How the native block of ``block`` differs from its layers, or None; found out once per class and configuration.
+def compare(block: nn.Module, plan: FusedPlan) -> Finding:
+    """How the native block of ``block`` differs from its layers, if it does: found out once for each configuration.
 
     Args:
         block: of packed layers on the CPU; it stays as it is.
@@ -51,44 +66,81 @@ def _configuration(block: nn.Module, plan: FusedPlan) -> Any:
     settings = [(name, value) for name, value in values if isinstance(value, PLAIN)]
     layers = [cast(PackedLinear, block.get_submodule(path)) for path in plan.layers]
     shapes = [(layer.config, layer.sizes(), layer.bias is None, layer.input_factor is None) for layer in layers]
+    tensors = [(name, t.shape) for name, t in (*block.named_parameters(), *block.named_buffers())]
     used = attention_function(attention_of(block))
-    return tuple(code), tuple(settings), tuple(shapes), plan.epsilons, plan.heads, plan.scaling, used
+    return tuple(code), tuple(settings), tuple(shapes), tuple(tensors), plan.epsilons, plan.heads, plan.scaling, used
 
 
-def _compare(block: nn.Module, plan: FusedPlan) -> str | None:
+def _compare(block: nn.Module, plan: FusedPlan) -> Finding:
     try:
         layers = copy.deepcopy(block)
     except Exception as failure:
-        return f"it cannot be copied to be looked at: {type(failure).__name__}: {failure}"
+        return Finding(f"it cannot be copied to be looked at: {type(failure).__name__}: {failure}")
     layers.__class__ = unfused_class(type(layers))
     for part in layers.modules():  # whoever looks in is not to see this
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
-    width = len(layers.get_submodule(plan.norms[0]).get_parameter("weight"))
-    x = torch.randn(IMAGES, TOKENS, width, generator=torch.Generator().manual_seed(0))
-    like = layers.get_submodule(plan.norms[0]).get_parameter("weight").dtype
+    try:
+        return _compared(layers, plan)
+    except Exception as failure:
+        return Finding(f"the check of its native block fails with {type(failure).__name__}: {failure}")
+
+
+def _compared(layers: nn.Module, plan: FusedPlan) -> Finding:
+    """The same for a block that may be run and watched."""
+    native, known = NativeBlock(layers, plan), class_of(type(layers))
+    assert known is not None
+    x, given = sample(native.calls, known.call)
+    like = next((p.dtype for p in layers.parameters() if p.is_floating_point()), torch.float32)
     roundings: list[float] = []
-    for path in plan.layers:
+    hooks = [
         cast(PackedLinear, layers.get_submodule(path)).register_forward_pre_hook(
             lambda layer, args: roundings.append(_rounding_noise(args[0]))
         )
-    try:
-        with evaluating(layers):
-            output = layers(x.to(like))
-        expected = (output[0] if isinstance(output, tuple) else output).double() - x
-        got = NativeBlock(layers, plan).run(x).double() - x
-    except Exception as failure:
-        return f"the check of its native block fails with {type(failure).__name__}: {failure}"
-    if expected.shape != got.shape or len(roundings) != len(plan.layers):
-        return f"its layers give {tuple(expected.shape)} in {len(roundings)} calls, not what a native block gives"
-    least = torch.finfo(like).eps * torch.linalg.vector_norm(x)  # of a block that adds nothing
+        for path in plan.layers
+    ]
+    with evaluating(layers):
+        output = layers(x.to(like), **_in_dtype(given, like))
+    for hook in hooks:
+        hook.remove()
+    first, *others = output if isinstance(output, tuple) else (output,)
+    if first.shape != x.shape or len(roundings) != len(plan.layers):
+        return Finding(f"its layers give {tuple(first.shape)} in {len(roundings)} calls, not what a native block gives")
+    if any(other is not None for other in others):
+        return Finding("it returns more than hidden states")
+    call = native.call(x, (), given)
+    if call is None:
+        return Finding("a plain call of it is not one that a native block runs")
+    with evaluating(layers):
+        reference = reference_block.run(native.spec, call, x.flatten(0, 1)).view_as(x)
+    noise, exact = math.hypot(*roundings), 4 * torch.finfo(like).eps
+    ways = {
+        "its native block": (native.run(x, call), noise + 2 * HALF + exact),
+        "what is known of it": (reference, noise + exact),
+    }
+    for name, (got, allowed) in ways.items():
+        if reason := _difference(name, got.double() - x, first.double() - x, 2 * allowed, torch.finfo(like).eps, x):
+            return Finding(reason)
+    return Finding(None, len(output) if isinstance(output, tuple) else 0)
+
+
+def _difference(name: str, got: Tensor, expected: Tensor, bound: float, eps: float, x: Tensor) -> str | None:
+    least = eps * torch.linalg.vector_norm(x)  # of a block that adds nothing
     error = float(torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected).clamp(min=least))
-    bound = 2 * (math.hypot(*roundings) + 2 * HALF + 4 * torch.finfo(like).eps)
-    if not error <= bound:
-        return (
-            f"its native block differs from its layers by {error:.1%} of what the block adds; {bound:.1%} is rounding"
-        )
-    return None
+    if error <= bound:
+        return None
+    return f"{name} differs from its layers by {error:.1%} of what the block adds; {bound:.1%} is rounding"
+
+
+def _in_dtype(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments with floating tensors in that dtype."""
+
+    def cast_to(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(dtype)
+        return tuple(map(cast_to, value)) if isinstance(value, tuple) else value
+
+    return {name: cast_to(value) for name, value in given.items()}
 
 
 def _rounding_noise(x: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from typing import TypeVar, cast
 
 from torch import nn
@@ -14,7 +15,7 @@ from fairseq.modules.quantization.packed.kernels import native
 from fairseq.modules.quantization.packed.linear import use_native
 from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.architectures.layers import block_of
-from fairseq.quantization.engine.check import disagreement
+from fairseq.quantization.engine.check import compare
 from fairseq.quantization.engine.fused_block import FusedBlock, fused_class
 from fairseq.quantization.engine.plan import FusedPlan, fused_plan, unfused_class
 
@@ -117,5 +118,7 @@ def _plan(block: nn.Module) -> FusedPlan | str:
     plan = fused_plan(block, unfused_class(type(block)))
     if isinstance(plan, str):
         return plan
-    on_cpu = all(tensor.device.type == "cpu" for tensor in (*block.parameters(), *block.buffers()))
-    return (disagreement(block, plan) if on_cpu else None) or plan
+    if any(tensor.device.type != "cpu" for tensor in (*block.parameters(), *block.buffers())):
+        return plan
+    finding = compare(block, plan)
+    return finding.reason or replace(plan, returns=finding.returns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,80 +17,95 @@ from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed import PackedLinear, kernels
 from fairseq.modules.quantization.packed.kernels import functional, operators
 from fairseq.quantization.architectures.forward import evaluating
-from fairseq.quantization.engine.check import disagreement
+from fairseq.quantization.engine.calls import HARMLESS
+from fairseq.quantization.engine.check import compare
 from fairseq.quantization.engine.native_block import NativeBlock
 from fairseq.quantization.engine.plan import FusedPlan, fused_plan, unfused_class
-
-HARMLESS = ("output_hidden_states", "return_dict", "interpolate_pos_encoding", "num_items_in_batch")
-"""Arguments of a model that reach its blocks and change nothing in them."""
+from fairseq.quantization.engine.reading import heads_and_scaling
+from fairseq.quantization.engine.spec import Call
 
 
 class FusedBlock(nn.Module):
     """Put before the class of a block: its forward as one native call where that gives the same, else its own.
 
-    It does on the CPU, in eval mode, without an attention mask, while nobody looks into the block: with hooks on what
-    is in it, or attentions asked for, the block runs layer by layer. Parameters, buffers, their names and the state
-    dict are those of the block as it was. The bits of an image's output depend neither on the rest of the batch nor
-    on the number of threads. Gradients are those of the layers, which run in the backward pass.
+    It does on the CPU, in eval mode, while nobody looks into the block: with hooks on what is in it, with attentions
+    asked for, or with arguments that its kind of :mod:`calls <fairseq.quantization.engine.calls>` does not know, the
+    block runs layer by layer. Parameters, buffers, their names and the state dict are those of the block as it was, and
+    so is what it returns. The bits of an image's output depend neither on the rest of the batch nor on the number of
+    threads. Gradients are those of the layers, which run in the backward pass.
     """
 
     plan: FusedPlan
     _native: NativeBlock | None
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """(images, tokens, width) -> the same, in the dtype of ``hidden_states``."""
-        if not self._fits(hidden_states, args, kwargs):
-            return super().forward(hidden_states, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """(images, tokens, width) and what else the block takes -> what it returns, in the dtype of hidden states."""
+        if not args and "hidden_states" in kwargs:
+            args = (kwargs.pop("hidden_states"),)
+        call = self._call(args, kwargs)
+        if call is None:
+            return super().forward(*args, **kwargs)
+        x = cast(Tensor, args[0])
         if torch.compiler.is_compiling():
-            return self._run(hidden_states.detach())
+            return self._returned(self._run(x.detach(), call))
         if torch.is_grad_enabled():
             tuned = [parameter for parameter in cast(NativeBlock, self._native).parameters if parameter.requires_grad]
-            if tuned or hidden_states.requires_grad:
-                return Recomputed.apply(self, hidden_states, *tuned)
-        return self._run(hidden_states)
+            if tuned or x.requires_grad:
+                return self._returned(cast(Tensor, Recomputed.apply(self, call, args[1:], kwargs, x, *tuned)))
+        return self._returned(self._run(x, call))
 
-    def by_layers(self, hidden_states: Tensor) -> Tensor:
-        """What :meth:`forward` gives for the same hidden states, layer by layer."""
-        output = super().forward(hidden_states)
+    def by_layers(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The hidden states that :meth:`forward` gives for the same arguments, layer by layer."""
+        output = super().forward(hidden_states, *args, **kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
-    def _fits(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the native block gives what this call asks for."""
-        asked = [*args, *(value for key, value in kwargs.items() if key not in HARMLESS)]
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """What the native block is called with for such arguments; None if only the layers give what is asked for."""
         if self.training or functional.recording() or not kernels.runs_native("auto"):
-            return False
-        if any(value is not None and value is not False for value in asked):
-            return False
-        if forward_ad.unpack_dual(x).tangent is not None:  # no derivative of the native block is known forwards
-            return False
-        if x.ndim != 3 or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return False
+            return None
+        if not args or not isinstance(args[0], Tensor) or not _fits(args[0]):
+            return None
+        x, *others = args
         if torch.compiler.is_compiling():
-            return self._fits_in_a_graph()
+            asked = [*others, *(value for key, value in kwargs.items() if key not in HARMLESS)]
+            plain = not any(value is not None and value is not False for value in asked)
+            return Call(x.shape[0], x.shape[1], x.shape[0] * x.shape[1]) if plain and self._fits_in_a_graph() else None
+        if torch.is_grad_enabled() and _needs_gradient((others, kwargs)):
+            return None  # of which the recomputed layers give none
         if self._native is None or not self._native.holds():
             with plain_context():
                 self._native = native_block_of(self)
             self.plan = self.plan if self._native is None else self._native.plan
-        return self._native is not None and not _any_watched(self._native.inner)
+        if self._native is None or _any_watched(self._native.inner):
+            return None
+        return self._native.call(x, tuple(others), kwargs)
 
     def _fits_in_a_graph(self) -> bool:
         """Whether the block still is what its plan says, as far as a compiler that records this can follow."""
         plan, inner = self.plan, [module for module in self.modules() if module is not self]
+        if not plan.plain:
+            return False
         layers = [cast(PackedLinear, self.get_submodule(path)) for path in plan.layers]
         attention = cast(Any, self.get_submodule(plan.attention))
-        set_as_planned = (attention.num_attention_heads, attention.scaling) == (plan.heads, plan.scaling)
+        set_as_planned = heads_and_scaling(attention, layers[0].out_features) == (plan.heads, plan.scaling)
         epsilons = tuple([cast(nn.LayerNorm, self.get_submodule(path)).eps for path in plan.norms])
         known = len(inner) == len(plan.classes) and all(type(m) is kind for m, kind in zip(inner, plan.classes))
         in_panels = all(layer.panels is not None for layer in layers)
-        return known and set_as_planned and epsilons == plan.epsilons and in_panels and not _any_watched(inner)
+        seen = plan.returns is not None and not _any_watched(inner)
+        return known and set_as_planned and epsilons == plan.epsilons and in_panels and seen
 
-    def _run(self, hidden_states: Tensor) -> Tensor:
+    def _returned(self, hidden_states: Tensor) -> Any:
+        """As the class of the block returns them."""
+        length = self.plan.returns
+        return (hidden_states, *[None] * (length - 1)) if length else hidden_states
+
+    def _run(self, hidden_states: Tensor, call: Call) -> Tensor:
         x = hidden_states.to(torch.float32).contiguous()
         if torch.compiler.is_compiling():
             y = self._operator(x)
         else:
             assert self._native is not None
-            y = self._native.run(x)
+            y = self._native.run(x, call)
         return y.to(hidden_states.dtype)
 
     def _operator(self, x: Tensor) -> Tensor:
@@ -114,10 +130,12 @@ class Recomputed(torch.autograd.Function):
     """A fused block with gradients: the backward pass runs its layers, and differentiates those."""
 
     @staticmethod
-    def forward(ctx: Any, block: FusedBlock, hidden_states: Tensor, *tuned: Tensor) -> Tensor:
-        ctx.block = block
-        ctx.save_for_backward(hidden_states, *tuned)
-        return block._run(hidden_states)
+    def forward(
+        ctx: Any, block: FusedBlock, call: Call, args: tuple[Any, ...], kwargs: Any, x: Tensor, *tuned: Tensor
+    ) -> Tensor:
+        ctx.block, ctx.arguments = block, (args, kwargs)
+        ctx.save_for_backward(x, *tuned)
+        return block._run(x, call)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -126,9 +144,25 @@ class Recomputed(torch.autograd.Function):
         x = hidden_states.detach().requires_grad_()
         # in the mode of the forward pass, whatever the model is in by now; which computed in float32
         with torch.enable_grad(), evaluating(ctx.block), torch.autocast("cpu", enabled=False):
-            output = ctx.block.by_layers(x)
+            args, kwargs = ctx.arguments
+            output = ctx.block.by_layers(x, *args, **kwargs)
         found = torch.autograd.grad(output, [x, *tuned], gradient, allow_unused=True)
-        return None, *found
+        return None, None, None, None, *found
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether these are hidden states that a native block takes."""
+    if forward_ad.unpack_dual(x).tangent is not None:  # no derivative of the native block is known forwards
+        return False
+    return x.ndim == 3 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _needs_gradient(value: Any) -> bool:
+    """Whether a tensor in some arguments has a gradient."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return any(map(_needs_gradient, items))
 
 
 def _any_watched(modules: Iterable[nn.Module]) -> bool:
@@ -162,7 +196,8 @@ def native_block_of(block: nn.Module) -> NativeBlock | None:
     layers = [cast(PackedLinear, block.get_submodule(path)) for path in plan.layers]
     if any(layer.panels is None or layer.panels.device.type != "cpu" for layer in layers):
         return None
-    return None if disagreement(block, plan) else NativeBlock(block, plan)
+    finding = compare(block, plan)
+    return None if finding.reason else NativeBlock(block, replace(plan, returns=finding.returns))
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,11 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.kernels import native
-from fairseq.quantization.engine.plan import FusedPlan, attention_function, attention_of, settings_of, unfused_class
+from fairseq.quantization.architectures.blocks import class_of
+from fairseq.quantization.engine.calls import Calls
+from fairseq.quantization.engine.plan import EACH_CALL, FusedPlan, attention_function, settings_of, unfused_class
+from fairseq.quantization.engine.reading import attention_of, read
+from fairseq.quantization.engine.spec import NORMS, BlockSpec, Call
 
 
 class NativeBlock:
@@ -17,45 +22,45 @@ class NativeBlock:
 
     Attributes:
         plan: where its parts are.
+        spec: its parts, by role.
         inner: the modules within the encoder block.
-        parameters: those whose values it has.
+        parameters: of the encoder block.
     """
 
     def __init__(self, block: nn.Module, plan: FusedPlan):
-        self.plan = plan
-        layers = [cast(PackedLinear, block.get_submodule(path)) for path in plan.layers]
-        norms = [cast(nn.LayerNorm, block.get_submodule(path)) for path in plan.norms]
-        self.parameters = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
-        floats = [tensor.detach().to(torch.float32).contiguous() for tensor in self.parameters]
-        prepared = [layer.prepared() for layer in layers]
-        by_role = dict(zip(plan.block.layers, prepared, strict=True))
-        pairs = {
-            f"norm{i + 1}": ("layer", *floats[2 * i : 2 * i + 2], epsilon) for i, epsilon in enumerate(plan.epsilons)
-        }
-        self.block = native.make_block(by_role, pairs, plan.heads, plan.scaling)
+        self.plan, kind = plan, unfused_class(type(block))
+        known = class_of(kind)
+        spec = known and read(block, known)
+        if not isinstance(spec, BlockSpec) or known is None:
+            raise ValueError(f"no native block computes a {kind.__qualname__}: {spec}")
+        self.spec, self.calls = spec, Calls(block, known, spec, kind.forward)
+        self.parameters = list(block.parameters())
+        prepared = {role: cast(PackedLinear, layer).prepared() for role, layer in spec.layers.items()}
+        self.block = _translated(spec, prepared)
+        self._called: tuple[Call, native.Call] | None = None
         self.inner = [module for module in block.modules() if module is not block]
         self.classes = [(module, type(module)) for module in block.modules()]
-        kinds = {*(kind for _, kind in self.classes), unfused_class(type(block))}
-        self.code = [(kind, kind.__call__, kind.forward) for kind in kinds]
+        kinds = {*(each for _, each in self.classes), kind}
+        self.code = [(each, each.__call__, each.forward) for each in kinds]
         self.attention = attention_of(block)
         self.attention_function = attention_function(self.attention)
-        self.seen: list[tuple[dict[str, Any], str]] = [
-            *((module._modules, name) for module in block.modules() for name in module._modules),
-            *((layer._buffers, name) for layer in layers for name in PackedLinear.PARTS),
-            *((norm._parameters, name) for norm in norms for name in ("weight", "bias")),
-            *((norm.__dict__, "eps") for norm in norms),
-            *settings_of(block),
-        ]
+        settings = [pair for pair in settings_of(block) if pair[0] is not block.__dict__ or pair[1] not in EACH_CALL]
+        self.seen: list[tuple[dict[str, Any], str]] = [*_held(block), *settings]
         self.found = [holder[name] for holder, name in self.seen]
         self.addressed = [thing for thing in self.found if isinstance(thing, Tensor)]
         self.pointers = [tensor.data_ptr() for tensor in self.addressed]
-        copied = [tensor for tensor in self.parameters if tensor.dtype != torch.float32]
-        self.versions: list[tuple[Tensor, int]] = [(tensor, native.version(tensor)) for tensor in copied]
-        self.versions += [pair for layer in prepared for pair in layer.versions]
+        self.versions = [(tensor, native.version(tensor)) for tensor in _copied(block, spec)]
+        self.versions += [pair for layer in prepared.values() for pair in layer.versions]
 
-    def run(self, x: Tensor) -> Tensor:
+    def call(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """What a call of the block gives besides hidden states; None if only the layers can run it."""
+        return self.calls.call(x, args, kwargs)
+
+    def run(self, x: Tensor, call: Call) -> Tensor:
         """Hidden states, float32 (images, tokens, width) -> the block's output."""
-        return native.run_block(self.block, x, native.level_number())
+        if self._called is None or self._called[0] is not call:  # the same one, call after call, for one batch size
+            self._called = call, _call_of(call, self.spec)
+        return native.run_blocks([self.block], x, self._called[1], native.level_number())
 
     def holds(self) -> bool:
         """Whether the block still has the same code, modules, tensors and settings; of copies, that they are unchanged.
@@ -76,3 +81,53 @@ class NativeBlock:
         return self.pointers == [tensor.data_ptr() for tensor in self.addressed] and all(
             native.version(tensor) == number for tensor, number in self.versions
         )
+
+
+def _translated(spec: BlockSpec, prepared: dict[str, native.Prepared]) -> native.Block:
+    """The spec as the kernels take it."""
+    if spec.query_bias is not None:
+        prepared = {**prepared, "query": prepared["query"].with_bias(_float(spec.query_bias))}
+    norms = {role: spec.norm(role) for role in NORMS}
+    return native.make_block(
+        prepared,
+        {role: (norm.kind, _float(norm.weight), _float(norm.bias), norm.epsilon) for role, norm in norms.items()},
+        spec.heads,
+        spec.scaling,
+        spec.activation,
+        spec.gating,
+        (_float(spec.scale1), _float(spec.scale2)),
+        _float(spec.head_scale),
+    )
+
+
+def _call_of(call: Call, spec: BlockSpec) -> native.Call:
+    """The call as the kernels take it."""
+    rotation = None if call.cos is None or call.sin is None else (call.cos, call.sin)
+    return native.make_call(
+        call.images, call.tokens, call.row_count, call.rows, rotation, call.neighbours, call.bias, call.mask,
+        spec.heads, spec.head_size,
+    )  # fmt: skip
+
+
+def _float(tensor: Tensor | None) -> Any:
+    """float32 and contiguous; None for None."""
+    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+
+
+def _held(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a block and the modules within it keep modules, parameters and buffers."""
+    for module in block.modules():
+        kept: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
+        yield from ((holder, name) for holder in kept for name in holder)
+
+
+def _copied(block: nn.Module, spec: BlockSpec) -> Iterator[Tensor]:
+    """The tensors, besides those of packed layers, that the kernels do not read where they are."""
+    floats = (tensor for tensor in spec.tensors() if tensor.dtype == torch.float32 and tensor.is_contiguous())
+    read_in_place = {id(tensor) for tensor in floats}
+    for module in block.modules():
+        if isinstance(module, PackedLinear):
+            continue
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and id(tensor) not in read_in_place:
+                yield tensor

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.quantization.architectures.blocks import BLOCK_CLASSES, BlockPlan, block_plan, class_of
+from fairseq.quantization.architectures.blocks import BLOCK_CLASSES, class_of, layer_paths
+from fairseq.quantization.engine.reading import attention_of, read
+from fairseq.quantization.engine.spec import BlockSpec, reason_not_plain
 
 ATTENTIONS = ("eager", "sdpa")
 """Names of transformers' attention functions that a native block stands for."""
-KNOWN_PARTS = (nn.Dropout, nn.Identity, nn.LayerNorm, nn.GELU, PackedLinear)
-"""Classes that a block may hold beside those of its own file, and of transformers' activations."""
+KNOWN_PARTS = (
+    nn.Dropout, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.ReLU, nn.SiLU, nn.Linear, nn.Sequential,
+    PackedLinear,
+)  # fmt: skip
+"""Classes that a block may hold beside those of its own file, of transformers' activations and of timm's layers."""
+TOGETHER = (("query", "key", "value"), ("gate", "fc1"))
+"""Layers whose input is rounded once for all of them."""
+OWN = ("training", "plan")
+"""What modules hold, but are not set to."""
+EACH_CALL = ("window_size", "shift_size")
+"""What a block of Swin is set to by its calls; it is read in each of them."""
 
 
 @dataclass(frozen=True)
@@ -24,84 +34,65 @@ class FusedPlan:
     """What a native block is made of.
 
     Attributes:
-        block: paths of the layers and norms within the block, by role.
-        epsilons: of the two norms.
+        roles: role -> path of that layer within the block.
+        norms: names of its two norms.
+        epsilons: of the two.
         heads: number of heads.
         scaling: what products of queries and keys are multiplied by.
         attention: path of the module that has these two.
         classes: of all modules within the block, in their order.
+        plain: whether it is a block that a compiler can record; see ``reason_not_plain``.
+        returns: 0 if the block returns hidden states alone; else the length of the tuple whose first item they are,
+            and whose others are None. None until that was seen.
     """
 
-    block: BlockPlan
+    roles: dict[str, str]
+    norms: tuple[str, str]
     epsilons: tuple[float, float]
     heads: int
     scaling: float
     attention: str
     classes: tuple[type, ...]
+    plain: bool
+    returns: int | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Paths of the query, key, value, output, fc1 and fc2 layers."""
-        return tuple(self.block.layers.values())
-
-    @property
-    def norms(self) -> tuple[str, ...]:
-        """Paths of the LayerNorm before attention and of the one after."""
-        return tuple(self.block.norms)
+        """Paths of the query, key, value, output, fc1 and fc2 layers, or of those that there are."""
+        return tuple(self.roles.values())
 
 
 def fused_plan(block: nn.Module, kind: type) -> FusedPlan | str:
     """How the native kernels run a block of class ``kind``, or why they cannot."""
     known = class_of(kind)
-    if known is None or not known.native:
+    if known is None:
         return _another_class(kind)
-    plan = block_plan(block, known)
-    if plan is None:
-        return "it lacks a layer, or its norms are not LayerNorms with weight and bias"
-    layers = {role: block.get_submodule(path) for role, path in plan.layers.items()}
-    for role, layer in layers.items():
-        if not isinstance(layer, PackedLinear):
-            return f"its {role} layer is not packed"
-        if reason := layer.reason_not_native():
-            return f"its {role} layer: {reason}"
+    roles = layer_paths(block)
+    if roles is None:
+        return "it lacks a layer of attention or of the MLP"
+    if reason := _not_packed({role: block.get_submodule(path) for role, path in roles.items()}):
+        return reason
     for path, part in block.named_modules():
         if path and not _is_known(part, kind):
             return f"its {path} is a {type(part).__qualname__}, whose code is not known"
-    packed = cast(dict[str, PackedLinear], layers)
-    readers = [packed[role] for role in ("query", "key", "value")]
-    if len({layer.input_grid.key() for layer in readers}) > 1 or any(x.input_factor is not None for x in readers):
-        return "its query, key and value layers round their input differently"
-    norms = [cast(nn.LayerNorm, block.get_submodule(path)) for path in plan.norms]
-    if any(type(norm) is not nn.LayerNorm for norm in norms):
-        return "its norms are not plain LayerNorms"
+    spec = read(block, known)
+    if isinstance(spec, str):
+        return spec
+    if reason := _rounded_apart(spec):
+        return reason
     attention = attention_of(block)
-    if attention is None:
-        return "it has no attention module with num_attention_heads and scaling"
-    heads, scaling = int(attention.num_attention_heads), float(attention.scaling)
-    if getattr(attention, "is_causal", False):
-        return "its attention is causal"
-    if not scaling > 0:
-        return f"its scaling is {scaling}"
-    if packed["query"].out_features % heads:
-        return f"its {packed['query'].out_features} columns do not divide into {heads} heads"
-    if not _has_gelu(block):
-        return "its activation is not the exact GELU"
     if reason := _other_attention(attention):
         return reason
     paths = {path: part for path, part in block.named_modules() if path}
     where = next(path for path, part in paths.items() if part is attention)
-    return FusedPlan(plan, (norms[0].eps, norms[1].eps), heads, scaling, where, tuple(map(type, paths.values())))
+    epsilons, classes = (spec.norm("norm1").epsilon, spec.norm("norm2").epsilon), tuple(map(type, paths.values()))
+    plain = reason_not_plain(spec) is None
+    return FusedPlan(roles, known.norms, epsilons, spec.heads, spec.scaling, where, classes, plain)
 
 
 def unfused_class(kind: type) -> Any:
     """The class of a block before it was fused; any other as it is."""
     return getattr(kind, "unfused", kind)
-
-
-def attention_of(block: nn.Module) -> Any:
-    """The module in a block that has heads and a scaling; None if there is not exactly one."""
-    found = [m for m in block.modules() if hasattr(m, "num_attention_heads") and hasattr(m, "scaling")]
-    return found[0] if len(found) == 1 else None
 
 
 class AttentionFunction(NamedTuple):
@@ -130,11 +121,29 @@ def attention_function(attention: Any) -> AttentionFunction:
 
 
 def settings_of(block: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Where the modules within a block keep what they were set to, besides what packed layers and norms hold."""
-    parts = [
-        part for part in block.modules() if part is not block and not isinstance(part, PackedLinear | nn.LayerNorm)
-    ]
-    return [(part.__dict__, name) for part in parts for name in part.__dict__ if name[0] != "_" and name != "training"]
+    """Where a block and the modules within it keep what they were set to, besides what packed layers hold."""
+    parts = [part for part in block.modules() if not isinstance(part, PackedLinear)]
+    return [(part.__dict__, name) for part in parts for name in part.__dict__ if name[0] != "_" and name not in OWN]
+
+
+def _not_packed(layers: dict[str, nn.Module]) -> str | None:
+    for role, layer in layers.items():
+        if not isinstance(layer, PackedLinear):
+            return f"its {role} layer is not packed"
+        if reason := layer.reason_not_native():
+            return f"its {role} layer: {reason}"
+    return None
+
+
+def _rounded_apart(spec: BlockSpec) -> str | None:
+    """Why the input of layers that read one tensor is not rounded once, or None."""
+    for roles in TOGETHER:
+        layers: list[Any] = [spec.layers[role] for role in roles if role in spec.layers]
+        if len(layers) < 2:
+            continue
+        if len({layer.input_grid.key() for layer in layers}) > 1 or any(x.input_factor is not None for x in layers):
+            return f"its {', '.join(roles[:-1])} and {roles[-1]} layers round their input differently"
+    return None
 
 
 def _other_attention(attention: Any) -> str | None:
@@ -149,29 +158,20 @@ def _other_attention(attention: Any) -> str | None:
 
 
 def _is_known(part: nn.Module, kind: type) -> bool:
-    """Whether a part of a block is of a class whose code was read: PyTorch's, or of the block's own file."""
+    """Whether a part of a block is of a class whose code was read: PyTorch's, timm's, or of the block's own file."""
     own = type(part)
     if own in KNOWN_PARTS:
         return True
     module = sys.modules.get(own.__module__)
     trusted = own.__module__ in (kind.__module__, "transformers.activations")
-    return trusted and getattr(module, own.__qualname__, None) is own
+    timm = kind.__module__.startswith("timm.") and own.__module__.startswith("timm.layers.")
+    return (trusted or timm) and getattr(module, own.__qualname__, None) is own
 
 
 def _another_class(kind: type) -> str:
-    known = [name for name, known in BLOCK_CLASSES.items() if known.native]
     above = next((base for base in kind.__mro__[1:] if class_of(base)), None)
     which = f"{kind.__module__}.{kind.__qualname__}"
     if above is not None:
         return f"its class {which} is derived from {above.__qualname__}, and may compute something else"
-    names = ", ".join(name.rpartition(".")[2] for name in known)
-    return f"its class {which} is none that the native block computes ({names} of transformers)"
-
-
-@torch.no_grad()
-def _has_gelu(block: nn.Module) -> bool:
-    """Whether the activation of the MLP is the exact GELU: as it computes, whatever its class."""
-    names = ("activation_fn", "intermediate_act_fn")
-    functions = [getattr(module, name) for module in block.modules() for name in names if hasattr(module, name)]
-    x = torch.linspace(-6, 6, 97)
-    return len(functions) == 1 and torch.allclose(functions[0](x), F.gelu(x), rtol=0, atol=1e-6)
+    names = ", ".join(name.rpartition(".")[2] for name in BLOCK_CLASSES)
+    return f"its class {which} is none that the native block computes ({names})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import functools
 import itertools
@@ -63,7 +64,7 @@ class Norm(Structure):
 
 NORMS = ("none", "layer", "rms", "l2")
 """LayerNorm, RMSNorm, and x / max(norm of x, epsilon), in the order of the C enumeration ``NormKind``."""
-ACTIVATIONS = ("gelu", "gelu_tanh", "gelu_quick", "silu", "relu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
 """In the order of the C enumeration ``Activation``."""
 GATINGS = ("none", "layer", "halves")
 """Of an MLP, in the order of the C enumeration ``Gating``."""
@@ -251,6 +252,20 @@ class Prepared:
         )  # fmt: skip
         self.linear.kept = self.tensors
 
+    def with_bias(self, bias: Tensor) -> Prepared:
+        """The same with ``bias``, float32 (outputs,), added to the results of a layer that has no bias itself.
+
+        Raises:
+            ValueError: the layer has one.
+        """
+        if self.linear.bias is not None:
+            raise ValueError("the layer has a bias already")
+        _check("bias", bias, torch.float32, (self.linear.outputs,))
+        result = copy.copy(self)
+        result.linear = Linear.from_buffer_copy(self.linear)
+        result.linear.bias, result.linear.kept = bias.data_ptr(), (*self.tensors, bias)
+        return result
+
     def is_of(self, parts: Parts) -> bool:
         """Whether the layer has these very tensors, in the same memory, and those that were copied are unchanged.
 
@@ -335,8 +350,8 @@ def _norm(parts: NormParts | None) -> Norm:
 def make_call(
     images: int,
     tokens: int,
-    rows: Tensor | None = None,
     row_count: int | None = None,
+    rows: Tensor | None = None,
     rotation: tuple[Tensor, Tensor] | None = None,
     neighbours: bool = False,
     bias: Tensor | None = None,
@@ -348,8 +363,8 @@ def make_call(
 
     Args:
         images, tokens: an image is what attends to itself: a window, where there are windows.
+        row_count: rows of the hidden states; images * tokens if not given.
         rows: int32 (images * tokens,): the row of the hidden states that stands there, -1 for zeros after the norm.
-        row_count: of the hidden states; images * tokens if not given.
         rotation: cosines and sines, float32 (tokens, head_size), of queries and keys.
         neighbours: whether columns 2 i and 2 i + 1 turn together, not i and i + head_size / 2.
         bias: float32 (heads, tokens, tokens), added to the scaled products.

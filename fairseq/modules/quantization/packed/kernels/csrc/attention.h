@@ -84,8 +84,8 @@ struct Placer {
   const Place* places;
   int64_t first, count, head, column;
   bool whole;  // all lanes are of one head and panel
-  Placer(Part part, const Heads& heads, const Place* places, int64_t first)
-      : part(part), heads(&heads), places(places), first(first), count(least(heads.heads * heads.size - first, LANES)),
+  Placer(Part part, const Heads& heads, const Place* places, int64_t first, int64_t most_lanes = LANES)
+      : part(part), heads(&heads), places(places), first(first), count(least(heads.heads * heads.size - first, most_lanes)),
         head(first / heads.size), column(first % heads.size), whole(count == LANES && heads.size % LANES == 0) {}
 
   void operator()(int64_t row, Floats numbers) const {
@@ -134,7 +134,7 @@ struct Placed {
     const Placer one((Part)(part + third), heads, places, within);
     const int64_t before = most(one.count, 0);
     if (before == LANES || column + before >= all) return {one, one, LANES * (before > 0)};
-    return {one, Placer((Part)(part + third + 1), heads, places, 0), before};
+    return {one, Placer((Part)(part + third + 1), heads, places, 0, LANES - before), before};
   }
 };
 
