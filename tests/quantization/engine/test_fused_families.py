@@ -5,6 +5,7 @@ import copy
 import families
 import pytest
 import torch
+import transformers
 from bounds import rms
 from known_blocks import inputs, known_blocks, run
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.packed.kernels import native
 from fairseq.quantization.engine import check, native_block
+from fairseq.quantization.engine.fuse import fuse
 from fairseq.quantization.engine.fused_block import FusedBlock
 
 pytestmark = pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
@@ -44,7 +46,7 @@ def items(output):
 
 
 def assert_alike(got, expected, x):
-    """The same structure; and as near as the reference of a block is to it, but for a few roundings to the other side."""
+    """The same structure; as near as the reference of a block is to it, but for some roundings to the other side."""
     assert type(got) is type(expected)
     assert [item is None for item in items(got)] == [item is None for item in items(expected)]
     assert items(got)[0].dtype == items(expected)[0].dtype
@@ -60,7 +62,7 @@ def test_every_known_block_is_fused(name, calls):
     given = inputs(layers, name)
     seen, expected = run(fused, **given), run(layers, **given)
     assert len(calls) == len(expected) == len(known)
-    for (name, block, args, kwargs, output), (_, plain, _, _, _) in zip(seen, expected, strict=True):
+    for (*_, args, kwargs, output), (_, plain, *_) in zip(seen, expected, strict=True):
         with torch.no_grad():
             assert_alike(output, plain(*args, **kwargs), args[0])
 
@@ -151,3 +153,86 @@ def test_what_the_native_block_does_not_know_runs_by_layers(calls):
     with torch.no_grad():
         block(x, **kwargs)
     assert len(calls) == 1
+
+
+def derived(module):
+    """The same module, of a class of one's own."""
+    kind = type(module)
+    module.__class__ = type(f"My{kind.__name__}", (kind,), {"__module__": __name__})
+
+
+SWAPPED = {
+    "block": (lambda block: derived(block), "is derived from"),
+    "part": (
+        lambda block: derived(next(part for part in block.children() if list(part.children()))),
+        "whose code",
+    ),
+    "norm": (lambda block: derived(next(m for m in block.modules() if isinstance(m, nn.LayerNorm))), "whose code"),
+}
+
+
+@pytest.mark.parametrize("change", SWAPPED)
+@pytest.mark.parametrize("name", ["swin", "dinov2", "dinov3", "clip-vision", "timm-vit", "timm-eva"])
+def test_what_is_swapped_is_not_known(name, change, calls):
+    layers, fused = quantized(name)
+    swap, reason = SWAPPED[change]
+    for block in known_blocks(layers).values():
+        swap(block)
+    found = [why for why in fuse(layers, "auto").values() if "none that the native block computes" not in str(why)]
+    assert found
+    assert all(reason in why for why in found)
+    given, block = inputs(fused, name), list(known_blocks(fused).values())[1]
+    run(fused, **given)
+    calls.clear()
+    if change != "block":  # whose class is what makes it fused
+        swap(block)
+        run(fused, **given)
+        assert len(calls) == len(known_blocks(fused)) - 1  # that block's layers ran
+
+
+def test_a_class_that_computes_something_else_shows(calls, monkeypatch):
+    """Nothing but running it does: the very class of the library, with another forward."""
+    for name in ("swin", "dinov2", "siglip-vision"):
+        layers, _ = quantized(name)
+        kind = type(next(m for m in next(iter(known_blocks(layers).values())).modules() if hasattr(m, "out_proj") or
+                         hasattr(m, "o_proj") or type(m).__name__.endswith("SelfOutput")))  # fmt: skip
+        forward = kind.forward
+        monkeypatch.setattr(kind, "forward", lambda self, *a, forward=forward, **k: halved(forward(self, *a, **k)))
+        found = [why for why in fuse(layers, "auto").values() if "none that the native block" not in str(why)]
+        assert len(found) == len(known_blocks(layers))
+        assert all("differs from its layers by" in why for why in found)
+
+
+def halved(output):
+    return (0.5 * output[0], *output[1:]) if isinstance(output, tuple) else 0.5 * output
+
+
+@pytest.mark.parametrize("name", ["swin", "clip-vision", "beit", "timm-vit"])
+def test_attention_weights_that_a_block_returns_are_not_lost(name, calls):
+    """Swin of later versions returns them whenever its attention computes any."""
+    layers, _ = quantized(name)
+    if hasattr(layers, "config"):
+        layers.config._attn_implementation = "eager"
+    extra = [items(output)[1:] for *_, output in run(layers, **inputs(layers, name))]
+    found = [why for why in fuse(layers, "auto").values() if "none that the native block" not in str(why)]
+    for rest, reason in zip(extra, found, strict=True):
+        assert reason == ("it returns more than hidden states" if any(item is not None for item in rest) else None)
+
+
+def test_a_clip_with_the_exact_gelu_is_fused(monkeypatch):
+    """By the kernels themselves: its blocks are those of ViT, whatever they return in this version."""
+    settings = {**families.BLOCK, **families.PICTURE, "hidden_act": "gelu"}
+    model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**settings)).eval()
+    layers = ViTQuantizer(bits=8, method="channel").quantize_model(model, engine="layers")
+    fused = ViTQuantizer.optimize(layers)
+    assert len(known_blocks(fused)) == sum(isinstance(m, FusedBlock) for m in fused.modules()) == 2
+    seen, run_block = [], native.run_block
+    monkeypatch.setattr(native, "run_block", lambda *args, **kwargs: seen.append(1) or run_block(*args, **kwargs))
+    given = inputs(layers, "clip-vision")
+    for got, expected in zip(run(fused, **given), run(layers, **given), strict=True):
+        assert_alike(got[-1], expected[-1], got[2][0])
+    assert len(seen) == 2
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(fused, backend="eager")(**given).last_hidden_state
+        assert torch.equal(compiled, fused(**given).last_hidden_state)

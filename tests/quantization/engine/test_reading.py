@@ -44,7 +44,8 @@ TIMM = {
     "both": (beit.Block, {"window_size": (4, 4), "swiglu_mlp": True, "scale_mlp": True},
              {"shared_rel_pos_bias": torch.randn(1, HEADS, TOKENS, TOKENS, dtype=torch.float64)}),
     "EVA": (eva.EvaBlock, {"swiglu_mlp": True}, ROPE),
-    "EVA-02": (eva.EvaBlock, {"swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True, "qkv_fused": False}, ROPE),
+    "EVA-02": (eva.EvaBlock, {"swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True, "qkv_fused": False},
+               ROPE),
     "EVA by halves": (eva.EvaBlock, {"rotate_half": True, "init_values": 0.1, "qk_norm": True}, ROPE),
     "EVA without positions": (eva.EvaBlock, {"attn_only_layer_scale": True, "init_values": 0.1}, {}),
     "EVA, other attention": (eva.EvaBlock, {"attn_type": "rope", "qkv_bias": True, "num_prefix_tokens": 1}, ROPE),
@@ -57,10 +58,20 @@ def test_options_of_timm(name, fused):
     kind, settings, given = TIMM[name]
     block = filled(kind(WIDTH, num_heads=HEADS, **settings))
     block.attn.fused_attn = fused
+    block.attn.scale *= 2  # which PyTorch's own function is not told
     x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
     with torch.no_grad():
         expected = block(x, **given)
     torch.testing.assert_close(by_reference(block, (x,), given), expected, **ROUNDINGS)
+
+
+def test_a_token_that_may_attend_to_nothing_is_for_the_layers():
+    """What a softmax of nothing is, each function decides for itself."""
+    block, x = filled(vision_transformer.Block(WIDTH, num_heads=HEADS)), torch.randn(2, TOKENS, WIDTH).double()
+    for mask in (torch.ones(1, 1, TOKENS, TOKENS).bool(), torch.zeros(2, 1, TOKENS, TOKENS)):
+        assert by_reference(block, (x,), {"attn_mask": mask}) is not None
+        mask[-1, 0, 3] = False if mask.dtype == torch.bool else -torch.inf
+        assert by_reference(block, (x,), {"attn_mask": mask}) is None
 
 
 class Attention(nn.Module):
@@ -79,7 +90,8 @@ REFUSED = {
                    r"its key layer is of 24 x 8, not 24 x 24"),
     "the second half": (vision_transformer.Block, {"mlp_layer": GluMlp}, "its MLP multiplies the first half"),
     "activation": (vision_transformer.Block, {"act_layer": nn.Mish}, "its activation is none of gelu, gelu_tanh"),
-    "norm": (vision_transformer.Block, {"norm_layer": lambda dim, **_: nn.BatchNorm1d(dim)}, "its norm1 is a BatchNorm1d"),
+    "norm": (vision_transformer.Block, {"norm_layer": lambda dim, **_: nn.BatchNorm1d(dim)},
+             "its norm1 is a BatchNorm1d"),
     "attention": (vision_transformer.Block, {"attn_layer": Attention}, "its attention has a gate"),
 }  # fmt: skip
 
@@ -104,7 +116,8 @@ OPTIONS = {
                                         use_shared_relative_position_bias=True, drop_path_rate=0.2),
     "Data2Vec": lambda: _transformers("Data2VecVisionModel", "Data2VecVisionConfig", use_relative_position_bias=True),
     "no biases": lambda: _transformers("ViTModel", "ViTConfig", qkv_bias=False, hidden_act="quick_gelu"),
-    "drop path": lambda: _transformers("Dinov2Model", "Dinov2Config", mlp_ratio=2, drop_path_rate=0.3, hidden_act="relu"),
+    "drop path": lambda: _transformers("Dinov2Model", "Dinov2Config", mlp_ratio=2, drop_path_rate=0.3,
+                                        hidden_act="relu"),
     "giant with registers": lambda: _transformers("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", mlp_ratio=2,
                                                   use_swiglu_ffn=True),
     "tanh": lambda: _transformers("CLIPVisionModel", "CLIPVisionConfig", hidden_act="gelu_pytorch_tanh"),
