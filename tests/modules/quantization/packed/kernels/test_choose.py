@@ -9,7 +9,7 @@ from torch import nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear, kernels
 from fairseq.modules.quantization.packed.input_grid import InputGrid
-from fairseq.modules.quantization.packed.kernels import choose, cpu, native, reference
+from fairseq.modules.quantization.packed.kernels import choose, functional, native, reference
 
 CPU = torch.device("cpu")
 choosing = sys.modules[choose.__module__]  # the package has the function by that name
@@ -23,15 +23,24 @@ def make(**settings):
     return PackedLinear.from_float(nn.Linear(75, 21), LinearConfig(**{"method": "channel", **settings}), "query").eval()
 
 
+RIGHT = choosing.TABLE["reference"]._replace(name="cpu", device="cpu")
+"""Kernels that pass the check on every processor; those of this one may not."""
+
+
 @pytest.fixture
 def fresh(monkeypatch):
-    """No environment variable, and nothing checked so far."""
+    """No environment variable, nothing checked so far, and in the place of the CPU's kernels some that are right."""
     monkeypatch.delenv(kernels.ENVIRONMENT, raising=False)
     monkeypatch.setattr(choosing, "_checked", {})
+    monkeypatch.setitem(choosing.TABLE, "cpu", RIGHT)
 
 
 def wrong_product(q, codes):
-    return cpu.product(q, codes) + (codes.shape[0] > 1)
+    return reference.product(q, codes) + (codes.shape[0] > 1)
+
+
+def wrong_integers(x, weight, bias, grid):
+    return functional.integer(x, weight, bias, grid, wrong_product)
 
 
 def failing(*arguments):
@@ -55,7 +64,7 @@ BROKEN = {
 
 
 def break_cpu(monkeypatch, **functions):
-    monkeypatch.setitem(choosing.TABLE, "cpu", choosing.TABLE["cpu"]._replace(**functions))
+    monkeypatch.setitem(choosing.TABLE, "cpu", RIGHT._replace(**functions))
 
 
 @pytest.mark.usefixtures("fresh")
@@ -114,8 +123,9 @@ def test_the_native_kernels_run_what_lies_in_panels(monkeypatch):
     monkeypatch.setenv(kernels.ENVIRONMENT, "native")
     rows = make()  # nobody laid it out
     assert rows.backend == "cpu"
+    break_cpu(monkeypatch, integer=nudged)  # to be told from the others
     x = torch.randn(3, 75)
-    assert torch.equal(rows(x), cpu.integer(x, rows.weight_matrix, rows.bias, rows.input_grid))
+    assert torch.equal(rows(x), nudged(x, rows.weight_matrix, rows.bias, rows.input_grid))
 
 
 @pytest.mark.parametrize(
