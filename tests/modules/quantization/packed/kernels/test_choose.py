@@ -1,10 +1,12 @@
 """The function that chooses the kernels of a layer, and the check of those that it chooses from."""
 
+import functools
 import sys
 import warnings
 
 import pytest
 import torch
+from bounds import agrees
 from torch import nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear, kernels
@@ -185,6 +187,20 @@ def test_kernels_with_wrong_numbers_are_left_out_with_one_warning(monkeypatch, p
     assert f"the cpu kernels of packed layers are not used: {message}" in str(caught[0].message)
 
 
+@pytest.mark.usefixtures("fresh")
+def test_native_kernels_do_not_ask_for_those_of_the_cpu(monkeypatch):
+    """What they cannot run is as with "auto": it is no error that torch._int_mm saturates."""
+    layer, x = make(group_size=32), torch.randn(3, 75)
+    break_cpu(monkeypatch, product=wrong_product)
+    choosing._checked.clear()
+    monkeypatch.setenv(kernels.ENVIRONMENT, "native")
+    with pytest.warns(UserWarning, match="the cpu kernels of packed layers are not used"):
+        assert layer.backend == "reference"
+    assert torch.equal(layer(x), reference.integer(x, layer.weight_matrix, layer.bias, layer.input_grid))
+    with pytest.raises(ValueError, match="='native' runs on cpu, but the layer is on meta"):
+        choose(torch.device("meta"))
+
+
 @pytest.mark.parametrize("error", [NotImplementedError, RuntimeError, TypeError])
 @pytest.mark.usefixtures("fresh")
 def test_kernels_that_fail_are_left_out(monkeypatch, error):
@@ -241,3 +257,95 @@ def test_the_check_leaves_the_random_numbers_of_the_process_alone():
     before = torch.get_rng_state()
     choosing._compare(choosing.TABLE["cpu"], CPU)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# What is recorded into a graph: it runs without the library, and nothing checks it later.
+
+
+def traced(layer, x):
+    return torch.jit.trace(layer, x, check_trace=False)
+
+
+def compiled(layer, x):
+    return torch.compile(layer, backend="eager", fullgraph=True)
+
+
+def exported(layer, x):
+    return torch.export.export(layer, (x,)).module()
+
+
+def exported_strictly(layer, x):
+    return torch.export.export(layer, (x,), strict=True).module()
+
+
+@pytest.fixture
+def clean_compiler():
+    """No compiled code of another test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+tracing = pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning", "ignore::torch.jit.TracerWarning")
+each_graph = pytest.mark.parametrize("record", [traced, compiled, exported, exported_strictly])
+
+
+@tracing
+@each_graph
+@pytest.mark.usefixtures("fresh", "clean_compiler")
+def test_wrong_kernels_are_not_recorded_on_first_use(monkeypatch, record):
+    layer, x = make(), torch.randn(3, 75)
+    break_cpu(monkeypatch, product=wrong_product, integer=wrong_integers)
+    choosing._checked.clear()
+    with torch.no_grad(), pytest.warns(UserWarning, match="the cpu kernels of packed layers are not used"):
+        got = record(layer, x)(x)
+    assert agrees(got, layer, x)
+
+
+@tracing
+@each_graph
+@pytest.mark.filterwarnings("ignore:the cpu kernels")
+@pytest.mark.usefixtures("clean_compiler")
+def test_what_is_recorded_on_first_use_is_right_on_this_processor(monkeypatch, record):
+    layer, x = make(), torch.randn(3, 75)
+    monkeypatch.setattr(choosing, "_checked", {})
+    with torch.no_grad():
+        assert agrees(record(layer, x)(x), layer, x)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_check_is_with_onednn_which_exporting_turns_off(monkeypatch, enabled):
+    seen, onednn = [], torch.backends.mkldnn
+    monkeypatch.setattr(onednn, "enabled", enabled)
+    break_cpu(monkeypatch, product=lambda *a: seen.append(onednn.enabled) or reference.product(*a))
+    assert choose(CPU).name == "cpu"
+    assert (seen, onednn.enabled) == ([True], enabled)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_check_while_exporting_does_not_stand_for_all_of_them(monkeypatch):
+    """A graph has only the products, so that nothing else is checked, and its own way of scaling."""
+    layer, x = make(), torch.randn(3, 75)
+    right = functools.partial(functional.integer, product=reference.product)
+    break_cpu(monkeypatch, integer=lambda *a: (right if functional.capturing() else nudged)(*a))
+    choosing._checked.clear()
+    assert agrees(exported(layer, x)(x), layer, x)
+    with pytest.warns(UserWarning, match="at 8 bits, dynamic, they are off by 0.01"):
+        assert layer.backend == "reference"
+
+
+@needs_native
+@tracing
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_a_layer_in_panels_is_traced_with_products_that_are_right(monkeypatch, backend):
+    layer, x = make(backend=backend), torch.randn(3, 75)
+    layer.use_native()
+    choosing._checked.clear()
+    break_cpu(monkeypatch, product=wrong_product, integer=wrong_integers)
+    monkeypatch.setitem(choosing.TABLE, "native", choosing.TABLE["native"]._replace(integer=wrong_integers))
+    with pytest.warns(UserWarning, match="the cpu kernels of packed layers are not used"):
+        got = traced(layer, x)(x)
+    assert agrees(got, layer, x)
+    assert layer.backend == "native"
