@@ -10,9 +10,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from hypothesis import settings
+from products import in_float64, is_exact_here
 from transformers import ViTConfig, ViTForImageClassification
 
+from fairseq.modules.quantization.packed.kernels import choose
 from fairseq.quantization.export import verify
+
+choosing = sys.modules[choose.__module__]  # the package has the function by that name
 
 settings.register_profile("house", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("house")
@@ -27,6 +31,18 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def device(request):
     """Each device of this machine in turn."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def exact_int_mm(monkeypatch):
+    """torch._int_mm is exact: this processor's own if it is, else one in float64; so what is built on it is tested.
+
+    What is true of the processor itself is in tests/modules/quantization/packed/kernels/test_kernels.py.
+    """
+    if not is_exact_here():
+        here = torch._int_mm
+        monkeypatch.setattr(torch, "_int_mm", lambda a, b, **out: (here if a.is_cuda else in_float64)(a, b, **out))
+        monkeypatch.setattr(choosing, "_checked", {})
 
 
 def pytest_collection_finish():

@@ -17,6 +17,7 @@ from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedTab
 
 CPU = torch.device("cpu")
 choosing = sys.modules[kernels.choose.__module__]
+pytestmark = pytest.mark.usefixtures("exact_int_mm")
 RANGE = (-1.5, 3.0)
 
 

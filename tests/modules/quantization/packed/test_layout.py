@@ -15,6 +15,7 @@ from fairseq.modules.quantization.packed.packing import packed_length
 from fairseq.modules.quantization.packed.panels import panels_shape
 from fairseq.modules.quantization.packed.weight import pack_codes
 
+pytestmark = pytest.mark.usefixtures("exact_int_mm")
 OUT, IN = 37, 75
 needs_native = pytest.mark.skipif(not native.levels(), reason="no native kernels: there was no C++ compiler")
 

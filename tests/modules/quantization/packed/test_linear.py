@@ -16,6 +16,7 @@ from fairseq.modules.quantization.packed.state import MAX_IN_FEATURES
 from fairseq.modules.quantization.scalar import weights
 from fairseq.modules.quantization.scalar.tokens import quantize_tokens
 
+pytestmark = pytest.mark.usefixtures("exact_int_mm")
 EPS = eps(torch.float32)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +62,7 @@ def choose(device: torch.device, backend: str = "auto", in_panels: bool = False)
             kernels for this type of device if they agree with the reference, which is checked once per process. A name
             is taken at its word.
         in_panels: whether the layer's integers lie in panels. Where they do, and nothing is said against it, the
-            native kernels run; from rows "native" runs what "cpu" does.
+            native kernels run; from rows "native" runs what "auto" does on the CPU.
 
     Raises:
         ValueError: an unknown name, or kernels of another type of device.
@@ -70,18 +72,16 @@ def choose(device: torch.device, backend: str = "auto", in_panels: bool = False)
     if wanted not in BACKENDS:
         raise ValueError(f"{origin} must be one of {', '.join(BACKENDS)}; got {wanted!r}")
     if in_panels and runs_native(backend):
-        return TABLE["native"]
-    if wanted == "auto":
-        kernels = TABLE.get(device.type, TABLE["reference"])
-        return kernels if disagreement(kernels, device) is None else TABLE["reference"]
-    kernels = TABLE[wanted]
+        exact = not functional.recording() or disagreement(TABLE["cpu"], device) is None
+        return TABLE["native" if exact else "reference"]
+    kernels = TABLE.get(device.type, TABLE["reference"]) if wanted == "auto" else TABLE[wanted]
     if kernels.device not in (None, device.type):
         raise ValueError(f"{origin}={wanted!r} runs on {kernels.device}, but the layer is on {device}")
     kernels = TABLE["cpu"] if wanted == "native" else kernels
     problem = disagreement(kernels, device)
-    if problem:
+    if problem and wanted not in ("auto", "native"):
         raise RuntimeError(f"{origin}={wanted!r} cannot be used: {problem}")
-    return kernels
+    return TABLE["reference"] if problem else kernels
 
 
 def _wanted(backend: str) -> tuple[str, str]:
@@ -111,25 +111,55 @@ def reason_not_native(config: LinearConfig, scale: torch.dtype) -> str | None:
 
 def disagreement(kernels: Kernels, device: torch.device) -> str | None:
     """How ``kernels`` differ from the reference on a small case, or None; found out once, with one warning."""
-    key = (kernels.name, device.type)
-    if key in _checked or kernels.name == "reference" or functional.capturing():
+    return None if kernels.name == "reference" else _disagreement(kernels.name, device.type)
+
+
+def _disagreement(name: str, device: str) -> str | None:
+    key = (name, device)
+    if key in _checked or torch.onnx.is_in_onnx_export():  # in ONNX the products of all kernels are the same
         return _checked.get(key)
+    if functional.capturing():  # only in this thread: in another nothing is recorded, and numbers are numbers
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(_check, *key).result()
     if type(torch.empty(0)) is not Tensor:  # FakeTensorMode and the like compute nothing that could be compared
         return None
+    return _check(*key)
+
+
+# Dynamo calls it and takes what it returns, instead of recording its operations. It is what
+# torch.compiler.assume_constant_result does, which would import Dynamo, and that takes seconds.
+_disagreement._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _check(name: str, device: str) -> str | None:
     with _lock:
-        if key not in _checked:
-            try:
-                _checked[key] = _compare(kernels, device)
-            except (RuntimeError, NotImplementedError, TypeError) as error:
-                _checked[key] = f"they fail with {type(error).__name__}: {error}"
-            if _checked[key]:
-                warnings.warn(
-                    f"the {kernels.name} kernels of packed layers are not used: {_checked[key]}", stacklevel=3
-                )
-    return _checked[key]
+        if (name, device) in _checked:
+            return _checked[name, device]
+        try:
+            problem = _compare(TABLE[name], torch.device(device))
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            problem = f"they fail with {type(error).__name__}: {error}"
+        if problem:
+            warnings.warn(f"the {name} kernels of packed layers are not used: {problem}", stacklevel=5)
+        if problem or not functional.capturing():  # torch.export says so in all threads: then only products were run
+            _checked[name, device] = problem
+        return problem
+
+
+@contextmanager
+def _with_onednn() -> Iterator[None]:
+    """torch.export turns oneDNN off, for all threads; what it records runs with it."""
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.enabled
+    onednn.enabled = True
+    try:
+        yield
+    finally:
+        onednn.enabled = before
 
 
 @plain_context()
+@_with_onednn()
 def _compare(kernels: Kernels, device: torch.device) -> str | None:
     generator = torch.Generator().manual_seed(0)
     q, codes = (torch.randint(-128, 128, shape, generator=generator).to(torch.int8) for shape in ((19, 70), (40, 70)))

@@ -1,20 +1,16 @@
 """The function that chooses the kernels of a layer, and the check of those that it chooses from."""
 
-import sys
 import warnings
 
 import pytest
 import torch
+from broken_kernels import break_cpu, choosing, nudged, wrong_product
 from torch import nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear, kernels
-from fairseq.modules.quantization.packed.input_grid import InputGrid
-from fairseq.modules.quantization.packed.kernels import choose, cpu, native, reference
+from fairseq.modules.quantization.packed.kernels import choose, native, reference
 
 CPU = torch.device("cpu")
-choosing = sys.modules[choose.__module__]  # the package has the function by that name
-
-
 needs_native = pytest.mark.skipif(not native.levels(), reason="no native kernels: there was no C++ compiler")
 
 
@@ -23,23 +19,8 @@ def make(**settings):
     return PackedLinear.from_float(nn.Linear(75, 21), LinearConfig(**{"method": "channel", **settings}), "query").eval()
 
 
-@pytest.fixture
-def fresh(monkeypatch):
-    """No environment variable, and nothing checked so far."""
-    monkeypatch.delenv(kernels.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(choosing, "_checked", {})
-
-
-def wrong_product(q, codes):
-    return cpu.product(q, codes) + (codes.shape[0] > 1)
-
-
 def failing(*arguments):
     raise NotImplementedError("no such instruction")
-
-
-def nudged(x, weight, bias, *grid):
-    return reference.integer(x, weight, bias, *(grid or [InputGrid()])) + 0.01
 
 
 def nudged_if_static(x, weight, bias, grid):
@@ -52,10 +33,6 @@ BROKEN = {
     "static": ("integer", nudged_if_static, "at 8 bits, static, they are off by 0.01"),
     "weight_only": ("weight_only", nudged, "at 8 bits, weight_only, they are off by"),
 }
-
-
-def break_cpu(monkeypatch, **functions):
-    monkeypatch.setitem(choosing.TABLE, "cpu", choosing.TABLE["cpu"]._replace(**functions))
 
 
 @pytest.mark.usefixtures("fresh")
@@ -114,8 +91,9 @@ def test_the_native_kernels_run_what_lies_in_panels(monkeypatch):
     monkeypatch.setenv(kernels.ENVIRONMENT, "native")
     rows = make()  # nobody laid it out
     assert rows.backend == "cpu"
+    break_cpu(monkeypatch, integer=nudged)  # to be told from the others
     x = torch.randn(3, 75)
-    assert torch.equal(rows(x), cpu.integer(x, rows.weight_matrix, rows.bias, rows.input_grid))
+    assert torch.equal(rows(x), nudged(x, rows.weight_matrix, rows.bias, rows.input_grid))
 
 
 @pytest.mark.parametrize(
@@ -173,6 +151,20 @@ def test_kernels_with_wrong_numbers_are_left_out_with_one_warning(monkeypatch, p
             assert layer.backend == "reference"
     assert len(caught) == 1
     assert f"the cpu kernels of packed layers are not used: {message}" in str(caught[0].message)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_native_kernels_do_not_ask_for_those_of_the_cpu(monkeypatch):
+    """What they cannot run is as with "auto": it is no error that torch._int_mm saturates."""
+    layer, x = make(group_size=32), torch.randn(3, 75)
+    break_cpu(monkeypatch, product=wrong_product)
+    choosing._checked.clear()
+    monkeypatch.setenv(kernels.ENVIRONMENT, "native")
+    with pytest.warns(UserWarning, match="the cpu kernels of packed layers are not used"):
+        assert layer.backend == "reference"
+    assert torch.equal(layer(x), reference.integer(x, layer.weight_matrix, layer.bias, layer.input_grid))
+    with pytest.raises(ValueError, match="='native' runs on cpu, but the layer is on meta"):
+        choose(torch.device("meta"))
 
 
 @pytest.mark.parametrize("error", [NotImplementedError, RuntimeError, TypeError])

@@ -4,17 +4,15 @@ import pytest
 import torch
 from bounds import agrees
 from pairwise import pairwise
+from products import integers
 from torch import nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
 from fairseq.modules.quantization.packed.kernels import cuda, reference
 
 each_size = pairwise(rows=[1, 16, 17, 18], inner=[1, 7, 8, 71], columns=[1, 8, 33])
+pytestmark = pytest.mark.usefixtures("exact_int_mm")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-def integers(*shape, seed=0):
-    return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int8)
 
 
 @each_size

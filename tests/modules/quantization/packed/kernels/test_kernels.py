@@ -1,17 +1,20 @@
 """The kernels of PyTorch's operations against the reference, and the memory that those for the CPU share."""
 
 import itertools
+import sys
 
 import pytest
 import torch
 from bounds import agrees
 from packed_layers import GRIDS, INPUTS, make
 from pairwise import pairwise
+from products import SMALL, integers, is_exact_here
 from torch import nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
-from fairseq.modules.quantization.packed.kernels import cpu, functional, reference
+from fairseq.modules.quantization.packed.kernels import choose, cpu, functional, reference
 
+choosing = sys.modules[choose.__module__]  # the package has the function by that name
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -27,19 +30,15 @@ def run(kernel, layer, x, product=reference.product):
     return kernel.integer(x, layer.weight_matrix, layer.bias, layer.input_grid, *more)
 
 
-def integers(*shape, seed=0):
-    return torch.randint(-128, 128, shape, generator=generator(seed)).to(torch.int8)
-
-
 # The product.
 
+SHAPES = [(1, 1, 1), (1, 75, 21), (19, 3072, 8), (2, 33, 1), (17, 768, 40), (5, 7, 3), (64, 64, 64)]
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (1, 75, 21), (19, 3072, 8), (2, 33, 1), (17, 768, 40), (5, 7, 3), (64, 64, 64)]
-)
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_cpu_product_is_exact(shape):
     rows, inner, columns = shape
-    q, codes = integers(rows, inner), integers(columns, inner, seed=1)
+    q, codes = integers(rows, inner, half=SMALL), integers(columns, inner, seed=1, half=SMALL)
     expected = reference.product(q, codes)
     assert expected.tolist() == (q.double() @ codes.double().T).int().tolist()
     got = cpu.product(q, codes)
@@ -47,18 +46,23 @@ def test_cpu_product_is_exact(shape):
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("signs", list(itertools.product([127, -128, -127], [127, -128])))
-def test_cpu_product_of_extreme_integers_is_exact(signs):
-    """Neighbouring products add up past 16 bits, where some instructions saturate."""
-    for rows, inner in itertools.product((1, 9), (1, 2, 63, 3072)):
-        q = torch.full((rows, inner), signs[0], dtype=torch.int8)
-        codes = torch.full((5, inner), signs[1], dtype=torch.int8)
-        assert bool((cpu.product(q, codes) == inner * signs[0] * signs[1]).all())
+def test_the_check_finds_whether_this_processor_has_exact_products():
+    """Neighbouring products add up past 16 bits, where some instructions saturate: of any sign, in any shape."""
+    problem = choosing._compare(choosing.TABLE["cpu"], torch.device("cpu"))
+    assert problem == (None if is_exact_here() else "their integer product differs from the reference's")
+    extreme = [
+        (torch.full((rows, inner), one, dtype=torch.int8), torch.full((5, inner), other, dtype=torch.int8))
+        for one, other in itertools.product([127, -128, -127], [127, -128])
+        for rows, inner in itertools.product((1, 9), (1, 2, 63, 3072))
+    ]
+    mixed = [(integers(rows, inner), integers(columns, inner, seed=1)) for rows, inner, columns in SHAPES]
+    exact = all(torch.equal(cpu.product(q, codes), reference.product(q, codes)) for q, codes in extreme + mixed)
+    assert exact == (problem is None)
 
 
 @pytest.mark.parametrize("rows", [1, 10])
 def test_cpu_product_of_tensors_with_strides(rows):
-    q, codes = integers(40, 2 * rows).T[::2], integers(9, 80, seed=1)[:, ::2]
+    q, codes = integers(40, 2 * rows, half=SMALL).T[::2], integers(9, 80, seed=1, half=SMALL)[:, ::2]
     assert not codes.is_contiguous()
     assert torch.equal(cpu.product(q, codes), reference.product(q, codes))
 
@@ -78,6 +82,7 @@ def test_cpu_product_of_tensors_with_strides(rows):
     rows=[7, 1],
     strides=[False, True],
 )
+@pytest.mark.usefixtures("exact_int_mm")
 def test_kernels_agree_with_the_reference(
     bits, grid, inputs, dtype, layer_dtype, symmetric, weight_storage, bias, rows, strides
 ):
