@@ -37,13 +37,13 @@ def logits(model, x, **keywords):
 
 def count_calls(monkeypatch):
     """How often a fused block has run natively, in a list of one number."""
-    calls, run = [0], native.run_block
+    calls, run = [0], native.run_blocks
 
     def counted(*args, **kwargs):
         calls[0] += 1
         return run(*args, **kwargs)
 
-    monkeypatch.setattr(native, "run_block", counted)
+    monkeypatch.setattr(native, "run_blocks", counted)
     return calls
 
 
@@ -512,13 +512,19 @@ def _matches(model, glob):
     return any(fnmatchcase(name, glob) for name, _ in model.named_modules())
 
 
-def test_another_activation_is_not_fused(pixels):
-    model = ViTForImageClassification(vit_config(hidden_act="gelu_new")).eval()
-    with pytest.raises(ValueError, match="its activation is not the exact GELU"):
-        ViTQuantizer().quantize_model(model, engine="fused")
+@pytest.mark.parametrize("activation", ["gelu_python", "gelu_new", "quick_gelu", "silu", "relu"])
+def test_activations_are_known_by_what_they_compute(activation, pixels):
     torch.manual_seed(0)
-    python = ViTForImageClassification(vit_config(hidden_act="gelu_python")).eval()
-    assert len(blocks(ViTQuantizer().quantize_model(python, engine="fused"))) == 2
+    model = ViTForImageClassification(vit_config(hidden_act=activation)).eval()
+    fused = ViTQuantizer().quantize_model(model, engine="fused")
+    assert len(blocks(fused)) == 2
+    assert_close(fused, ViTQuantizer.optimize(fused, "layers"), pixels)
+
+
+def test_another_activation_is_not_fused():
+    model = ViTForImageClassification(vit_config(hidden_act="mish")).eval()
+    with pytest.raises(ValueError, match="its activation is none of gelu, gelu_tanh"):
+        ViTQuantizer().quantize_model(model, engine="fused")
 
 
 def test_errors_of_the_arguments(tiny_vit):

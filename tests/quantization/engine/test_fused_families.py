@@ -226,8 +226,8 @@ def test_a_clip_with_the_exact_gelu_is_fused(monkeypatch):
     layers = ViTQuantizer(bits=8, method="channel").quantize_model(model, engine="layers")
     fused = ViTQuantizer.optimize(layers)
     assert len(known_blocks(fused)) == sum(isinstance(m, FusedBlock) for m in fused.modules()) == 2
-    seen, run_block = [], native.run_block
-    monkeypatch.setattr(native, "run_block", lambda *args, **kwargs: seen.append(1) or run_block(*args, **kwargs))
+    seen, run_blocks = [], native.run_blocks
+    monkeypatch.setattr(native, "run_blocks", lambda *args, **kwargs: seen.append(1) or run_blocks(*args, **kwargs))
     given = inputs(layers, "clip-vision")
     for got, expected in zip(run(fused, **given), run(layers, **given), strict=True):
         assert_alike(got[-1], expected[-1], got[2][0])
