@@ -197,12 +197,13 @@ static void pack_part(Part part, const Heads& heads, const Place* places, const 
 template <int at_once>
 static inline void softmax(const float* scores, int64_t stride, int64_t groups, float scaling, uint16_t* tile, int64_t row,
                            int64_t rows, float* inverse) {
+  const float factor = scaling * LOG2_E;
   Floats highest[at_once];
 #pragma GCC unroll 4
   for (int r = 0; r < at_once; r++) highest[r] = load<Floats>(scores + (row + r) * stride);
   for (int64_t j = LANES; j < stride; j += LANES) {
 #pragma GCC unroll 4
-    for (int r = 0; r < at_once; r++) highest[r] = largest(highest[r], load<Floats>(scores + (row + r) * stride + j));
+    for (int r = 0; r < at_once; r++) highest[r] = larger(highest[r], load<Floats>(scores + (row + r) * stride + j));
   }
   Floats total[at_once][16 / LANES] = {};
   float top[at_once];
@@ -215,7 +216,7 @@ static inline void softmax(const float* scores, int64_t stride, int64_t groups, 
       uint16_t* to = tile + column / HALVES * HALVES * rows + HALVES * row + column % HALVES;
 #pragma GCC unroll 4
       for (int r = 0; r < at_once; r++) {
-        const Floats weights = exp_of((load<Floats>(scores + (row + r) * stride + column) - top[r]) * scaling);
+        const Floats weights = power_of_two((load<Floats>(scores + (row + r) * stride + column) - top[r]) * factor);
         total[r][part] += weights;
         store_groups(bfloat16(weights), to + HALVES * r, rows);
       }

@@ -14,14 +14,14 @@ static inline Floats gelu_of(Floats x) {
       2.598730352e-01f,  -6.340375484e-01f, 4.618007528e-01f, 1.788213130e-01f,  -5.494658837e-01f,
       2.049030888e-01f,  2.368763455e-01f,  -1.686572991e-01f, -3.988635261e-02f, 4.006091723e-02f};
   const Floats size = (Floats)(bits_of(x) & 0x7fffffff);
-  const Floats s = fma(size > 5.5f ? floats(5.5f) : size, 2 / 5.5f, -1.0f), square = s * s;
+  const Floats s = fma(smaller(floats(5.5f), size), 2 / 5.5f, -1.0f), square = s * s;
   Floats even = fma(square, g[14], g[12]), odd = fma(square, g[13], g[11]);  // two chains, each half as long
   for (int power = 10; power >= 2; power -= 2) {
     even = fma(even, square, g[power]);
     odd = fma(odd, square, g[power - 1]);
   }
   even = fma(even, square, g[0]);
-  return (x < 0.0f ? floats(0.0f) : x) - fma(odd, s, even);
+  return larger(floats(0.0f), x) - fma(odd, s, even);
 }
 
 // x / (1 + exp(-z))
@@ -37,7 +37,7 @@ static inline Floats activated(Floats x, Activation activation) {
       return times_sigmoid(x, fma(x * x * x, floats(0.044715f), x) * 1.595769122f);
     case GELU_QUICK: return times_sigmoid(x, x * 1.702f);
     case SILU: return times_sigmoid(x, x);
-    case RELU: return x < 0.0f ? floats(0.0f) : x;
+    case RELU: return larger(floats(0.0f), x);
   }
   return x;
 }

@@ -196,17 +196,53 @@ static inline bool any_above(Floats x, float limit) {
 // 1.5 * 2**23: what is added to it comes out rounded half to even, as an integer in the low bits of the sum.
 static const float ROUNDER = 12582912.0f;
 
-// e**x for x <= 0, to 3e-7 of the value; below -87 that of -87, 2e-38. 2**f, f in [-1/2, 1/2], is a polynomial of degree
-// 5, the interpolation at Chebyshev's nodes.
-static inline Floats exp_of(Floats x) {
-  const Floats scaled = (x < -87.0f ? floats(-87.0f) : x) * 1.44269504f;
-  const Floats shifted = scaled + ROUNDER;
-  const Floats f = scaled - (shifted - ROUNDER), square = f * f;
+// The larger of two numbers; the second one where one of them is NaN.
+static inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// The smaller of two numbers; the second one where one of them is NaN.
+static inline Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// value * 2**power, for a power that is an integer; NaN where that is NaN.
+static inline Floats scaled(Floats value, Floats power, Floats shifted) {
+#if defined(__AVX512F__)
+  (void)shifted;
+  return (Floats)_mm512_scalef_ps((__m512)value, (__m512)power);
+#else
+  const Floats result = (Floats)(bits_of(value) + (bits_of(shifted) << 23));  // `shifted` has the power in its low bits
+  return power != power ? power : result;
+#endif
+}
+
+// 2**x for x <= 0, to 3e-7 of the value; below -125 that of -125, 2e-38. 2**f, f in [-1/2, 1/2], is a polynomial of
+// degree 5, the interpolation at Chebyshev's nodes.
+static inline Floats power_of_two(Floats x) {
+  const Floats from = larger(floats(-125.0f), x);
+  const Floats shifted = from + ROUNDER, whole = shifted - ROUNDER;
+  const Floats f = from - whole, square = f * f;
   const Floats low = fma(f, 6.931471880e-01f, 1.000000075f), middle = fma(f, 5.550357114e-02f, 2.402210749e-01f);
   const Floats high = fma(f, 1.339086336e-03f, 9.676031918e-03f);
-  const Floats value = fma(fma(high, square, middle), square, low);
-  const Floats result = (Floats)(bits_of(value) + (bits_of(shifted) << 23));
-  return x != x ? x : result;
+  return scaled(fma(fma(high, square, middle), square, low), whole, shifted);
 }
+
+const float LOG2_E = 1.44269504f;
+
+// e**x for x <= 0.
+static inline Floats exp_of(Floats x) { return power_of_two(x * LOG2_E); }
 
 }  // namespace
