@@ -31,6 +31,8 @@ static inline void tile_load(int tile, const void* from, int64_t stride) {
   for (int row = 0; row < TILE_ROWS; row++) memcpy(tile_register(tile).bytes[row], (const uint8_t*)from + row * stride, 64);
 }
 
+static inline void tile_load_once(int tile, const void* from, int64_t stride) { tile_load(tile, from, stride); }
+
 static inline void tile_store(int tile, void* to, int64_t stride) {
   for (int row = 0; row < TILE_ROWS; row++) memcpy((uint8_t*)to + row * stride, tile_register(tile).bytes[row], 64);
 }

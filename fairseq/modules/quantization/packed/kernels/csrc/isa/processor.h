@@ -7,6 +7,8 @@
 #include <unistd.h>
 #elif defined(__linux__) && defined(__aarch64__)
 #include <sys/auxv.h>
+#elif defined(__APPLE__) && defined(__aarch64__)
+#include <sys/sysctl.h>
 #endif
 
 static inline bool has_portable() { return true; }
@@ -39,4 +41,30 @@ static inline bool has_amx() {
   return false;
 #endif
 }
+#endif
+
+#if defined(__aarch64__)
+#if defined(__linux__)
+static inline bool has_neon() {
+  const unsigned long dot_products = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & dot_products) != 0;
+}
+static inline bool has_neon_i8mm() {
+  const unsigned long matrices_of_bytes = 1ul << 13, bfloat16 = 1ul << 14, both = matrices_of_bytes | bfloat16;  // HWCAP2_
+  return has_neon() && (getauxval(AT_HWCAP2) & both) == both;
+}
+#elif defined(__APPLE__)
+static inline bool has_feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+static inline bool has_neon() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+static inline bool has_neon_i8mm() {
+  return has_neon() && has_feature("hw.optional.arm.FEAT_I8MM") && has_feature("hw.optional.arm.FEAT_BF16");
+}
+#else
+static inline bool has_neon() { return false; }
+static inline bool has_neon_i8mm() { return false; }
+#endif
 #endif
