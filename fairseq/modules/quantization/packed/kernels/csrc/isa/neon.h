@@ -43,7 +43,7 @@ struct Isa : Registers<Isa> {
       const int8_t *x = tile, *weights = panel + 4 * column;
       int32x4_t total[sizeof...(I)][4] = {};
       for (int64_t step = 0; step < steps; step += 4, x += GROUP * count) {
-        const int8x16_t four[] = {vld1q_s8(x + GROUP * I)...};
+        const int8x16_t four[] = {load<int8x16_t>(x + GROUP * I)...};
         add<0>(weights, four, total, numbers);
         add<1>(weights + 4 * PANEL, four, total, numbers);
         add<2>(weights + 8 * PANEL, four, total, numbers);
@@ -52,7 +52,7 @@ struct Isa : Registers<Isa> {
       }
 #pragma GCC unroll 4
       for (int vector = 0; vector < 4; vector++)
-        (vst1q_s32(sums + PANEL * I + column + 4 * vector, total[I][vector]), ...);
+        (store(sums + PANEL * I + column + 4 * vector, total[I][vector]), ...);
     }
   }
 
@@ -61,8 +61,8 @@ struct Isa : Registers<Isa> {
                                                         int32x4_t (*total)[4], Numbers<I...>) {
 #pragma GCC unroll 4
     for (int vector = 0; vector < 4; vector++) {
-      const int8x16_t codes = vld1q_s8(weights + 16 * vector);
-      ((total[I][vector] = vdotq_laneq_s32(total[I][vector], codes, four[I], step)), ...);
+      const int8x16_t codes = load<int8x16_t>(weights + 16 * vector);
+      ((total[I][vector] = dot<step>(total[I][vector], codes, four[I])), ...);
     }
   }
 
@@ -83,7 +83,7 @@ struct Isa : Registers<Isa> {
       }
 #pragma GCC unroll 2
       for (int vector = 0; vector < 2; vector++)
-        (vst1q_f32(out + stride * I + column + 4 * vector, total[I][vector]), ...);
+        (store(out + stride * I + column + 4 * vector, total[I][vector]), ...);
     }
   }
 
@@ -94,16 +94,23 @@ struct Isa : Registers<Isa> {
 #pragma GCC unroll 2
     for (int vector = 0; vector < 2; vector++) {
       const float32x4_t first = even_of(weights + 8 * vector), second = odd_of(weights + 8 * vector);
-      ((total[I][vector] = vfmaq_laneq_f32(total[I][vector], first, even[I], step)), ...);
-      ((total[I][vector] = vfmaq_laneq_f32(total[I][vector], second, odd[I], step)), ...);
+      ((total[I][vector] = multiply_add<step>(total[I][vector], first, even[I])), ...);
+      ((total[I][vector] = multiply_add<step>(total[I][vector], second, odd[I])), ...);
     }
   }
 
-  static inline float32x4_t even_of(const uint16_t* halves) {
-    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(halves)), 16));
+  // Functions, since clang's intrinsics are macros that take no parameter pack.
+  template <int lane>
+  static inline int32x4_t dot(int32x4_t total, int8x16_t codes, int8x16_t x) {
+    return vdotq_laneq_s32(total, codes, x, lane);
   }
+  template <int lane>
+  static inline float32x4_t multiply_add(float32x4_t total, float32x4_t codes, float32x4_t x) {
+    return vfmaq_laneq_f32(total, codes, x, lane);
+  }
+  static inline float32x4_t even_of(const uint16_t* halves) { return (float32x4_t)(load<uint32x4_t>(halves) << 16); }
   static inline float32x4_t odd_of(const uint16_t* halves) {
-    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u16(vld1q_u16(halves)), vdupq_n_u32(0xffff0000u)));
+    return (float32x4_t)(load<uint32x4_t>(halves) & vdupq_n_u32(0xffff0000u));
   }
 };
 
