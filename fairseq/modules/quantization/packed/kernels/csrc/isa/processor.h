@@ -1,8 +1,10 @@
 // Which instruction sets this processor has: has_NAME for each file of this folder; see LEVELS in setup.py.
 #pragma once
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif defined(__linux__) && defined(__aarch64__)
@@ -19,7 +21,11 @@ static inline bool has_avx2() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
-static inline bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
+static inline bool has_avxvnni() {  // by number: clang 14 has no name for it
+  unsigned a = 0, b, c, d;
+  const unsigned avx_vnni = 1u << 4;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx_vnni) != 0;
+}
 static inline bool has_avx512vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
