@@ -26,14 +26,19 @@ DOCS = ["sphinx>=8", "furo>=2024.8", "sphinx-copybutton>=0.5"]
 LINT = ["ruff>=0.12", "mypy>=1.16", "pre-commit>=4", "setuptools>=77"]  # setuptools: .ci/sanitize
 
 KERNELS = Path("fairseq", "modules", "quantization", "packed", "kernels")
-COMPILE = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi"]
+COMPILE = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi"]
+OPENMP = ["-fopenmp"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-Wno-maybe-uninitialized"]
 # The last one: gcc 12 warns of its own header.
+NEON = "-march=armv8.2-a+dotprod"
+UNSCHEDULED = "-fno-schedule-insns"  # gcc takes all loads to the front of a loop, whose sums then lack registers
 # Instruction sets, the slowest first: each a file of csrc/isa and the flags that the kernels are compiled with for it;
 # which one runs is decided at run time.
 LEVELS = {"amx_emulated": [], "portable": []}
-if platform.machine() in ("x86_64", "AMD64"):
+# The machine to compile for: this one, or the one that a cross-compilation names in CPython's own variable.
+MACHINE = os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).split("-")[-1]
+if MACHINE in ("x86_64", "AMD64"):
     LEVELS |= {
         "avx2": AVX2,
         "avxvnni": [*AVX2, "-mavxvnni"],
@@ -41,6 +46,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx512bf16": [*AVX512, "-mavx512bf16"],
         "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
     }
+elif MACHINE in ("aarch64", "arm64"):
+    LEVELS |= {"neon": [NEON, UNSCHEDULED], "neon_i8mm": [f"{NEON}+i8mm+bf16", UNSCHEDULED]}
 
 
 class BuildNative(build_ext):
@@ -48,19 +55,33 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext):
         native, kernels = ext.sources
+        openmp = self.openmp()
+        ext.extra_compile_args += openmp
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = list(pool.map(lambda level: self.compile_level(ext, kernels, level), LEVELS))
         known = " ".join(f"X({level})" for level, objects in zip(LEVELS, compiled) if objects)
         objects = sum(compiled, self.compile(native, [*ext.extra_compile_args, f"-DLEVELS(X)={known}"], "native"))
         target = self.get_ext_fullpath(ext.name)
-        self.compiler.link_shared_object(objects, target, extra_postargs=ext.extra_link_args, target_lang="c++")
+        self.compiler.link_shared_object(objects, target, extra_postargs=openmp, target_lang="c++")
+
+    def openmp(self):
+        """The flag for OpenMP; none where the compiler refuses it, as Apple's does: all runs on one thread then."""
+        source = Path(self.build_temp, "openmp.cpp")
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
+        try:
+            self.compile(str(source), OPENMP, "openmp")
+        except CompileError as error:
+            self.warn(f"this compiler has no OpenMP, the native kernels will run on one thread: {error}")
+            return []
+        return OPENMP
 
     def compile_level(self, ext, source, level):
         """The object of one instruction set; none where the compiler does not know it."""
         try:
             return self.compile(source, [*ext.extra_compile_args, *LEVELS[level], f"-DLEVEL={level}"], level)
         except CompileError as error:
-            if level == "portable":
+            if not LEVELS[level]:  # plain C++
                 raise
             self.warn(f"this compiler does not know {level}, which is left out: {error}")
             return []
@@ -75,7 +96,6 @@ NATIVE = Extension(
     [str(KERNELS / "csrc" / name) for name in ("native.cpp", "level.cpp")],
     depends=[str(header) for header in sorted((KERNELS / "csrc").rglob("*.h"))],
     extra_compile_args=COMPILE,
-    extra_link_args=["-fopenmp"],
     language="c++",
     optional=True,
 )

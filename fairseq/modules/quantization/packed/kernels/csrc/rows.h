@@ -37,7 +37,7 @@ static inline Floats activated(Floats x, Activation activation) {
       return times_sigmoid(x, fma(x * x * x, floats(0.044715f), x) * 1.595769122f);
     case GELU_QUICK: return times_sigmoid(x, x * 1.702f);
     case SILU: return times_sigmoid(x, x);
-    case RELU: return larger(floats(0.0f), x);
+    case RELU: return larger(floats(0.0f), x) + 0.0f;  // no -0, which some compilers keep and some do not
   }
   return x;
 }

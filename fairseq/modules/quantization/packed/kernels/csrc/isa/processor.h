@@ -1,12 +1,16 @@
 // Which instruction sets this processor has: has_NAME for each file of this folder; see LEVELS in setup.py.
 #pragma once
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif defined(__linux__) && defined(__aarch64__)
 #include <sys/auxv.h>
+#elif defined(__APPLE__) && defined(__aarch64__)
+#include <sys/sysctl.h>
 #endif
 
 static inline bool has_portable() { return true; }
@@ -17,7 +21,11 @@ static inline bool has_avx2() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
-static inline bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
+static inline bool has_avxvnni() {  // by number: clang 14 has no name for it
+  unsigned a = 0, b, c, d;
+  const unsigned avx_vnni = 1u << 4;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx_vnni) != 0;
+}
 static inline bool has_avx512vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
@@ -39,4 +47,30 @@ static inline bool has_amx() {
   return false;
 #endif
 }
+#endif
+
+#if defined(__aarch64__)
+#if defined(__linux__)
+static inline bool has_neon() {
+  const unsigned long dot_products = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & dot_products) != 0;
+}
+static inline bool has_neon_i8mm() {
+  const unsigned long matrices_of_bytes = 1ul << 13, bfloat16 = 1ul << 14, both = matrices_of_bytes | bfloat16;  // HWCAP2_
+  return has_neon() && (getauxval(AT_HWCAP2) & both) == both;
+}
+#elif defined(__APPLE__)
+static inline bool has_feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+static inline bool has_neon() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+static inline bool has_neon_i8mm() {
+  return has_neon() && has_feature("hw.optional.arm.FEAT_I8MM") && has_feature("hw.optional.arm.FEAT_BF16");
+}
+#else
+static inline bool has_neon() { return false; }
+static inline bool has_neon_i8mm() { return false; }
+#endif
 #endif

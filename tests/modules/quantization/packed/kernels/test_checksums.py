@@ -1,0 +1,62 @@
+"""Every instruction set gives the portable one's bits, in a program without Python, which .ci/arm runs for ARM, too."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fairseq.modules.quantization.packed.kernels import native
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[4]
+SOURCES = Path(native.__file__).with_name("csrc")
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+
+def checksums_of(library, folder):
+    """What checksums.cpp prints with a library: a checksum of each function, then the levels that ran."""
+    program = folder / "checksums"
+    rpath = f"-Wl,-rpath,{Path(library).parent}"
+    source = HERE / "checksums.cpp"
+    subprocess.run([COMPILER, "-std=c++17", "-I", SOURCES, source, library, rpath, "-o", program], check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    *sums, levels = result.stdout.splitlines()
+    return sums, levels.split()[1:]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    return checksums_of(native.library()._name, tmp_path_factory.mktemp("installed"))
+
+
+def test_every_level_gives_the_bits_of_the_portable_one(installed):
+    sums, levels = installed
+    assert tuple(levels) == native.levels()
+    assert len(sums) == len({line.split()[0] for line in sums}) > 20
+
+
+def test_a_compiler_without_openmp_and_instruction_sets_gives_the_same_bits(tmp_path, installed):
+    """As Apple's, which refuses -fopenmp: the library is built all the same, and runs on one thread."""
+    pytest.importorskip("setuptools")
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -fopenmp "*|*" -m"*) echo refused >&2; exit 1;; esac\nexec {COMPILER} "$@" -O1\n'
+    )
+    compiler.chmod(compiler.stat().st_mode | stat.S_IEXEC)
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "objects"]
+    built = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"CC": str(compiler), "CXX": str(compiler)}, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    (library,) = tmp_path.glob("fairseq/**/_native*")
+    assert "no OpenMP" in built.stdout + built.stderr
+    sums, levels = checksums_of(library, tmp_path)
+    assert levels == ["amx_emulated", "portable"]
+    assert sums == installed[0]
