@@ -186,6 +186,8 @@ static inline bool any_above(Floats x, float limit) {
   return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
 #elif defined(__AVX2__)
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(limit), _CMP_GT_OQ)) != 0;
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return vmaxvq_u32((uint32x4_t)(x > limit)) != 0;
 #else
   for (int lane = 0; lane < LANES; lane++)
     if (x[lane] > limit) return true;
