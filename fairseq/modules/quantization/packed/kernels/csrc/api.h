@@ -69,6 +69,7 @@ enum Stage { STAGE_NORM, STAGE_PRODUCT, STAGE_EPILOGUE, STAGE_ATTENTION, STAGE_Q
 const int64_t PANEL = 32;        // outputs of a panel
 const int64_t PANEL_STEP = 16;   // inputs are filled up to a multiple of it
 const int64_t ALIGNMENT = 64;
+const int64_t TILES_AT_ONCE = 16;  // whose sums are kept while a long reduction goes on
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
@@ -120,7 +121,7 @@ struct SharedWorkspace {
 struct ThreadWorkspace {
   float* row;                   // one row of any layer
   float* values;                // rows of a tile x PANEL
-  int32_t* accumulators[2];     // rows of a tile x PANEL
+  int32_t* accumulators;        // TILES_AT_ONCE buffers of the rows of a tile x PANEL
   uint8_t* panel[2];            // the codes of a panel, a byte each
   float* scores;                // rows of a tile x tokens, filled up to panels
   void* weights;                // rows of a tile x tokens, filled up to groups

@@ -125,8 +125,15 @@ static inline void multiply(const Linear& linear, const Integers& x, const Regio
     }
   };
   if (linear.narrow) unpack(linear.panels + region.first * bytes, steps, own.panel[0], code_sums[0]);
-  const Tile* waiting = nullptr;  // the tile whose epilogue has not run, in accumulators[1 - turn]
-  int waiting_panel = 0, turn = 0;
+  // Long reductions are cut into chunks, so that a chunk of the panel stays in the first cache while tiles pass.
+  const int64_t chunk = tile_count < TILES_AT_ONCE ? Isa::chunk(steps) : steps, chunks = divide_up(steps, chunk);
+  const int64_t buffers = chunks > 1 ? tile_count + 1 : 2, buffer = Isa::ROWS * PANEL;
+  struct {
+    const Tile* tile;  // whose sums are complete, and have not become outputs; or null
+    const int32_t* sums;
+    int panel;
+  } waiting = {};
+  int64_t first_buffer = 0;
   for (int64_t panel = region.first; panel < region.last; panel++) {
     const int now = panel % 2;
     const uint8_t* codes = linear.panels + panel * bytes;
@@ -144,32 +151,37 @@ static inline void multiply(const Linear& linear, const Integers& x, const Regio
     const bool more = panel + 1 < region.last;
     const int64_t following = more ? bytes : coming ? panel_bytes(*coming) : 0;
     const uint8_t* next = more ? linear.panels + (panel + 1) * bytes : coming ? coming->panels + coming_first * panel_bytes(*coming) : nullptr;
-    for (int64_t t = 0; t < tile_count; t++) {
-      const Tile& tile = region.tiles[region.from + t];
-      const uint8_t* rows = x.bytes + tile.row * x.stride;
-      const int64_t pauses = Isa::pauses(steps), count = waiting ? waiting->rows : 0, share = divide_up(count, pauses);
-      int64_t done = 0;
-      const auto some = [&](int64_t rows) {
-        finish(both.pending[waiting_panel], *waiting, own.accumulators[1 - turn], done, least(done + rows, count));
-        done += rows;
-      };
-      // Each tile has its share of the next panel brought from memory, a bit in each pause.
-      const uint8_t *fetch = next + following * t / tile_count, *const fetched = next + following * (t + 1) / tile_count;
-      const int64_t lines = divide_up(fetched - fetch, ALIGNMENT * pauses) * ALIGNMENT;
-      const auto pause = [&] {
-        for (const uint8_t* stop = least(fetch + lines, fetched); fetch < stop; fetch += ALIGNMENT) __builtin_prefetch(fetch, 0, 2);
-        if (done < count) some(share);
-      };
-      Isa::product(rows, codes, tile.rows, steps, own.accumulators[turn], pause);
-      lap(own, STAGE_PRODUCT);
-      if (done < count) some(count);
-      lap(own, STAGE_EPILOGUE);
-      waiting = &tile;
-      waiting_panel = now;
-      turn = 1 - turn;
+    for (int64_t c = 0; c < chunks; c++) {
+      const int64_t start = c * chunk, count = least(chunk, steps - start), pauses = Isa::pauses(count);
+      for (int64_t t = 0; t < tile_count; t++) {
+        const Tile& tile = region.tiles[region.from + t];
+        int32_t* const sums = own.accumulators + (first_buffer + t) % buffers * buffer;
+        const int64_t rows = waiting.tile ? waiting.tile->rows : 0, share = divide_up(rows, pauses);
+        int64_t done = 0;
+        const auto some = [&](int64_t more_rows) {
+          finish(both.pending[waiting.panel], *waiting.tile, waiting.sums, done, least(done + more_rows, rows));
+          done += more_rows;
+        };
+        // Each product has its share of the next panel brought from memory, a bit in each pause.
+        const int64_t turn = c * tile_count + t, turns = chunks * tile_count;
+        const uint8_t *fetch = next + following * turn / turns, *const fetched = next + following * (turn + 1) / turns;
+        const int64_t lines = divide_up(fetched - fetch, ALIGNMENT * pauses) * ALIGNMENT;
+        const auto pause = [&] {
+          for (const uint8_t* stop = least(fetch + lines, fetched); fetch < stop; fetch += ALIGNMENT) __builtin_prefetch(fetch, 0, 2);
+          if (done < rows) some(share);
+        };
+        const uint8_t* integers = x.bytes + tile.row * x.stride + start * 4 * tile.rows;
+        Isa::product(integers, codes + start * 4 * PANEL, tile.rows, count, sums, c > 0, pause);
+        lap(own, STAGE_PRODUCT);
+        if (done < rows) some(rows);
+        lap(own, STAGE_EPILOGUE);
+        if (c + 1 < chunks) waiting.tile = nullptr;
+        else waiting = {&tile, sums, now};
+      }
     }
+    first_buffer = (first_buffer + tile_count) % buffers;
   }
-  if (waiting) finish(both.pending[waiting_panel], *waiting, own.accumulators[1 - turn], 0, waiting->rows);
+  if (waiting.tile) finish(both.pending[waiting.panel], *waiting.tile, waiting.sums, 0, waiting.tile->rows);
   lap(own, STAGE_EPILOGUE);
 }
 

@@ -151,7 +151,7 @@ static void lay_out(Layout& layout, const Kernels& kernels, const Sizes& sizes, 
   const int64_t tile = kernels.tile_rows, tokens = sizes.heads ? round_up(round_up(sizes.tokens, PANEL), kernels.group / 2) : 0;
   layout.take(own.row, sizes.longest + ALIGNMENT);
   layout.take(own.values, tile * PANEL);
-  for (auto& accumulators : own.accumulators) layout.take(accumulators, tile * PANEL);
+  layout.take(own.accumulators, TILES_AT_ONCE * tile * PANEL);
   for (auto& panel : own.panel) layout.take(panel, steps_of(sizes.longest) * 4 * PANEL);
   layout.take(own.scores, tile * tokens);
   layout.take_bytes(own.weights, tile * tokens * sizeof(float) + tile * kernels.group);
@@ -333,11 +333,11 @@ EXPORT int fairseq_product(int level, const Linear* linear, const int8_t* q, int
       int32_t sums[PANEL] = {};
       for (int64_t k = 0; k < steps; k++)
         for (int64_t j = 0; j < PANEL * 4; j++) sums[j / 4] += (int8_t)codes[k * PANEL * 4 + j];
-      kernels.product(integers, codes, tile.rows, steps, work.own->accumulators[0]);
+      kernels.product(integers, codes, tile.rows, steps, work.own->accumulators);
       for (int64_t i = 0; i < tile.rows; i++)
         for (int64_t j = 0; j < PANEL && panel * PANEL + j < linear->out; j++)
           out[(tile.row + i) * linear->out + panel * PANEL + j] =
-              work.own->accumulators[0][i * PANEL + j] - kernels.offset * sums[j];
+              work.own->accumulators[i * PANEL + j] - kernels.offset * sums[j];
     }
   }
   kernels.leave();

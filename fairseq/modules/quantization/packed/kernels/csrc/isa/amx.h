@@ -30,6 +30,7 @@ struct TileConfiguration {
 struct Isa {
   static const int64_t ROWS = 2 * TILE_ROWS, GROUP = 64;
   static const int32_t OFFSET = 128;
+  static const int64_t CHUNK = 192;        // steps of a long panel that are multiplied before the next tile
   static const int64_t STEPS = GROUP / 4;  // of a panel, that are multiplied at a time
 
   // Other libraries load tile configurations of their own: on each thread at the beginning of each call, not once.
@@ -44,11 +45,12 @@ struct Isa {
   }
   static void leave() { tile_release(); }
 
-  // Integer sums of a tile, (rows, PANEL), over 4 * steps inputs. pause() is called after each 64 inputs:
+  // Integer sums of a tile, (rows, PANEL), over 4 * steps inputs. They may go on from
+  // the sums of the inputs before. pause() is called after each 64 inputs:
   // for what else there is to do, while the tiles multiply.
   template <typename Pause>
   static inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows,
-                                                            int64_t steps, int32_t* sums, Pause pause) {
+                                                            int64_t steps, int32_t* sums, bool go_on, Pause pause) {
     const int64_t whole = steps / STEPS, rest = steps % STEPS, parts = whole + (rest != 0), next = rows * GROUP;
     alignas(64) uint8_t last[STEPS * 4 * PANEL];  // the steps of a panel that are no whole tile, filled up
     if (rest) {
@@ -57,10 +59,19 @@ struct Isa {
     }
     asm volatile("" ::: "memory");  // what tiles are loaded from has been written
     const bool both = rows > TILE_ROWS;
-    tile_zero(0);
-    tile_zero(1);
-    tile_zero(2);
-    tile_zero(3);
+    if (go_on) {
+      tile_load(0, sums, 4 * PANEL);
+      tile_load(1, sums + 16, 4 * PANEL);
+      if (both) {
+        tile_load(2, sums + TILE_ROWS * PANEL, 4 * PANEL);
+        tile_load(3, sums + TILE_ROWS * PANEL + 16, 4 * PANEL);
+      }
+    } else {
+      tile_zero(0);
+      tile_zero(1);
+      tile_zero(2);
+      tile_zero(3);
+    }
     for (int64_t part = 0; part < parts; part++, tile += next) {
       const uint8_t* weights = part < whole ? panel + part * STEPS * 4 * PANEL : last;
       tile_load_once(4, tile, GROUP);  // the panel is to stay in the first cache, not the rows
@@ -85,10 +96,13 @@ struct Isa {
   }
 
   static void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums) {
-    product(tile, panel, rows, steps, sums, [] {});
+    product(tile, panel, rows, steps, sums, false, [] {});
   }
 
   static int64_t pauses(int64_t steps) { return divide_up(steps, STEPS); }
+
+  // The first cache has room for half a panel of 1,024 inputs beside what passes: a quarter of longer ones' at a time.
+  static int64_t chunk(int64_t steps) { return steps <= 256 ? steps : CHUNK; }
 
   // Products of bfloat16, summed in float over 2 * steps numbers, whole tiles of them: (rows, PANEL).
   static void half_product(const uint16_t* tile, const uint16_t* panel, int64_t rows, int64_t steps, float* out,

@@ -50,11 +50,12 @@ struct Registers {
 
   // The same for a caller that has something else to do in the pauses of a product: there is one, before it.
   template <typename Pause>
-  static void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums, Pause pause) {
+  static void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums, bool, Pause pause) {
     pause();
     product(tile, panel, rows, steps, sums);
   }
   static int64_t pauses(int64_t) { return 1; }
+  static int64_t chunk(int64_t steps) { return steps; }  // no sums are gone on with
 
   // Products of bfloat16, summed in float over 2 * steps numbers: (rows, PANEL), `stride` floats a row.
   static void half_product(const uint16_t* tile, const uint16_t* panel, int64_t rows, int64_t steps, float* out,
