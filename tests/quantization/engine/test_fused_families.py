@@ -236,3 +236,24 @@ def test_a_clip_with_the_exact_gelu_is_fused(monkeypatch):
     with torch.no_grad():
         compiled = torch.compile(fused, backend="eager")(**given).last_hidden_state
         assert torch.equal(compiled, fused(**given).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["vit", "beit", "swin", "swinv2", "dinov3-gated", "clip-vision", "timm-vit", "timm-eva"])
+def test_blocks_with_exact_attention_have_the_same_bits_everywhere(name, calls, monkeypatch):
+    """At every level, for any number of threads and of pictures at once."""
+    monkeypatch.setenv(native.ATTENTION, "float32")
+    layers, fused = quantized(name)
+    given, threads = inputs(layers, name), torch.get_num_threads()
+    outputs = {}
+    try:
+        for level in native.levels():
+            monkeypatch.setenv(native.ENVIRONMENT, level)
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                outputs[level, count] = [items(output)[0] for *_, output in run(fused, **given)]
+    finally:
+        torch.set_num_threads(threads)
+    assert calls
+    expected = outputs["portable", 1]
+    for key, got in outputs.items():
+        assert all(map(torch.equal, got, expected)), key

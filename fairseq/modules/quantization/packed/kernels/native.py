@@ -28,6 +28,9 @@ from fairseq.modules.quantization.scalar.tokens import quantize_tokens
 ENVIRONMENT = "FAIRSEQ_QUANTIZATION_LEVEL"
 LIBRARY = "FAIRSEQ_QUANTIZATION_LIBRARY"
 """Names another build of the library, such as one with a sanitizer."""
+ATTENTION = "FAIRSEQ_QUANTIZATION_ATTENTION"
+"""The precision of attention in native blocks: "bfloat16", or "float32", whose bits are the same on every processor."""
+PRECISIONS = ("bfloat16", "float32")
 NOT_BUILT = "they were not built; install a C++ compiler (gcc or clang) and reinstall fairseq"
 STAGES = (
     "LayerNorm, quantize",
@@ -395,12 +398,25 @@ ROWS_AT_ONCE, SLICE = 256, 224
 """Rows of images that one thread takes at once, and of an MLP at once: what stays in its cache."""
 
 
+def attention_is_exact() -> bool:
+    """Whether attention is in float32: what the environment variable ``FAIRSEQ_QUANTIZATION_ATTENTION`` says.
+
+    Raises:
+        ValueError: it is neither of :data:`PRECISIONS`.
+    """
+    wanted = os.environ.get(ATTENTION) or PRECISIONS[0]
+    if wanted not in PRECISIONS:
+        raise ValueError(f"{ATTENTION} must be one of {', '.join(PRECISIONS)}; got {wanted!r}")
+    return wanted == "float32"
+
+
 def run_blocks(blocks: Sequence[Block], x: Tensor, call: Call, level: int) -> Tensor:
     """The output of blocks, one after the other, for hidden states ``x``, float32 (..., width), ``call.row_count`` rows."""
     width = blocks[0].width
     if x.numel() != call.row_count * width:
         raise ValueError(f"the call is for {call.row_count} rows of {width}, got hidden states of {tuple(x.shape)}")
     _check("hidden_states", x, torch.float32, (*x.shape[:-1], width))
+    call.exact = attention_is_exact()
     out = torch.empty_like(x)
     if x.numel():
         pointers = (POINTER(Block) * len(blocks))(*map(ctypes.pointer, blocks))
@@ -477,7 +493,8 @@ def product(q: Tensor, layer: Prepared, level: int) -> Tensor:
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, scaling: float, level: int) -> Tensor:
     """softmax(scaling * q @ k.T) @ v for each head: float32 (images, tokens, heads * size) three times -> the same.
 
-    Products are of numbers rounded to bfloat16, summed in float32; the softmax is in float32.
+    Products are of numbers rounded to bfloat16, summed in float32, or of float32; see :func:`attention_is_exact`. The
+    softmax is in float32.
     """
     images, tokens, width = query.shape
     if heads < 1 or width % heads:
@@ -491,6 +508,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, scaling: fl
         block = Block(heads=heads, head_size=width // heads, scaling=scaling)
         pointers = (tensor.data_ptr() for tensor in (query, key, value))
         call, threads = make_call(images, tokens), torch.get_num_threads()
+        call.exact = attention_is_exact()
         _raise(_library().fairseq_attention(level, block, call, *pointers, width, out.data_ptr(), threads))
     return out
 

@@ -436,6 +436,29 @@ def test_attention_keeps_nan_in_its_image_and_head(level):
     assert is_within(large, torch.ones_like(large), 2**-8 + 30 * EPS)  # weights round to bfloat16, their sum does not
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 7, 2, 5), (3, 50, 2, 16), (1, 33, 1, 80), (2, 197, 3, 64)])
+def test_exact_attention_has_the_same_bits_everywhere(shape, monkeypatch):
+    """Of float32, within the roundings of chains of products, and not what bfloat16 gives."""
+    images, tokens, heads, size = shape
+    query, key, value = torch.randn(3, images, tokens, heads * size, generator=generator(0))
+    rounded = native.attention(query, key, value, heads, size**-0.5, PORTABLE)
+    monkeypatch.setenv(native.ATTENTION, "float32")
+    expected = native.attention(query, key, value, heads, size**-0.5, PORTABLE)
+    by_head = [t.abs().double().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key)]
+    score = size**-0.5 * (by_head[0] @ by_head[1].transpose(-1, -2)).amax(-1, keepdim=True)
+    off = (2 * ((size + 4) * EPS * score + 3e-7) + (tokens + 4) * EPS) * 1.01
+    largest = attention_of(query, key, value.abs(), heads, size**-0.5).unflatten(-1, (heads, -1)).transpose(1, 2)
+    allowed = (off * largest).transpose(1, 2).flatten(2)
+    assert is_within(expected, attention_of(query, key, value, heads, size**-0.5), allowed)
+    assert tokens == 1 or not torch.equal(expected, rounded)
+    for level, threads in itertools.product(LEVELS, (1, 3)):
+        torch.set_num_threads(threads)
+        assert torch.equal(native.attention(query, key, value, heads, size**-0.5, level), expected)
+    monkeypatch.setenv(native.ATTENTION, "float64")
+    with pytest.raises(ValueError, match="FAIRSEQ_QUANTIZATION_ATTENTION must be one of bfloat16, float32; got 'float64'"):
+        native.attention(query, key, value, heads, size**-0.5, PORTABLE)
+
+
 def test_attention_checks_its_sizes():
     x = torch.ones(1, 3, 10)
     with pytest.raises(ValueError, match="the scaling of attention must be positive, got 0"):

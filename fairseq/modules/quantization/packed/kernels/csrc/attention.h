@@ -5,6 +5,11 @@
 // values   [image][head][32 columns][pair of tokens][32][2], the columns filled up to 32
 //
 // Reductions, columns of a head or tokens, are filled up with zeros to the numbers of a group.
+//
+// An exact one is of floats, each sum in the order of its terms, with the same bits on every processor:
+// queries  [head][image][token][column]
+// keys     [image][head][32 tokens][column][32], the tokens filled up to 32
+// values   [image][head][32 columns][token][32], the columns filled up to 32
 #pragma once
 
 #include "api.h"
@@ -27,14 +32,17 @@ static inline Halves bfloat16(Floats x) {
 }
 
 struct Heads {
+  bool exact;
   int64_t heads, size, images, tokens;
   int64_t pairs, panels, key_panels, token_pairs;  // pairs and panels of columns; panels, pairs of tokens
   uint16_t *queries, *keys, *values;
-  Heads(const Block& block, const SharedWorkspace& shared)
-      : heads(block.heads), size(block.head_size), images(shared.images), tokens(shared.tokens),
+  float *exact_queries, *exact_keys, *exact_values;
+  Heads(const Block& block, const Call& call, const SharedWorkspace& shared)
+      : exact(call.exact), heads(block.heads), size(block.head_size), images(shared.images), tokens(shared.tokens),
         pairs(round_up(size, HALVES) / 2), panels(divide_up(size, PANEL)), key_panels(divide_up(tokens, PANEL)),
         token_pairs(round_up(tokens, HALVES) / 2), queries((uint16_t*)shared.queries), keys((uint16_t*)shared.keys),
-        values((uint16_t*)shared.values) {}
+        values((uint16_t*)shared.values), exact_queries((float*)shared.queries), exact_keys((float*)shared.keys),
+        exact_values((float*)shared.values) {}
   // The tile of queries that begins with a token.
   uint16_t* query(int64_t image, int64_t head, int64_t token) const {
     return queries + ((head * images + image) * tokens + token) * pairs * 2;
@@ -43,6 +51,11 @@ struct Heads {
   uint16_t* value(int64_t image, int64_t head) const {
     return values + (image * heads + head) * panels * token_pairs * PANEL * 2;
   }
+  float* exact_query(int64_t image, int64_t head, int64_t token) const {
+    return exact_queries + ((head * images + image) * tokens + token) * size;
+  }
+  float* exact_key(int64_t image, int64_t head) const { return exact_keys + (image * heads + head) * key_panels * size * PANEL; }
+  float* exact_value(int64_t image, int64_t head) const { return exact_values + (image * heads + head) * panels * tokens * PANEL; }
   int64_t tile_rows(int64_t first) const { return least(Isa::ROWS, tokens - first); }
 };
 
@@ -77,6 +90,14 @@ static inline uint16_t* place(Part part, const Heads& heads, const Place& at, in
          (token / 2 * PANEL + column % PANEL) * 2 + token % 2;
 }
 
+// The same of floats.
+static inline float* exact_place(Part part, const Heads& heads, const Place& at, int64_t head, int64_t column) {
+  const int64_t token = at.token;
+  if (part == QUERY) return heads.exact_query(at.image, head, token) + column;
+  if (part == KEY) return heads.exact_key(at.image, head) + (token / PANEL * heads.size + column) * PANEL + token % PANEL;
+  return heads.exact_value(at.image, head) + (column / PANEL * heads.tokens + token) * PANEL + column % PANEL;
+}
+
 // Takes the numbers of columns from `first` on, counted over all heads, of a row to where attention reads them.
 struct Placer {
   Part part;
@@ -90,6 +111,7 @@ struct Placer {
 
   void operator()(int64_t row, Floats numbers) const {
     const Place at = places[row];
+    if (heads->exact) return put_exactly(at, numbers);
     const Halves halves = bfloat16(numbers);
     if (!whole) {
       for (int64_t lane = 0; lane < count; lane++)
@@ -108,6 +130,13 @@ struct Placer {
       if (at.token % 2 == 0) store((uint32_t*)to, words);
       else store((uint32_t*)(to - 1), load<Words>((const uint32_t*)(to - 1)) | words << 16);
     }
+  }
+
+  void put_exactly(const Place& at, Floats numbers) const {
+    float lanes[LANES];
+    store(lanes, numbers);
+    for (int64_t lane = 0; lane < count; lane++)
+      *exact_place(part, *heads, at, (first + lane) / heads->size, (first + lane) % heads->size) = lanes[lane];
   }
 };
 
@@ -148,6 +177,7 @@ static inline Share rows_of_pairs(const SharedWorkspace& shared, const Crew& cre
 
 // Zeros where reductions are filled up: garbage there would be multiplied by zero, and NaN remains.
 static void fill_up(const Heads& heads, const SharedWorkspace& shared, const Share& rows) {
+  if (heads.exact) return;  // there are no reductions that are filled up
   for (int64_t row = rows.first; row < rows.last; row++) {
     const Place at = shared.places[row];
     for (int64_t head = 0; head < heads.heads; head++) {
@@ -191,12 +221,12 @@ static void pack_part(Part part, const Heads& heads, const Place* places, const 
   }
 }
 
-// exp((scores - the largest) * scaling) of `at_once` rows from row `row` of a tile on, as bfloat16 to that tile, and
-// 1 / their sums. `filled` scores, `stride` from row to row; `groups` of them are read. Rows beside each other do not
+// exp((scores - the largest) * scaling) of `at_once` rows from row `row` of a tile on, given to put(row, column, weights),
+// and 1 / their sums. `filled` scores, `stride` from row to row; `groups` of them are read. Rows beside each other do not
 // wait for each other.
-template <int at_once>
-static inline void softmax(const float* scores, int64_t stride, int64_t groups, float scaling, uint16_t* tile, int64_t row,
-                           int64_t rows, float* inverse) {
+template <int at_once, typename Put>
+static inline void softmax(const float* scores, int64_t stride, int64_t groups, float scaling, int64_t row, float* inverse,
+                           Put put) {
   const float factor = scaling * LOG2_E;
   Floats highest[at_once];
 #pragma GCC unroll 4
@@ -213,12 +243,11 @@ static inline void softmax(const float* scores, int64_t stride, int64_t groups, 
 #pragma GCC unroll 4
     for (int part = 0; part < 16 / LANES; part++) {
       const int64_t column = j + part * LANES;
-      uint16_t* to = tile + column / HALVES * HALVES * rows + HALVES * row + column % HALVES;
 #pragma GCC unroll 4
       for (int r = 0; r < at_once; r++) {
         const Floats weights = power_of_two((load<Floats>(scores + (row + r) * stride + column) - top[r]) * factor);
         total[r][part] += weights;
-        store_groups(bfloat16(weights), to + HALVES * r, rows);
+        put(row + r, column, weights);
       }
     }
   }
@@ -242,37 +271,84 @@ static inline void shift(float* scores, int64_t tokens, float scaling, const flo
   });
 }
 
+// Scores of `rows` rows to 1 / the sums of their exponentials, which put() gets; bias and mask are of the first row.
+template <typename Put>
+static inline void softmax_rows(float* scores, int64_t rows, int64_t tokens, int64_t stride, int64_t groups, float scaling,
+                                bool shifted, const float* bias, const float* mask, float* inverse, Put put) {
+  for (int64_t i = 0; i < rows; i++) {
+    float* own = scores + i * stride;
+    if (shifted) shift(own, tokens, scaling, bias ? bias + i * tokens : nullptr, mask ? mask + i * tokens : nullptr);
+    for (int64_t j = tokens; j < stride; j++) own[j] = -__builtin_inff();
+  }
+  const float factor = shifted ? 1.0f : scaling;
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) softmax<4>(scores, stride, groups, factor, row, inverse, put);
+  for (; row < rows; row++) softmax<1>(scores, stride, groups, factor, row, inverse, put);
+}
+
+// Products of `rows` rows and a panel of floats, (count, PANEL): each sum in the order of its terms.
+template <int rows>
+static inline void exact_rows(const float* x, int64_t x_stride, const float* panel, int64_t count, float* out, int64_t stride) {
+  for (int64_t column = 0; column < PANEL; column += LANES) {
+    Floats total[rows] = {};
+    for (int64_t k = 0; k < count; k++) {
+      const Floats weights = load<Floats>(panel + PANEL * k + column);
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; i++) total[i] = fma(floats(x[i * x_stride + k]), weights, total[i]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++) store(out + i * stride + column, total[i]);
+  }
+}
+
+static void exact_product(const float* x, int64_t x_stride, const float* panel, int64_t rows, int64_t count, float* out,
+                          int64_t stride) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) exact_rows<4>(x + row * x_stride, x_stride, panel, count, out + row * stride, stride);
+  for (; row < rows; row++) exact_rows<1>(x + row * x_stride, x_stride, panel, count, out + row * stride, stride);
+}
+
 // attended (rows, heads * size) of the member's share of heads and tiles.
 static void attend(const Block& block, const Call& call, int64_t first_image, const SharedWorkspace& shared,
                    ThreadWorkspace& own, const Crew& crew) {
-  const Heads heads(block, shared);
+  const Heads heads(block, call, shared);
   const int64_t tokens = heads.tokens, width = heads.heads * heads.size, stride = heads.key_panels * PANEL;
   const int64_t tiles = divide_up(tokens, Isa::ROWS), groups = 2 * heads.token_pairs;
   const Share share(heads.images * heads.heads * tiles, crew);
   uint16_t* const weights = (uint16_t*)own.weights;
+  float* const exact_weights = (float*)own.weights;
   for (int64_t item = share.first; item < share.last; item++) {
     const int64_t image = item / tiles / heads.heads, head = item / tiles % heads.heads;
     const int64_t first = item % tiles * Isa::ROWS, rows = heads.tile_rows(first);
-    const uint16_t *query = heads.query(image, head, first), *key = heads.key(image, head), *value = heads.value(image, head);
-    for (int64_t panel = 0; panel < heads.key_panels; panel++)
-      Isa::half_product(query, key + panel * heads.pairs * PANEL * 2, rows, heads.pairs, own.scores + panel * PANEL, stride);
-    const float* mask = call.mask ? call.mask + (first_image + image) % call.masks * tokens * tokens : nullptr;
-    const float scaling = block.head_scale ? block.head_scale[head] : block.scaling;
-    float inverse[Isa::ROWS];
-    const bool shifted = call.bias || mask || block.head_scale;
-    for (int64_t i = 0; i < rows; i++) {
-      float* scores = own.scores + i * stride;
-      if (shifted)
-        shift(scores, tokens, scaling, call.bias ? call.bias + (head * tokens + first + i) * tokens : nullptr,
-              mask ? mask + (first + i) * tokens : nullptr);
-      for (int64_t j = tokens; j < stride; j++) scores[j] = -__builtin_inff();
+    for (int64_t panel = 0; panel < heads.key_panels; panel++) {
+      float* scores = own.scores + panel * PANEL;
+      if (heads.exact)
+        exact_product(heads.exact_query(image, head, first), heads.size, heads.exact_key(image, head) + panel * heads.size * PANEL,
+                      rows, heads.size, scores, stride);
+      else
+        Isa::half_product(heads.query(image, head, first), heads.key(image, head) + panel * heads.pairs * PANEL * 2, rows,
+                          heads.pairs, scores, stride);
     }
-    const float factor = shifted ? 1.0f : scaling;
-    int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) softmax<4>(own.scores, stride, groups, factor, weights, row, rows, inverse);
-    for (; row < rows; row++) softmax<1>(own.scores, stride, groups, factor, weights, row, rows, inverse);
+    const float* bias = call.bias ? call.bias + (head * tokens + first) * tokens : nullptr;
+    const float* mask = call.mask ? call.mask + ((first_image + image) % call.masks * tokens + first) * tokens : nullptr;
+    const float scaling = block.head_scale ? block.head_scale[head] : block.scaling;
+    const bool shifted = bias || mask || block.head_scale;
+    float inverse[Isa::ROWS];
+    if (heads.exact) {
+      softmax_rows(own.scores, rows, tokens, stride, stride, scaling, shifted, bias, mask, inverse,
+                   [&](int64_t row, int64_t column, Floats w) { store(exact_weights + row * stride + column, w); });
+    } else {
+      softmax_rows(own.scores, rows, tokens, stride, groups, scaling, shifted, bias, mask, inverse,
+                   [&](int64_t row, int64_t column, Floats w) {
+        store_groups(bfloat16(w), weights + column / HALVES * HALVES * rows + HALVES * row + column % HALVES, rows);
+      });
+    }
     for (int64_t panel = 0; panel < heads.panels; panel++) {
-      Isa::half_product(weights, value + panel * heads.token_pairs * PANEL * 2, rows, heads.token_pairs, own.values, PANEL);
+      if (heads.exact)
+        exact_product(exact_weights, stride, heads.exact_value(image, head) + panel * tokens * PANEL, rows, tokens, own.values, PANEL);
+      else
+        Isa::half_product(weights, heads.value(image, head) + panel * heads.token_pairs * PANEL * 2, rows, heads.token_pairs,
+                          own.values, PANEL);
       const int64_t column = panel * PANEL, columns = least(heads.size - column, PANEL);
       for (int64_t i = 0; i < rows; i++) {
         float* to = shared.attended + (image * tokens + first + i) * width + head * heads.size + column;
@@ -285,8 +361,7 @@ static void attend(const Block& block, const Call& call, int64_t first_image, co
 
 static void attention_pack(const float* const* qkv, int64_t row_stride, const Block& block, const Call& call,
                            const SharedWorkspace& shared, const Crew& crew) {
-  (void)call;
-  const Heads heads(block, shared);
+  const Heads heads(block, call, shared);
   const Share rows = rows_of_pairs(shared, crew);
   fill_up(heads, shared, rows);
   for (int part = QUERY; part <= VALUE; part++) pack_part((Part)part, heads, shared.places, qkv[part], row_stride, rows);

@@ -50,7 +50,7 @@ static inline void add_normed(const Norm& post, const float* scale, int64_t widt
 
 // Queries, keys and values of the normed rows, to where attention reads them.
 static void project(const Block& block, const Call& call, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew) {
-  const Heads heads(block, shared);
+  const Heads heads(block, call, shared);
   const Linear* linears[] = {&block.query, &block.key, &block.value};
   const int64_t tiles = shared.tile_count, inner = heads.heads * heads.size;
   const bool turned = block.query_norm.kind != NORM_NONE || block.key_norm.kind != NORM_NONE || call.cosines;
@@ -150,7 +150,7 @@ static void block(const Block& block, const Call& call, int64_t first_image, con
   const int32_t* const rows = call.rows ? call.rows + first_row : nullptr;
   const float* const from = rows ? x : x + first_row * width;  // of the rows of this chunk
   float* const to = rows ? out : out + first_row * width;
-  fill_up(Heads(block, shared), shared, rows_of_pairs(shared, crew));
+  fill_up(Heads(block, call, shared), shared, rows_of_pairs(shared, crew));
   quantize_rows(block.query, shared, own, crew, 0, shared.tile_count, [&](int64_t row, float* scratch) -> const float* {
     const int64_t at = rows ? rows[row] : row;
     if (at < 0) {

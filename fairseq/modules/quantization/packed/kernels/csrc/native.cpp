@@ -126,6 +126,7 @@ struct Sizes {
   int64_t heads, head_size;            // 0 without attention
   int64_t projected, added;            // floats of a row, 0 where they are not kept
   int64_t slice, hidden;               // rows and floats of a row, 0 without an MLP
+  bool exact;                          // whether attention is of floats
   int crews, threads;
 };
 
@@ -138,9 +139,10 @@ static void lay_out(Layout& layout, const Kernels& kernels, const Sizes& sizes, 
   layout.take(shared.integers, rows * round_up(sizes.longest, kernels.group) + behind);
   layout.take(shared.scales, rows);
   layout.take(shared.sums, rows);
-  layout.take_bytes(shared.queries, sizes.heads * rows * numbers * 2 + behind);
-  layout.take_bytes(shared.keys, sizes.images * sizes.heads * tokens * numbers * 2);
-  layout.take_bytes(shared.values, sizes.images * sizes.heads * panels * PANEL * tokens * 2);
+  const int64_t bytes = sizes.exact ? 4 : 2;
+  layout.take_bytes(shared.queries, sizes.heads * rows * numbers * bytes + behind);
+  layout.take_bytes(shared.keys, sizes.images * sizes.heads * tokens * numbers * bytes);
+  layout.take_bytes(shared.values, sizes.images * sizes.heads * panels * PANEL * tokens * bytes);
   layout.take(shared.projected, rows * sizes.projected);
   layout.take(shared.attended, rows * sizes.heads * sizes.head_size);
   layout.take(shared.added, rows * sizes.added);
@@ -412,6 +414,7 @@ EXPORT int fairseq_attention(int level, const Block* block, const Call* call, co
   sizes.tokens = call->tokens;
   sizes.heads = block->heads;
   sizes.head_size = block->head_size;
+  sizes.exact = call->exact;
   const int64_t width = block->heads * block->head_size;
   return for_images(kernels, sizes, call->images, 1, threads, nullptr,
                     [&](int64_t image, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew) {
@@ -435,6 +438,7 @@ EXPORT int fairseq_blocks(int level, const Block* const* blocks, int64_t count, 
   sizes.tokens = call->tokens;
   slice = round_up(most(slice, 1), kernels.tile_rows);
   sizes.slice = slice;
+  sizes.exact = call->exact;
   for (int64_t b = 0; b < count; b++) {
     const Block& block = *blocks[b];
     const int64_t inner = block.heads * block.head_size;
