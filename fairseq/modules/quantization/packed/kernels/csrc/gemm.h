@@ -33,6 +33,20 @@ struct Share {
 
 // Two codes a byte to one, and the sum of each output's codes, as it passes by.
 static void unpack(const uint8_t* narrow, int64_t steps, uint8_t* panel, int32_t* sums) {
+#if defined(__AVX512VNNI__)
+  const __m512i ones = _mm512_set1_epi8(1), mask = _mm512_set1_epi8(15);
+  __m512i left = _mm512_setzero_si512(), right = left;
+  for (int64_t step = 0; step < steps; step++, narrow += 64, panel += 4 * PANEL) {
+    const __m512i both = _mm512_loadu_si512(narrow);
+    const __m512i low = _mm512_and_si512(both, mask), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+    _mm512_storeu_si512(panel, low);
+    _mm512_storeu_si512(panel + 64, high);
+    left = _mm512_dpbusd_epi32(left, low, ones);
+    right = _mm512_dpbusd_epi32(right, high, ones);
+  }
+  _mm512_storeu_si512(sums, left);
+  _mm512_storeu_si512(sums + 16, right);
+#else
   typedef uint8_t Line __attribute__((vector_size(64)));
   typedef uint16_t Pairs __attribute__((vector_size(64)));
   const int64_t most_steps = 1000;  // whose sums of codes up to 15, two at a time, fit 16 bits
@@ -57,6 +71,7 @@ static void unpack(const uint8_t* narrow, int64_t steps, uint8_t* panel, int32_t
     }
   }
   for (int64_t j = 0; j < PANEL / LANES; j++) store(sums + LANES * j, totals[j]);
+#endif
 }
 
 // What turns the sums of a panel into outputs: y = ((sum - zero point's share) * scale) * scale of the row + bias, each
