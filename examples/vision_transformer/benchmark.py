@@ -204,6 +204,12 @@ def measure_linear(rows: int, inputs: int, outputs: int, rounds: int) -> dict[st
     return {"rows": rows, "in": inputs, "out": outputs, **rates}
 
 
+def seen(linear: dict[str, Any]) -> Roofline:
+    """The faster product of one row of :func:`measure_linears` as a peak that was seen, and nothing of memory."""
+    name = max(("native layer", "torch._int_mm"), key=lambda kind: linear[kind])
+    return Roofline(linear[name], f"{name}, {linear['rows']} x {linear['in']} -> {linear['out']}", 0.0)
+
+
 def show_linears(linears: list[dict[str, Any]], peak: float) -> str:
     """The table of :func:`measure_linears`, with the native layer's share of the peak, in operations per second."""
     kinds = ("native layer", "torch._int_mm")
@@ -377,6 +383,7 @@ def measure(models: dict[str, nn.Module], source: list[str], args: argparse.Name
             profiles[str(batch)] = {name: profile for name, profile in measured.items() if profile}
             if profiles[str(batch)]:
                 linears[str(batch)] = measure_linears(models["float32"], batch, args.rounds)
+                rooflines += [seen(one) for one in linears[str(batch)]]
     per_picture = operations(models["float32"])
     roofline = best(rooflines)
     for timings in speeds.values():

@@ -73,9 +73,11 @@ def draw_roofline(axes: Any, result: dict[str, Any]) -> list[Point]:
     axes.plot([left, ridge, right], [bandwidth * left / 1000, peak, peak], color="black", lw=1.2)
     axes.annotate(f"{peak:.2f} TOPS: {machine['int8_peak_of']}", (right, peak), xytext=(0, 4),
                   textcoords="offset points", ha="right", size=8)  # fmt: skip
-    axes.annotate(f"{bandwidth:.1f} GB/s", (left, bandwidth * left / 1000), xytext=(8, 0),
-                  textcoords="offset points", size=8)  # fmt: skip
+    axes.annotate(f"memory: {bandwidth:.1f} GB/s", (left, bandwidth * left / 1000), xytext=(6, -8),
+                  textcoords="offset points", va="top", size=8)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(0.5 * min(y for _, y in lines), 2 * peak))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.set_xlabel("operations of the Linear layers per byte of weights")
     axes.set_ylabel("Tera-operations per second")
     kernels = machine["instruction_set"] or "no native kernels"

@@ -33,8 +33,9 @@ def benchmark_script(monkeypatch, capsys):
     """Run benchmark.py in this process, with short turns: (exit code, standard output, standard error)."""
     monkeypatch.syspath_prepend(str(FOLDER))
 
-    def call(*arguments, held=lambda *_: HELD):
+    def call(*arguments, held=lambda *_: HELD, **replaced):
         module = load("benchmark")
+        vars(module).update(replaced)
         module.PAUSE, module.TURN = 0, 0.005
         module.measure_roofline = lambda: module.Roofline(1e12, "a product", 1e9)
         if held:
@@ -152,8 +153,23 @@ def test_the_profile(benchmark_script, model, tmp_path):
         *native.STAGES, "outside", "all", "roofline",
     ]  # fmt: skip
     fixed = result["configurations"][EIGHT]["weight_bytes"]
+    assert result["machine"]["int8_peak_tops"] == 1  # no layer of this size reaches it
     least = max(2 * result["operations_per_picture"] / 1e12, fixed / 1e9)
     assert f"{1000 * least:.2f} ms" in lines[12]
+
+
+@pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
+def test_a_layer_that_is_faster_is_the_peak(benchmark_script, model, tmp_path):
+    file = tmp_path / "result.json"
+    arguments = ["--model", model, "--rounds", 1, "--batch", 2, "--configs", EIGHT, "--profile", "--json", file]
+    linear = {"rows": 34, "in": 24, "out": 40, "native layer": 3e12, "torch._int_mm": 2e12}
+    code, out, _ = benchmark_script(*arguments, measure_linears=lambda *_: [linear])
+    assert code == 0
+    assert json.loads(file.read_text())["machine"]["int8_peak_tops"] == 3
+    assert "the fastest product was native layer, 34 x 24 -> 40\n" in out
+    assert "int8 peak 3.00 TOPS, memory 1.0 GB/s" in out
+    row = next(line for line in out.splitlines() if line.startswith("34 x 24 -> 40"))
+    assert row.split()[-2:] == ["150%", "100%"]
 
 
 def test_the_higher_of_the_two_limits_counts(benchmark_script):
