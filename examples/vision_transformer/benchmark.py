@@ -8,14 +8,21 @@ The configurations take turns, each after a pause in which the threads of the on
 the median over the rounds; "speed", the median of each round's ratio to float32; "weights", all parameters and buffers;
 "resident" and "peak", what a process of its own holds that loads, quantizes and runs nothing else, and the most it ever
 held (Linux only); "of int8 peak", the multiply-adds of all Linear layers per second, as a share of the fastest integer
-product measured in this run (blank where the products are in float). "top-1" and "agreement" (the share of pictures
+product measured in this run (blank where the products are in float); "of memory", the weights times the forwards per
+second, as a share of the bytes that this machine was measured to read. "top-1" and "agreement" (the share of pictures
 with the float model's class) are over the pictures of --images and --labels; for a model that knows their classes, as
 the embedded one does, over the 500 that ship with the project.
 
+Above each table stands what the figures depend on: the instruction set of the native kernels
+(FAIRSEQ_QUANTIZATION_LEVEL forces another), the threads, the fastest integer product and the bandwidth of memory, both
+measured in this run. --picture draws accuracy or size against speed, and below it the roofline: the operations per
+second that each configuration reaches, against its operations per byte of weights.
+
 --profile adds where the time of the native kernels goes, by operation, in milliseconds of a forward and as a share of
 it; "outside" is PyTorch and Python: the patch embedding, the last LayerNorm, whatever is not fused. "roofline" is the
-share that the integer products of all Linear layers would take at the peak, if nothing else took time. A last table
-has the layers alone, beside torch._int_mm on the same shapes.
+share that the integer products of all Linear layers would take at the peak, or reading all weights at the bandwidth of
+memory if that is more, if nothing else took time. A last table has the layers alone, beside torch._int_mm on the same
+shapes.
 """
 
 from __future__ import annotations
@@ -27,7 +34,6 @@ import ctypes
 import gc
 import importlib.util
 import json
-import math
 import os
 import platform
 import statistics
@@ -40,12 +46,12 @@ from typing import Any
 import torch
 import transformers
 from bench_candidates import SETTINGS
+from benchmark_picture import draw
 from common import (
     PROC,
     UserError,
     embedded_images,
     first_line,
-    int8_peak,
     labelled_images,
     load_model,
     logits,
@@ -57,12 +63,12 @@ from common import (
     table,
 )
 from evaluate import score_all
+from roofline import Roofline, best, instruction_set, measure_roofline, products
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
 from fairseq.modules.quantization.packed.kernels import native
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
@@ -186,14 +192,7 @@ def measure_linears(model: nn.Module, batch: int, rounds: int) -> list[dict[str,
 
 def measure_linear(rows: int, inputs: int, outputs: int, rounds: int) -> dict[str, Any]:
     """Operations per second, medians of ten turns a round."""
-    layer = PackedLinear.from_float(nn.Linear(inputs, outputs), LinearConfig(8, "channel", backend="native"))
-    x = torch.randn(rows, inputs)
-    q, codes = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((rows, inputs), (outputs, inputs)))
-    prepared, level = layer.prepared(), native.level_number()
-    candidates = {
-        "native": lambda: native.run_linear(prepared.linear, x, level),
-        "_int_mm": lambda: torch._int_mm(q, codes.t()),
-    }
+    candidates = products(rows, inputs, outputs)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.inference_mode():
         for _ in range(10 * rounds):
@@ -205,19 +204,26 @@ def measure_linear(rows: int, inputs: int, outputs: int, rounds: int) -> dict[st
     return {"rows": rows, "in": inputs, "out": outputs, **rates}
 
 
-def show_linears(linears: list[dict[str, Any]]) -> str:
-    """The table of :func:`measure_linears`."""
+def seen(linear: dict[str, Any]) -> Roofline:
+    """The faster product of one row of :func:`measure_linears` as a peak that was seen, and nothing of memory."""
+    name = max(("native layer", "torch._int_mm"), key=lambda kind: linear[kind])
+    return Roofline(linear[name], f"{name}, {linear['rows']} x {linear['in']} -> {linear['out']}", 0.0)
+
+
+def show_linears(linears: list[dict[str, Any]], peak: float) -> str:
+    """The table of :func:`measure_linears`, with the native layer's share of the peak, in operations per second."""
+    kinds = ("native layer", "torch._int_mm")
     rows = [
         [f"{one['rows']} x {one['in']} -> {one['out']}"]
-        + [f"{one[name] / 1e12:.2f} TOPS" for name in ("native", "_int_mm")]
-        + [f"{one['native'] / one['_int_mm']:.0%}"]
+        + [f"{one[name] / 1e12:.2f} TOPS" for name in kinds]
+        + [f"{one[kinds[0]] / one[kinds[1]]:.0%}", f"{one[kinds[0]] / peak:.0%}"]
         for one in linears
     ]
-    return table(["layer", "native", "torch._int_mm", "ratio"], rows)
+    return table(["layer", *kinds, "ratio", "of int8 peak"], rows)
 
 
-def show_profile(profiles: dict[str, dict[str, float]], roofline: float) -> str:
-    """The table of one batch size: a row per operation, ms and share of each configuration."""
+def show_profile(profiles: dict[str, dict[str, float]], rooflines: dict[str, float]) -> str:
+    """The table of one batch size: a row per operation, ms and share of each configuration, and its least ms."""
     header, rows = ["operation"], []
     for name in profiles:
         header += [name, "share"]
@@ -227,9 +233,9 @@ def show_profile(profiles: dict[str, dict[str, float]], roofline: float) -> str:
             row += [f"{profile[stage]:.2f} ms", f"{profile[stage] / sum(profile.values()):.0%}"]
         rows.append(row)
     totals, shares = ["all"], ["roofline"]
-    for profile in profiles.values():
+    for name, profile in profiles.items():
         totals += [f"{sum(profile.values()):.2f} ms", ""]
-        shares += [f"{roofline:.2f} ms", f"{roofline / sum(profile.values()):.0%}"]
+        shares += [f"{rooflines[name]:.2f} ms", f"{rooflines[name] / sum(profile.values()):.0%}"]
     return table(header, [*rows, totals, shares])
 
 
@@ -278,7 +284,7 @@ def measure_accuracy(models: dict[str, nn.Module], images: list, labels: Tensor,
 
 def show(result: dict[str, Any], batch: str) -> str:
     """The table of one batch size; columns that nothing was measured for are left out."""
-    header = ["configuration", "ms", "images/s", "speed", "weights", "resident", "peak", "of int8 peak"]
+    header = ["configuration", "ms", "images/s", "speed", "weights", "resident", "peak", "of int8 peak", "of memory"]
     accuracy = result["pictures"] > 0
     rows = []
     for name, timing in result["batches"][batch].items():
@@ -288,71 +294,9 @@ def show(result: dict[str, Any], batch: str) -> str:
         row = [name, f"{timing['ms']:.1f}", f"{timing['images_per_second']:.1f}", f"{timing['speed']:.2f}x"]
         row.append(f"{fixed['weight_bytes'] / 1e6:.1f} MB")
         row += [f"{held[key] / 1e6:.0f} MB" if held else "" for key in ("resident", "peak")]
-        row.append("" if share is None else f"{share:.0%}")
+        row += ["" if share is None else f"{share:.0%}", f"{timing['bandwidth_share']:.0%}"]
         rows.append(row + [f"{fixed[key]:.1%}" for key in ("top1", "agreement") if accuracy])
     return table(header + ["top-1", "agreement"] * accuracy, rows)
-
-
-def draw(result: dict[str, Any], file: Path) -> None:
-    """Accuracy against speed with the size as the area of a point; without accuracy, size against speed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
-    batch = max(result["batches"], key=int)
-    timings = result["batches"][batch]
-    fixed, accuracy = result["configurations"], result["pictures"] > 0
-    megabytes = {name: fixed[name]["weight_bytes"] / 1e6 for name in timings}
-    points = []
-    for name, timing in timings.items():
-        x, y = timing["images_per_second"], 100 * fixed[name]["top1"] if accuracy else megabytes[name]
-        area = 900 * megabytes[name] / max(megabytes.values()) if accuracy else 90
-        color = {"8": "tab:blue", "4": "tab:orange"}.get(name[0], "tab:gray")
-        axes.scatter(x, y, area, color=color, alpha=0.75, linewidths=0)
-        points.append((x, y, math.sqrt(area) / 2, f"{name}\n{megabytes[name]:.1f} MB" if accuracy else name))
-    axes.margins(0.2)
-    machine = result["machine"]
-    title = f"{result['model']}: {machine['processor']}, batch {batch}, threads: {machine['threads']}"
-    axes.set_xlabel("images per second")
-    axes.set_ylabel(f"top-1 accuracy, {result['pictures']} pictures (%)" if accuracy else "weights (MB)")
-    axes.set_title(title + "\nthe area of a point is the size of the weights" * accuracy, size=9)
-    if not accuracy:
-        axes.set_ylim(0, 1.15 * max(megabytes.values()))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    canvas.draw()
-    figure.set_layout_engine("none")
-    label(axes, points, canvas.get_renderer())
-    figure.savefig(file, format="png")
-
-
-def label(axes: Any, points: list[tuple[float, float, float, str]], renderer: Any) -> None:
-    """Write each text by its point (x, y, radius in dots of 1/72 inch), where it covers no point and no other text."""
-    from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
-
-    taken, dot = [], axes.figure.dpi / 72
-    for x, y, radius, _ in points:
-        (left, bottom), r = axes.transData.transform((x, y)), radius * dot
-        taken.append(Bbox.from_extents(left - r, bottom - r, left + r, bottom + r))
-    sides = [(1, 0), (0, 1), (0, -1), (-1, 0), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7)]
-    spots = [(gap, *side) for gap in (2, 10, 22, 36, 52, 70) for side in sides]
-    for x, y, radius, text in points:
-        for gap, dx, dy in spots:
-            note = axes.annotate(
-                text, (x, y), xytext=((radius + gap) * dx, (radius + gap) * dy), textcoords="offset points", size=8,
-                ha="left" if dx > 0 else "right" if dx < 0 else "center",
-                va="bottom" if dy > 0 else "top" if dy < 0 else "center",
-                arrowprops={"arrowstyle": "-", "color": "gray", "lw": 0.6, "shrinkB": 0} if gap > 10 else None,
-            )  # fmt: skip
-            note.update_positions(renderer)
-            box = Text.get_window_extent(note, renderer)  # without its line
-            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 < box.y1 < axes.bbox.y1
-            if (gap, dx, dy) == spots[-1] or (inside and not any(box.overlaps(other) for other in taken)):
-                break
-            note.remove()
-        taken.append(box)
 
 
 def parse() -> argparse.Namespace:
@@ -370,7 +314,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=positive, default=None, help="only the first so many pictures")
     parser.add_argument("--profile", action="store_true", help="where the milliseconds of the native kernels go")
     parser.add_argument("--json", type=Path, help="write every figure here")
-    parser.add_argument("--picture", type=Path, help="draw accuracy, size and speed here, a .png")
+    parser.add_argument("--picture", type=Path, help="draw accuracy, size, speed and the roofline here, a .png")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # what measure_memory asks of a child process
     return parser.parse_args()
 
@@ -389,6 +333,10 @@ def check(args: argparse.Namespace) -> None:
     for option, file in (("--json", args.json), ("--picture", args.picture)):
         if file and (file.is_dir() or not file.parent.is_dir()):
             raise UserError(f"{option} {file}: {'is a folder' if file.is_dir() else f'no folder {file.parent}'}")
+    try:
+        instruction_set()
+    except ValueError as error:
+        raise UserError(f"{native.ENVIRONMENT}: {error}") from None
     if args.picture and args.picture.suffix.lower() != ".png":
         raise UserError(f"--picture {args.picture}: its name must end in .png")
     if args.picture and importlib.util.find_spec("matplotlib") is None:
@@ -421,32 +369,37 @@ def main() -> int:
 
 def measure(models: dict[str, nn.Module], source: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """Size, memory and speed of each model, and the machine; ``source`` tells a child process where it comes from."""
-    fixed, speeds, peak = {}, {}, 0.0
+    fixed, speeds, rooflines = {}, {}, []
     for name in tqdm(models, desc="Memory", unit="process", leave=False):
         held = measure_memory(name, source, args)
         fixed[name] = {"weight_bytes": weight_bytes(models[name]), "memory": held}
     profiles: dict[str, dict[str, dict[str, float]]] = {}
     linears: dict[str, list[dict[str, Any]]] = {}
     for batch in args.batch:
-        peak = max(peak, int8_peak())
+        rooflines.append(measure_roofline())
         speeds[str(batch)] = measure_speed(models, batch, args.rounds)
         if args.profile:
             measured = {name: measure_profile(model, batch, args.rounds) for name, model in models.items()}
             profiles[str(batch)] = {name: profile for name, profile in measured.items() if profile}
             if profiles[str(batch)]:
                 linears[str(batch)] = measure_linears(models["float32"], batch, args.rounds)
+                rooflines += [seen(one) for one in linears[str(batch)]]
     per_picture = operations(models["float32"])
+    roofline = best(rooflines)
     for timings in speeds.values():
         for name, timing in timings.items():
             in_integers = name in SETTINGS and SETTINGS[name].get("activations", "dynamic") is not None
             rate = per_picture * timing["images_per_second"]
-            timing["int8_peak_share"] = rate / peak if in_integers else None
+            timing["int8_peak_share"] = rate / roofline.peak if in_integers else None
+            timing["bandwidth_share"] = fixed[name]["weight_bytes"] / (timing["ms"] / 1000) / roofline.bandwidth
     machine = {
         "processor": processor_name(), "system": platform.platform(), "threads": torch.get_num_threads(),
+        "instruction_set": instruction_set(), "int8_peak_tops": roofline.peak / 1e12, "int8_peak_of": roofline.product,
+        "memory_gb_per_second": roofline.bandwidth / 1e9,
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
     return {
-        "machine": machine, "rounds": args.rounds, "operations_per_picture": per_picture, "int8_peak_tops": peak / 1e12,
+        "machine": machine, "rounds": args.rounds, "operations_per_picture": per_picture,
         "configurations": fixed, "batches": speeds, "profiles": profiles, "linears": linears,
     }  # fmt: skip
 
@@ -454,14 +407,24 @@ def measure(models: dict[str, nn.Module], source: list[str], args: argparse.Name
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
     """Print the tables, write the files."""
     machine = result["machine"]
+    roofline = Roofline(
+        1e12 * machine["int8_peak_tops"], machine["int8_peak_of"], 1e9 * machine["memory_gb_per_second"]
+    )
+    kernels = machine["instruction_set"] or "no native kernels"
     print(f"{result['model']}: {machine['processor']}, threads: {machine['threads']}, torch {machine['torch']}")
-    print(f"{result['rounds']} rounds, int8 peak {result['int8_peak_tops']:.2f} TOPS, {result['pictures']} pictures")
+    print(f"{result['rounds']} rounds, {result['pictures']} pictures; the fastest product was {roofline.product}")
+    under = f"{kernels}, threads: {machine['threads']}, {roofline}"
     for batch in result["batches"]:
-        print(f"\nBatch {batch}\n{show(result, batch)}")
+        print(f"\nBatch {batch} ({under})\n{show(result, batch)}")
         if result["profiles"].get(batch):
-            roofline = 1000 * int(batch) * result["operations_per_picture"] / 1e12 / result["int8_peak_tops"]
-            print(f"\nBatch {batch}, by operation\n{show_profile(result['profiles'][batch], roofline)}")
-            print(f"\nBatch {batch}, Linear layers alone\n{show_linears(result['linears'][batch])}")
+            operations = int(batch) * result["operations_per_picture"]
+            least = {
+                name: 1000 * roofline.seconds(operations, fixed["weight_bytes"])
+                for name, fixed in result["configurations"].items()
+            }
+            print(f"\nBatch {batch}, by operation ({under})\n{show_profile(result['profiles'][batch], least)}")
+            linears = show_linears(result["linears"][batch], roofline.peak)
+            print(f"\nBatch {batch}, Linear layers alone ({under})\n{linears}")
     held = result["configurations"]["float32"]["memory"]
     if held:
         print(f"\nOf what is resident, Python and PyTorch take {held['before_model'] / 1e6:.0f} MB without any model.")

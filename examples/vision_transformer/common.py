@@ -29,7 +29,7 @@ from fairseq.models.vit_quantization import ViTQuantizer
 
 __all__ = [
     "CONFIGURATIONS", "DEFAULT_MODEL", "EMBEDDED", "PROC", "SAMPLE_IMAGE", "Loaded", "UserError", "batches",
-    "embedded_images", "first_line", "hub_problem", "int8_peak", "labelled_images", "load_embedded", "load_model",
+    "embedded_images", "first_line", "hub_problem", "labelled_images", "load_embedded", "load_model",
     "logits", "memory", "milliseconds_per_image", "parse_configuration", "pictures_in", "positive", "processor_name",
     "quantize", "read_image", "run", "table",
 ]  # fmt: skip
@@ -41,7 +41,6 @@ SAMPLE_IMAGE = HERE / "assets" / "chelsea.jpg"
 DEFAULT_MODEL = "google/vit-base-patch16-224"
 
 PROC = Path("/proc/self/status")
-PEAK_SHAPES = [(1024, 1024, 1024), (8 * 197, 768, 3072)]  # (M, K, N); the second is of a ViT-Base
 
 CONFIGURATIONS = [(bits, method) for bits in (8, 4) for method in ("tensor", "channel", "histogram")]
 
@@ -157,18 +156,6 @@ def milliseconds_per_image(models: dict[str, nn.Module], pixel_values: Tensor, t
             if turn >= 2:  # the first two warm up
                 times[name].append(1000 * (time.perf_counter() - started))
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def int8_peak(seconds: float = 0.5) -> float:
-    """The fastest int8 product that this machine shows, in operations per second."""
-    best = 0.0
-    for m, k, n in PEAK_SHAPES:
-        a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((m, k), (n, k)))
-        end = time.perf_counter() + seconds
-        while (started := time.perf_counter()) < end:
-            torch._int_mm(a, b.t())
-            best = max(best, 2 * m * k * n / (time.perf_counter() - started))
-    return best
 
 
 def memory() -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""benchmark.py and bench_candidates.py: what they measure, write and draw, and one line for a mistake."""
+"""benchmark.py, roofline.py and bench_candidates.py: what they measure, write and draw, and one line for a mistake."""
 
 import csv
 import importlib.util
@@ -33,10 +33,11 @@ def benchmark_script(monkeypatch, capsys):
     """Run benchmark.py in this process, with short turns: (exit code, standard output, standard error)."""
     monkeypatch.syspath_prepend(str(FOLDER))
 
-    def call(*arguments, held=lambda *_: HELD):
+    def call(*arguments, held=lambda *_: HELD, **replaced):
         module = load("benchmark")
+        vars(module).update(replaced)
         module.PAUSE, module.TURN = 0, 0.005
-        module.int8_peak = lambda: 1e12
+        module.measure_roofline = lambda: module.Roofline(1e12, "a product", 1e9)
         if held:
             module.measure_memory = held
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments), "--threads", "1"])
@@ -117,7 +118,10 @@ def test_every_figure_is_written(benchmark_script, model, tmp_path):
             share = result["operations_per_picture"] * timing["images_per_second"] / 1e12
             in_integers = name not in ("float32", "bfloat16") and "weight-only" not in name
             assert timing["int8_peak_share"] == (pytest.approx(share) if in_integers else None)
-        assert f"Batch {batch}\n" in out
+            assert timing["bandwidth_share"] == pytest.approx(size[name] / (timing["ms"] / 1000) / 1e9)
+        kernels = native.level_names()[native.level_number()] if native.levels() else "no native kernels"
+        assert f"Batch {batch} ({kernels}, threads: 1, int8 peak 1.00 TOPS, memory 1.0 GB/s)\n" in out
+    assert "the fastest product was a product\n" in out
     assert "top-1" not in out
     row = next(line for line in out.splitlines() if line.startswith("float32"))
     assert row.split()[3] == "1.00x"
@@ -133,19 +137,101 @@ def test_the_profile(benchmark_script, model, tmp_path):
     script = ["--model", model, "--rounds", 2, "--batch", 2, "--configs", *names, "--profile", "--json", file]
     code, out, _ = benchmark_script(*script)
     assert code == 0
-    (linears,) = json.loads(file.read_text())["linears"].values()
+    result = json.loads(file.read_text())
+    assert result["machine"]["instruction_set"] == native.level_names()[native.level_number()]
+    (linears,) = result["linears"].values()
     assert [(one["rows"], one["in"], one["out"]) for one in linears] == [(34, 24, 24), (34, 24, 40), (34, 40, 24)]
-    assert all(one["native"] > 0 and one["_int_mm"] > 0 for one in linears)
+    assert all(one["native layer"] > 0 and one["torch._int_mm"] > 0 for one in linears)
     assert "34 x 24 -> 40" in out
-    (profile,) = json.loads(file.read_text())["profiles"]["2"].values()  # the other two run no native kernel
+    (profile,) = result["profiles"]["2"].values()  # the other two run no native kernel
     assert set(profile) == {*native.STAGES, "outside"}
     assert profile["unpack 4 bits"] == 0
     assert all(profile[name] > 0 for name in ("integer products", "attention", "outside"))
-    lines = out.split("Batch 2, by operation\n")[1].splitlines()
+    lines = out.split("Batch 2, by operation (")[1].splitlines()[1:]
     assert lines[1].split() == ["operation", *EIGHT.split(), "share"]
     assert [line[: len("scale, bias, GELU, add")].strip() for line in lines[3:13]] == [
         *native.STAGES, "outside", "all", "roofline",
     ]  # fmt: skip
+    fixed = result["configurations"][EIGHT]["weight_bytes"]
+    assert result["machine"]["int8_peak_tops"] == 1  # no layer of this size reaches it
+    least = max(2 * result["operations_per_picture"] / 1e12, fixed / 1e9)
+    assert f"{1000 * least:.2f} ms" in lines[12]
+
+
+@pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
+def test_a_layer_that_is_faster_is_the_peak(benchmark_script, model, tmp_path):
+    file = tmp_path / "result.json"
+    arguments = ["--model", model, "--rounds", 1, "--batch", 2, "--configs", EIGHT, "--profile", "--json", file]
+    linear = {"rows": 34, "in": 24, "out": 40, "native layer": 3e12, "torch._int_mm": 2e12}
+    code, out, _ = benchmark_script(*arguments, measure_linears=lambda *_: [linear])
+    assert code == 0
+    assert json.loads(file.read_text())["machine"]["int8_peak_tops"] == 3
+    assert "the fastest product was native layer, 34 x 24 -> 40\n" in out
+    assert "int8 peak 3.00 TOPS, memory 1.0 GB/s" in out
+    row = next(line for line in out.splitlines() if line.startswith("34 x 24 -> 40"))
+    assert row.split()[-2:] == ["150%", "100%"]
+
+
+def test_the_higher_of_the_two_limits_counts(benchmark_script):
+    roofline = load("roofline")
+    limits = roofline.Roofline(peak=100.0, product="", bandwidth=10.0)
+    assert limits.seconds(operations=1000, nbytes=50) == 10
+    assert limits.seconds(operations=1000, nbytes=200) == 20
+    other = roofline.Roofline(90.0, "another", 11.0)
+    assert roofline.best([limits, other]) == (100.0, "", 11.0)
+
+
+def test_limits_are_measured_on_this_machine(benchmark_script, monkeypatch):
+    """The same work in the time that it took, the product by whichever is faster."""
+    roofline = load("roofline")
+    monkeypatch.setattr(roofline, "PRODUCTS", [(32, 64, 96)])
+    monkeypatch.setattr(roofline, "last_cache", lambda: 0)
+    monkeypatch.setattr(roofline, "LEAST_BUFFER", 4000)
+    monkeypatch.setattr(roofline, "fastest", lambda function, seconds: [function(), 0.5][1])
+    kinds = ["torch._int_mm", *(["native layer"] if native.levels() else [])]
+    assert list(roofline.products(32, 64, 96)) == kinds
+    assert all(run_once().shape == (32, 96) for run_once in roofline.products(32, 64, 96).values())
+    assert roofline.measure_roofline() == (2 * 32 * 64 * 96 / 0.5, "torch._int_mm, 32 x 64 -> 96", 4000 / 0.5)
+    times = iter([0.4, 0.2])
+    monkeypatch.setattr(roofline, "products", lambda *_: {"slow": None, "fast": None})
+    monkeypatch.setattr(roofline, "fastest", lambda *_: next(times))
+    assert roofline.int8_peak(0)[1] == "fast, 32 x 64 -> 96"
+
+
+def test_the_buffer_is_larger_than_the_last_cache(benchmark_script, monkeypatch, tmp_path):
+    roofline = load("roofline")
+    for level, size in enumerate(("48K", "2048K", "8192K")):
+        (tmp_path / f"index{level}").mkdir()
+        (tmp_path / f"index{level}" / "size").write_text(f"{size}\n")
+    monkeypatch.setattr(roofline, "CACHES", tmp_path)
+    monkeypatch.setattr(roofline, "LEAST_BUFFER", 4)
+    monkeypatch.setattr(roofline, "fastest", lambda *_: 1)
+    assert roofline.memory_bandwidth(0) == 16 * 2**20
+    monkeypatch.setattr(roofline, "CACHES", tmp_path / "missing")
+    assert roofline.memory_bandwidth(0) == 4
+
+
+def test_the_roofline_is_drawn_where_the_figures_say(benchmark_script):
+    from matplotlib.figure import Figure
+
+    batches = {"1": {"images_per_second": 10.0}, "4": {"images_per_second": 20.0}}
+    result = {
+        "machine": {"int8_peak_tops": 2.0, "int8_peak_of": "a product", "memory_gb_per_second": 50.0,
+                    "instruction_set": "avx2", "threads": 3},
+        "operations_per_picture": 4e9,
+        "configurations": {EIGHT: {"weight_bytes": 1e8}},
+        "batches": {batch: {EIGHT: timing} for batch, timing in batches.items()},
+    }  # fmt: skip
+    axes = Figure().subplots()
+    points = load("benchmark_picture").draw_roofline(axes, result)
+    assert [(x, y, name) for x, y, _, name in points] == [(160.0, 0.08, EIGHT)]
+    reached, roof = axes.lines
+    assert reached.get_xydata().tolist() == [[40.0, 0.04], [160.0, 0.08]]
+    left, ridge, right = roof.get_xydata().tolist()
+    assert ridge == [40.0, 2.0]  # 2 Tera-operations on 50 GB
+    assert left[1] / left[0] == pytest.approx(0.05)
+    assert right[1] == 2.0
+    assert "avx2, threads: 3, batch 1 (small) to 4 (large)" in axes.get_title()
 
 
 def test_eight_bits_are_less_than_half(benchmark_script, tmp_path, monkeypatch):
@@ -230,6 +316,16 @@ def test_mistakes_are_one_line(benchmark_script, arguments, message):
     code, _, err = benchmark_script(*arguments)
     assert code == 2
     assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_instruction_set_that_does_not_run_is_one_line(benchmark_script, monkeypatch):
+    if not native.levels():
+        pytest.skip(native.NOT_BUILT)
+    monkeypatch.setenv(native.ENVIRONMENT, "sse9")
+    code, _, err = benchmark_script("--size", "tiny")
+    assert code == 2
+    assert err.startswith("error: FAIRSEQ_QUANTIZATION_LEVEL: level 'sse9' does not run here; amx_emulated, portable")
     assert len(err.splitlines()) == 1
 
 
