@@ -238,7 +238,9 @@ def test_a_clip_with_the_exact_gelu_is_fused(monkeypatch):
         assert torch.equal(compiled, fused(**given).last_hidden_state)
 
 
-@pytest.mark.parametrize("name", ["vit", "beit", "swin", "swinv2", "dinov3-gated", "clip-vision", "timm-vit", "timm-eva"])
+@pytest.mark.parametrize(
+    "name", ["vit", "beit", "swin", "swinv2", "dinov3-gated", "clip-vision", "timm-vit", "timm-eva"]
+)
 def test_blocks_with_exact_attention_have_the_same_bits_everywhere(name, calls, monkeypatch):
     """At every level, for any number of threads and of pictures at once."""
     monkeypatch.setenv(native.ATTENTION, "float32")

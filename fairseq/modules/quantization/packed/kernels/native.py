@@ -100,6 +100,7 @@ class Call(Structure):
         ("masks", c_int64), ("neighbours", c_int32), ("exact", c_int32),
     )  # fmt: skip
     kept: tuple[Any, ...]  # what it points to
+    sizes: tuple[int, int] | None  # heads and head_size of the tables, if there are any
 
 
 SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -151,9 +152,10 @@ def library() -> ctypes.CDLL | None:
 @functools.cache
 def level_names() -> tuple[str, ...]:
     """The instruction sets that the library was compiled for, the slowest first: what it says itself."""
-    loaded = library()
-    names = (loaded.fairseq_level_name(level) for level in itertools.count()) if loaded else iter(())
-    return tuple(name.decode() for name in itertools.takewhile(lambda name: name is not None, names))
+    names: list[str] = []
+    while (loaded := library()) and (name := loaded.fairseq_level_name(len(names))) is not None:
+        names.append(name.decode())
+    return tuple(names)
 
 
 @functools.cache
@@ -310,7 +312,7 @@ def make_block(
     """
     linears = {name: layer.linear for name, layer in layers.items()}
     three = "key" in linears
-    query, fc1, fc2 = linears["query"], linears["fc1"], linears["fc2"]
+    query, fc2 = linears["query"], linears["fc2"]
     width, inner, mlp = query.inputs, query.outputs if three else query.outputs // 3, fc2.inputs
     first = (width, 2 * mlp if gating == "halves" else mlp)
     expected = {
@@ -375,10 +377,15 @@ def make_call(
         heads, head_size: of the block.
 
     Raises:
-        ValueError: another dtype, shape or device.
+        ValueError: another dtype, shape or device, or rows that are not there.
     """
+    row_count = images * tokens if row_count is None else row_count
     if rows is not None:
         _check("rows", rows, torch.int32, (images * tokens,))
+        if rows.numel() and not -1 <= int(rows.min()) <= int(rows.max()) < row_count:
+            raise ValueError(f"rows must be from -1 to {row_count - 1}, got {int(rows.min())} to {int(rows.max())}")
+    elif row_count != images * tokens:
+        raise ValueError(f"{images} images of {tokens} tokens are {images * tokens} rows, not {row_count}")
     for name, table in zip(("cosines", "sines"), rotation or ()):
         _check(name, table, torch.float32, (tokens, head_size))
     if bias is not None:
@@ -387,10 +394,11 @@ def make_call(
         _check("mask", mask, torch.float32, (len(mask), tokens, tokens))
     cosines, sines = rotation or (None, None)
     call = Call(
-        images, tokens, images * tokens if row_count is None else row_count, _pointer(rows), _pointer(cosines),
-        _pointer(sines), _pointer(bias), _pointer(mask), 0 if mask is None else len(mask), neighbours, 0,
+        images, tokens, row_count, _pointer(rows), _pointer(cosines), _pointer(sines), _pointer(bias), _pointer(mask),
+        0 if mask is None else len(mask), neighbours, 0,
     )  # fmt: skip
     call.kept = (rows, rotation, bias, mask)
+    call.sizes = None if rotation is None and bias is None else (heads, head_size)
     return call
 
 
@@ -411,11 +419,17 @@ def attention_is_exact() -> bool:
 
 
 def run_blocks(blocks: Sequence[Block], x: Tensor, call: Call, level: int) -> Tensor:
-    """The output of blocks, one after the other, for hidden states ``x``, float32 (..., width), ``call.row_count`` rows."""
+    """The output of blocks, one after the other, for ``call.row_count`` hidden states, float32 (..., width).
+
+    Raises:
+        ValueError: hidden states, or tables of the call, of another shape.
+    """
     width = blocks[0].width
     if x.numel() != call.row_count * width:
         raise ValueError(f"the call is for {call.row_count} rows of {width}, got hidden states of {tuple(x.shape)}")
     _check("hidden_states", x, torch.float32, (*x.shape[:-1], width))
+    if call.sizes is not None and any(call.sizes != (block.heads, block.head_size) for block in blocks):
+        raise ValueError(f"the call's tables are for (heads, head_size) {call.sizes}, not those of the blocks")
     call.exact = attention_is_exact()
     out = torch.empty_like(x)
     if x.numel():

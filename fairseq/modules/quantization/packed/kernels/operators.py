@@ -47,7 +47,7 @@ def native_block(
         name: native.Prepared(tuple(parts[i * PARTS :][:PARTS]), sizes[3 * i : 3 * i + 3])
         for i, name in enumerate(names)
     }
-    pairs = {f"norm{i + 1}": ("layer", *norms[2 * i : 2 * i + 2], epsilons[i]) for i in range(2)}
+    pairs = {f"norm{i + 1}": ("layer", norms[2 * i], norms[2 * i + 1], epsilons[i]) for i in range(2)}
     return native.run_block(native.make_block(layers, pairs, heads, scaling), x, native.level_number())
 
 

@@ -455,7 +455,7 @@ def test_exact_attention_has_the_same_bits_everywhere(shape, monkeypatch):
         torch.set_num_threads(threads)
         assert torch.equal(native.attention(query, key, value, heads, size**-0.5, level), expected)
     monkeypatch.setenv(native.ATTENTION, "float64")
-    with pytest.raises(ValueError, match="FAIRSEQ_QUANTIZATION_ATTENTION must be one of bfloat16, float32; got 'float64'"):
+    with pytest.raises(ValueError, match="ATTENTION must be one of bfloat16, float32; got 'float64'"):
         native.attention(query, key, value, heads, size**-0.5, PORTABLE)
 
 
@@ -467,6 +467,46 @@ def test_attention_checks_its_sizes():
         native.attention(x, x, x, 3, 1.0, PORTABLE)
     with pytest.raises(ValueError, match="key must be"):
         native.attention(x, x[:, :2], x, 2, 1.0, PORTABLE)
+
+
+def block_of(width=24, heads=3, mlp=40):
+    sizes = {"query": (width, width), "key": (width, width), "value": (width, width), "output": (width, width)}
+    sizes |= {"fc1": (width, mlp), "fc2": (mlp, width)}
+    layers = {name: layer_of(*size)[0] for name, size in sizes.items()}
+    return native.make_block(layers, {"norm1": ("layer", None, None, 1e-6)}, heads, 0.35)
+
+
+def test_calls_are_checked_before_they_are_pointed_to():
+    block, x = block_of(), torch.zeros(12, 24)
+    with pytest.raises(ValueError, match="2 images of 5 tokens are 10 rows, not 12"):
+        native.make_call(2, 5, 12)
+    for rows in ([0, 1, 2, 3, 4, 5, 6, 7, 8, 12], [-2, 1, 2, 3, 4, 5, 6, 7, 8, 9]):
+        with pytest.raises(ValueError, match="rows must be from -1 to 11, got"):
+            native.make_call(2, 5, 12, torch.tensor(rows, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"rows must be a contiguous torch\.int32"):
+        native.make_call(2, 5, 12, torch.arange(10))
+    with pytest.raises(ValueError, match="the call is for 10 rows of 24"):
+        native.run_blocks([block], x, native.make_call(2, 5), PORTABLE)
+    bias = native.make_call(3, 4, bias=torch.zeros(2, 4, 4), heads=2, head_size=8)
+    with pytest.raises(ValueError, match=r"tables are for \(heads, head_size\) \(2, 8\)"):
+        native.run_blocks([block], x, bias, PORTABLE)
+    with pytest.raises(ValueError, match=r"with 3 heads has layers of \(in, out\)"):
+        native.make_block({name: layer_of(24, 24)[0] for name in ("query", "key", "value", "output", "fc1")} | {
+            "fc2": layer_of(40, 24)[0]}, {}, 3, 0.35)  # fmt: skip
+
+
+def test_blocks_one_after_the_other_are_blocks_one_by_one():
+    """For any number of threads and images: alone, several in a chunk, and those that are left over shared."""
+    block = block_of()
+    for images, tokens in ((1, 5), (5, 33), (70, 4)):
+        x, call = torch.randn(images, tokens, 24, generator=generator(images)), native.make_call(images, tokens)
+        for level in LEVELS:
+            torch.set_num_threads(1)
+            first = native.run_blocks([block], x, call, level)
+            expected = native.run_blocks([block], first, call, level)
+            for threads in (1, 2, 3, 8):
+                torch.set_num_threads(threads)
+                assert torch.equal(native.run_blocks([block, block], x, call, level), expected)
 
 
 # Processes and threads.
