@@ -69,7 +69,7 @@ from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import native, structures
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
 NAMES = ["bfloat16", *SETTINGS]
@@ -165,7 +165,7 @@ def measure_profile(model: nn.Module, batch: int, rounds: int) -> dict[str, floa
         elapsed = time.perf_counter() - started
         by_operation = {stage: 1000 * value / torch.get_num_threads() for stage, value in seconds.items()}
         profiles.append({**by_operation, "outside": 1000 * elapsed - sum(by_operation.values())})
-    if not any(profiles[0][stage] for stage in native.STAGES):
+    if not any(profiles[0][stage] for stage in structures.STAGES):
         return None
     return {key: statistics.median(profile[key] for profile in profiles[1:]) for key in profiles[0]}
 
@@ -227,7 +227,7 @@ def show_profile(profiles: dict[str, dict[str, float]], rooflines: dict[str, flo
     header, rows = ["operation"], []
     for name in profiles:
         header += [name, "share"]
-    for stage in (*native.STAGES, "outside"):
+    for stage in (*structures.STAGES, "outside"):
         row = [stage]
         for profile in profiles.values():
             row += [f"{profile[stage]:.2f} ms", f"{profile[stage] / sum(profile.values()):.0%}"]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import native, structures
 from fairseq.quantization.engine.fused_block import FusedBlock
 
 FOLDER = Path(__file__).parents[2] / "examples" / "vision_transformer"
@@ -144,13 +144,13 @@ def test_the_profile(benchmark_script, model, tmp_path):
     assert all(one["native layer"] > 0 and one["torch._int_mm"] > 0 for one in linears)
     assert "34 x 24 -> 40" in out
     (profile,) = result["profiles"]["2"].values()  # the other two run no native kernel
-    assert set(profile) == {*native.STAGES, "outside"}
+    assert set(profile) == {*structures.STAGES, "outside"}
     assert profile["unpack 4 bits"] == 0
     assert all(profile[name] > 0 for name in ("integer products", "attention", "outside"))
     lines = out.split("Batch 2, by operation (")[1].splitlines()[1:]
     assert lines[1].split() == ["operation", *EIGHT.split(), "share"]
     assert [line[: len("scale, bias, GELU, add")].strip() for line in lines[3:13]] == [
-        *native.STAGES, "outside", "all", "roofline",
+        *structures.STAGES, "outside", "all", "roofline",
     ]  # fmt: skip
     fixed = result["configurations"][EIGHT]["weight_bytes"]
     assert result["machine"]["int8_peak_tops"] == 1  # no layer of this size reaches it

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import native, structures
 from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.engine.calls import Calls
 from fairseq.quantization.engine.plan import EACH_CALL, FusedPlan, attention_function, settings_of, unfused_class
@@ -37,7 +37,7 @@ class NativeBlock:
         self.parameters = list(block.parameters())
         prepared = {role: cast(PackedLinear, layer).prepared() for role, layer in spec.layers.items()}
         self.block = _translated(spec, prepared)
-        self._called: tuple[Call, native.Call] | None = None
+        self._called: tuple[Call, structures.Call] | None = None
         self.inner = [module for module in block.modules() if module is not block]
         self.classes = [(module, type(module)) for module in block.modules()]
         kinds = {*(each for _, each in self.classes), kind}
@@ -83,7 +83,7 @@ class NativeBlock:
         )
 
 
-def _translated(spec: BlockSpec, prepared: dict[str, native.Prepared]) -> native.Block:
+def _translated(spec: BlockSpec, prepared: dict[str, native.Prepared]) -> structures.Block:
     """The spec as the kernels take it."""
     if spec.query_bias is not None:
         prepared = {**prepared, "query": prepared["query"].with_bias(_float(spec.query_bias))}
@@ -100,7 +100,7 @@ def _translated(spec: BlockSpec, prepared: dict[str, native.Prepared]) -> native
     )
 
 
-def _call_of(call: Call, spec: BlockSpec) -> native.Call:
+def _call_of(call: Call, spec: BlockSpec) -> structures.Call:
     """The call as the kernels take it."""
     rotation = None if call.cos is None or call.sin is None else (call.cos, call.sin)
     return native.make_call(

@@ -12,7 +12,7 @@ import sysconfig
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.context import plain_context
+from fairseq.modules.quantization.packed.kernels.structures import (
+    ACTIVATIONS,
+    BLOCK_NORMS,
+    GATINGS,
+    LAYERS,
+    NORMS,
+    SIGNATURES,
+    STAGES,
+    Block,
+    Call,
+    Linear,
+    Norm,
+)
 from fairseq.modules.quantization.packed.panels import is_narrow, panels_shape, sums_of, to_panels
 from fairseq.modules.quantization.packed.weight import code_offset
 from fairseq.modules.quantization.scalar.tokens import quantize_tokens
@@ -32,96 +45,7 @@ ATTENTION = "FAIRSEQ_QUANTIZATION_ATTENTION"
 """The precision of attention in native blocks: "bfloat16", or "float32", whose bits are the same on every processor."""
 PRECISIONS = ("bfloat16", "float32")
 NOT_BUILT = "they were not built; install a C++ compiler (gcc or clang) and reinstall fairseq"
-STAGES = (
-    "LayerNorm, quantize",
-    "integer products",
-    "scale, bias, GELU, add",
-    "attention",
-    "quantize",
-    "unpack 4 bits",
-    "wait",
-)
-"""Where the time of a call goes, in the order of the C enumeration ``Stage``."""
-
-
 Parts = tuple[Tensor | None, ...]
-
-
-class Linear(Structure):
-    """One Linear, as ``struct Linear`` of csrc/api.h."""
-
-    kept: tuple[Any, ...]  # what it points to
-
-    _fields_ = (
-        ("panels", c_void_p), ("sums", c_void_p), ("scale", c_void_p), ("zero", c_void_p), ("bias", c_void_p),
-        ("factor", c_void_p), ("inputs", c_int64), ("outputs", c_int64), ("narrow", c_int32),
-        ("zero_offset", c_int32), ("scale_step", c_int32), ("input_scale", c_float), ("input_zero", c_int32),
-    )  # fmt: skip
-
-
-class Norm(Structure):
-    """A norm, as ``struct Norm`` of csrc/api.h."""
-
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("epsilon", c_float), ("kind", c_int32))
-
-
-NORMS = ("none", "layer", "rms", "l2")
-"""LayerNorm, RMSNorm, and x / max(norm of x, epsilon), in the order of the C enumeration ``NormKind``."""
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
-"""In the order of the C enumeration ``Activation``."""
-GATINGS = ("none", "layer", "halves")
-"""Of an MLP, in the order of the C enumeration ``Gating``."""
-LAYERS = ("query", "key", "value", "output", "fc1", "gate", "fc2")
-BLOCK_NORMS = (
-    "norm1", "norm2", "post1", "post2", "query_norm", "key_norm", "attended_norm", "hidden_norm",
-)  # fmt: skip
-
-
-class Block(Structure):
-    """An encoder block, as ``struct Block`` of csrc/api.h."""
-
-    _fields_ = (
-        *((name, Linear) for name in LAYERS),
-        *((name, Norm) for name in BLOCK_NORMS),
-        *((name, c_void_p) for name in ("scale1", "scale2", "head_scale")),
-        ("scaling", c_float),
-        *((name, c_int32) for name in ("projections", "activation", "gating")),
-        *((name, c_int64) for name in ("width", "heads", "head_size", "mlp")),
-    )
-    kept: tuple[Any, ...]  # what it points to
-
-
-class Call(Structure):
-    """What a block is called with, as ``struct Call`` of csrc/api.h."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("images", "tokens", "row_count")),
-        *((name, c_void_p) for name in ("rows", "cosines", "sines", "bias", "mask")),
-        ("masks", c_int64), ("neighbours", c_int32), ("exact", c_int32),
-    )  # fmt: skip
-    kept: tuple[Any, ...]  # what it points to
-    sizes: tuple[int, int] | None  # heads and head_size of the tables, if there are any
-
-
-SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "fairseq_level_name": (c_int,),
-    "fairseq_supports": (c_int,),
-    "fairseq_size": (c_int,),
-    "fairseq_activate": (c_int, c_int, c_void_p, c_int64, c_void_p),
-    "fairseq_norm": (c_int, POINTER(Norm), c_void_p, c_int64, c_int64, c_void_p),
-    "fairseq_quantize": (c_int, POINTER(Linear), c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
-    "fairseq_product": (c_int, POINTER(Linear), c_void_p, c_int64, c_void_p),
-    "fairseq_linear": (
-        c_int, POINTER(Linear), c_void_p, c_int64, c_int, c_void_p, c_void_p, c_int, POINTER(c_double),
-    ),
-    "fairseq_attention": (
-        c_int, POINTER(Block), POINTER(Call), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int,
-    ),
-    "fairseq_blocks": (
-        c_int, POINTER(POINTER(Block)), c_int64, POINTER(Call), c_void_p, c_void_p, c_int, c_int64, c_int64,
-        POINTER(c_double),
-    ),
-}  # fmt: skip
 
 
 @functools.cache
@@ -281,7 +205,7 @@ class Prepared:
 
 
 NormParts = tuple[str, Tensor | None, Tensor | None, float]
-"""Kind, one of :data:`NORMS`; weight and bias, float32 of the row's width, or None; epsilon."""
+"""Kind, one of :data:`~.structures.NORMS`; weight and bias, float32 of the row's width, or None; epsilon."""
 
 
 def make_block(
@@ -297,12 +221,12 @@ def make_block(
     """Check that the parts of an encoder block fit together, and point to them.
 
     Args:
-        layers: by their names in :data:`LAYERS`; without "key" and "value" the query's outputs are those of all three,
-            a third each. "gate" with ``gating="layer"``.
-        norms: by their names in :data:`BLOCK_NORMS`; one that is missing is none.
+        layers: by their names in :data:`~.structures.LAYERS`; without "key" and "value" the query's outputs are those of
+            all three, a third each. "gate" with ``gating="layer"``.
+        norms: by their names in :data:`~.structures.BLOCK_NORMS`; one that is missing is none.
         heads: number of heads.
         scaling: what products of queries and keys are multiplied by.
-        activation: one of :data:`ACTIVATIONS`.
+        activation: one of :data:`~.structures.ACTIVATIONS`.
         gating: "none": act(fc1(x)); "layer": act(gate(x)) * fc1(x); "halves": act(g) * u of the halves of fc1(x).
         scales: LayerScale of attention and MLP, float32 (width,), or None.
         head_scale: in the place of ``scaling``, float32 (heads,), or None.
@@ -468,7 +392,7 @@ def run_linear(
 
 
 def activate(x: Tensor, activation: str, level: int) -> Tensor:
-    """One of :data:`ACTIVATIONS`, to 1e-5: float32 -> float32, the same shape."""
+    """One of :data:`~.structures.ACTIVATIONS`, to 1e-5: float32 -> float32, the same shape."""
     _check("x", x, torch.float32, tuple(x.shape))
     out = torch.empty_like(x)
     _library().fairseq_activate(level, ACTIVATIONS.index(activation), x.data_ptr(), x.numel(), out.data_ptr())

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import native, structures
 
 PARTS = 9  # tensors of a layer
 
@@ -42,7 +42,7 @@ def native_block(
     ``parts`` and ``sizes`` are those of the query, key, value, output, fc1 and fc2 layers, one after the other, and
     ``norms`` weight and bias of the two LayerNorms; the rest as for :func:`native.make_block`.
     """
-    names = [name for name in native.LAYERS if name != "gate"]
+    names = [name for name in structures.LAYERS if name != "gate"]
     layers = {
         name: native.Prepared(tuple(parts[i * PARTS :][:PARTS]), sizes[3 * i : 3 * i + 3])
         for i, name in enumerate(names)

@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pairwise import pairwise
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
-from fairseq.modules.quantization.packed.kernels import native, operators, reference
+from fairseq.modules.quantization.packed.kernels import native, operators, reference, structures
 from fairseq.modules.quantization.packed.panels import sums_of, to_panels
 from fairseq.modules.quantization.scalar.tokens import quantize_static, quantize_tokens
 
@@ -95,6 +96,42 @@ def test_a_level_that_does_not_run_here_is_refused(monkeypatch):
     assert native.level_number() == LEVELS[-1]
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="AMX under Linux alone")
+def test_without_permission_for_tiles_the_next_level_runs():
+    """The system call by which a process asks for them is refused, as some containers and sandboxes do."""
+    code = """
+import ctypes, struct, torch
+from fairseq.modules.quantization.packed.kernels import native
+load, equal, leave = 0x20, 0x15, 0x06  # instructions of a filter: a word of the call, a comparison, a verdict
+allowed, refused, arch_prctl, request = 0x7FFF0000, 0x00050000 | 1, 158, 0x1023
+program = [(load, 0, 0, 0), (equal, 0, 3, arch_prctl), (load, 0, 0, 16), (equal, 0, 1, request), (leave, 0, 0, refused),
+           (leave, 0, 0, allowed)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+filter = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
+libc = ctypes.CDLL(None, use_errno=True)
+no_new_privileges, seccomp, by_filter = 38, 22, 2
+assert libc.prctl(no_new_privileges, 1, 0, 0, 0) == 0
+assert libc.prctl(seccomp, by_filter, filter, 0, 0) == 0, ctypes.get_errno()
+assert libc.syscall(arch_prctl, request, 18) == -1
+print(*native.levels())
+"""
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == [name for name in native.levels() if name != "amx"], result.stderr
+
+
+@each_level
+def test_tiles_of_another_library_in_between_do_no_harm(level):
+    """PyTorch's own products load tile configurations of theirs, on the threads that ours run on."""
+    layer, _, _ = layer_of(200, 90)
+    x, other = torch.randn(70, 200, generator=generator(0)), torch.randn(256, 256).bfloat16()
+    integer = integers(64, 64)
+    expected, product = native.run_linear(layer.linear, x, level), other @ other
+    for _ in range(3):
+        assert torch.equal(other @ other, product)
+        torch._int_mm(integer, integer.T)
+        assert torch.equal(native.run_linear(layer.linear, x, level), expected)
+
+
 def test_a_level_that_disagrees_is_not_used(monkeypatch):
     exact = native.product
     monkeypatch.setattr(native, "product", lambda q, layer, level: exact(q, layer, level) + (level == PORTABLE))
@@ -159,8 +196,8 @@ def test_all_levels_give_the_bits_of_the_portable_one(rows, inputs, outputs, bit
     layer, _, _ = layer_of(inputs, outputs, bits, seed)
     q = integers(rows, inputs, seed)
     x = torch.randn(rows, inputs, generator=generator(seed)) * 10 ** float(seed % 7 - 3)
-    norms = [(kind, layer.tensors[5], None, 1e-6) for kind in native.NORMS]
-    activation = native.ACTIVATIONS[seed % len(native.ACTIVATIONS)]
+    norms = [(kind, layer.tensors[5], None, 1e-6) for kind in structures.NORMS]
+    activation = structures.ACTIVATIONS[seed % len(structures.ACTIVATIONS)]
 
     def everything(level):
         yield native.product(q, layer, level)
@@ -562,7 +599,7 @@ def test_profile_adds_up_to_the_time_of_the_threads():
     x = torch.randn(400, 256)
     with native.profile() as seconds:
         native.run_linear(layer.linear, x, LEVELS[-1])
-    assert list(seconds) == list(native.STAGES)
+    assert list(seconds) == list(structures.STAGES)
     assert seconds["integer products"] > 0
     assert seconds["unpack 4 bits"] == seconds["attention"] == 0
     assert 0 < sum(seconds.values()) < 60
@@ -727,5 +764,5 @@ def test_the_environment_decides_over_auto(monkeypatch):
 def test_structures_have_the_size_that_the_library_has():
     """Written out by the library itself: a field more on one side would shift all that follow."""
     loaded = native.library()
-    for number, kind in enumerate((native.Linear, native.Block, native.Call)):
+    for number, kind in enumerate((structures.Linear, structures.Block, structures.Call)):
         assert ctypes.sizeof(kind) == loaded.fairseq_size(number)
