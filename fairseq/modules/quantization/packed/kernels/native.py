@@ -221,8 +221,8 @@ def make_block(
     """Check that the parts of an encoder block fit together, and point to them.
 
     Args:
-        layers: by their names in :data:`~.structures.LAYERS`; without "key" and "value" the query's outputs are those of
-            all three, a third each. "gate" with ``gating="layer"``.
+        layers: by their names in :data:`~.structures.LAYERS`; without "key" and "value" the outputs of the query are
+            those of all three, a third each. "gate" with ``gating="layer"``.
         norms: by their names in :data:`~.structures.BLOCK_NORMS`; one that is missing is none.
         heads: number of heads.
         scaling: what products of queries and keys are multiplied by.
