@@ -56,13 +56,13 @@ class BuildNative(build_ext):
     def build_extension(self, ext):
         native, kernels = ext.sources
         openmp = self.openmp()
-        ext.extra_compile_args += openmp
+        ext.extra_compile_args = [*ext.extra_compile_args, *openmp]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = list(pool.map(lambda level: self.compile_level(ext, kernels, level), LEVELS))
         known = " ".join(f"X({level})" for level, objects in zip(LEVELS, compiled) if objects)
         objects = sum(compiled, self.compile(native, [*ext.extra_compile_args, f"-DLEVELS(X)={known}"], "native"))
         target = self.get_ext_fullpath(ext.name)
-        self.compiler.link_shared_object(objects, target, extra_postargs=openmp, target_lang="c++")
+        self.compiler.link_shared_object(objects, target, extra_postargs=[*openmp, "-pthread"], target_lang="c++")
 
     def openmp(self):
         """The flag for OpenMP; none where the compiler refuses it, as Apple's does: all runs on one thread then."""

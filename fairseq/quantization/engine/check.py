@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.packed.kernels import native
 from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.engine import reference_block
@@ -33,10 +34,12 @@ class Finding(NamedTuple):
     Attributes:
         reason: why the native block may not run, or None.
         returns: as of ``FusedPlan``; None where there is a reason.
+        failed: whether it could not be made, and may succeed the next time.
     """
 
     reason: str | None
     returns: int | None = None
+    failed: bool = False
 
 
 _checked: dict[Any, Finding] = {}
@@ -49,13 +52,20 @@ def compare(block: nn.Module, plan: FusedPlan) -> Finding:
     Args:
         block: of packed layers on the CPU; it stays as it is.
         plan: of the block.
+
+    Raises:
+        ValueError: what the environment says of attention is nothing that it can say.
     """
+    native.attention_is_exact()
     key = _configuration(block, plan)
     with _lock:
-        if key not in _checked:
+        found = _checked.get(key)
+        if found is None:
             with plain_context():
-                _checked[key] = _compare(block, plan)
-        return _checked[key]
+                found = _compare(block, plan)
+            if not found.failed:
+                _checked[key] = found
+        return found
 
 
 def _configuration(block: nn.Module, plan: FusedPlan) -> Any:
@@ -75,7 +85,7 @@ def _compare(block: nn.Module, plan: FusedPlan) -> Finding:
     try:
         layers = copy.deepcopy(block)
     except Exception as failure:
-        return Finding(f"it cannot be copied to be looked at: {type(failure).__name__}: {failure}")
+        return Finding(f"it cannot be copied to be looked at: {type(failure).__name__}: {failure}", failed=True)
     layers.__class__ = unfused_class(type(layers))
     for part in layers.modules():  # whoever looks in is not to see this
         part._forward_hooks.clear()
@@ -83,14 +93,14 @@ def _compare(block: nn.Module, plan: FusedPlan) -> Finding:
     try:
         return _compared(layers, plan)
     except Exception as failure:
-        return Finding(f"the check of its native block fails with {type(failure).__name__}: {failure}")
+        return Finding(f"the check of its native block fails with {type(failure).__name__}: {failure}", failed=True)
 
 
 def _compared(layers: nn.Module, plan: FusedPlan) -> Finding:
     """The same for a block that may be run and watched."""
-    native, known = NativeBlock(layers, plan), class_of(type(layers))
+    block, known = NativeBlock(layers, plan), class_of(type(layers))
     assert known is not None
-    x, given = sample(native.calls, known.call)
+    x, given = sample(block.calls, known.call)
     like = next((p.dtype for p in layers.parameters() if p.is_floating_point()), torch.float32)
     roundings: list[float] = []
     hooks = [
@@ -108,14 +118,14 @@ def _compared(layers: nn.Module, plan: FusedPlan) -> Finding:
         return Finding(f"its layers give {tuple(first.shape)} in {len(roundings)} calls, not what a native block gives")
     if any(other is not None for other in others):
         return Finding("it returns more than hidden states")
-    call = native.call(x, (), given)
+    call = block.call(x, (), given)
     if call is None:
         return Finding("a plain call of it is not one that a native block runs")
     with evaluating(layers):
-        reference = reference_block.run(native.spec, call, x.flatten(0, 1)).view_as(x)
+        reference = reference_block.run(block.spec, call, x.flatten(0, 1)).view_as(x)
     noise, exact = math.hypot(*roundings), 4 * torch.finfo(like).eps
     ways = {
-        "its native block": (native.run(x, call), noise + 2 * HALF + exact),
+        "its native block": (block.run(x, call), noise + 2 * HALF + exact),
         "what is known of it": (reference, noise + exact),
     }
     for name, (got, allowed) in ways.items():

@@ -37,7 +37,6 @@ class NativeBlock:
         self.parameters = list(block.parameters())
         prepared = {role: cast(PackedLinear, layer).prepared() for role, layer in spec.layers.items()}
         self.block = _translated(spec, prepared)
-        self._called: tuple[Call, structures.Call] | None = None
         self.inner = [module for module in block.modules() if module is not block]
         self.classes = [(module, type(module)) for module in block.modules()]
         kinds = {*(each for _, each in self.classes), kind}
@@ -58,9 +57,7 @@ class NativeBlock:
 
     def run(self, x: Tensor, call: Call) -> Tensor:
         """Hidden states, float32 (images, tokens, width) -> the block's output."""
-        if self._called is None or self._called[0] is not call:  # the same one, call after call, for one batch size
-            self._called = call, _call_of(call, self.spec)
-        return native.run_blocks([self.block], x, self._called[1], native.level_number())
+        return native.run_blocks([self.block], x, _call_of(call, self.spec), native.level_number())
 
     def holds(self) -> bool:
         """Whether the block still has the same code, modules, tensors and settings; of copies, that they are unchanged.

@@ -86,7 +86,7 @@ def fused_plan(block: nn.Module, kind: type) -> FusedPlan | str:
     paths = {path: part for path, part in block.named_modules() if path}
     where = next(path for path, part in paths.items() if part is attention)
     epsilons, classes = (spec.norm("norm1").epsilon, spec.norm("norm2").epsilon), tuple(map(type, paths.values()))
-    plain = reason_not_plain(spec) is None
+    plain = reason_not_plain(spec) is None and known.call in ("images", "clip")  # nothing is added to its products
     return FusedPlan(roles, known.norms, epsilons, spec.heads, spec.scaling, where, classes, plain)
 
 

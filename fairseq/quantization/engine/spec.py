@@ -114,6 +114,9 @@ class Call:
     mask: Tensor | None = None
 
 
+MISSING = object()
+
+
 @dataclass
 class Tables:
     """What calls need besides hidden states and is the same for all calls of one kind: made once, then looked up.
@@ -128,12 +131,13 @@ class Tables:
 
     def get(self, key: Any, make: Any) -> Any:
         """What ``make()`` gave the first time."""
-        if key not in self.made:
+        made = self.made.get(key, MISSING)
+        if made is MISSING:
             made = make()
             while len(self.made) >= self.most:
                 self.made.pop(next(iter(list(self.made))), None)
             self.made[key] = made
-        return self.made[key]
+        return made
 
 
 def reason_not_plain(spec: BlockSpec) -> str | None:

@@ -259,3 +259,38 @@ def test_blocks_with_exact_attention_have_the_same_bits_everywhere(name, calls, 
     expected = outputs["portable", 1]
     for key, got in outputs.items():
         assert all(map(torch.equal, got, expected)), key
+
+
+def test_a_compiled_block_keeps_its_position_bias():
+    """A BEiT without LayerScale is like a ViT but for the bias, which its call brings."""
+    settings = {**families.BLOCK, **families.PICTURE, "layer_scale_init_value": 0.0, "use_relative_position_bias": True}
+    torch.manual_seed(0)
+    model = transformers.BeitModel(transformers.BeitConfig(**settings), add_pooling_layer=False).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "relative_position_bias_table" in name:
+                parameter.normal_(0, 2)
+    layers = ViTQuantizer(bits=8, method="channel").quantize_model(model, engine="layers")
+    fused = ViTQuantizer.optimize(layers)
+    assert any(isinstance(module, FusedBlock) for module in fused.modules())
+    given = {"pixel_values": families.pictures(2)}
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = fused(**given).last_hidden_state
+        compiled = torch.compile(fused, backend="eager")(**given).last_hidden_state
+    assert rms(compiled - expected) < 0.02 * rms(expected)
+
+
+def test_a_check_that_fails_is_made_again(monkeypatch):
+    """A setting that is wrong is an error, and nothing is remembered of a failure that passes."""
+    monkeypatch.setattr(check, "_checked", {})
+    layers = ViTQuantizer(bits=8).quantize_model(families.build("vit"), engine="layers")
+    monkeypatch.setenv(native.ATTENTION, "float64")
+    with pytest.raises(ValueError, match="ATTENTION must be one of"):
+        ViTQuantizer.optimize(layers)
+    monkeypatch.delenv(native.ATTENTION)
+    with monkeypatch.context() as patched:
+        patched.setattr(check, "_compared", lambda *args: 1 / 0)
+        with pytest.raises(ValueError, match="the check of its native block fails with ZeroDivisionError"):
+            ViTQuantizer.optimize(layers)
+    assert any(isinstance(module, FusedBlock) for module in ViTQuantizer.optimize(layers).modules())

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed.kernels.structures import (
@@ -187,9 +188,11 @@ class Prepared:
         Raises:
             ValueError: the layer has one.
         """
-        if self.linear.bias is not None:
+        if self.parts[4] is not None:
             raise ValueError("the layer has a bias already")
         _check("bias", bias, torch.float32, (self.linear.outputs,))
+        correction = self.tensors[4]  # of a static range
+        bias = bias if correction is None else correction + bias
         result = copy.copy(self)
         result.linear = Linear.from_buffer_copy(self.linear)
         result.linear.bias, result.linear.kept = bias.data_ptr(), (*self.tensors, bias)
@@ -204,6 +207,8 @@ class Prepared:
         return same and self.pointers == _pointers(parts) and all(version(t) == number for t, number in self.versions)
 
 
+FEWEST = 8
+"""Columns of a part where one layer gives queries, keys and values: a vector of 16 lanes holds two parts at most."""
 NormParts = tuple[str, Tensor | None, Tensor | None, float]
 """Kind, one of :data:`~.structures.NORMS`; weight and bias, float32 of the row's width, or None; epsilon."""
 
@@ -247,6 +252,8 @@ def make_block(
     sizes = {name: (linear.inputs, linear.outputs) for name, linear in linears.items()}
     if sizes != expected or inner % heads:
         raise ValueError(f"an encoder block with {heads} heads has layers of (in, out) {expected}, got {sizes}")
+    if not three and inner < FEWEST:
+        raise ValueError(f"one layer for query, key and value has {FEWEST} columns of each at least, got {inner}")
     if not scaling > 0:
         raise ValueError(f"the scaling of attention must be positive, got {scaling}")
     size = inner // heads
@@ -303,11 +310,12 @@ def make_call(
     Raises:
         ValueError: another dtype, shape or device, or rows that are not there.
     """
+    if images < 0 or tokens < 1:
+        raise ValueError(f"a call is of images of a token at least, got {images} of {tokens}")
     row_count = images * tokens if row_count is None else row_count
     if rows is not None:
         _check("rows", rows, torch.int32, (images * tokens,))
-        if rows.numel() and not -1 <= int(rows.min()) <= int(rows.max()) < row_count:
-            raise ValueError(f"rows must be from -1 to {row_count - 1}, got {int(rows.min())} to {int(rows.max())}")
+        _check_rows(rows, row_count)
     elif row_count != images * tokens:
         raise ValueError(f"{images} images of {tokens} tokens are {images * tokens} rows, not {row_count}")
     for name, table in zip(("cosines", "sines"), rotation or ()):
@@ -324,6 +332,20 @@ def make_call(
     call.kept = (rows, rotation, bias, mask)
     call.sizes = None if rotation is None and bias is None else (heads, head_size)
     return call
+
+
+_placed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _check_rows(rows: Tensor, count: int) -> None:
+    """ValueError unless each of ``count`` rows stands at one place; found out once for a table that stays as it is."""
+    found = (count, None if rows.is_inference() else rows._version)
+    if found[1] is not None and _placed.get(rows) == found:
+        return
+    standing = rows[rows != -1].sort().values
+    if not torch.equal(standing, torch.arange(count, dtype=torch.int32)):
+        raise ValueError(f"rows must be -1 or the numbers below {count}, each of them once")
+    _placed[rows] = found
 
 
 ROWS_AT_ONCE, SLICE = 256, 224
@@ -352,6 +374,8 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, call: Call, level: int) -> Te
     if x.numel() != call.row_count * width:
         raise ValueError(f"the call is for {call.row_count} rows of {width}, got hidden states of {tuple(x.shape)}")
     _check("hidden_states", x, torch.float32, (*x.shape[:-1], width))
+    if any(block.width != width for block in blocks):
+        raise ValueError(f"blocks one after the other must be of one width, got {[block.width for block in blocks]}")
     if call.sizes is not None and any(call.sizes != (block.heads, block.head_size) for block in blocks):
         raise ValueError(f"the call's tables are for (heads, head_size) {call.sizes}, not those of the blocks")
     call.exact = attention_is_exact()

@@ -517,9 +517,16 @@ def test_calls_are_checked_before_they_are_pointed_to():
     block, x = block_of(), torch.zeros(12, 24)
     with pytest.raises(ValueError, match="2 images of 5 tokens are 10 rows, not 12"):
         native.make_call(2, 5, 12)
-    for rows in ([0, 1, 2, 3, 4, 5, 6, 7, 8, 12], [-2, 1, 2, 3, 4, 5, 6, 7, 8, 9]):
-        with pytest.raises(ValueError, match="rows must be from -1 to 11, got"):
-            native.make_call(2, 5, 12, torch.tensor(rows, dtype=torch.int32))
+    for wrong in ([0, 1, 2, 3, 4, 5, 6, 9, -1, -1], [-2, 1, 2, 3, 4, 5, 6, 7, 0, -1], [0, 1, 2, 3, 4, 5, 6, 6, 7, -1]):
+        rows = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0, -1, -1], dtype=torch.int32)
+        native.make_call(2, 5, 8, rows)
+        rows.copy_(torch.tensor(wrong))
+        with pytest.raises(ValueError, match="rows must be -1 or the numbers below 8, each of them once"):
+            native.make_call(2, 5, 8, rows)
+    with pytest.raises(ValueError, match="a call is of images of a token at least, got 2 of 0"):
+        native.make_call(2, 0)
+    with pytest.raises(ValueError, match=r"must be of one width, got \[24, 12\]"):
+        native.run_blocks([block, block_of(12)], x, native.make_call(3, 4), PORTABLE)
     with pytest.raises(ValueError, match=r"rows must be a contiguous torch\.int32"):
         native.make_call(2, 5, 12, torch.arange(10))
     with pytest.raises(ValueError, match="the call is for 10 rows of 24"):
@@ -530,6 +537,32 @@ def test_calls_are_checked_before_they_are_pointed_to():
     with pytest.raises(ValueError, match=r"with 3 heads has layers of \(in, out\)"):
         native.make_block({name: layer_of(24, 24)[0] for name in ("query", "key", "value", "output", "fc1")} | {
             "fc2": layer_of(40, 24)[0]}, {}, 3, 0.35)  # fmt: skip
+    narrow = {"query": (6, 18), "output": (6, 6), "fc1": (6, 9), "fc2": (9, 6)}
+    with pytest.raises(ValueError, match="has 8 columns of each at least, got 6"):
+        native.make_block({name: layer_of(*sizes)[0] for name, sizes in narrow.items()}, {}, 2, 0.5)
+
+
+@each_level
+def test_an_image_has_the_same_bits_beside_one_with_a_mask(level):
+    block, x = block_of(24, 3), torch.randn(2, 5, 24, generator=generator(0))
+    alone = native.run_blocks([block], x[:1], native.make_call(1, 5), level)
+    mask = torch.zeros(2, 5, 5)
+    mask[1, :, 3:] = -INF
+    both = native.run_blocks([block], x, native.make_call(2, 5, mask=mask), level)
+    assert torch.equal(both[:1], alone)
+
+
+def test_a_bias_beside_a_layer_is_added_to_what_a_static_range_corrects():
+    layer, _, _ = layer_of(20, 12)
+    parts = list(layer.parts)
+    more, correction = torch.randn(2, 12, generator=generator(1))
+    fixed = torch.tensor([0.02]), torch.tensor([3], dtype=torch.int32), correction
+    with pytest.raises(ValueError, match="the layer has a bias already"):
+        native.Prepared((*parts[:6], *fixed), (20, 12, 8)).with_bias(more)
+    beside = native.Prepared((*parts[:4], None, None, *fixed), (20, 12, 8)).with_bias(more)
+    within = native.Prepared((*parts[:4], more, None, *fixed), (20, 12, 8))
+    x = torch.randn(3, 20, generator=generator(2))
+    assert torch.equal(native.run_linear(beside.linear, x, PORTABLE), native.run_linear(within.linear, x, PORTABLE))
 
 
 def test_blocks_one_after_the_other_are_blocks_one_by_one():

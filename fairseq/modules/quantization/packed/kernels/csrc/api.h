@@ -111,7 +111,7 @@ struct SharedWorkspace {
   float* scales;                // (rows,): of the integers
   int32_t* sums;                // (rows,): of the integers
   void *queries, *keys, *values;  // see attention.h
-  float* projected;             // (rows, 2 * heads * head_size): queries and keys that are normed or rotated
+  float* projected;             // (rows, 3 * heads * head_size): what is normed or rotated, and what comes with it
   float* attended;              // (rows, heads * head_size)
   float* added;                 // (rows, width): what is normed before it is added
   float* hidden;                // (rows of a slice, outputs of fc1)

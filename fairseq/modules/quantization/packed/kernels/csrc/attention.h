@@ -221,13 +221,12 @@ static void pack_part(Part part, const Heads& heads, const Place* places, const 
   }
 }
 
-// exp((scores - the largest) * scaling) of `at_once` rows from row `row` of a tile on, given to put(row, column, weights),
+// exp(scores * scaling - the largest) of `at_once` rows from row `row` of a tile on, given to put(row, column, weights),
 // and 1 / their sums. `filled` scores, `stride` from row to row; `groups` of them are read. Rows beside each other do not
 // wait for each other.
 template <int at_once, typename Put>
 static inline void softmax(const float* scores, int64_t stride, int64_t groups, float scaling, int64_t row, float* inverse,
                            Put put) {
-  const float factor = scaling * LOG2_E;
   Floats highest[at_once];
 #pragma GCC unroll 4
   for (int r = 0; r < at_once; r++) highest[r] = load<Floats>(scores + (row + r) * stride);
@@ -238,14 +237,14 @@ static inline void softmax(const float* scores, int64_t stride, int64_t groups, 
   Floats total[at_once][16 / LANES] = {};
   float top[at_once];
 #pragma GCC unroll 4
-  for (int r = 0; r < at_once; r++) top[r] = largest(highest[r]);
+  for (int r = 0; r < at_once; r++) top[r] = largest(highest[r]) * scaling;
   for (int64_t j = 0; j < groups; j += 16) {  // as many on every processor
 #pragma GCC unroll 4
     for (int part = 0; part < 16 / LANES; part++) {
       const int64_t column = j + part * LANES;
 #pragma GCC unroll 4
       for (int r = 0; r < at_once; r++) {
-        const Floats weights = power_of_two((load<Floats>(scores + (row + r) * stride + column) - top[r]) * factor);
+        const Floats weights = power_of_two((load<Floats>(scores + (row + r) * stride + column) * scaling - top[r]) * LOG2_E);
         total[r][part] += weights;
         put(row + r, column, weights);
       }
