@@ -23,8 +23,8 @@ KNOWN_PARTS = (
 """Classes that a block may hold beside those of its own file, of transformers' activations and of timm's layers."""
 TOGETHER = (("query", "key", "value"), ("gate", "fc1"))
 """Layers whose input is rounded once for all of them."""
-OWN = ("training", "plan")
-"""What modules hold, but are not set to."""
+OWN = ("training", "plan", "forward")
+"""What modules hold, but are not set to; a forward of their own is looked for in each call."""
 EACH_CALL = ("window_size", "shift_size")
 """What a block of Swin is set to by its calls; it is read in each of them."""
 
