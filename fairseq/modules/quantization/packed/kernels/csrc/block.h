@@ -38,7 +38,24 @@ static inline void run(const Linear& layer, const SharedWorkspace& shared, Threa
 }
 
 
-// out += scale * norm(added), row by row.
+// Rounds the member's rows of the tiles [from, to): of the hidden states `x` that stand there, normed; zeros for -1.
+static inline void quantize_normed(const Linear& linear, const Norm& before, const float* x, int64_t width, const int32_t* rows,
+                                   const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t from, int64_t to) {
+  quantize_rows(linear, shared, own, crew, from, to, [&](int64_t row, float* scratch) -> const float* {
+    const int64_t at = rows ? rows[row] : row;
+    if (at < 0) {
+      memset(scratch, 0, width * sizeof(float));
+      return scratch;
+    }
+    if (before.kind == NORM_NONE) return x + at * width;
+    norm(before, x + at * width, width, scratch);
+    return scratch;
+  });
+  lap(own, STAGE_NORM);
+  wait(crew, own);
+}
+
+// out = residual + scale * norm(added), of one row.
 static inline void add_normed(const Norm& post, const float* scale, int64_t width, const float* added, float* scratch, const float* residual, float* out) {
   norm(post, added, width, scratch);
   each(width, [&](int64_t i, auto left) {
@@ -46,6 +63,29 @@ static inline void add_normed(const Norm& post, const float* scale, int64_t widt
     if (scale) y = y * load<Floats>(scale + i, left);
     store(out + i, load<Floats>(residual + i, left) + y, left);
   });
+}
+
+// A branch's last layer for the tiles [from, to): out = residual + scale * post(layer), `rows` says where.
+static void add_branch(const Linear& layer, const Linear* coming, const Norm& post, const float* scale, const float* residual,
+                       float* out, const int32_t* rows, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew,
+                       int64_t from, int64_t to) {
+  const int64_t width = layer.out;
+  if (post.kind == NORM_NONE) {
+    run(layer, shared, own, crew, from, to, coming, Added{residual, scale, out, width, rows});
+    wait(crew, own);
+    return;
+  }
+  run(layer, shared, own, crew, from, to, coming, ToRows<AsItIs>{shared.added, width, width, {}});
+  wait(crew, own);
+  const Share share(to - from, crew);
+  for (int64_t t = from + share.first; t < from + share.last; t++) {
+    for (int64_t row = shared.tiles[t].row; row < shared.tiles[t].row + shared.tiles[t].rows; row++) {
+      const int64_t at = rows ? rows[row] : row;
+      if (at >= 0) add_normed(post, scale, width, shared.added + row * width, own.row, residual + at * width, out + at * width);
+    }
+  }
+  lap(own, STAGE_NORM);
+  wait(crew, own);
 }
 
 // Queries, keys and values of the normed rows, to where attention reads them.
@@ -87,18 +127,7 @@ static void feed_forward(const Block& block, const Call& call, int64_t first_row
   const int64_t width = block.width, mlp = block.mlp, stride = block.fc1.out, slice_row = shared.tiles[from].row;
   const int32_t* const rows = call.rows ? call.rows + first_row : nullptr;
   float* const kept = rows ? out : out + first_row * width;  // of the rows of this chunk
-  quantize_rows(block.fc1, shared, own, crew, from, to, [&](int64_t row, float* scratch) -> const float* {
-    const int64_t at = rows ? rows[row] : row;
-    if (at < 0) {
-      memset(scratch, 0, width * sizeof(float));
-      return scratch;
-    }
-    if (block.norm2.kind == NORM_NONE) return kept + at * width;
-    norm(block.norm2, kept + at * width, width, scratch);
-    return scratch;
-  });
-  lap(own, STAGE_NORM);
-  wait(crew, own);
+  quantize_normed(block.fc1, block.norm2, kept, width, rows, shared, own, crew, from, to);
   float* const hidden = shared.hidden - slice_row * stride;  // so that rows count from the first of the chunk
   if (block.gating == GATING_LAYER) {
     with_activation(block.activation, [&](auto activate) {
@@ -125,23 +154,7 @@ static void feed_forward(const Block& block, const Call& call, int64_t first_row
   });
   lap(own, STAGE_QUANTIZE);
   wait(crew, own);
-  if (block.post2.kind == NORM_NONE) {
-    run(block.fc2, shared, own, crew, from, to, nullptr, Added{kept, block.scale2, kept, width, rows});
-    wait(crew, own);
-    return;
-  }
-  run(block.fc2, shared, own, crew, from, to, nullptr, ToRows<AsItIs>{shared.added, width, width, {}});
-  wait(crew, own);
-  const Share share(to - from, crew);
-  for (int64_t t = from + share.first; t < from + share.last; t++) {
-    for (int64_t row = shared.tiles[t].row; row < shared.tiles[t].row + shared.tiles[t].rows; row++) {
-      const int64_t at = rows ? rows[row] : row;
-      if (at < 0) continue;
-      add_normed(block.post2, block.scale2, width, shared.added + row * width, own.row, kept + at * width, kept + at * width);
-    }
-  }
-  lap(own, STAGE_NORM);
-  wait(crew, own);
+  add_branch(block.fc2, nullptr, block.post2, block.scale2, kept, kept, rows, shared, own, crew, from, to);
 }
 
 static void block(const Block& block, const Call& call, int64_t first_image, const float* x, float* out,
@@ -151,18 +164,7 @@ static void block(const Block& block, const Call& call, int64_t first_image, con
   const float* const from = rows ? x : x + first_row * width;  // of the rows of this chunk
   float* const to = rows ? out : out + first_row * width;
   fill_up(Heads(block, call, shared), shared, rows_of_pairs(shared, crew));
-  quantize_rows(block.query, shared, own, crew, 0, shared.tile_count, [&](int64_t row, float* scratch) -> const float* {
-    const int64_t at = rows ? rows[row] : row;
-    if (at < 0) {
-      memset(scratch, 0, width * sizeof(float));
-      return scratch;
-    }
-    if (block.norm1.kind == NORM_NONE) return from + at * width;
-    norm(block.norm1, from + at * width, width, scratch);
-    return scratch;
-  });
-  lap(own, STAGE_NORM);
-  wait(crew, own);
+  quantize_normed(block.query, block.norm1, from, width, rows, shared, own, crew, 0, shared.tile_count);
   project(block, call, shared, own, crew);
   attend(block, call, first_image, shared, own, crew);
   lap(own, STAGE_ATTENTION);
@@ -175,21 +177,7 @@ static void block(const Block& block, const Call& call, int64_t first_image, con
   });
   lap(own, STAGE_QUANTIZE);
   wait(crew, own);
-  if (block.post1.kind == NORM_NONE) {
-    run(block.output, shared, own, crew, 0, shared.tile_count, &block.fc1, Added{from, block.scale1, to, width, rows});
-    wait(crew, own);
-  } else {
-    run(block.output, shared, own, crew, 0, shared.tile_count, &block.fc1, ToRows<AsItIs>{shared.added, width, width, {}});
-    wait(crew, own);
-    const Share share(shared.rows, crew);
-    for (int64_t row = share.first; row < share.last; row++) {
-      const int64_t at = rows ? rows[row] : row;
-      if (at < 0) continue;
-      add_normed(block.post1, block.scale1, width, shared.added + row * width, own.row, from + at * width, to + at * width);
-    }
-    lap(own, STAGE_NORM);
-    wait(crew, own);
-  }
+  add_branch(block.output, &block.fc1, block.post1, block.scale1, from, to, rows, shared, own, crew, 0, shared.tile_count);
   const int64_t slices = divide_up(shared.tile_count, most(1, slice / Isa::ROWS));
   for (int64_t s = 0; s < slices; s++)
     feed_forward(block, call, first_row, shared.tile_count * s / slices, shared.tile_count * (s + 1) / slices, out, shared, own, crew);

@@ -45,9 +45,8 @@ struct Isa {
   }
   static void leave() { tile_release(); }
 
-  // Integer sums of a tile, (rows, PANEL), over 4 * steps inputs. They may go on from
-  // the sums of the inputs before. pause() is called after each 64 inputs:
-  // for what else there is to do, while the tiles multiply.
+  // Integer sums of a tile, (rows, PANEL), over 4 * steps inputs. They may go on from the sums of the inputs
+  // before. pause() is called after each 64 inputs, for what else there is to do while the tiles multiply.
   template <typename Pause>
   static inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows,
                                                             int64_t steps, int32_t* sums, bool go_on, Pause pause) {
