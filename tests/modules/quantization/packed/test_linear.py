@@ -405,14 +405,6 @@ def test_trace_gives_the_same_for_other_batch_sizes(weight, inputs):
         assert is_same(traced(x), layer, x)
 
 
-@pytest.fixture
-def clean_compiler():
-    """No compiled code of another test."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("clean_compiler")
 @pytest.mark.parametrize(
     ("bits", "group_size", "activations"),

@@ -189,14 +189,6 @@ def test_every_processor_gives_the_same_bits():
     assert done.stdout.split() == ["DEFAULT", digest()]
 
 
-@pytest.fixture
-def clean_compiler():
-    """No compiled code of another test."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("clean_compiler")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
 def test_inductor_fuses_no_product_with_a_sum():

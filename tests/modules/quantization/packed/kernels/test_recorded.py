@@ -30,14 +30,6 @@ def exported_strictly(layer, x):
     return torch.export.export(layer, (x,), strict=True).module()
 
 
-@pytest.fixture
-def clean_compiler():
-    """No compiled code of another test."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 tracing = pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning", "ignore::torch.jit.TracerWarning")
 each_graph = pytest.mark.parametrize("record", [traced, compiled, exported, exported_strictly])
 
