@@ -166,7 +166,7 @@ def _masked(calls: Calls, x: Tensor, added: list[Tensor], tables: Given) -> Call
     heads, bias, mask = calls.spec.heads, tables.pop("bias", None), None
     if bias is not None and bias.shape[-2:] != (tokens, tokens):
         return None
-    adds = attention_function(calls.attention).name == "eager"
+    adds = bool(added) and attention_function(calls.attention).name == "eager"
     for table in added:
         if table.dtype == torch.bool and adds:  # 0 and 1, where PyTorch's function takes them for yes and no
             return None

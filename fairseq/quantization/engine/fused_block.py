@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -17,12 +14,14 @@ from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed import PackedLinear, kernels
 from fairseq.modules.quantization.packed.kernels import functional, operators
 from fairseq.quantization.architectures.forward import evaluating
+from fairseq.quantization.engine import ahead
 from fairseq.quantization.engine.calls import HARMLESS
 from fairseq.quantization.engine.check import compare
 from fairseq.quantization.engine.native_block import NativeBlock
 from fairseq.quantization.engine.plan import FusedPlan, fused_plan, unfused_class
 from fairseq.quantization.engine.reading import heads_and_scaling
 from fairseq.quantization.engine.spec import Call
+from fairseq.quantization.engine.watching import any_watched
 
 
 class FusedBlock(nn.Module):
@@ -42,6 +41,10 @@ class FusedBlock(nn.Module):
         """(images, tokens, width) and what else the block takes -> what it returns, in the dtype of hidden states."""
         if not args and "hidden_states" in kwargs:
             args = (kwargs.pop("hidden_states"),)
+        if args and isinstance(args[0], Tensor) and not torch.compiler.is_compiling():
+            ready = ahead.taken(self, args[0], args[1:], kwargs)
+            if ready is not None:
+                return self._returned(ready)
         call = self._call(args, kwargs)
         if call is None:
             return super().forward(*args, **kwargs)
@@ -52,6 +55,8 @@ class FusedBlock(nn.Module):
             tuned = [parameter for parameter in cast(NativeBlock, self._native).parameters if parameter.requires_grad]
             if tuned or x.requires_grad:
                 return self._returned(cast(Tensor, Recomputed.apply(self, call, args[1:], kwargs, x, *tuned)))
+        if x.dtype == torch.float32:
+            return self._returned(ahead.run(self, x.contiguous(), call, args[1:], kwargs))
         return self._returned(self._run(x, call))
 
     def by_layers(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -76,7 +81,7 @@ class FusedBlock(nn.Module):
             with plain_context():
                 self._native = native_block_of(self)
             self.plan = self.plan if self._native is None else self._native.plan
-        if self._native is None or _any_watched(self._native.inner):
+        if self._native is None or any_watched(self._native.inner):
             return None
         return self._native.call(x, tuple(others), kwargs)
 
@@ -91,7 +96,7 @@ class FusedBlock(nn.Module):
         epsilons = tuple([cast(nn.LayerNorm, self.get_submodule(path)).eps for path in plan.norms])
         known = len(inner) == len(plan.classes) and all(type(m) is kind for m, kind in zip(inner, plan.classes))
         in_panels = all(layer.panels is not None for layer in layers)
-        seen = plan.returns is not None and not _any_watched(inner)
+        seen = plan.returns is not None and not any_watched(inner)
         return known and set_as_planned and epsilons == plan.epsilons and in_panels and seen
 
     def _returned(self, hidden_states: Tensor) -> Any:
@@ -163,29 +168,6 @@ def _needs_gradient(value: Any) -> bool:
         return value.requires_grad
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return any(map(_needs_gradient, items))
-
-
-def _any_watched(modules: Iterable[nn.Module]) -> bool:
-    """Whether someone sees what goes through one of the modules, or has changed what it does."""
-    if module_globals._global_forward_hooks or module_globals._global_forward_pre_hooks:
-        return True
-    for module in modules:
-        forward = module.__dict__.get("forward")  # some transformers put the method itself there after a call
-        if module.training or (forward and getattr(forward, "__func__", None) is not type(module).forward):
-            return True
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if _active(hook):
-                return True
-    return False
-
-
-def _active(hook: Any) -> bool:
-    """Whether a hook does something: those of transformers stay after the call that collected attentions is over."""
-    recorder = sys.modules.get("transformers.utils.output_capturing")
-    if recorder is None or getattr(hook, "__module__", None) != recorder.__name__:
-        return True
-    collector = getattr(recorder, "_active_collector", None)
-    return collector is None or bool(set(collector.get() or ()) - {"hidden_states", "_hidden_states_layers"})
 
 
 def native_block_of(block: nn.Module) -> NativeBlock | None:

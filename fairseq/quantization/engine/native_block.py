@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+import sys
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -16,6 +19,9 @@ from fairseq.quantization.engine.plan import EACH_CALL, FusedPlan, attention_fun
 from fairseq.quantization.engine.reading import attention_of, read
 from fairseq.quantization.engine.spec import NORMS, BlockSpec, Call
 
+Snapshot = tuple[dict[str, Any], Callable[[dict[str, Any]], tuple[Any, ...]], tuple[Any, ...]]
+"""A dictionary, what takes certain values out of it, and these values."""
+
 
 class NativeBlock:
     """The native block of an encoder block as its parts are now.
@@ -25,10 +31,15 @@ class NativeBlock:
         spec: its parts, by role.
         inner: the modules within the encoder block.
         parameters: of the encoder block.
+        follower: the encoder block that was called with what this one returned, or None.
+        most: how many blocks run in one call that begins with this one.
+        unused: how often in a row not all of them were called.
     """
 
     def __init__(self, block: nn.Module, plan: FusedPlan):
         self.plan, kind = plan, unfused_class(type(block))
+        self.follower: weakref.ref[nn.Module] | None = None
+        self.most, self.unused = sys.maxsize, 0
         known = class_of(kind)
         spec = known and read(block, known)
         if not isinstance(spec, BlockSpec) or known is None:
@@ -44,10 +55,10 @@ class NativeBlock:
         self.attention = attention_of(block)
         self.attention_function = attention_function(self.attention)
         settings = [pair for pair in settings_of(block) if pair[0] is not block.__dict__ or pair[1] not in EACH_CALL]
-        self.seen: list[tuple[dict[str, Any], str]] = [*_held(block), *settings]
-        self.found = [holder[name] for holder, name in self.seen]
-        self.addressed = [thing for thing in self.found if isinstance(thing, Tensor)]
-        self.pointers = [tensor.data_ptr() for tensor in self.addressed]
+        self.seen = _snapshots([*_held(block), *settings])
+        found = {id(thing): thing for *_, things in self.seen for thing in things if isinstance(thing, Tensor)}
+        self.addressed = list(found.values())
+        self.pointers = list(map(Tensor.data_ptr, self.addressed))
         self.versions = [(tensor, native.version(tensor)) for tensor in _copied(block, spec)]
         self.versions += [pair for layer in prepared.values() for pair in layer.versions]
 
@@ -57,16 +68,27 @@ class NativeBlock:
 
     def run(self, x: Tensor, call: Call) -> Tensor:
         """Hidden states, float32 (images, tokens, width) -> the block's output."""
-        return native.run_blocks([self.block], x, _call_of(call, self.spec), native.level_number())
+        return native.run_blocks([self.block], x, [self.translated(call)], native.level_number())[0]
+
+    def translated(self, call: Call) -> structures.Call:
+        """The call as the kernels take it."""
+        rotation = None if call.cos is None or call.sin is None else (call.cos, call.sin)
+        return native.make_call(
+            call.images, call.tokens, call.row_count, call.rows, rotation, call.neighbours, call.bias, call.mask,
+            self.spec.heads, self.spec.head_size,
+        )  # fmt: skip
 
     def holds(self) -> bool:
         """Whether the block still has the same code, modules, tensors and settings; of copies, that they are unchanged.
 
         A copied tensor that is changed behind PyTorch's back, through ``.data``, is not noticed.
         """
-        for (holder, name), found in zip(self.seen, self.found):
-            if holder.get(name) is not found:
-                return False
+        try:
+            for holder, named, things in self.seen:
+                if not all(map(operator.is_, named(holder), things)):
+                    return False
+        except KeyError:
+            return False
         for module, kind in self.classes:
             if type(module) is not kind:
                 return False
@@ -75,7 +97,7 @@ class NativeBlock:
                 return False
         if attention_function(self.attention) != self.attention_function:
             return False
-        return self.pointers == [tensor.data_ptr() for tensor in self.addressed] and all(
+        return self.pointers == list(map(Tensor.data_ptr, self.addressed)) and all(
             native.version(tensor) == number for tensor, number in self.versions
         )
 
@@ -97,15 +119,6 @@ def _translated(spec: BlockSpec, prepared: dict[str, native.Prepared]) -> struct
     )
 
 
-def _call_of(call: Call, spec: BlockSpec) -> structures.Call:
-    """The call as the kernels take it."""
-    rotation = None if call.cos is None or call.sin is None else (call.cos, call.sin)
-    return native.make_call(
-        call.images, call.tokens, call.row_count, call.rows, rotation, call.neighbours, call.bias, call.mask,
-        spec.heads, spec.head_size,
-    )  # fmt: skip
-
-
 def _float(tensor: Tensor | None) -> Any:
     """float32 and contiguous; None for None."""
     return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
@@ -116,6 +129,19 @@ def _held(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
     for module in block.modules():
         kept: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
         yield from ((holder, name) for holder in kept for name in holder)
+
+
+def _snapshots(held: list[tuple[dict[str, Any], str]]) -> list[Snapshot]:
+    """What lies in each of the dictionaries under those names; every forward pass looks there."""
+    names: dict[int, list[str]] = {}
+    for holder, name in held:
+        names.setdefault(id(holder), []).append(name)
+    holders = {id(holder): holder for holder, _ in held}
+    result: list[Snapshot] = []
+    for key, holder in holders.items():
+        named = operator.itemgetter(*names[key], names[key][0])  # two names at least, for a tuple
+        result.append((holder, named, named(holder)))
+    return result
 
 
 def _copied(block: nn.Module, spec: BlockSpec) -> Iterator[Tensor]:

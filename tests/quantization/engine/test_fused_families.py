@@ -22,13 +22,13 @@ pytestmark = pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
 @pytest.fixture
 def calls(monkeypatch):
     """The calls that reach the native block."""
-    seen, run_native = [], native_block.NativeBlock.run
+    seen, translated = [], native_block.NativeBlock.translated
 
-    def record(self, x, call):
+    def record(self, call):
         seen.append(call)
-        return run_native(self, x, call)
+        return translated(self, call)
 
-    monkeypatch.setattr(native_block.NativeBlock, "run", record)
+    monkeypatch.setattr(native_block.NativeBlock, "translated", record)
     monkeypatch.setattr(check, "_checked", {})
     return seen
 
@@ -152,7 +152,7 @@ def test_what_the_native_block_does_not_know_runs_by_layers(calls):
     nn.init.zeros_(block.layer_scale1.lambda1)
     with torch.no_grad():
         block(x, **kwargs)
-    assert len(calls) == 1
+    assert calls  # with what ran behind it the last time
 
 
 def derived(module):

@@ -12,7 +12,7 @@ import sysconfig
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from ctypes import POINTER, c_char_p, c_double, c_int
+from ctypes import POINTER, c_char_p, c_double, c_int, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -364,36 +364,56 @@ def attention_is_exact() -> bool:
     return wanted == "float32"
 
 
-def run_blocks(blocks: Sequence[Block], x: Tensor, call: Call, level: int) -> Tensor:
-    """The output of blocks, one after the other, for ``call.row_count`` hidden states, float32 (..., width).
+def run_blocks(blocks: Sequence[Block], x: Tensor, calls: Sequence[Call], level: int) -> list[Tensor]:
+    """The outputs of blocks, each of which takes what the one before gives: float32, the shape of x.
+
+    Args:
+        blocks: one at least, all of one width.
+        x: hidden states of the first, float32 (..., width), as many rows as its call says.
+        calls: of each block; those of several are of the same images and tokens, and not of windows.
+        level: the number of an instruction set.
 
     Raises:
-        ValueError: hidden states, or tables of the call, of another shape.
+        ValueError: hidden states, blocks or tables of calls that do not fit together.
     """
-    width = blocks[0].width
-    if x.numel() != call.row_count * width:
-        raise ValueError(f"the call is for {call.row_count} rows of {width}, got hidden states of {tuple(x.shape)}")
+    width, first = blocks[0].width, calls[0]
+    if x.numel() != first.row_count * width:
+        raise ValueError(f"the call is for {first.row_count} rows of {width}, got hidden states of {tuple(x.shape)}")
     _check("hidden_states", x, torch.float32, (*x.shape[:-1], width))
     if any(block.width != width for block in blocks):
         raise ValueError(f"blocks one after the other must be of one width, got {[block.width for block in blocks]}")
-    if call.sizes is not None and any(call.sizes != (block.heads, block.head_size) for block in blocks):
-        raise ValueError(f"the call's tables are for (heads, head_size) {call.sizes}, not those of the blocks")
-    call.exact = attention_is_exact()
-    out = torch.empty_like(x)
+    if len(blocks) > 1 and any(not follows(call, first) for call in calls):
+        raise ValueError("blocks one after the other must be called for the same images, and not for windows")
+    exact = attention_is_exact()
+    for block, call in zip(blocks, calls, strict=True):
+        if call.sizes not in (None, (block.heads, block.head_size)):
+            raise ValueError(f"the call's tables are for (heads, head_size) {call.sizes}, not those of the block")
+        call.exact = exact
+    # In inference mode, too, tensors that know whether they were written to.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+        outputs = [torch.empty(x.shape, dtype=torch.float32, device="cpu") for _ in blocks]
     if x.numel():
-        pointers = (POINTER(Block) * len(blocks))(*map(ctypes.pointer, blocks))
+        count = len(blocks)
         _raise(
             _library().fairseq_blocks(
-                level, pointers, len(blocks), call, x.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+                level, (POINTER(Block) * count)(*map(ctypes.pointer, blocks)),
+                (POINTER(Call) * count)(*map(ctypes.pointer, calls)), count, x.data_ptr(),
+                (c_void_p * count)(*(output.data_ptr() for output in outputs)), torch.get_num_threads(),
                 ROWS_AT_ONCE, SLICE, _recorder.stages,
             )
         )  # fmt: skip
-    return out
+    return outputs
+
+
+def follows(call: Call, first: Call) -> bool:
+    """Whether a block that is called so can run right behind one that is called as ``first`` says, image by image."""
+    alike = call.images == first.images and call.tokens == first.tokens
+    return alike and not call.rows and not first.rows
 
 
 def run_block(block: Block, x: Tensor, level: int) -> Tensor:
     """The block's output for hidden states ``x``, float32 (images, tokens, width)."""
-    return run_blocks([block], x, make_call(*x.shape[:2]), level)
+    return run_blocks([block], x, [make_call(*x.shape[:2])], level)[0]
 
 
 def run_linear(

@@ -88,7 +88,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         c_int, POINTER(Block), POINTER(Call), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int,
     ),
     "fairseq_blocks": (
-        c_int, POINTER(POINTER(Block)), c_int64, POINTER(Call), c_void_p, c_void_p, c_int, c_int64, c_int64,
-        POINTER(c_double),
+        c_int, POINTER(POINTER(Block)), POINTER(POINTER(Call)), c_int64, c_void_p, POINTER(c_void_p), c_int, c_int64,
+        c_int64, POINTER(c_double),
     ),
 }  # fmt: skip

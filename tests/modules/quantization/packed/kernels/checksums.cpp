@@ -21,8 +21,8 @@ int fairseq_linear(int level, const Linear* linear, const float* x, int64_t rows
                    float* out, int threads, double* stages);
 int fairseq_attention(int level, const Block* block, const Call* call, const float* query, const float* key,
                       const float* value, int64_t stride, float* out, int threads);
-int fairseq_blocks(int level, const Block* const* blocks, int64_t count, const Call* call, const float* x, float* out,
-                   int threads, int64_t at_once, int64_t slice, double* stages);
+int fairseq_blocks(int level, const Block* const* blocks, const Call* const* calls, int64_t count, const float* x,
+                   float* const* outs, int threads, int64_t at_once, int64_t slice, double* stages);
 }
 
 namespace {
@@ -263,9 +263,17 @@ void blocks(int level, Outcome& outcome) {
     if (kind == 2) call.rows = places.data(), call.bias = bias.data(), call.mask = mask.data(), call.masks = 2;
     const Reals x = random.reals(rows * width);
     for (int threads : {1, 3}) {
-      Reals y = x;  // where no row stands
-      outcome.failures += fairseq_blocks(level, both, 2, &call, x.data(), y.data(), threads, 64, 24, nullptr);
+      Reals between = x, y = x;  // where no row stands
+      const Call* const calls[] = {&call, &call};
+      float* const outs[] = {between.data(), y.data()};
+      if (kind == 2) {  // each image reads what others have written
+        outcome.failures += fairseq_blocks(level, both, calls, 1, x.data(), outs, threads, 64, 24, nullptr);
+        outcome.failures += fairseq_blocks(level, both + 1, calls, 1, between.data(), outs + 1, threads, 64, 24, nullptr);
+      } else {
+        outcome.failures += fairseq_blocks(level, both, calls, 2, x.data(), outs, threads, 64, 24, nullptr);
+      }
       Checksum sum;
+      sum.add(between);
       sum.add(y);
       uint64_t& kept = outcome.checksums["blocks " + std::to_string(kind)];
       if (threads == 1) kept = sum.value;

@@ -526,14 +526,14 @@ def test_calls_are_checked_before_they_are_pointed_to():
     with pytest.raises(ValueError, match="a call is of images of a token at least, got 2 of 0"):
         native.make_call(2, 0)
     with pytest.raises(ValueError, match=r"must be of one width, got \[24, 12\]"):
-        native.run_blocks([block, block_of(12)], x, native.make_call(3, 4), PORTABLE)
+        native.run_blocks([block, block_of(12)], x, [native.make_call(3, 4)] * 2, PORTABLE)
     with pytest.raises(ValueError, match=r"rows must be a contiguous torch\.int32"):
         native.make_call(2, 5, 12, torch.arange(10))
     with pytest.raises(ValueError, match="the call is for 10 rows of 24"):
-        native.run_blocks([block], x, native.make_call(2, 5), PORTABLE)
+        native.run_blocks([block], x, [native.make_call(2, 5)], PORTABLE)
     bias = native.make_call(3, 4, bias=torch.zeros(2, 4, 4), heads=2, head_size=8)
     with pytest.raises(ValueError, match=r"tables are for \(heads, head_size\) \(2, 8\)"):
-        native.run_blocks([block], x, bias, PORTABLE)
+        native.run_blocks([block], x, [bias], PORTABLE)
     with pytest.raises(ValueError, match=r"with 3 heads has layers of \(in, out\)"):
         native.make_block({name: layer_of(24, 24)[0] for name in ("query", "key", "value", "output", "fc1")} | {
             "fc2": layer_of(40, 24)[0]}, {}, 3, 0.35)  # fmt: skip
@@ -545,10 +545,10 @@ def test_calls_are_checked_before_they_are_pointed_to():
 @each_level
 def test_an_image_has_the_same_bits_beside_one_with_a_mask(level):
     block, x = block_of(24, 3), torch.randn(2, 5, 24, generator=generator(0))
-    alone = native.run_blocks([block], x[:1], native.make_call(1, 5), level)
+    alone = native.run_blocks([block], x[:1], [native.make_call(1, 5)], level)[0]
     mask = torch.zeros(2, 5, 5)
     mask[1, :, 3:] = -INF
-    both = native.run_blocks([block], x, native.make_call(2, 5, mask=mask), level)
+    both = native.run_blocks([block], x, [native.make_call(2, 5, mask=mask)], level)[0]
     assert torch.equal(both[:1], alone)
 
 
@@ -567,16 +567,29 @@ def test_a_bias_beside_a_layer_is_added_to_what_a_static_range_corrects():
 
 def test_blocks_one_after_the_other_are_blocks_one_by_one():
     """For any number of threads and images: alone, several in a chunk, and those that are left over shared."""
-    block = block_of()
+    blocks = [block_of(), block_of(24, 3), block_of()]
     for images, tokens in ((1, 5), (5, 33), (70, 4)):
-        x, call = torch.randn(images, tokens, 24, generator=generator(images)), native.make_call(images, tokens)
+        x = torch.randn(images, tokens, 24, generator=generator(images))
+        biases = torch.randn(3, 3, tokens, tokens, generator=generator(tokens))
+        plain = native.make_call(images, tokens)
+        calls = [plain, native.make_call(images, tokens, bias=biases[1], heads=3, head_size=8), plain]
         for level in LEVELS:
             torch.set_num_threads(1)
-            first = native.run_blocks([block], x, call, level)
-            expected = native.run_blocks([block], first, call, level)
+            expected, y = [], x
+            for block, call in zip(blocks, calls, strict=True):
+                y = native.run_blocks([block], y, [call], level)[0]
+                expected.append(y)
             for threads in (1, 2, 3, 8):
                 torch.set_num_threads(threads)
-                assert torch.equal(native.run_blocks([block, block], x, call, level), expected)
+                assert all(map(torch.equal, native.run_blocks(blocks, x, calls, level), expected))
+
+
+def test_blocks_one_after_the_other_are_called_for_the_same_images():
+    block, x = block_of(), torch.zeros(10, 24)
+    rows = torch.arange(10, dtype=torch.int32)
+    for second in (native.make_call(5, 2), native.make_call(2, 5, rows=rows)):
+        with pytest.raises(ValueError, match="must be called for the same images, and not for windows"):
+            native.run_blocks([block, block], x, [native.make_call(2, 5), second], PORTABLE)
 
 
 # Processes and threads.

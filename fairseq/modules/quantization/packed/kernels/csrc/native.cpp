@@ -429,20 +429,22 @@ EXPORT int fairseq_attention(int level, const Block* block, const Call* call, co
   });
 }
 
-// Encoder blocks one after the other, for the same images: float (row_count, width) -> the same; at_once rows in a
-// chunk, `slice` of them at a time in an MLP. 0, or 1 if there is no memory.
-EXPORT int fairseq_blocks(int level, const Block* const* blocks, int64_t count, const Call* call, const float* x,
-                          float* out, int threads, int64_t at_once, int64_t slice, double* stages) {
+// Encoder blocks one after the other, for the same images: float (row_count, width) -> the same, the output of each to a
+// place of its own; at_once rows in a chunk, `slice` of them at a time in an MLP. Each block has its call; more than one
+// have no rows of their own. 0, or 1 if there is no memory.
+EXPORT int fairseq_blocks(int level, const Block* const* blocks, const Call* const* calls, int64_t count, const float* x,
+                          float* const* outs, int threads, int64_t at_once, int64_t slice, double* stages) {
   const Kernels& kernels = kernels_of(level);
+  const Call& first = *calls[0];
   Sizes sizes = {};
-  sizes.tokens = call->tokens;
+  sizes.tokens = first.tokens;
   slice = round_up(most(slice, 1), kernels.tile_rows);
   sizes.slice = slice;
-  sizes.exact = call->exact;
+  sizes.exact = first.exact;
   for (int64_t b = 0; b < count; b++) {
     const Block& block = *blocks[b];
     const int64_t inner = block.heads * block.head_size;
-    const bool turned = block.query_norm.kind != NORM_NONE || block.key_norm.kind != NORM_NONE || call->cosines;
+    const bool turned = block.query_norm.kind != NORM_NONE || block.key_norm.kind != NORM_NONE || calls[b]->cosines;
     sizes.heads = most(sizes.heads, block.heads);
     sizes.head_size = most(sizes.head_size, block.head_size);
     sizes.longest = most(sizes.longest, most(most(block.width, inner), most(block.mlp, block.head_size)));
@@ -450,9 +452,9 @@ EXPORT int fairseq_blocks(int level, const Block* const* blocks, int64_t count, 
     if (turned) sizes.projected = most(sizes.projected, 3 * inner);
     if (block.post1.kind != NORM_NONE || block.post2.kind != NORM_NONE) sizes.added = most(sizes.added, block.width);
   }
-  return for_images(kernels, sizes, call->images, most(1, at_once / call->tokens), threads, stages,
+  return for_images(kernels, sizes, first.images, most(1, at_once / first.tokens), threads, stages,
                     [&](int64_t image, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew) {
     for (int64_t b = 0; b < count; b++)
-      kernels.block(*blocks[b], *call, image, b ? out : x, out, shared, own, crew, slice);
+      kernels.block(*blocks[b], *calls[b], image, b ? outs[b - 1] : x, outs[b], shared, own, crew, slice);
   });
 }
