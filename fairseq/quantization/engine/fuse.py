@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.architectures.layers import block_of
 from fairseq.quantization.engine.check import compare
 from fairseq.quantization.engine.fused_block import FusedBlock, fused_class
+from fairseq.quantization.engine.patch_convolution import PatchConvolution, reason_not_patches
 from fairseq.quantization.engine.plan import FusedPlan, fused_plan, unfused_class
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ def optimize(model: Model, engine: str = "fused") -> Model:
 def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
     """Let the native kernels run a packed model, in place: its encoder blocks fused, its other layers one by one.
 
+    Patch embeddings in float32 become a :class:`~fairseq.quantization.engine.patch_convolution.PatchConvolution`.
+
     A block is fused if its class and the classes of all its parts are known, and its native block was seen to give what
     its layers give: once for each class and configuration, on the CPU; for a model elsewhere that is seen when it comes
     to the CPU.
@@ -93,6 +96,9 @@ def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
         block = cast(FusedBlock, blocks[name])
         block.plan, block._native = plan, None
         block.__class__ = fused_class(unfused_class(type(block)))
+    for module in model.modules():
+        if reason_not_patches(module) is None:
+            module.__class__ = PatchConvolution
     return reasons
 
 
@@ -102,6 +108,9 @@ def unfuse(model: nn.Module) -> None:
         if isinstance(module, FusedBlock):
             module.__class__ = unfused_class(type(module))
             del module.plan, module._native
+        elif type(module) is PatchConvolution:
+            module.__class__ = cast(Any, nn.Conv2d)
+            module.__dict__.pop("_kept", None)
     use_native((module for module in model.modules() if isinstance(module, PackedLinear)), use=False)
 
 

@@ -34,8 +34,9 @@ from fairseq.modules.quantization.packed.kernels.structures import (
     Call,
     Linear,
     Norm,
+    Patches,
 )
-from fairseq.modules.quantization.packed.panels import is_narrow, panels_shape, sums_of, to_panels
+from fairseq.modules.quantization.packed.panels import WIDTH, is_narrow, panels_shape, sums_of, to_panels
 from fairseq.modules.quantization.packed.weight import code_offset
 from fairseq.modules.quantization.scalar.tokens import quantize_tokens
 
@@ -63,7 +64,9 @@ def library() -> ctypes.CDLL | None:
             function = getattr(loaded, name)
             function.argtypes, function.restype = arguments, c_int
         loaded.fairseq_level_name.restype = c_char_p
-        if [loaded.fairseq_size(i) for i in range(3)] != [ctypes.sizeof(kind) for kind in (Linear, Block, Call)]:
+        if [loaded.fairseq_size(i) for i in range(4)] != [
+            ctypes.sizeof(kind) for kind in (Linear, Block, Call, Patches)
+        ]:
             raise OSError(f"{file} was built from another version of its sources; reinstall fairseq")
     except (OSError, AttributeError) as error:
         if chosen:
@@ -348,6 +351,8 @@ def _check_rows(rows: Tensor, count: int) -> None:
     _placed[rows] = found
 
 
+PATCH_STEP = 32
+"""Numbers of a patch are filled up to a multiple of it, as csrc/api.h says."""
 ROWS_AT_ONCE, SLICE = 256, 224
 """Rows of images that one thread takes at once, and of an MLP at once: what stays in its cache."""
 
@@ -409,6 +414,61 @@ def follows(call: Call, first: Call) -> bool:
     """Whether a block that is called so can run right behind one that is called as ``first`` says, image by image."""
     alike = call.images == first.images and call.tokens == first.tokens
     return alike and not call.rows and not first.rows
+
+
+def patch_panels(weight: Tensor) -> Tensor:
+    """A convolution's weight, float32 (out, C, height, width), as its product reads it, bfloat16.
+
+    (panels of 32 outputs, pairs of numbers, 32, 2): the numbers are the high parts of the weights, bfloat16(w), the low
+    ones, bfloat16(w - high), and the high ones once more, each filled up with zeros to a multiple of 32.
+    """
+    rows = weight.reshape(len(weight), -1)
+    rows = F.pad(rows, (0, -rows.shape[1] % PATCH_STEP, 0, -len(rows) % WIDTH))
+    high = rows.to(torch.bfloat16)
+    numbers = torch.cat([high, (rows - high.to(rows.dtype)).to(torch.bfloat16), high], 1)
+    return numbers.view(-1, WIDTH, numbers.shape[1] // 2, 2).transpose(1, 2).contiguous()
+
+
+def run_patches(pixels: Tensor, panels: Tensor, bias: Tensor | None, weight_shape: Sequence[int], level: int) -> Tensor:
+    """A convolution over patches that do not overlap, as three products of bfloat16 that give nearly those of floats.
+
+    |error| <= (3 * 2**-18 + 3 K * 2**-24) * sum |x| |w| over the K numbers of a patch. An Inf makes NaN.
+
+    Args:
+        pixels: float32 (images, C, H, W); what does not fill a patch, at the right and at the bottom, is left out.
+        panels: as :func:`patch_panels` gives them.
+        bias: float32 (out,) or None.
+        weight_shape: (out, C, height, width).
+        level: the number of an instruction set.
+
+    Returns:
+        float32 (images, H // height, W // width, out).
+
+    Raises:
+        ValueError: another dtype, shape or stride, or pictures of less than a patch.
+    """
+    out, channels, patch_height, patch_width = weight_shape
+    numbers = channels * patch_height * patch_width
+    _check("panels", panels, torch.bfloat16, (-(-out // WIDTH), 3 * (numbers + -numbers % PATCH_STEP) // 2, WIDTH, 2))
+    _check("pixels", pixels, torch.float32, (len(pixels), channels, *pixels.shape[2:]))
+    if bias is not None:
+        _check("bias", bias, torch.float32, (out,))
+    images, _, height, width = pixels.shape
+    if height < patch_height or width < patch_width:
+        raise ValueError(f"pictures of {height} x {width} have no patch of {patch_height} x {patch_width}")
+    y = pixels.new_empty(images, height // patch_height, width // patch_width, out)
+    if y.numel():
+        patches = Patches(
+            panels.data_ptr(), _pointer(bias), channels, height, width, patch_height, patch_width, out
+        )  # fmt: skip
+        threads = torch.get_num_threads()
+        _raise(_library().fairseq_patches(level, patches, pixels.data_ptr(), images, y.data_ptr(), threads))
+    return y
+
+
+def fast_halves(level: int) -> bool:
+    """Whether products of bfloat16 are many times as fast as those of floats at a level."""
+    return bool(_library().fairseq_fast_halves(level))
 
 
 def run_block(block: Block, x: Tensor, level: int) -> Tensor:

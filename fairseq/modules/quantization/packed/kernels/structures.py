@@ -73,6 +73,16 @@ class Call(Structure):
     sizes: tuple[int, int] | None  # heads and head_size of the tables, if there are any
 
 
+class Patches(Structure):
+    """A convolution over patches, as ``struct Patches`` of csrc/api.h."""
+
+    _fields_ = (
+        ("panels", c_void_p), ("bias", c_void_p),
+        *((name, c_int64) for name in ("channels", "height", "width", "patch_height", "patch_width", "out")),
+    )  # fmt: skip
+    kept: tuple[Any, ...]  # what it points to
+
+
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "fairseq_level_name": (c_int,),
     "fairseq_supports": (c_int,),
@@ -87,6 +97,8 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "fairseq_attention": (
         c_int, POINTER(Block), POINTER(Call), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int,
     ),
+    "fairseq_fast_halves": (c_int,),
+    "fairseq_patches": (c_int, POINTER(Patches), c_void_p, c_int64, c_void_p, c_int),
     "fairseq_blocks": (
         c_int, POINTER(POINTER(Block)), POINTER(POINTER(Call)), c_int64, c_void_p, POINTER(c_void_p), c_int, c_int64,
         c_int64, POINTER(c_double),

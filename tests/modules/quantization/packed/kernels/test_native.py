@@ -810,5 +810,5 @@ def test_the_environment_decides_over_auto(monkeypatch):
 def test_structures_have_the_size_that_the_library_has():
     """Written out by the library itself: a field more on one side would shift all that follow."""
     loaded = native.library()
-    for number, kind in enumerate((structures.Linear, structures.Block, structures.Call)):
+    for number, kind in enumerate((structures.Linear, structures.Block, structures.Call, structures.Patches)):
         assert ctypes.sizeof(kind) == loaded.fairseq_size(number)

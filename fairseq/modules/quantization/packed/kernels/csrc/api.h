@@ -63,11 +63,19 @@ struct Call {
   int32_t exact;              // whether attention is in float, in an order that is the same everywhere
 };
 
+// A convolution over patches that do not overlap: float (images, channels, height, width) -> (images, rows, columns, out).
+struct Patches {
+  const uint16_t* panels;  // see patches.h
+  const float* bias;       // (out,), or null
+  int64_t channels, height, width, patch_height, patch_width, out;
+};
+
 // Where the time goes, in seconds of one thread.
 enum Stage { STAGE_NORM, STAGE_PRODUCT, STAGE_EPILOGUE, STAGE_ATTENTION, STAGE_QUANTIZE, STAGE_UNPACK, STAGE_WAIT, STAGES };
 
 const int64_t PANEL = 32;        // outputs of a panel
 const int64_t PANEL_STEP = 16;   // inputs are filled up to a multiple of it
+const int64_t PATCH_STEP = 32;   // numbers of a patch are filled up to a multiple of it
 const int64_t ALIGNMENT = 64;
 const int64_t TILES_AT_ONCE = 16;  // whose sums are kept while a long reduction goes on
 
@@ -134,6 +142,7 @@ struct Kernels {
   const char* name;
   int64_t tile_rows, group;     // of a tile; bytes of a row that lie together
   int32_t offset;               // of the bytes that integers become
+  bool fast_halves;             // whether a product of bfloat16 is many times as fast as one of floats
   void (*enter)();
   void (*leave)();
   void (*norm)(const Norm& norm, const float* x, int64_t width, float* y);
@@ -154,4 +163,7 @@ struct Kernels {
   // The block for the images of a chunk, the first of which is `first_image`.
   void (*block)(const Block& block, const Call& call, int64_t first_image, const float* x, float* out,
                 const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t slice);
+  // Patches of the images of a chunk: out (images, rows, columns, out).
+  void (*patches)(const Patches& patches, const float* pixels, float* out, const SharedWorkspace& shared,
+                  ThreadWorkspace& own, const Crew& crew);
 };

@@ -8,6 +8,7 @@
 #include HEADER
 
 #include "block.h"
+#include "patches.h"
 
 namespace {
 void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums) {
@@ -16,5 +17,5 @@ void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t st
 }  // namespace
 
 extern const Kernels JOIN(kernels_, LEVEL) = {
-    TEXT(LEVEL), Isa::ROWS, Isa::GROUP, Isa::OFFSET, Isa::enter, Isa::leave, norm, activate, quantize, product, linear,
-    attention_pack, attend, block};
+    TEXT(LEVEL), Isa::ROWS, Isa::GROUP, Isa::OFFSET, Isa::FAST_HALVES, Isa::enter, Isa::leave, norm, activate, quantize, product, linear,
+    attention_pack, attend, block, patches};

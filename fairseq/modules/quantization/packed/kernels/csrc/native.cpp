@@ -269,9 +269,13 @@ EXPORT const char* fairseq_level_name(int level) {
 // Whether this processor runs a level.
 EXPORT int fairseq_supports(int level) { return levels[level].supported(); }
 
-// The size of struct Linear (0), Block (1) or Call (2), for a check of their description elsewhere.
+// Whether products of bfloat16 are many times as fast as those of floats.
+EXPORT int fairseq_fast_halves(int level) { return kernels_of(level).fast_halves; }
+
+// The size of struct Linear (0), Block (1), Call (2) or Patches (3), for a check of their description elsewhere.
 EXPORT int fairseq_size(int which) {
-  return (int)(which == 0 ? sizeof(Linear) : which == 1 ? sizeof(Block) : sizeof(Call));
+  const size_t sizes[] = {sizeof(Linear), sizeof(Block), sizeof(Call), sizeof(Patches)};
+  return (int)sizes[which];
 }
 
 EXPORT int fairseq_activate(int level, int activation, const float* x, int64_t count, float* y) {
@@ -426,6 +430,20 @@ EXPORT int fairseq_attention(int level, const Block* block, const Call* call, co
     if (crew.members > 1) fairseq_wait(crew.barrier, crew.members);
     kernels.attend(*block, *call, image, ours, own, crew);
     if (crew.members > 1) fairseq_wait(crew.barrier, crew.members);
+  });
+}
+
+// A convolution over patches that do not overlap, see Patches. 0, or 1 if there is no memory.
+EXPORT int fairseq_patches(int level, const Patches* patches, const float* pixels, int64_t images, float* out, int threads) {
+  const Kernels& kernels = kernels_of(level);
+  const int64_t inputs = patches->channels * patches->patch_height * patches->patch_width;
+  Sizes sizes = {};
+  sizes.tokens = (patches->height / patches->patch_height) * (patches->width / patches->patch_width);
+  sizes.longest = 3 * sizeof(uint16_t) * round_up(inputs, PATCH_STEP);  // bytes of a row
+  return for_images(kernels, sizes, images, 1, threads, nullptr,
+                    [&](int64_t image, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew) {
+    const int64_t picture = patches->channels * patches->height * patches->width;
+    kernels.patches(*patches, pixels + image * picture, out + image * sizes.tokens * patches->out, shared, own, crew);
   });
 }
 

@@ -23,6 +23,7 @@ struct Registers {
   static const int64_t ROWS = 14;   // of a tile: 28 accumulators, 2 weight vectors, 2 spare, of 32 registers
   static const int64_t GROUP = 16;  // bytes of a row that lie together in a tile
   static const int32_t OFFSET = 128;  // what is added to an integer to make it a byte
+  static const bool FAST_HALVES = false;
 
   static void enter() {}
   static void leave() {}

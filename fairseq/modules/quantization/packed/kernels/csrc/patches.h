@@ -1,0 +1,75 @@
+// A convolution over patches that do not overlap, as a product of their pixels: x = high + low, two numbers of bfloat16
+// each, and so are the weights; x * w is high * high + high * low + low * high, off by 3 * 2^-18 of |x * w| at most.
+//
+// A row of a tile is the high numbers of a patch, these once more, and the low ones, each filled up with zeros to
+// PATCH_STEP; panels hold the high, low and high numbers of weights, [32 outputs][pair of numbers][32][2].
+#pragma once
+
+#include "api.h"
+#include "attention.h"
+
+namespace {  // each instruction set has its own
+
+static inline int64_t patch_numbers(const Patches& patches) {
+  return round_up(patches.channels * patches.patch_height * patches.patch_width, PATCH_STEP);
+}
+
+// The pixels of one patch, in the order of the weights, and zeros.
+static inline void gather(const Patches& patches, const float* pixels, int64_t patch, int64_t numbers, float* to) {
+  const int64_t across = patches.width / patches.patch_width, size = patches.patch_width;
+  const float* corner = pixels + patch / across * patches.patch_height * patches.width + patch % across * size;
+  float* next = to;
+  for (int64_t channel = 0; channel < patches.channels; channel++) {
+    const float* line = corner + channel * patches.height * patches.width;
+    for (int64_t y = 0; y < patches.patch_height; y++, line += patches.width, next += size)
+      memcpy(next, line, size * sizeof(float));
+  }
+  memset(next, 0, (to + numbers - next) * sizeof(float));
+}
+
+static inline void split(const float* row, int64_t numbers, int64_t rows, uint16_t* to) {
+  for (int64_t j = 0; j < numbers; j += LANES) {
+    const Floats x = load<Floats>(row + j);
+    const Halves high = bfloat16(x);
+    const Halves low = bfloat16(x - (Floats)(__builtin_convertvector(high, Words) << 16));
+    uint16_t* const at = to + j / HALVES * HALVES * rows + j % HALVES;
+    store_groups(high, at, rows);
+    store_groups(high, at + numbers * rows, rows);
+    store_groups(low, at + 2 * numbers * rows, rows);
+  }
+}
+
+// out (images, patches, out) of the images of a chunk, whose crew shares patches, and then panels.
+static void patches(const Patches& patches, const float* pixels, float* out, const SharedWorkspace& shared,
+                    ThreadWorkspace& own, const Crew& crew) {
+  const int64_t numbers = patch_numbers(patches), picture = patches.channels * patches.height * patches.width;
+  uint16_t* const halves = (uint16_t*)shared.integers;
+  const Share tiles(shared.tile_count, crew), panels(divide_up(patches.out, PANEL), crew);
+  for (int64_t t = tiles.first; t < tiles.last; t++) {
+    const Tile& tile = shared.tiles[t];
+    for (int64_t i = 0; i < tile.rows; i++) {
+      const Place at = shared.places[tile.row + i];
+      gather(patches, pixels + at.image * picture, at.token, numbers, own.row);
+      split(own.row, numbers, tile.rows, halves + tile.row * 3 * numbers + HALVES * i);
+    }
+  }
+  wait(crew, own);
+  for (int64_t panel = panels.first; panel < panels.last; panel++) {
+    const int64_t column = panel * PANEL, columns = least(patches.out - column, PANEL);
+    for (int64_t t = 0; t < shared.tile_count; t++) {
+      const Tile& tile = shared.tiles[t];
+      Isa::half_product(halves + tile.row * 3 * numbers, patches.panels + panel * 3 * numbers * PANEL, tile.rows,
+                        3 * numbers / 2, own.values, PANEL);
+      for (int64_t i = 0; i < tile.rows; i++) {
+        for (int64_t j = 0; j < columns; j += LANES) {
+          Floats y = load<Floats>(own.values + PANEL * i + j);
+          if (patches.bias) y = y + load<Floats>(patches.bias + column + j, columns - j);
+          store(out + (tile.row + i) * patches.out + column + j, y, columns - j);
+        }
+      }
+    }
+  }
+  wait(crew, own);
+}
+
+}  // namespace

@@ -1,0 +1,149 @@
+"""Patch embeddings in float32 on tiles: near the convolution, and the convolution wherever it must be."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.modules.quantization.packed.kernels import native
+from fairseq.quantization.engine.patch_convolution import PatchConvolution, reason_not_patches
+
+pytestmark = pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
+TILES = [level for level in native.levels() if native.fast_halves(native.level_number(level))]
+
+
+def convolution(channels=3, outputs=40, size=(5, 7), bias=True):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, outputs, size, size, bias=bias)
+    conv.__class__ = PatchConvolution
+    return conv
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """The shapes of pictures that the kernels were given, on emulated tiles."""
+    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_LEVEL", TILES[0])
+    seen, run = [], native.run_patches
+
+    def record(pixels, *args):
+        seen.append(tuple(pixels.shape))
+        return run(pixels, *args)
+
+    monkeypatch.setattr(native, "run_patches", record)
+    return seen
+
+
+@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize(
+    ("pictures", "size", "outputs", "bias"),
+    [((2, 3, 32, 45), (5, 7), 40, True), ((5, 1, 8, 8), (4, 4), 3, False), ((1, 3, 96, 64), (16, 16), 70, True)],
+)
+def test_it_is_the_convolution_to_its_bound(level, pictures, size, outputs, bias):
+    conv = convolution(pictures[1], outputs, size, bias)
+    x = torch.randn(pictures, generator=torch.Generator().manual_seed(1))
+    x[0, 0, 0, 0] = 1e4
+    weight, number = conv.weight.detach(), native.level_number(level)
+    bias = None if conv.bias is None else conv.bias.detach()
+    exact = nn.functional.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), size)
+    sizes = nn.functional.conv2d(x.abs().double(), weight.abs().double(), None, size)
+    bound = sizes * (3 * 2**-18 + 3 * weight[0].numel() * 2**-24) + 2**-23 * (0 if bias is None else bias.abs().max())
+    found, panels = [], native.patch_panels(weight)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(native.run_patches(x, panels, bias, weight.shape, number))
+        found.append(torch.cat([native.run_patches(one[None], panels, bias, weight.shape, number) for one in x]))
+    assert (found[0].permute(0, 3, 1, 2) - exact).abs().le(bound).all()
+    rounded = nn.functional.conv2d(x.bfloat16().double(), weight.bfloat16().double(), None, size)
+    assert not (rounded - exact).abs().le(bound).all()  # what one product of bfloat16 would give
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+def test_what_is_not_finite_does_not_become_finite(used):
+    conv, x = convolution(), torch.zeros(1, 3, 10, 14)
+    x[0, 0, 0, 0], x[0, 0, 6, 8] = torch.nan, torch.inf
+    with torch.no_grad():
+        y = conv(x)
+    assert not y[..., 0, 0].isfinite().any()
+    assert not y[..., 1, 1].isfinite().any()
+    assert y[..., 0, 1].isfinite().all()
+
+
+def test_when_it_is_the_convolution(used, monkeypatch):
+    conv, plain = convolution(), convolution()
+    plain.__class__ = nn.Conv2d
+    x = torch.randn(2, 3, 20, 30)
+    with torch.no_grad():
+        expected = plain(x)
+        assert torch.allclose(conv(x), expected, atol=1e-5)
+        assert torch.allclose(conv(x.transpose(2, 3).contiguous().transpose(2, 3)), expected, atol=1e-5)
+    assert len(used) == 2
+    del used[:]
+    assert torch.equal(conv(x), plain(x))  # with gradients
+    conv(x).sum().backward()
+    assert conv.weight.grad is not None
+    with torch.no_grad():
+        assert torch.equal(conv(x[0]), plain(x[0]))
+        with pytest.raises(RuntimeError):
+            conv(torch.randn(2, 4, 20, 30))
+        with pytest.raises(RuntimeError):
+            conv(torch.randn(2, 3, 4, 30))
+        for module in (conv, plain):
+            module.bfloat16()
+        assert torch.equal(conv(x.bfloat16()), plain(x.bfloat16()))
+        for module in (conv, plain):
+            module.float()
+        with torch.autocast("cpu"):
+            assert torch.equal(conv(x), plain(x))
+        assert torch.equal(torch.jit.trace(conv, x, check_trace=False)(x), plain(x))
+        assert torch.equal(torch.compile(conv, backend="eager", fullgraph=True)(x), plain(x))
+        monkeypatch.setenv("FAIRSEQ_QUANTIZATION_ATTENTION", "float32")
+        assert torch.equal(conv(x), plain(x))
+        monkeypatch.delenv("FAIRSEQ_QUANTIZATION_ATTENTION")
+        monkeypatch.setenv("FAIRSEQ_QUANTIZATION_LEVEL", "portable")
+        assert torch.equal(conv(x), plain(x))
+    assert not used
+
+
+def test_a_weight_that_changes(used):
+    conv, x = convolution(), torch.randn(2, 3, 20, 30)
+    with torch.no_grad():
+        for change in (
+            lambda: conv.weight.mul_(2),
+            lambda: conv.load_state_dict({key: value + 1 for key, value in conv.state_dict().items()}),
+            lambda: setattr(conv, "weight", nn.Parameter(conv.weight.flip(0))),
+        ):
+            before = conv(x)
+            change()
+            after = conv(x)
+            assert not torch.equal(after, before)
+            assert torch.allclose(after, nn.functional.conv2d(x, conv.weight, conv.bias, (5, 7)), atol=1e-3)
+    for other in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+        assert "_kept" not in other.__dict__
+        with torch.no_grad():
+            assert torch.equal(other(x), conv(x))
+
+
+def test_which_convolutions_become_one(tiny_vit, used):
+    reasons = {
+        "not an nn.Conv2d": nn.ConvTranspose2d(3, 4, 4, 4),
+        "less than 4 x 4": nn.Conv2d(3, 4, 1),
+        "patches overlap": nn.Conv2d(3, 4, 7, 4),
+        "it pads pictures": nn.Conv2d(3, 4, 4, 4, padding=1),
+        "2 groups": nn.Conv2d(4, 4, 4, 4, groups=2),
+    }
+    for reason, module in reasons.items():
+        assert reason in reason_not_patches(module)
+    quantizer = ViTQuantizer(bits=8)
+    fused = quantizer.quantize_model(tiny_vit, engine="fused")
+    kinds = [type(module) for module in fused.modules() if isinstance(module, nn.Conv2d)]
+    assert kinds == [PatchConvolution]
+    layers = quantizer.optimize(fused, "layers")
+    assert [type(module) for module in layers.modules() if isinstance(module, nn.Conv2d)] == [nn.Conv2d]
+    size = tiny_vit.config.image_size
+    with torch.no_grad():
+        fused(torch.randn(2, 3, size, size))
+    assert used == [(2, 3, size, size)]
+    assert fused.state_dict().keys() == layers.state_dict().keys()
