@@ -1,11 +1,10 @@
 """Which way imports may run, and what importing the package costs."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from beside import Beside, python
 
 import fairseq
 
@@ -91,9 +90,7 @@ def test_every_file_says_what_lives_there(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def test_what_each_import_loads():
-    """One process, which imports one after the other; each assertion says what was there by then."""
-    code = """
+IMPORTS = """
 import sys
 import fairseq
 assert "torch" not in sys.modules
@@ -104,5 +101,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 assert "fairseq_vit" in AUTO_QUANTIZATION_CONFIG_MAPPING and "fairseq_vit" in AUTO_QUANTIZER_MAPPING
 print(fairseq.__version__)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+IMPORTED = Beside(lambda: lambda: python("-c", IMPORTS))
+
+
+@IMPORTED
+def test_what_each_import_loads():
+    """One process, which imports one after the other; each assertion says what was there by then."""
+    done = IMPORTED.result()
     assert (done.returncode, done.stdout.strip()) == (0, fairseq.__version__), done.stderr

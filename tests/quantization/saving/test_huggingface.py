@@ -3,12 +3,11 @@
 import copy
 import json
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
+from beside import Beside, new_folder, python
 from families import BUILDERS, build
 from PIL import Image
 from safetensors import SafetensorError
@@ -161,18 +160,31 @@ def test_a_variant(folder, tmp_path):
             AutoModelForImageClassification.from_pretrained(tmp_path / "variant", variant="int4")
 
 
-def test_without_this_library_loading_stops(folder):
-    code = (
-        "import sys; from transformers import AutoModel, AutoModelForImageClassification\n"
-        "for kind in (AutoModelForImageClassification, AutoModel):\n"
-        f"    try:\n        kind.from_pretrained({str(folder[1])!r})\n"
-        "    except RuntimeError as error:\n        print('stopped')\n"
-        "assert 'fairseq' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+WITHOUT = """
+import sys
+from transformers import AutoModel, AutoModelForImageClassification
+for kind in (AutoModelForImageClassification, AutoModel):
+    try:
+        kind.from_pretrained(sys.argv[1])
+    except RuntimeError as error:
+        print("stopped")
+assert "fairseq" not in sys.modules
+"""
+
+
+@Beside
+def without_this_library():
+    path = new_folder("without this library")
+    ViTQuantizer(bits=4, method="channel").quantize_model(build("vit")).save_pretrained(path)
+    return lambda: (path, python("-c", WITHOUT, path, check=True))
+
+
+@without_this_library
+def test_without_this_library_loading_stops():
+    path, done = without_this_library.result()
     assert done.stdout.split() == ["stopped", "stopped"]
     assert "fairseq_vit" in done.stderr  # transformers warns of the kind that it does not know
-    said = json.loads((folder[1] / "config.json").read_text())["quantization_config"]["load_with"]
+    said = json.loads((path / "config.json").read_text())["quantization_config"]["load_with"]
     assert said == "import fairseq.models.vit_quantization before from_pretrained"
 
 

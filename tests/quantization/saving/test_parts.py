@@ -4,13 +4,12 @@ import copy
 import inspect
 import io
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
-from families import BUILDERS, build
+from beside import Beside, new_folder, python
+from families import BUILDERS, build, pictures
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -117,22 +116,31 @@ def test_copies_of_parts_save_themselves(duplicate, part_first, tmp_path):
     assert equal(part, ViTModel.from_pretrained(tmp_path, add_pooling_layer=False))
 
 
-def test_what_was_pickled_saves_itself_and_runs_where_nothing_was_imported(tmp_path, pixels):
-    """The part first, which has to bring all that it needs; then the whole, whose blocks are fused if they can be."""
-    whole = quantized()
-    assert any(isinstance(module, FusedBlock) for module in whole.modules()) == bool(native.levels())
-    torch.save(whole.vit, tmp_path / "vit.pt")
-    with torch.no_grad():
-        torch.save((whole, pixels, whole(pixels).logits), tmp_path / "whole.pt")
-    code = """
+OPENED = """
 import torch
 torch.load("vit.pt", weights_only=False).save_pretrained("out")
 model, x, expected = torch.load("whole.pt", weights_only=False)
 with torch.no_grad():
     assert torch.equal(model(x).logits, expected)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    assert equal(whole.vit, ViTModel.from_pretrained(tmp_path / "out", add_pooling_layer=False))
+
+
+@Beside
+def opened():
+    whole, x, path = quantized(), pictures(5), new_folder("pickled")
+    torch.save(whole.vit, path / "vit.pt")
+    with torch.no_grad():
+        torch.save((whole, x, whole(x).logits), path / "whole.pt")
+    return lambda: (whole, path / "out", python("-c", OPENED, cwd=path))
+
+
+@opened
+def test_what_was_pickled_saves_itself_and_runs_where_nothing_was_imported():
+    """The part first, which has to bring all that it needs; then the whole, whose blocks are fused if they can be."""
+    whole, path, done = opened.result()
+    assert done.returncode == 0, done.stderr
+    assert any(isinstance(module, FusedBlock) for module in whole.modules()) == bool(native.levels())
+    assert equal(whole.vit, ViTModel.from_pretrained(path, add_pooling_layer=False))
 
 
 def test_a_part_in_which_nothing_is_packed_is_saved_in_float(tmp_path):
