@@ -57,7 +57,7 @@ def state_of(model):
 
 def quantize(settings, calibrated):
     """Of two blocks if the second is rounded by what the first one gives, else of one."""
-    images = pictures(24, seed=5) if calibrated else None
+    images = pictures(8, seed=5) if calibrated else None
     model = build("vit") if settings.get("quantize_embeddings") else shortened(build("vit"))
     return lambda: ViTQuantizer(**settings).quantize_model(model, calibration=images)
 

@@ -568,7 +568,7 @@ def test_compile_sees_one_operator_per_block(tiny_vit, pixels):
 
 
 def test_compiled_blocks_call_hooks(tiny_vit, pixels):
-    fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
+    fused = ViTQuantizer(bits=8).quantize_model(shortened(tiny_vit), engine="fused")
     seen = []
     blocks(fused)[0].layernorm_after.register_forward_hook(lambda *args: seen.append(1))
     torch.compiler.reset()
