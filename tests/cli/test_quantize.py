@@ -241,7 +241,7 @@ def files(folder):
 
 
 def interrupt(folder, out):
-    """Ctrl-C as a process saves a new folder, replaces one, and quantizes: one for all, since each imports for seconds."""
+    """Ctrl-C as a process saves a new folder, replaces one, and quantizes: one for all, which imports for seconds."""
     before = files(out)
     calls = {"written": out / "new", "written again": out / "replaced", "Choosing": out / "quantizing"}
     words = [["quantize", str(folder / "vit"), "-o", str(path)] for path in calls.values()]
