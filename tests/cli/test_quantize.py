@@ -237,7 +237,8 @@ sys.exit(code)
 
 
 def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What lies in it, and in what lies in it; an empty folder, too."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def interrupt(folder, out):
