@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import beside
 import pytest
 import torch
 from hypothesis import settings
@@ -45,10 +46,16 @@ def exact_int_mm(monkeypatch):
         monkeypatch.setattr(choosing, "_checked", {})
 
 
-def pytest_collection_finish():
+def pytest_collection_finish(session):
     """What was imported stays: the garbage collector need not look through it again and again."""
     gc.collect()
     gc.freeze()
+    if not session.config.option.collectonly:
+        beside.begin(session.items)
+
+
+def pytest_sessionfinish():
+    beside.cancel()
 
 
 def pytest_unconfigure():

@@ -1,11 +1,10 @@
 """Which way imports may run, and what importing the package costs."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from beside import Beside, python
 
 import fairseq
 
@@ -91,27 +90,22 @@ def test_every_file_says_what_lives_there(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def run_python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+IMPORTS = """
+import sys
+import fairseq
+assert "torch" not in sys.modules
+import fairseq.quantization.conversion.convert
+assert "transformers" not in sys.modules
+import fairseq.models.vit_quantization
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+assert "fairseq_vit" in AUTO_QUANTIZATION_CONFIG_MAPPING and "fairseq_vit" in AUTO_QUANTIZER_MAPPING
+print(fairseq.__version__)
+"""
+IMPORTED = Beside(lambda: lambda: python("-c", IMPORTS))
 
 
-def test_importing_the_package_loads_nothing_else():
-    assert run_python("import sys, fairseq; print(fairseq.__version__, 'torch' in sys.modules)") == (
-        f"{fairseq.__version__} False"
-    )
-
-
-def test_importing_the_quantizer_registers_with_transformers():
-    code = (
-        "import fairseq.models.vit_quantization\n"
-        "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as m, AUTO_QUANTIZER_MAPPING as q\n"
-        "print('fairseq_vit' in m, 'fairseq_vit' in q)"
-    )
-    assert run_python(code) == "True True"
-
-
-def test_the_kernels_do_not_load_transformers():
-    assert (
-        run_python("import sys, fairseq.quantization.conversion.convert; print('transformers' in sys.modules)")
-        == "False"
-    )
+@IMPORTED
+def test_what_each_import_loads():
+    """One process, which imports one after the other; each assertion says what was there by then."""
+    done = IMPORTED.result()
+    assert (done.returncode, done.stdout.strip()) == (0, fairseq.__version__), done.stderr

@@ -1,6 +1,7 @@
 """The guide: every python block of every page runs, in order, as it is written but for the hub id.
 
-Synthetic pictures are as small as the model's, and fewer: 128 of 224 by 224 pixels take ten seconds.
+The model has one block, and synthetic pictures are as small as its own, and fewer: 128 of 224 by 224 pixels take ten
+seconds.
 """
 
 import ast
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import shortened
 from PIL import Image
 from transformers import ViTImageProcessor
 
@@ -34,7 +36,7 @@ def python_blocks(text):
 @pytest.fixture
 def model_folder(tiny_vit, tmp_path):
     folder = tmp_path / "vit"
-    tiny_vit.save_pretrained(folder)
+    shortened(tiny_vit).save_pretrained(folder)
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     shutil.copy(ROOT / "examples" / "vision_transformer" / "assets" / "chelsea.jpg", tmp_path / "cat.jpg")
     (tmp_path / "pictures").mkdir()

@@ -5,17 +5,26 @@ import shutil
 
 import pytest
 import safetensors
+from families import build, shortened
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.quantization.saving import contents
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A folder with a packed model of one block: the others are written like it."""
+    folder = tmp_path_factory.mktemp("models") / "short"
+    ViTQuantizer(bits=4, method="channel").quantize_model(shortened(build("vit"))).save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [("vit.onnx", ["--ops", "standard", "--external-data"]), ("vit.pt", []), ("vit.pt2", ["--format", "torch_export"])],
 )
-def test_export(cli, models, tmp_path, verified_here, name, options):
-    result = cli("export", models / "packed", tmp_path / name, *options, "--json")
+def test_export(cli, short, tmp_path, verified_here, name, options):
+    result = cli("export", short, tmp_path / name, *options, "--json")
     assert result.code == 0, result.err
     found = json.loads(result.out)
     assert found["format"] == {"vit.onnx": "onnx", "vit.pt": "torchscript", "vit.pt2": "torch_export"}[name]

@@ -7,16 +7,15 @@ import sys
 
 import pytest
 import typer
+from beside import Beside, new_folder, python
+from families import build
 
 import fairseq
 from fairseq.cli import contents
 from fairseq.cli.main import COMMANDS, app, main
+from fairseq.models.vit_quantization import ViTQuantizer
 
 NAMES = [command.__name__ for command in COMMANDS]
-
-
-def python(*words, **keywords):
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, **keywords)
 
 
 def test_there_are_the_commands_that_were_promised():
@@ -95,14 +94,29 @@ def test_a_full_disk_is_one_line(cli, models, monkeypatch):
     assert result == (2, "", "error: [Errno 28] No space left on device\n")
 
 
-def test_the_module_is_the_program(models):
-    done = python("-m", "fairseq.cli", "inspect", models / "vit")
-    assert (done.returncode, done.stdout, done.stderr) == (1, f"{models / 'vit'} is not quantized\n", "")
+@Beside
+def inspected():
+    """The program as a float model and a packed one are inspected: in a pipe, in a terminal, by who goes away."""
+    plain, packed, model = new_folder("float"), new_folder("packed"), build("vit")
+    model.save_pretrained(plain)
+    ViTQuantizer(bits=4).quantize_model(model).save_pretrained(packed)
+    words = ["-m", "fairseq.cli", "inspect", str(packed), "--layers"]
+    gone = shlex.join([sys.executable, *words]) + " | true"
+
+    def run():
+        return {
+            "folder": plain,
+            "float": python(*words[:3], plain),
+            "pipe": python(*words),
+            "terminal": in_a_terminal([sys.executable, *words]) if hasattr(os, "openpty") else None,
+            "gone": subprocess.run(["bash", "-c", gone], capture_output=True, text=True),
+        }
+
+    return run
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
-def test_a_terminal_and_a_pipe_get_the_same(models):
-    words = [sys.executable, "-m", "fairseq.cli", "inspect", str(models / "packed"), "--layers"]
+def in_a_terminal(words):
+    """What a terminal gets, and the exit code."""
     here, there = os.openpty()
     with subprocess.Popen(words, stdout=there, stderr=subprocess.DEVNULL) as child:
         os.close(there)
@@ -110,9 +124,7 @@ def test_a_terminal_and_a_pipe_get_the_same(models):
         while chunk := _read(here):
             seen += chunk
     os.close(here)
-    assert child.returncode == 0
-    assert seen.decode().replace("\r\n", "\n") == python(*words[1:]).stdout
-    assert b"\x1b" not in seen
+    return seen, child.returncode
 
 
 def _read(file):
@@ -122,9 +134,22 @@ def _read(file):
         return b""
 
 
-def test_a_reader_that_goes_away_is_no_traceback(models):
-    command = (
-        f"{shlex.quote(sys.executable)} -m fairseq.cli inspect {shlex.quote(str(models / 'packed'))} --layers | true"
-    )
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
+@inspected
+def test_the_module_is_the_program():
+    found = inspected.result()
+    done, said = found["float"], f"{found['folder']} is not quantized\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, said, "")
+
+
+@inspected
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
+def test_a_terminal_and_a_pipe_get_the_same():
+    seen, code = inspected.result()["terminal"]
+    assert code == 0
+    assert seen.decode().replace("\r\n", "\n") == inspected.result()["pipe"].stdout
+    assert b"\x1b" not in seen
+
+
+@inspected
+def test_a_reader_that_goes_away_is_no_traceback():
+    assert "Traceback" not in inspected.result()["gone"].stderr

@@ -9,7 +9,10 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, ViTForImageClassification, pipeline
+from beside import Beside, new_folder
+from families import build
+from PIL import Image
+from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.packed import PackedLinear
@@ -216,7 +219,8 @@ def test_an_error_while_it_saves_leaves_nothing(cli, models, tmp_path, monkeypat
 
 
 SLOW = """
-import json, sys, time
+import json, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from fairseq.cli.main import main
 from fairseq.quantization.saving import contents
 write = contents.write
@@ -233,32 +237,46 @@ sys.exit(code)
 
 
 def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What lies in it, and in what lies in it; an empty folder, too."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send there")
-def test_ctrl_c_leaves_what_was_there(models, pictures, tmp_path):
-    """As it saves a new folder, replaces one, and quantizes: one process for all, since each imports for seconds."""
-    new, replaced, quantizing = (tmp_path / name for name in ("new", "replaced", "quantizing"))
-    shutil.copytree(models / "packed", replaced)
-    before = files(tmp_path)
-    average = ["--average-bits", "4.5", "--calibration", str(pictures)]
-    calls = {"written": new, "written again": replaced, "Choosing": quantizing}
-    words = [["quantize", str(models / "vit"), "-o", str(out)] for out in calls.values()]
-    words[-1] += average
+def interrupt(folder, out):
+    """Ctrl-C as a process saves a new folder, replaces one, and quantizes: one for all, which imports for seconds."""
+    before = files(out)
+    calls = {"written": out / "new", "written again": out / "replaced", "Choosing": out / "quantizing"}
+    words = [["quantize", str(folder / "vit"), "-o", str(path)] for path in calls.values()]
+    words[-1] += ["--average-bits", "4.5", "--calibration", str(folder / "pictures")]
     child = subprocess.Popen(
-        [sys.executable, "-c", SLOW, json.dumps(words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )  # fmt: skip
+        [sys.executable, "-c", SLOW, json.dumps(words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     with child:
-        for line, out in calls.items():
+        for line, path in calls.items():
             for text in child.stderr:
                 if text.startswith(line.removesuffix(" again")):
                     break
             child.send_signal(signal.SIGINT)
             assert child.stdout.readline() == "130\n"
             assert child.stderr.readline() == "stopped\n"
-            assert files(tmp_path) == before
-            assert out.exists() == (out == replaced)
+            assert files(out) == before
+            assert path.exists() == (path.name == "replaced")
         assert child.communicate(timeout=60) == ("", "")
     assert child.returncode == 130
+
+
+@Beside
+def interrupted():
+    folder, out, model = new_folder("interrupted"), new_folder("left"), build("vit")
+    model.save_pretrained(folder / "vit")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
+    ViTQuantizer(bits=4, method="channel").quantize_model(model).save_pretrained(out / "replaced")
+    (folder / "pictures").mkdir()
+    for i in range(36):
+        Image.effect_noise((16, 16), 60 + i).convert("RGB").save(folder / "pictures" / f"{i}.png")
+    return lambda: interrupt(folder, out)
+
+
+@interrupted
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send there")
+def test_ctrl_c_leaves_what_was_there():
+    interrupted.result()

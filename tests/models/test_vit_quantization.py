@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from bounds import EXACT, flips, rms, sum_error
+from families import shortened
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -178,7 +179,7 @@ def test_compile_and_export_take_the_whole_model(tiny_vit, pixels, settings):
 
     Without rounded activations, to the rounding of float64.
     """
-    quantized = ViTQuantizer(**settings).quantize_model(tiny_vit, engine="layers")
+    quantized = ViTQuantizer(**settings).quantize_model(shortened(tiny_vit), engine="layers")
     rounds = "activations" not in settings
     if not rounds:
         quantized, pixels = quantized.double(), pixels.double()
@@ -294,7 +295,7 @@ def test_the_reference_kernels_can_be_recorded(tiny_vit, pixels, tmp_path, setti
     """Processors without exact products of bytes, as with AVX2 alone, run them, and trace and export all the same."""
     import onnxruntime
 
-    quantized = ViTQuantizer(**settings, backend="reference").quantize_model(tiny_vit)
+    quantized = ViTQuantizer(**settings, backend="reference").quantize_model(shortened(tiny_vit))
     traced = torch.jit.trace(quantized, pixels)
     torch.onnx.export(quantized, pixels, str(tmp_path / "vit.onnx"), input_names=["x"], verbose=False)
     (there,) = onnxruntime.InferenceSession(str(tmp_path / "vit.onnx")).run(None, {"x": pixels.numpy()})
@@ -425,7 +426,7 @@ def test_assigned_bits_carry_on_the_users_overrides(tiny_vit, images, limit, tmp
 
 def test_bits_are_assigned_within_a_drop_of_accuracy(tiny_vit, images):
     quantizer = ViTQuantizer(method="channel", overrides={"*classifier": {"activations": None}})
-    assignment = quantizer.assign_bits(tiny_vit, images, max_accuracy_drop=10)
+    assignment = quantizer.assign_bits(shortened(tiny_vit), images, max_accuracy_drop=10)
     assert assignment.average_bits < 8
     mixed = ViTQuantizer(method="channel", overrides=assignment.overrides).quantize_model(tiny_vit, images)
     assert compare_models(tiny_vit, mixed, images).top_k_match >= 0.8

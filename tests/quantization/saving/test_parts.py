@@ -4,13 +4,12 @@ import copy
 import inspect
 import io
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
-from families import BUILDERS, build
+from beside import Beside, new_folder, python
+from families import BUILDERS, build, pictures
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -24,6 +23,8 @@ from transformers import (
 
 from fairseq.models.vit_quantization import FairseqViTConfig, ViTQuantizer
 from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.packed.kernels import native
+from fairseq.quantization.engine.fused_block import FusedBlock
 from fairseq.quantization.saving.description import packed_parts
 
 FAMILIES = [
@@ -115,11 +116,31 @@ def test_copies_of_parts_save_themselves(duplicate, part_first, tmp_path):
     assert equal(part, ViTModel.from_pretrained(tmp_path, add_pooling_layer=False))
 
 
-def test_a_part_that_was_pickled_saves_itself_where_nothing_was_imported(tmp_path):
-    torch.save(quantized().vit, tmp_path / "vit.pt")
-    code = "import sys, torch\npart = torch.load(sys.argv[1], weights_only=False)\npart.save_pretrained(sys.argv[2])\n"
-    subprocess.run([sys.executable, "-c", code, tmp_path / "vit.pt", tmp_path / "out"], check=True)
-    assert equal(quantized().vit, ViTModel.from_pretrained(tmp_path / "out", add_pooling_layer=False))
+OPENED = """
+import torch
+torch.load("vit.pt", weights_only=False).save_pretrained("out")
+model, x, expected = torch.load("whole.pt", weights_only=False)
+with torch.no_grad():
+    assert torch.equal(model(x).logits, expected)
+"""
+
+
+@Beside
+def opened():
+    whole, x, path = quantized(), pictures(5), new_folder("pickled")
+    torch.save(whole.vit, path / "vit.pt")
+    with torch.no_grad():
+        torch.save((whole, x, whole(x).logits), path / "whole.pt")
+    return lambda: (whole, path / "out", python("-c", OPENED, cwd=path))
+
+
+@opened
+def test_what_was_pickled_saves_itself_and_runs_where_nothing_was_imported():
+    """The part first, which has to bring all that it needs; then the whole, whose blocks are fused if they can be."""
+    whole, path, done = opened.result()
+    assert done.returncode == 0, done.stderr
+    assert any(isinstance(module, FusedBlock) for module in whole.modules()) == bool(native.levels())
+    assert equal(whole.vit, ViTModel.from_pretrained(path, add_pooling_layer=False))
 
 
 def test_a_part_in_which_nothing_is_packed_is_saved_in_float(tmp_path):

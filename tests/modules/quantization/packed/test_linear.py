@@ -441,24 +441,40 @@ def test_exported_with_a_dynamic_batch_gives_the_same(bits, group_size, activati
         assert is_same(exported(x), layer, x)
 
 
+ONNX = [
+    (GRIDS[0], INPUTS[0]), (GRIDS[1], INPUTS[1]), (GRIDS[1], INPUTS[2]), (GRIDS[0], INPUTS[3]), (GRIDS[1], INPUTS[4]),
+    (GRIDS[2], INPUTS[0]), (GRIDS[2], INPUTS[3]), (GRIDS[2], INPUTS[4]),
+]  # fmt: skip
+
+
+class Together(nn.Module):
+    """Layers beside one another, in one graph: to export one takes a second, and to export eight little more."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        return tuple(layer(x) for layer in self.layers)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    ("grid", "inputs"),
-    [(GRIDS[0], INPUTS[0]), (GRIDS[1], INPUTS[1]), (GRIDS[1], INPUTS[2]), (GRIDS[0], INPUTS[3]), (GRIDS[1], INPUTS[4]),
-     (GRIDS[2], INPUTS[0]), (GRIDS[2], INPUTS[3]), (GRIDS[2], INPUTS[4])],
-)  # fmt: skip
-def test_onnx_gives_the_same(tmp_path, grid, inputs):
-    (method, group_size), (activations, activation_bits) = grid, inputs
+def test_onnx_gives_the_same(tmp_path):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    layer = make(4, method, activations, group_size, activation_bits=activation_bits).eval()
-    rows, path = torch.export.Dim("rows", min=1, max=512), str(tmp_path / "layer.onnx")
+    layers = [
+        make(4, method, activations, group_size, activation_bits=activation_bits).eval()
+        for (method, group_size), (activations, activation_bits) in ONNX
+    ]
+    rows, path = torch.export.Dim("rows", min=1, max=512), str(tmp_path / "layers.onnx")
     torch.onnx.export(
-        layer, (tokens(6, IN),), path, input_names=["x"], dynamic_shapes={"input": {0: rows}}, verbose=False
+        Together(layers), (tokens(6, IN),), path, input_names=["x"], dynamic_shapes={"x": {0: rows}}, verbose=False
     )
     operators = [node.op_type for node in onnx.load(path).graph.node]
-    assert operators.count("MatMulInteger") == (activations is not None and group_size is None)
+    integer = [layer.config.activations is not None and layer.config.group_size is None for layer in layers]
+    assert operators.count("MatMulInteger") == sum(integer) == 4
     session = onnxruntime.InferenceSession(path)
     for rows in (6, 1, 17):
         x = tokens(rows, IN, seed=rows)
-        (y,) = session.run(None, {"x": x.numpy()})
-        assert is_close(torch.from_numpy(y), layer, x, more=(IN + 1) * EPS if group_size else 0)  # a float product
+        for layer, y in zip(layers, session.run(None, {"x": x.numpy()}), strict=True):
+            more = (IN + 1) * EPS if layer.config.group_size else 0  # a float product
+            assert is_close(torch.from_numpy(y), layer, x, more=more)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from beside import Beside, new_folder
 
 from fairseq.modules.quantization.packed.kernels import native
 
@@ -31,32 +32,45 @@ def checksums_of(library, folder):
     return sums, levels.split()[1:]
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    return checksums_of(native.library()._name, tmp_path_factory.mktemp("installed"))
+@Beside
+def installed():
+    library, path = native.library()._name, new_folder("installed")
+    return lambda: checksums_of(library, path)
 
 
-def test_every_level_gives_the_bits_of_the_portable_one(installed):
-    sums, levels = installed
+@installed
+def test_every_level_gives_the_bits_of_the_portable_one():
+    sums, levels = installed.result()
     assert tuple(levels) == native.levels()
     assert len(sums) == len({line.split()[0] for line in sums}) > 20
 
 
-def test_a_compiler_without_openmp_and_instruction_sets_gives_the_same_bits(tmp_path, installed):
-    """As Apple's, which refuses -fopenmp: the library is built all the same, and runs on one thread."""
-    pytest.importorskip("setuptools")
-    compiler = tmp_path / "c++"
+@Beside
+def built_without():
+    """The library, from a compiler that refuses OpenMP and instruction sets: what that said, and the checksums."""
+    path = new_folder("without_openmp")
+    compiler = path / "c++"
     compiler.write_text(
         f'#!/bin/sh\ncase " $* " in *" -fopenmp "*|*" -m"*) echo refused >&2; exit 1;; esac\nexec {COMPILER} "$@" -O1\n'
     )
     compiler.chmod(compiler.stat().st_mode | stat.S_IEXEC)
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "objects"]
-    built = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"CC": str(compiler), "CXX": str(compiler)}, capture_output=True, text=True
-    )
-    assert built.returncode == 0, built.stderr
-    (library,) = tmp_path.glob("fairseq/**/_native*")
-    assert "no OpenMP" in built.stdout + built.stderr
-    sums, levels = checksums_of(library, tmp_path)
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", path, "--build-temp", path / "objects"]
+    environment = os.environ | {"CC": str(compiler), "CXX": str(compiler)}
+
+    def build():
+        built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert built.returncode == 0, built.stderr
+        (library,) = path.glob("fairseq/**/_native*")
+        return built.stdout + built.stderr, *checksums_of(library, path)
+
+    return build
+
+
+@built_without
+def test_a_compiler_without_openmp_and_instruction_sets_gives_the_same_bits():
+    """As Apple's, which refuses -fopenmp: the library is built all the same, and runs on one thread."""
+    pytest.importorskip("setuptools")
+    said, sums, levels = built_without.result()
+    assert "no OpenMP" in said
     assert levels == ["amx_emulated", "portable"]
-    assert sums == installed[0]
+    assert sums == installed.result()[0]

@@ -3,13 +3,13 @@
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from beside import Beside, python
 from hypothesis import given, settings
 from packed_layers import make, tokens
 
@@ -181,12 +181,16 @@ def digest():
     return found.hexdigest()
 
 
+@Beside
+def without_vectors():
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    return lambda: python("-c", CHILD, __file__, *filter(None, sys.path), env=environment, check=True)
+
+
+@without_vectors
 def test_every_processor_gives_the_same_bits():
     """PyTorch's own operations without vectors, against those that this processor chooses."""
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
-    command = [sys.executable, "-c", CHILD, __file__, *filter(None, sys.path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["DEFAULT", digest()]
+    assert without_vectors.result().stdout.split() == ["DEFAULT", digest()]
 
 
 @pytest.mark.usefixtures("clean_compiler")

@@ -5,7 +5,6 @@ import itertools
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
+from beside import Beside, python
 from bounds import agrees, eps, is_within
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -96,10 +96,7 @@ def test_a_level_that_does_not_run_here_is_refused(monkeypatch):
     assert native.level_number() == LEVELS[-1]
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="AMX under Linux alone")
-def test_without_permission_for_tiles_the_next_level_runs():
-    """The system call by which a process asks for them is refused, as some containers and sandboxes do."""
-    code = """
+REFUSED = """
 import ctypes, struct, torch
 from fairseq.modules.quantization.packed.kernels import native
 load, equal, leave = 0x20, 0x15, 0x06  # instructions of a filter: a word of the call, a comparison, a verdict
@@ -115,7 +112,14 @@ assert libc.prctl(seccomp, by_filter, filter, 0, 0) == 0, ctypes.get_errno()
 assert libc.syscall(arch_prctl, request, 18) == -1
 print(*native.levels())
 """
-    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+refused = Beside(lambda: lambda: python("-W", "error", "-c", REFUSED))
+
+
+@refused
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="AMX under Linux alone")
+def test_without_permission_for_tiles_the_next_level_runs():
+    """The system call by which a process asks for them is refused, as some containers and sandboxes do."""
+    result = refused.result()
     assert result.stdout.split() == [name for name in native.levels() if name != "amx"], result.stderr
 
 
@@ -613,9 +617,7 @@ def test_threads_that_call_at_once():
     assert not wrong
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-def test_a_forked_process_runs_on_one_thread_and_does_not_hang():
-    code = """
+FORKED = """
 import os, sys, torch
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
 torch.set_num_threads(2)
@@ -628,7 +630,14 @@ with torch.inference_mode():
         os._exit(0 if torch.equal(layer(x), expected) else 1)
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+forked = Beside(lambda: lambda: python("-c", FORKED))
+
+
+@forked
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_process_runs_on_one_thread_and_does_not_hang():
+    done = forked.result()
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_second_pool_of_threads():
