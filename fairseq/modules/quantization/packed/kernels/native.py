@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fairseq.modules.quantization.context import plain_context
+from fairseq.modules.quantization.packed.kernels import memory
 from fairseq.modules.quantization.packed.kernels.structures import (
     ACTIVATIONS,
     BLOCK_NORMS,
@@ -396,7 +397,7 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, calls: Sequence[Call], level:
         call.exact = exact
     # In inference mode, too, tensors that know whether they were written to.
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
-        outputs = [torch.empty(x.shape, dtype=torch.float32, device="cpu") for _ in blocks]
+        outputs = [memory.empty(x.shape) for _ in blocks]
     if x.numel():
         count = len(blocks)
         _raise(
@@ -456,7 +457,7 @@ def run_patches(pixels: Tensor, panels: Tensor, bias: Tensor | None, weight_shap
     images, _, height, width = pixels.shape
     if height < patch_height or width < patch_width:
         raise ValueError(f"pictures of {height} x {width} have no patch of {patch_height} x {patch_width}")
-    y = pixels.new_empty(images, height // patch_height, width // patch_width, out)
+    y = memory.empty((images, height // patch_height, width // patch_width, out))
     if y.numel():
         patches = Patches(
             panels.data_ptr(), _pointer(bias), channels, height, width, patch_height, patch_width, out

@@ -1,0 +1,59 @@
+"""Memory of results, taken again once nobody holds it: new pages of the system cost more than what fills them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGE = 2**18
+"""Bytes from which on memory is kept; the allocator of C takes such blocks from the system, and gives them back."""
+KEPT = 2**26
+"""Bytes that are kept for results to come, at most."""
+
+_free: list[mmap.mmap] = []
+
+
+def empty(shape: Sequence[int]) -> Tensor:
+    """A float32 tensor on the CPU, its numbers anything: ``torch.empty`` in memory that is there already, if any is."""
+    count = torch.Size(shape).numel()
+    if 4 * count < LARGE or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
+    region = _take(4 * count)
+    held = _bytes(len(region)).from_buffer(region)
+    weakref.finalize(held, _give_back, region).atexit = False  # when the storage of the tensor is freed
+    return torch.frombuffer(held, dtype=torch.float32, count=count).view(*shape)
+
+
+def _take(size: int) -> mmap.mmap:
+    """A free region of that size, or larger by half at most, or a new one."""
+    for index in range(len(_free) - 1, -1, -1):  # the last one freed is the likeliest to be in a cache
+        try:
+            region = _free.pop(index)
+        except IndexError:  # another thread was here
+            continue
+        if size <= len(region) <= size + size // 2:
+            return region
+        _free.insert(index, region)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _give_back(region: mmap.mmap) -> None:
+    _free.append(region)
+    while sum(map(len, list(_free))) > KEPT:
+        try:
+            _free.pop(0)  # the one that was not taken for the longest time
+        except IndexError:
+            return
+
+
+@functools.lru_cache(64)
+def _bytes(size: int) -> Any:
+    """A type for so many bytes whose instances can be referred to weakly."""
+    return type("Bytes", (ctypes.c_char * size,), {})
