@@ -12,7 +12,7 @@ from fairseq.quantization.engine.fuse import fuse
 from fairseq.quantization.engine.fused_block import FusedBlock
 
 pytestmark = pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
-HALF = 2.0**-9
+HALF = 2.0**-8
 """Relative error of a number rounded to bfloat16, at most."""
 
 

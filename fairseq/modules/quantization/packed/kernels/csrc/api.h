@@ -85,9 +85,8 @@ static inline int64_t panel_count(const Linear& linear) { return divide_up(linea
 static inline int64_t row_bytes(const Linear& linear, int64_t group) {  // of its rounded input
   return round_up(linear.in * (linear.halves ? 2 : 1), group);
 }
-static inline int64_t panel_bytes(const Linear& linear) {
-  return steps_of(linear.in) * 4 * PANEL / (linear.narrow ? 2 : 1);
-}
+static inline int64_t step_bytes(const Linear& linear) { return 4 * PANEL / (linear.narrow ? 2 : 1); }
+static inline int64_t panel_bytes(const Linear& linear) { return steps_of(linear.in) * step_bytes(linear); }
 
 // Rows that are multiplied together, counted from the first of a chunk.
 struct Tile {
