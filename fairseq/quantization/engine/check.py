@@ -157,9 +157,9 @@ def _in_dtype(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 def _rounding_noise(layer: PackedLinear, x: Tensor) -> float:
     """By how much, in relation to its size, an input differs from itself rounded with other rounding errors.
 
-    Two errors are independent. Of integers each is uniform within a step, of variance step^2 / 12; a step is the largest
-    magnitude of a token over 127. Where activations are not rounded, the native kernels round them to bfloat16: the
-    error is what it is of these numbers.
+    Two errors are independent. Of integers each is uniform within a step, of variance step^2 / 12; a step is the
+    largest magnitude of a token over 127. Weight-only layers round to bfloat16 in native blocks: the error is that of
+    these numbers.
     """
     x = x.double().flatten(0, -2)
     if layer.config.activations is None:

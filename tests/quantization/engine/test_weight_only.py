@@ -1,5 +1,7 @@
 """Fused blocks of weight-only layers, which round their input to bfloat16 where others round it to integers."""
 
+from fnmatch import fnmatchcase
+
 import pytest
 import torch
 from bounds import rms
@@ -64,7 +66,8 @@ def by_hand(block, x):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"bits": 8}, {"bits": 8, "method": "channel"}, {"bits": 5}, {"bits": 4, "method": "channel"}, {"bits": 2}],
+    "settings",
+    [{"bits": 8}, {"bits": 8, "method": "channel"}, {"bits": 5}, {"bits": 4, "method": "channel"}, {"bits": 2}],
     ids=str,
 )  # fmt: skip
 def test_a_block_is_its_parts(tiny_vit, settings, calls):
@@ -175,6 +178,4 @@ def test_the_comparison_allows_for_bfloat16_alone(tiny_vit, monkeypatch):
 
 
 def _matches(model, glob):
-    from fnmatch import fnmatchcase
-
     return any(fnmatchcase(name, glob) for name, _ in model.named_modules())

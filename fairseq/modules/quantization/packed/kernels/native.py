@@ -144,12 +144,11 @@ class Prepared:
             output's codes, or None below 5 bits; scale, float32 (1,) or (out_features,); zero_point, uint8, the shape
             of ``scale``; bias, (out_features,); factor, (in_features,); and of a static range input_scale (1,),
             input_zero_point (1,) and correction, (out_features,). The last five may be None.
-        sizes: in_features, out_features, bits, and whether the input is rounded to bfloat16 instead of to integers; three
-            of them are of integers.
+        sizes: in_features, out_features, bits, and 1 if the input is rounded to bfloat16, 0 or nothing if to integers.
 
     Raises:
-        ValueError: another dtype, shape, device or stride; the message names the tensor. Or an input that is rounded to
-            bfloat16 has a static range.
+        ValueError: another dtype, shape, device or stride, the message names the tensor; or a static range for an input
+            that is rounded to bfloat16.
     """
 
     def __init__(self, parts: Parts, sizes: Sequence[int]):
@@ -243,8 +242,8 @@ def make_block(
         head_scale: in the place of ``scaling``, float32 (heads,), or None.
 
     Raises:
-        ValueError: sizes that do not fit together; the message gives them. Or layers that read one tensor, of which some
-            round it to integers and others to bfloat16.
+        ValueError: sizes that do not fit together, the message gives them; or layers that read one tensor, of which
+            some round it to integers and others to bfloat16.
     """
     linears = {name: layer.linear for name, layer in layers.items()}
     three = "key" in linears

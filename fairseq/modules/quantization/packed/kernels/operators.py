@@ -17,7 +17,10 @@ PARTS = 9  # tensors of a layer
 
 @torch.library.custom_op("fairseq::native_linear", mutates_args=())
 def native_linear(x: Tensor, parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
-    """float32 (rows, in) -> (rows, out); ``parts`` and ``sizes`` as for :class:`native.Prepared`, which takes older ones."""
+    """float32 (rows, in) -> (rows, out); ``parts`` and ``sizes`` as for :class:`native.Prepared`.
+
+    Graphs that were saved before there were weight-only layers have three sizes.
+    """
     layer = native.Prepared(tuple(parts), sizes)
     return native.run_linear(layer.linear, x, native.level_number())
 

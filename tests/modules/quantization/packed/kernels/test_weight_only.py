@@ -1,4 +1,4 @@
-"""Weight-only layers on the native kernels: codes less their zeros times numbers rounded to bfloat16, at every level."""
+"""Weight-only layers on the native kernels: integers less their zeros times numbers rounded to bfloat16."""
 
 import itertools
 
@@ -176,7 +176,12 @@ def packed(inputs=75, outputs=21, **settings):
     return PackedLinear.from_float(torch.nn.Linear(inputs, outputs), LinearConfig(activations=None, **settings), "fc")
 
 
-CONFIGS = [{}, {"bits": 4, "method": "channel"}, {"bits": 4, "weight_storage": "unpacked"}, {"bits": 2, "symmetric": True}]
+CONFIGS = [
+    {},
+    {"bits": 4, "method": "channel"},
+    {"bits": 4, "weight_storage": "unpacked"},
+    {"bits": 2, "symmetric": True},
+]
 
 
 @pytest.mark.parametrize("settings", CONFIGS, ids=str)
