@@ -82,7 +82,7 @@ class ViTQuantizer:
     How activations are rounded:
         activations: "dynamic" rounds each token by its own scale, for integer products; "static" rounds all tokens
             with one calibrated scale (layers that cannot bear it stay dynamic, and the report says so); None leaves
-            them, and dequantizes the weight to multiply.
+            them, and multiplies by the weight in float; the native kernels round them to bfloat16.
         activation_bits: width of rounded activations, 2 to 8.
 
     How it runs:

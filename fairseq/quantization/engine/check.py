@@ -106,7 +106,7 @@ def _compared(layers: nn.Module, plan: FusedPlan) -> Finding:
     roundings: list[float] = []
     hooks = [
         cast(PackedLinear, layers.get_submodule(path)).register_forward_pre_hook(
-            lambda layer, args: roundings.append(_rounding_noise(args[0]))
+            lambda layer, args: roundings.append(_rounding_noise(layer, args[0]))
         )
         for path in plan.layers
     ]
@@ -154,12 +154,16 @@ def _in_dtype(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {name: cast_to(value) for name, value in given.items()}
 
 
-def _rounding_noise(x: Tensor) -> float:
-    """By how much, in relation to its size, an input differs from itself rounded to 8 bits with other rounding errors.
+def _rounding_noise(layer: PackedLinear, x: Tensor) -> float:
+    """By how much, in relation to its size, an input differs from itself rounded with other rounding errors.
 
-    Each is uniform within a step, of variance step^2 / 12, and two of them are independent; a step is the largest
-    magnitude of a token over 127.
+    Two errors are independent. Of integers each is uniform within a step, of variance step^2 / 12; a step is the
+    largest magnitude of a token over 127. Weight-only layers round to bfloat16 in native blocks: the error is that of
+    these numbers.
     """
     x = x.double().flatten(0, -2)
-    step = x.abs().amax(-1) / 127
-    return float((step.square().mean() / 6).sqrt() / x.square().mean().sqrt().clamp(min=1e-30))
+    if layer.config.activations is None:
+        variance = (x.bfloat16() - x).square().mean()
+    else:
+        variance = (x.abs().amax(-1) / 127).square().mean() / 12
+    return float((2 * variance).sqrt() / x.square().mean().sqrt().clamp(min=1e-30))

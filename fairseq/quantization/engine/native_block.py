@@ -48,6 +48,7 @@ class NativeBlock:
         self.parameters = list(block.parameters())
         prepared = {role: cast(PackedLinear, layer).prepared() for role, layer in spec.layers.items()}
         self.block = _translated(spec, prepared)
+        self.halves = any(layer.linear.halves for layer in prepared.values())
         self.inner = [module for module in block.modules() if module is not block]
         self.classes = [(module, type(module)) for module in block.modules()]
         kinds = {*(each for _, each in self.classes), kind}
@@ -64,6 +65,8 @@ class NativeBlock:
 
     def call(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """What a call of the block gives besides hidden states; None if only the layers can run it."""
+        if self.halves and native.attention_is_exact():
+            return None
         return self.calls.call(x, args, kwargs)
 
     def run(self, x: Tensor, call: Call) -> Tensor:

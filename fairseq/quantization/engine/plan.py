@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.packed.kernels import native
 from fairseq.quantization.architectures.blocks import BLOCK_CLASSES, class_of, layer_paths
 from fairseq.quantization.engine.reading import attention_of, read
 from fairseq.quantization.engine.spec import BlockSpec, reason_not_plain
@@ -21,8 +22,6 @@ KNOWN_PARTS = (
     PackedLinear,
 )  # fmt: skip
 """Classes that a block may hold beside those of its own file, of transformers' activations and of timm's layers."""
-TOGETHER = (("query", "key", "value"), ("gate", "fc1"))
-"""Layers whose input is rounded once for all of them."""
 OWN = ("training", "plan", "forward")
 """What modules hold, but are not set to; a forward of their own is looked for in each call."""
 EACH_CALL = ("window_size", "shift_size")
@@ -137,11 +136,12 @@ def _not_packed(layers: dict[str, nn.Module]) -> str | None:
 
 def _rounded_apart(spec: BlockSpec) -> str | None:
     """Why the input of layers that read one tensor is not rounded once, or None."""
-    for roles in TOGETHER:
+    for roles in native.TOGETHER:
         layers: list[Any] = [spec.layers[role] for role in roles if role in spec.layers]
         if len(layers) < 2:
             continue
-        if len({layer.input_grid.key() for layer in layers}) > 1 or any(x.input_factor is not None for x in layers):
+        grids = {(layer.config.activations is None, layer.input_grid.key()) for layer in layers}
+        if len(grids) > 1 or any(layer.input_factor is not None for layer in layers):
             return f"its {', '.join(roles[:-1])} and {roles[-1]} layers round their input differently"
     return None
 

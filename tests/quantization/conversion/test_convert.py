@@ -501,7 +501,7 @@ def test_bias_correction_knows_the_drift(tiny_vit, images, monkeypatch):
     )
     means = []
     for changed in (config, replace(config, overrides={"*classifier": {"bits": 4}})):
-        result, _ = convert(tiny_vit, changed, images)
+        result, _ = convert(tiny_vit, changed, images, engine="layers")  # a native block rounds to bfloat16
         with torch.no_grad():
             difference = result(pixel_values=images).logits - tiny_vit(pixel_values=images).logits
         means.append(difference.mean(0).abs().max().item())

@@ -464,7 +464,6 @@ def test_shared_weights_stay_shared(tiny_vit):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"activations": None}, "its query layer: activations=None"),
         ({"activation_bits": 4}, "its query layer: activation_bits=4"),
         ({"quantize_mlp": False}, "its fc1 layer is not packed"),
         ({"overrides": {"*attention.q*": {"skip": True}}}, "its query layer is not packed"),

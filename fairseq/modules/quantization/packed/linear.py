@@ -23,8 +23,9 @@ class PackedLinear(PackedState):
 
     With ``activations="dynamic"`` each token of x is rounded by its own scale and multiplied in integers; with "static"
     by one fixed scale and zero point, and what is outside of their range saturates; with None the weight is dequantized
-    and multiplied in the dtype of x. The output has the dtype of x. A NaN makes the outputs of its token NaN, and an
-    Inf makes them NaN or Inf unless it saturates.
+    and multiplied in the dtype of x; or, on the native kernels, x is rounded to bfloat16 and its products with
+    q - zero_point are added up in float32. The output has the dtype of x. A NaN makes the outputs of its token NaN, and
+    an Inf makes them NaN or Inf unless it saturates.
 
     Buffers, in the state dict:
         weight_codes: the packed integers, uint8 (out_features, bytes per row).
@@ -184,7 +185,10 @@ class PackedLinear(PackedState):
         return self._run(input)
 
     def _kernels(self) -> kernels.Kernels:
-        return kernels.choose(self.scale.device, self.config.backend, self.weight_codes.ndim == 3)
+        natively = self.weight_codes.ndim == 3
+        if natively and self.config.activations is None:
+            natively = not native.attention_is_exact()
+        return kernels.choose(self.scale.device, self.config.backend, natively)
 
     def _run(self, input: Tensor) -> Tensor:
         chosen = self._kernels()

@@ -133,9 +133,9 @@ class PackedState(nn.Module):
         """The tensors that the native kernels need, see :class:`native.Prepared`."""
         return tuple(self._buffers[key] for key in self.PARTS)
 
-    def sizes(self) -> tuple[int, int, int]:
-        """in_features, out_features, bits."""
-        return self.in_features, self.out_features, self.config.bits
+    def sizes(self) -> tuple[int, int, int, int]:
+        """in_features, out_features, bits, and 1 if the native kernels round the input to bfloat16."""
+        return self.in_features, self.out_features, self.config.bits, int(self.config.activations is None)
 
     def integers(self) -> Tensor:
         """The weight's integers, uint8 of shape (out_features, in_features)."""

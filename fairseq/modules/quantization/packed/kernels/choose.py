@@ -100,8 +100,8 @@ def reason_not_native(config: LinearConfig, scale: torch.dtype) -> str | None:
         return native.NOT_BUILT
     if not runs_native(config.backend):
         return f"backend={config.backend!r}, or what {ENVIRONMENT} says"
-    if config.activations is None:
-        return "activations=None: its products are in float"
+    if config.activations is None and native.attention_is_exact():
+        return f"activations=None: its products are of bfloat16, which {native.ATTENTION}=float32 rules out"
     if config.activation_bits != 8:
         return f"activation_bits={config.activation_bits}"
     if config.group_size is not None:

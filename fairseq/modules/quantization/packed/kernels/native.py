@@ -148,18 +148,21 @@ class Prepared:
             output's codes, or None below 5 bits; scale, float32 (1,) or (out_features,); zero_point, uint8, the shape
             of ``scale``; bias, (out_features,); factor, (in_features,); and of a static range input_scale (1,),
             input_zero_point (1,) and correction, (out_features,). The last five may be None.
-        sizes: in_features, out_features, bits.
+        sizes: in_features, out_features, bits, and 1 if the input is rounded to bfloat16, 0 or nothing if to integers.
 
     Raises:
-        ValueError: another dtype, shape, device or stride; the message names the tensor.
+        ValueError: another dtype, shape, device or stride, the message names the tensor; or a static range for an input
+            that is rounded to bfloat16.
     """
 
     def __init__(self, parts: Parts, sizes: Sequence[int]):
         self.parts = parts
         panels, sums, scale, zero_point, bias, factor, input_scale, input_zero_point, correction = parts
-        inputs, outputs, bits = sizes
+        inputs, outputs, bits, halves = (*sizes, 0)[:4]
         if panels is None or scale is None or zero_point is None or (sums is None) != is_narrow(bits):
             raise ValueError("a native layer needs panels, sums above 4 bits, a scale and a zero point")
+        if halves and input_scale is not None:
+            raise ValueError("an input that is rounded to bfloat16 has no static range")
         given = (bias, factor, correction)
         bias, factor, correction = (None if t is None else t.to(torch.float32) for t in given)
         copies = [t for t in given if t is not None and (t.dtype != torch.float32 or correction is not None)]
@@ -182,7 +185,7 @@ class Prepared:
         fixed = (0.0, 0) if input_scale is None or input_zero_point is None else (input_scale, input_zero_point)
         self.linear = Linear(
             *(_pointer(tensor) for tensor in self.tensors), inputs, outputs, is_narrow(bits), code_offset(bits),
-            scales != (1,), float(fixed[0]), int(fixed[1]),
+            scales != (1,), float(fixed[0]), int(fixed[1]), halves,
         )  # fmt: skip
         self.linear.kept = self.tensors
 
@@ -213,6 +216,8 @@ class Prepared:
 
 FEWEST = 8
 """Columns of a part where one layer gives queries, keys and values: a vector of 16 lanes holds two parts at most."""
+TOGETHER = (("query", "key", "value"), ("gate", "fc1"))
+"""Layers of a block whose input is rounded once for all of them."""
 NormParts = tuple[str, Tensor | None, Tensor | None, float]
 """Kind, one of :data:`~.structures.NORMS`; weight and bias, float32 of the row's width, or None; epsilon."""
 
@@ -241,7 +246,8 @@ def make_block(
         head_scale: in the place of ``scaling``, float32 (heads,), or None.
 
     Raises:
-        ValueError: sizes that do not fit together; the message gives them.
+        ValueError: sizes that do not fit together, the message gives them; or layers that read one tensor, of which
+            some round it to integers and others to bfloat16.
     """
     linears = {name: layer.linear for name, layer in layers.items()}
     three = "key" in linears
@@ -258,6 +264,9 @@ def make_block(
         raise ValueError(f"an encoder block with {heads} heads has layers of (in, out) {expected}, got {sizes}")
     if not three and inner < FEWEST:
         raise ValueError(f"one layer for query, key and value has {FEWEST} columns of each at least, got {inner}")
+    for together in TOGETHER:
+        if len({linears[name].halves for name in together if name in linears}) > 1:
+            raise ValueError(f"the input of {', '.join(together)} is rounded once, to integers or to bfloat16")
     if not scaling > 0:
         raise ValueError(f"the scaling of attention must be positive, got {scaling}")
     size = inner // heads
@@ -360,6 +369,8 @@ ROWS_AT_ONCE, SLICE = 256, 224
 
 def attention_is_exact() -> bool:
     """Whether attention is in float32: what the environment variable ``FAIRSEQ_QUANTIZATION_ATTENTION`` says.
+
+    No product is of bfloat16 then, so that layers which round their input to it run on other kernels.
 
     Raises:
         ValueError: it is neither of :data:`PRECISIONS`.
@@ -517,7 +528,13 @@ def norm(x: Tensor, parts: NormParts, level: int) -> Tensor:
 
 
 def quantize(x: Tensor, layer: Prepared, level: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The integers that a layer makes of its input: float32 (rows, in) -> int8 (rows, in), scales and sums (rows,)."""
+    """The integers that a layer makes of its input: float32 (rows, in) -> int8 (rows, in), scales and sums (rows,).
+
+    Raises:
+        ValueError: it makes none of it.
+    """
+    if layer.linear.halves:
+        raise ValueError("a layer that rounds its input to bfloat16 makes no integers of it")
     _check("x", x, torch.float32, (len(x), layer.linear.inputs))
     q, scales, sums = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x)), x.new_empty(len(x), dtype=torch.int32)
     pointers = (tensor.data_ptr() for tensor in (q, scales, sums))
@@ -575,7 +592,7 @@ def _compare(level: int) -> str | None:
         scale = torch.rand(40, generator=random, dtype=real) + 0.1
         zero = torch.full((40,), 2 ** (bits - 1), dtype=torch.uint8)
         parts = to_panels(codes, bits), sums_of(codes, bits), scale, zero
-        layer = Prepared((*parts, None, None, None, None, None), (70, 40, bits))
+        layer = Prepared((*parts, *[None] * 5), (70, 40, bits))
         exact = q.to(torch.int64) @ codes.to(torch.int64).T
         if not torch.equal(product(q, layer, level), exact.to(torch.int32)):
             return f"their integer product at {bits} bits differs from the reference's"
@@ -585,6 +602,11 @@ def _compare(level: int) -> str | None:
         expected = (rounded * token_scale).double() @ (centred * scale[:, None]).T
         if not torch.allclose(run_linear(layer.linear, x, level).double(), expected, rtol=1e-4, atol=1e-3):
             return f"their layer at {bits} bits differs from the reference"
+        layer, weight = Prepared((*parts, *[None] * 5), (70, 40, bits, 1)), centred * scale[:, None]
+        halves = x.bfloat16().double()  # K products and their sums round, and the product with the scale
+        error = (run_linear(layer.linear, x, level) - halves @ weight.T).abs()
+        if not bool((error <= 71 * torch.finfo(real).eps * (halves.abs() @ weight.T.abs())).all()):
+            return f"their weight-only layer at {bits} bits differs from the reference"
     query, key, value = torch.randn(3, 2, 35, 40, generator=random, dtype=real)
     by_head = [t.view(2, 35, 2, 20).transpose(1, 2) for t in (query, key, value)]
     expected = F.scaled_dot_product_attention(*by_head).transpose(1, 2).reshape(2, 35, 40)

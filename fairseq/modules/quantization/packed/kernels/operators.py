@@ -17,7 +17,10 @@ PARTS = 9  # tensors of a layer
 
 @torch.library.custom_op("fairseq::native_linear", mutates_args=())
 def native_linear(x: Tensor, parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
-    """float32 (rows, in) -> (rows, out); ``parts`` and ``sizes`` as for :class:`native.Prepared`."""
+    """float32 (rows, in) -> (rows, out); ``parts`` and ``sizes`` as for :class:`native.Prepared`.
+
+    Graphs that were saved before there were weight-only layers have three sizes.
+    """
     layer = native.Prepared(tuple(parts), sizes)
     return native.run_linear(layer.linear, x, native.level_number())
 
@@ -43,8 +46,9 @@ def native_block(
     ``norms`` weight and bias of the two LayerNorms; the rest as for :func:`native.make_block`.
     """
     names = [name for name in structures.LAYERS if name != "gate"]
+    count = len(sizes) // len(names)
     layers = {
-        name: native.Prepared(tuple(parts[i * PARTS :][:PARTS]), sizes[3 * i : 3 * i + 3])
+        name: native.Prepared(tuple(parts[i * PARTS :][:PARTS]), sizes[count * i :][:count])
         for i, name in enumerate(names)
     }
     pairs = {f"norm{i + 1}": ("layer", norms[2 * i], norms[2 * i + 1], epsilons[i]) for i in range(2)}

@@ -186,6 +186,24 @@ void layers(int level, Outcome& outcome) {
   }
 }
 
+// Layers that round their input to bfloat16.
+void weight_only(int level, Outcome& outcome) {
+  Random random = {5};
+  for (const auto& [rows, in, out] : SHAPES) {
+    for (int variant = 0; variant < 4; variant++) {
+      Layer layer(random, in, out, variant & 1, variant & 2, variant == 3);
+      layer.linear.halves = 1;
+      Reals x = random.reals(rows * in), y(rows * out);
+      const Reals residual = random.reals(rows * out);
+      outcome.failures += fairseq_linear(level, &layer.linear, x.data(), rows, -1, nullptr, y.data(), 1, nullptr);
+      outcome.add(variant & 1 ? "weight-only 4-bit" : "weight-only 8-bit", y);
+      x[0] = __builtin_nanf("");
+      outcome.failures += fairseq_linear(level, &layer.linear, x.data(), rows, GELU, residual.data(), y.data(), 2, nullptr);
+      outcome.add("weight-only residual", y);
+    }
+  }
+}
+
 void attentions(int level, Outcome& outcome) {
   Random random = {3};
   const int64_t sizes[][4] = {{1, 1, 1, 1}, {3, 35, 2, 20}, {2, 50, 3, 64}, {1, 197, 2, 33}};
@@ -289,6 +307,7 @@ Outcome outcome_of(int level) {
   layers(level, outcome);
   const std::string name = fairseq_level_name(level);
   if (name == "avx512bf16" || name == "amx") return outcome;  // their products of bfloat16 are summed in an order of their own
+  weight_only(level, outcome);
   attentions(level, outcome);
   blocks(level, outcome);
   return outcome;

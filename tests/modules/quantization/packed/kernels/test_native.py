@@ -783,7 +783,6 @@ def test_the_operator_and_a_compiled_layer_give_the_same(settings, dtype):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"activations": None}, "cannot run fc: activations=None"),
         ({"activation_bits": 4}, "cannot run fc: activation_bits=4"),
         ({"method": "channel", "group_size": 32}, "cannot run fc: group_size=32"),
         ({"backend": "reference"}, "cannot run fc: backend='reference'"),

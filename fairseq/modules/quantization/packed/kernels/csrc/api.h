@@ -20,6 +20,7 @@ struct Linear {
   int32_t zero_offset, scale_step;
   float input_scale;         // of a static range; 0 for a scale per row
   int32_t input_zero;
+  int32_t halves;            // whether x is rounded to bfloat16, not to integers
 };
 
 enum NormKind { NORM_NONE, NORM_LAYER, NORM_RMS, NORM_L2 };
@@ -89,9 +90,11 @@ static inline Type* least(Type* a, Type* b) {
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t steps_of(int64_t in) { return round_up(in, PANEL_STEP) / 4; }  // of 4 inputs, of a panel
 static inline int64_t panel_count(const Linear& linear) { return divide_up(linear.out, PANEL); }
-static inline int64_t panel_bytes(const Linear& linear) {
-  return steps_of(linear.in) * 4 * PANEL / (linear.narrow ? 2 : 1);
+static inline int64_t row_bytes(const Linear& linear, int64_t group) {  // of its rounded input
+  return round_up(linear.in * (linear.halves ? 2 : 1), group);
 }
+static inline int64_t step_bytes(const Linear& linear) { return 4 * PANEL / (linear.narrow ? 2 : 1); }
+static inline int64_t panel_bytes(const Linear& linear) { return steps_of(linear.in) * step_bytes(linear); }
 
 // Rows that are multiplied together, counted from the first of a chunk.
 struct Tile {
@@ -115,7 +118,7 @@ struct SharedWorkspace {
   Tile* tiles;
   Place* places;                // (rows,)
   int64_t tile_count, rows, images, tokens;
-  uint8_t* integers;            // of all rows, in tiles: a group of columns of each row, then the next group
+  uint8_t* integers;            // of all rows, in tiles: a group of columns of each row, then the next group; or bfloat16
   float* scales;                // (rows,): of the integers
   int32_t* sums;                // (rows,): of the integers
   void *queries, *keys, *values;  // see attention.h
@@ -130,7 +133,7 @@ struct ThreadWorkspace {
   float* row;                   // one row of any layer
   float* values;                // rows of a tile x PANEL
   int32_t* accumulators;        // TILES_AT_ONCE buffers of the rows of a tile x PANEL
-  uint8_t* panel[2];            // the codes of a panel, a byte each
+  uint8_t* panel[2];            // a panel or a piece of one, a byte or a bfloat16 for each code
   float* scores;                // rows of a tile x tokens, filled up to panels
   void* weights;                // rows of a tile x tokens, filled up to groups
   double* stages;               // STAGES seconds, or null
@@ -147,7 +150,7 @@ struct Kernels {
   void (*leave)();
   void (*norm)(const Norm& norm, const float* x, int64_t width, float* y);
   void (*activate)(int32_t activation, const float* x, int64_t count, float* y);
-  // Rounds one row into row `row` of a tile of `rows` rows; scale and sum are of the integers.
+  // Rounds one row into row `row` of a tile of `rows` rows; scale and sum are of the integers, 1 and 0 of bfloat16.
   void (*quantize)(const float* x, const Linear& grid, float* scratch, uint8_t* tile, int64_t row, int64_t rows,
                    float* scale, int32_t* sum);
   // Integer sums of a tile, (rows, PANEL).

@@ -18,19 +18,6 @@
 
 namespace {  // each instruction set has its own
 
-const int64_t HALVES = Isa::GROUP / 2;  // numbers of bfloat16 in a group
-
-// Rounds half to even to bfloat16; NaN stays NaN.
-static inline Halves bfloat16(Floats x) {
-#if defined(__AVX512BF16__)
-  return (Halves)_mm512_cvtneps_pbh((__m512)x);
-#else
-  const Words bits = (Words)x;
-  const Words up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return __builtin_convertvector(x != x ? (bits >> 16) | 0x40 : up, Halves);
-#endif
-}
-
 struct Heads {
   bool exact;
   int64_t heads, size, images, tokens;
@@ -58,20 +45,6 @@ struct Heads {
   float* exact_value(int64_t image, int64_t head) const { return exact_values + (image * heads + head) * panels * tokens * PANEL; }
   int64_t tile_rows(int64_t first) const { return least(Isa::ROWS, tokens - first); }
 };
-
-// Consecutive numbers of a row to a tile of `rows` rows, from `to` on.
-static inline void store_groups(Halves halves, uint16_t* to, int64_t rows) {
-#if LANES == 16
-  if constexpr (LANES > HALVES) {
-    typedef uint16_t Group __attribute__((vector_size(16)));
-    store(to, __builtin_shufflevector(halves, halves, 0, 1, 2, 3, 4, 5, 6, 7), All());
-    store(to + HALVES * rows, (Group)__builtin_shufflevector(halves, halves, 8, 9, 10, 11, 12, 13, 14, 15), All());
-    return;
-  }
-#endif
-  (void)rows;
-  store(to, halves);
-}
 
 enum Part { QUERY, KEY, VALUE };
 

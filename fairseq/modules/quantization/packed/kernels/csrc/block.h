@@ -9,8 +9,8 @@
 
 namespace {  // each instruction set has its own
 
-static inline Integers integers_of(const SharedWorkspace& shared, const Linear& layer) {
-  return {shared.integers, row_bytes(layer), shared.scales, shared.sums};
+static inline Rounded rounded_of(const SharedWorkspace& shared, const Linear& layer) {
+  return {shared.integers, row_bytes(layer, Isa::GROUP), shared.scales, shared.sums};
 }
 
 // Rounds the member's rows of the tiles [from, to): give(row, own.row) says which numbers, and may put them there.
@@ -18,12 +18,13 @@ template <typename Give>
 static inline void quantize_rows(const Linear& linear, const SharedWorkspace& shared, ThreadWorkspace& own,
                                  const Crew& crew, int64_t from, int64_t to, Give give) {
   const Share tiles(to - from, crew);
+  const int64_t stride = row_bytes(linear, Isa::GROUP);
   for (int64_t t = from + tiles.first; t < from + tiles.last; t++) {
     const Tile& tile = shared.tiles[t];
     for (int64_t i = 0; i < tile.rows; i++) {
       const int64_t row = tile.row + i;
-      quantize(give(row, own.row), linear, own.row, shared.integers + tile.row * row_bytes(linear), i, tile.rows,
-               shared.scales + row, shared.sums + row);
+      quantize(give(row, own.row), linear, own.row, shared.integers + tile.row * stride, i, tile.rows, shared.scales + row,
+               shared.sums + row);
     }
   }
 }
@@ -34,7 +35,7 @@ static inline void run(const Linear& layer, const SharedWorkspace& shared, Threa
                        int64_t from, int64_t to, const Linear* coming, const Epilogue& epilogue) {
   const Share panels(panel_count(layer), crew);
   const int64_t first = coming ? Share(panel_count(*coming), crew).first : 0;
-  multiply(layer, integers_of(shared, layer), {shared.tiles, from, to, panels.first, panels.last}, coming, first, own, epilogue);
+  multiply(layer, rounded_of(shared, layer), {shared.tiles, from, to, panels.first, panels.last}, coming, first, own, epilogue);
 }
 
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "api.h"
+#include "panels.h"
 #include "rows.h"
 #include "vector.h"
 
@@ -22,82 +23,11 @@ static inline void wait(const Crew& crew, ThreadWorkspace& own) {
   lap(own, STAGE_WAIT);
 }
 
-static inline int64_t row_bytes(const Linear& linear) { return round_up(linear.in, Isa::GROUP); }
-
 // The part of `count` things that is a member's: [first, last).
 struct Share {
   int64_t first, last;
   Share(int64_t count, const Crew& crew)
       : first(count * crew.member / crew.members), last(count * (crew.member + 1) / crew.members) {}
-};
-
-// Two codes a byte to one, and the sum of each output's codes, as it passes by.
-static void unpack(const uint8_t* narrow, int64_t steps, uint8_t* panel, int32_t* sums) {
-#if defined(__AVX512VNNI__)
-  const __m512i ones = _mm512_set1_epi8(1), mask = _mm512_set1_epi8(15);
-  __m512i left = _mm512_setzero_si512(), right = left;
-  for (int64_t step = 0; step < steps; step++, narrow += 64, panel += 4 * PANEL) {
-    const __m512i both = _mm512_loadu_si512(narrow);
-    const __m512i low = _mm512_and_si512(both, mask), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-    _mm512_storeu_si512(panel, low);
-    _mm512_storeu_si512(panel + 64, high);
-    left = _mm512_dpbusd_epi32(left, low, ones);
-    right = _mm512_dpbusd_epi32(right, high, ones);
-  }
-  _mm512_storeu_si512(sums, left);
-  _mm512_storeu_si512(sums + 16, right);
-#else
-  typedef uint8_t Line __attribute__((vector_size(64)));
-  typedef uint16_t Pairs __attribute__((vector_size(64)));
-  const int64_t most_steps = 1000;  // whose sums of codes up to 15, two at a time, fit 16 bits
-  Words totals[PANEL / LANES] = {};
-  for (int64_t step = 0; step < steps;) {
-    const int64_t stop = least(steps, step + most_steps);
-    Pairs partial[2] = {};
-    for (; step < stop; step++, narrow += 64, panel += 4 * PANEL) {
-      Line both;
-      memcpy(&both, narrow, 64);
-      const Line low = both & 15, high = both >> 4;
-      memcpy(panel, &low, 64);
-      memcpy(panel + 64, &high, 64);
-      partial[0] += ((Pairs)low & 0xff) + ((Pairs)low >> 8);
-      partial[1] += ((Pairs)high & 0xff) + ((Pairs)high >> 8);
-    }
-    uint32_t pairs[PANEL];
-    memcpy(pairs, partial, sizeof(pairs));
-    for (int64_t j = 0; j < PANEL / LANES; j++) {
-      const Words two = load<Words>(pairs + LANES * j);
-      totals[j] += (two & 0xffff) + (two >> 16);
-    }
-  }
-  for (int64_t j = 0; j < PANEL / LANES; j++) store(sums + LANES * j, totals[j]);
-#endif
-}
-
-// What turns the sums of a panel into outputs: y = ((sum - zero point's share) * scale) * scale of the row + bias, each
-// operation rounded once. It is the order that every kernel of this library has, in whatever language.
-struct Scaling {
-  float scale[PANEL], bias[PANEL];
-  int32_t zero[PANEL], offset[PANEL];
-
-  void of(const Linear& linear, int64_t panel, const int32_t* unpacked) {
-    const int64_t column = panel * PANEL, columns = linear.out - column;
-    for (int64_t j = 0; j < PANEL; j++) {
-      const int64_t n = column + (j < columns ? j : 0), s = n * linear.scale_step;
-      scale[j] = linear.scale[s];
-      bias[j] = linear.bias ? linear.bias[n] : 0.0f;
-      zero[j] = (int32_t)linear.zero[s] - linear.zero_offset;
-      offset[j] = Isa::OFFSET * (linear.narrow ? unpacked[j] : linear.sums[n]);
-    }
-  }
-};
-
-// The integers of rows, in tiles.
-struct Integers {
-  const uint8_t* bytes;
-  int64_t stride;
-  const float* scales;
-  const int32_t* sums;
 };
 
 // Which tiles are multiplied with which panels: [from, to) and [first, last).
@@ -110,67 +40,65 @@ struct Region {
 // returns: at(row, y) for each row; beyond the last output y is anything. `coming` is multiplied next, from panel
 // `coming_first` on, or null. What is done with one tile's sums runs in the pauses of the next tile's product, if the
 // instruction set has any: tiles multiply by themselves.
-template <typename Epilogue>
-static inline void multiply(const Linear& linear, const Integers& x, const Region& region, const Linear* coming,
-                            int64_t coming_first, ThreadWorkspace& own, const Epilogue& epilogue) {
+template <typename Arithmetic, typename Epilogue>
+static inline void multiply_in(const Linear& linear, const Rounded& x, const Region& region, const Linear* coming,
+                               int64_t coming_first, ThreadWorkspace& own, const Epilogue& epilogue) {
   typedef decltype(epilogue.at(0)) At;
+  typedef typename Arithmetic::Sum Sum;
   struct Pending {
-    Scaling scaling;
+    typename Arithmetic::Columns columns;
     At at[PANEL / LANES];
   };
-  const int64_t steps = steps_of(linear.in), bytes = panel_bytes(linear), tile_count = region.to - region.from;
+  const int64_t steps = Arithmetic::steps(linear), bytes = panel_bytes(linear), tile_count = region.to - region.from;
   if (tile_count <= 0 || region.first >= region.last) return;
   union Both {  // constructed by assignment
     Pending pending[2];
     Both() {}
     ~Both() {}
   } both;
-  int32_t code_sums[2][PANEL];
-  const auto finish = [&](const Pending& pending, const Tile& tile, const int32_t* sums, int64_t from, int64_t to) {
+  const auto finish = [&](const Pending& pending, const Tile& tile, const Sum* sums, int64_t from, int64_t to) {
 #pragma GCC unroll 2
     for (int64_t j = 0; j < PANEL / LANES; j++) {
-      const Words zeros = load<Words>(pending.scaling.zero + LANES * j), offsets = load<Words>(pending.scaling.offset + LANES * j);
-      const Floats scale = load<Floats>(pending.scaling.scale + LANES * j), bias = load<Floats>(pending.scaling.bias + LANES * j);
-      for (int64_t i = from; i < to; i++) {
-        const int64_t row = tile.row + i;
-        // As words: the sum of a row that holds NaN is garbage, and its product may overflow.
-        const Ints total = (Ints)(load<Words>(sums + PANEL * i + LANES * j) - offsets - zeros * (uint32_t)x.sums[row]);
-        pending.at[j](row, __builtin_convertvector(total, Floats) * scale * x.scales[row] + bias);
-      }
+      const auto lanes = pending.columns.lanes(LANES * j);
+      for (int64_t i = from; i < to; i++)
+        pending.at[j](tile.row + i, lanes(sums + PANEL * i + LANES * j, x, tile.row + i));
     }
   };
-  if (linear.narrow) unpack(linear.panels + region.first * bytes, steps, own.panel[0], code_sums[0]);
   // Long reductions are cut into chunks, so that a chunk of the panel stays in the first cache while tiles pass.
   const int64_t chunk = tile_count < TILES_AT_ONCE ? Isa::chunk(steps) : steps, chunks = divide_up(steps, chunk);
   const int64_t buffers = chunks > 1 ? tile_count + 1 : 2, buffer = Isa::ROWS * PANEL;
   struct {
     const Tile* tile;  // whose sums are complete, and have not become outputs; or null
-    const int32_t* sums;
+    const Sum* sums;
     int panel;
   } waiting = {};
   int64_t first_buffer = 0;
+  Arithmetic panels = {linear, own};
+  Piece& piece = panels.piece;
+  panels.begin(region.first, 0, least(chunk, steps));
   for (int64_t panel = region.first; panel < region.last; panel++) {
     const int now = panel % 2;
-    const uint8_t* codes = linear.panels + panel * bytes;
-    if (linear.narrow) {
-      const int mine = (panel - region.first) % 2;
-      codes = own.panel[mine];
-      both.pending[now].scaling.of(linear, panel, code_sums[mine]);
-      if (panel + 1 < region.last) unpack(linear.panels + (panel + 1) * bytes, steps, own.panel[1 - mine], code_sums[1 - mine]);
-      lap(own, STAGE_UNPACK);
-    } else {
-      both.pending[now].scaling.of(linear, panel, nullptr);
-    }
-    // The panel before the last one has been finished: its place is free.
-    for (int64_t j = 0; j < PANEL / LANES; j++) both.pending[now].at[j] = epilogue.at(panel * PANEL + LANES * j);
     const bool more = panel + 1 < region.last;
     const int64_t following = more ? bytes : coming ? panel_bytes(*coming) : 0;
     const uint8_t* next = more ? linear.panels + (panel + 1) * bytes : coming ? coming->panels + coming_first * panel_bytes(*coming) : nullptr;
     for (int64_t c = 0; c < chunks; c++) {
       const int64_t start = c * chunk, count = least(chunk, steps - start), pauses = Isa::pauses(count);
+      if (piece.left) {
+        panels.unpack_some(piece.left);
+        lap(own, STAGE_UNPACK);
+      }
+      const uint8_t* const codes = piece.panel;
+      if (c + 1 < chunks) {
+        panels.begin(panel, start + count, least(chunk, steps - start - count));
+      } else {  // the panel before the last one has been finished: its place is free
+        panels.finish(panel, both.pending[now].columns);
+        for (int64_t j = 0; j < PANEL / LANES; j++) both.pending[now].at[j] = epilogue.at(panel * PANEL + LANES * j);
+        if (more) panels.begin(panel + 1, 0, least(chunk, steps));
+      }
+      const int64_t unpacked = divide_up(piece.left, tile_count * pauses);  // in a pause
       for (int64_t t = 0; t < tile_count; t++) {
         const Tile& tile = region.tiles[region.from + t];
-        int32_t* const sums = own.accumulators + (first_buffer + t) % buffers * buffer;
+        Sum* const sums = (Sum*)own.accumulators + (first_buffer + t) % buffers * buffer;
         const int64_t rows = waiting.tile ? waiting.tile->rows : 0, share = divide_up(rows, pauses);
         int64_t done = 0;
         const auto some = [&](int64_t more_rows) {
@@ -184,9 +112,10 @@ static inline void multiply(const Linear& linear, const Integers& x, const Regio
         const auto pause = [&] {
           for (const uint8_t* stop = least(fetch + lines, fetched); fetch < stop; fetch += ALIGNMENT) __builtin_prefetch(fetch, 0, 2);
           if (done < rows) some(share);
+          if (piece.left) panels.unpack_some(least(unpacked, piece.left));
         };
-        const uint8_t* integers = x.bytes + tile.row * x.stride + start * 4 * tile.rows;
-        Isa::product(integers, codes + start * 4 * PANEL, tile.rows, count, sums, c > 0, pause);
+        const uint8_t* numbers = x.bytes + tile.row * x.stride + start * 4 * tile.rows;
+        Arithmetic::product(numbers, codes, tile.rows, count, sums, c > 0, pause);
         lap(own, STAGE_PRODUCT);
         if (done < rows) some(rows);
         lap(own, STAGE_EPILOGUE);
@@ -198,6 +127,13 @@ static inline void multiply(const Linear& linear, const Integers& x, const Regio
   }
   if (waiting.tile) finish(both.pending[waiting.panel], *waiting.tile, waiting.sums, 0, waiting.tile->rows);
   lap(own, STAGE_EPILOGUE);
+}
+
+template <typename Epilogue>
+static inline void multiply(const Linear& linear, const Rounded& x, const Region& region, const Linear* coming,
+                            int64_t coming_first, ThreadWorkspace& own, const Epilogue& epilogue) {
+  if (linear.halves) multiply_in<InHalves>(linear, x, region, coming, coming_first, own, epilogue);
+  else multiply_in<InIntegers>(linear, x, region, coming, coming_first, own, epilogue);
 }
 
 // Rows of floats: y, or what an activation makes of it.
@@ -279,7 +215,7 @@ struct Added {
 
 static void linear(const Linear& layer, const SharedWorkspace& shared, ThreadWorkspace& own, int64_t from, int64_t to,
                    int64_t first, int64_t last, int32_t activation, const float* residual, float* out) {
-  const Integers x = {shared.integers, row_bytes(layer), shared.scales, shared.sums};
+  const Rounded x = {shared.integers, row_bytes(layer, Isa::GROUP), shared.scales, shared.sums};
   const Region region = {shared.tiles, from, to, first, last};
   if (residual) return multiply(layer, x, region, nullptr, 0, own, Added{residual, nullptr, out, layer.out, nullptr});
   with_activation(activation, [&](auto activate) {

@@ -122,7 +122,7 @@ struct Layout {
 
 struct Sizes {
   int64_t images, tokens;              // of a chunk
-  int64_t longest;                     // row or reduction of any layer
+  int64_t longest;                     // row or reduction of any layer, in numbers or in bytes of what it is rounded to
   int64_t heads, head_size;            // 0 without attention
   int64_t projected, added;            // floats of a row, 0 where they are not kept
   int64_t slice, hidden;               // rows and floats of a row, 0 without an MLP
@@ -294,7 +294,7 @@ EXPORT int fairseq_quantize(int level, const Linear* grid, const float* x, int64
   const Kernels& kernels = kernels_of(level);
   Sizes sizes = {};
   sizes.images = sizes.tokens = sizes.threads = sizes.crews = 1;
-  sizes.longest = grid->in;
+  sizes.longest = row_bytes(*grid, kernels.group);
   const Workspaces work(kernels, sizes);
   if (!work.ready) return 1;
   uint8_t* integers = work.shared->integers;
@@ -367,12 +367,12 @@ EXPORT int fairseq_linear(int level, const Linear* linear, const float* x, int64
   sizes.images = sizes.crews = 1;
   sizes.tokens = rows;
   sizes.threads = threads;
-  sizes.longest = linear->in;
+  sizes.longest = row_bytes(*linear, kernels.group);
   const Workspaces work(kernels, sizes);
   if (!work.ready) return 1;
   SharedWorkspace& shared = work.shared[0];
   cut(shared, kernels, 1, rows);
-  const int64_t stride = round_up(linear->in, kernels.group);
+  const int64_t stride = row_bytes(*linear, kernels.group);
   int used = threads;
 #pragma omp parallel num_threads(threads)
   {
@@ -466,6 +466,9 @@ EXPORT int fairseq_blocks(int level, const Block* const* blocks, const Call* con
     sizes.heads = most(sizes.heads, block.heads);
     sizes.head_size = most(sizes.head_size, block.head_size);
     sizes.longest = most(sizes.longest, most(most(block.width, inner), most(block.mlp, block.head_size)));
+    const Linear* const linears[] = {&block.query, &block.key, &block.value, &block.output, &block.fc1, &block.gate, &block.fc2};
+    for (const Linear* linear : linears)
+      sizes.longest = most(sizes.longest, row_bytes(*linear, kernels.group));
     sizes.hidden = most(sizes.hidden, block.fc1.out);
     if (turned) sizes.projected = most(sizes.projected, 3 * inner);
     if (block.post1.kind != NORM_NONE || block.post2.kind != NORM_NONE) sizes.added = most(sizes.added, block.width);

@@ -1,4 +1,4 @@
-// What is done to one row: norms, activations, rounding to integers. The bits are the same on every processor.
+// What is done to one row: norms, activations, rounding to integers or bfloat16, with the same bits on every processor.
 #pragma once
 
 #include "api.h"
@@ -103,11 +103,45 @@ static inline Ints keep(Ints vector, int64_t count) {
   return load<Ints>(copy, count);
 }
 
+const int64_t HALVES = Isa::GROUP / 2;  // numbers of bfloat16 in a group
+
+// Consecutive numbers of a row to a tile of `rows` rows, from `to` on.
+static inline void store_groups(Halves halves, uint16_t* to, int64_t rows) {
+#if LANES == 16
+  if constexpr (LANES > HALVES) {
+    typedef uint16_t Group __attribute__((vector_size(16)));
+    store(to, __builtin_shufflevector(halves, halves, 0, 1, 2, 3, 4, 5, 6, 7), All());
+    store(to + HALVES * rows, (Group)__builtin_shufflevector(halves, halves, 8, 9, 10, 11, 12, 13, 14, 15), All());
+    return;
+  }
+#endif
+  (void)rows;
+  store(to, halves);
+}
+
+// One row, times the factor of a Linear, as bfloat16 to row `row` of a tile of `rows` rows; zeros fill its last group up.
+static void quantize_halves(const float* x, const Linear& grid, uint16_t* tile, int64_t row, int64_t rows) {
+  uint16_t* const to = tile + HALVES * row;
+  for (int64_t i = 0; i < round_up(grid.in, HALVES); i += LANES) {
+    const int64_t left = most(0, grid.in - i);
+    Floats numbers = load<Floats>(x + i, left);
+    if (grid.factor) numbers = numbers * load<Floats>(grid.factor + i, left);
+    uint16_t* const group = to + i / HALVES * HALVES * rows + i % HALVES;
+    if (left <= HALVES && HALVES < LANES) store(group, bfloat16(numbers), HALVES);  // the last one, no two
+    else store_groups(bfloat16(numbers), group, rows);
+  }
+}
+
 // One row onto the grid of a Linear: its own scale, the largest magnitude / 127, or a static one. The integers + OFFSET go
 // to row `row` of a tile of `rows` rows; a NaN makes the scale NaN. `scratch` holds a row, and may be x.
 static void quantize(const float* x, const Linear& grid, float* scratch, uint8_t* tile, int64_t row, int64_t rows,
                      float* scale, int32_t* sum_of_row) {
   const int64_t width = grid.in;
+  if (grid.halves) {
+    *scale = 1.0f;
+    *sum_of_row = 0;
+    return quantize_halves(x, grid, (uint16_t*)tile, row, rows);
+  }
   if (grid.factor) {
     each(width, [&](int64_t i, auto left) {
       store(scratch + i, load<Floats>(x + i, left) * load<Floats>(grid.factor + i, left), left);

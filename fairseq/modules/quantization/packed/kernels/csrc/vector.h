@@ -180,6 +180,17 @@ static inline Floats fma(Floats a, Floats b, Floats c) {
 static inline Floats fma(Floats a, Floats b, float c) { return fma(a, b, floats(c)); }
 static inline Floats fma(Floats a, float b, float c) { return fma(a, floats(b), floats(c)); }
 
+// Rounds half to even to bfloat16; NaN stays NaN.
+static inline Halves bfloat16(Floats x) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const Words bits = (Words)x;
+  const Words up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(x != x ? (bits >> 16) | 0x40 : up, Halves);
+#endif
+}
+
 // Whether a lane of x is above the limit.
 static inline bool any_above(Floats x, float limit) {
 #if defined(__AVX512F__)

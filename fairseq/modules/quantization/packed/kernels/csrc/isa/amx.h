@@ -51,48 +51,7 @@ struct Isa {
   template <typename Pause>
   static inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows,
                                                             int64_t steps, int32_t* sums, bool go_on, Pause pause) {
-    const int64_t whole = steps / STEPS, rest = steps % STEPS, parts = whole + (rest != 0), next = rows * GROUP;
-    alignas(64) uint8_t last[STEPS * 4 * PANEL];  // the steps of a panel that are no whole tile, filled up
-    if (rest) {
-      memset(last, 0, sizeof(last));
-      memcpy(last, panel + whole * STEPS * 4 * PANEL, rest * 4 * PANEL);
-    }
-    asm volatile("" ::: "memory");  // what tiles are loaded from has been written
-    const bool both = rows > TILE_ROWS;
-    if (go_on) {
-      tile_load(0, sums, 4 * PANEL);
-      tile_load(1, sums + 16, 4 * PANEL);
-      if (both) {
-        tile_load(2, sums + TILE_ROWS * PANEL, 4 * PANEL);
-        tile_load(3, sums + TILE_ROWS * PANEL + 16, 4 * PANEL);
-      }
-    } else {
-      tile_zero(0);
-      tile_zero(1);
-      tile_zero(2);
-      tile_zero(3);
-    }
-    for (int64_t part = 0; part < parts; part++, tile += next) {
-      const uint8_t* weights = part < whole ? panel + part * STEPS * 4 * PANEL : last;
-      tile_load_once(4, tile, GROUP);  // the panel is to stay in the first cache, not the rows
-      tile_load(6, weights, 4 * PANEL);
-      tile_bytes(0, 4, 6);
-      tile_load(7, weights + GROUP, 4 * PANEL);
-      tile_bytes(1, 4, 7);
-      if (both) {
-        tile_load_once(5, tile + TILE_ROWS * GROUP, GROUP);
-        tile_bytes(2, 5, 6);
-        tile_bytes(3, 5, 7);
-      }
-      pause();
-    }
-    tile_store(0, sums, 4 * PANEL);
-    tile_store(1, sums + 16, 4 * PANEL);
-    if (both) {
-      tile_store(2, sums + TILE_ROWS * PANEL, 4 * PANEL);
-      tile_store(3, sums + TILE_ROWS * PANEL + 16, 4 * PANEL);
-    }
-    asm volatile("" ::: "memory");
+    multiply<false, true>(tile, panel, rows, steps, sums, PANEL, go_on, pause);
   }
 
   static void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums) {
@@ -104,35 +63,71 @@ struct Isa {
   // The first cache has room for half a panel of 1,024 inputs beside what passes: a quarter of longer ones' at a time.
   static int64_t chunk(int64_t steps) { return steps <= 256 ? steps : CHUNK; }
 
-  // Products of bfloat16, summed in float over 2 * steps numbers, whole tiles of them: (rows, PANEL).
+  // Products of bfloat16, summed in float over 2 * steps numbers: (rows, PANEL), `stride` floats a row.
   static void half_product(const uint16_t* tile, const uint16_t* panel, int64_t rows, int64_t steps, float* out,
                            int64_t stride) {
-    const int64_t halves = GROUP / 2, next = rows * halves;
-    asm volatile("" ::: "memory");
+    multiply<true, false>((const uint8_t*)tile, (const uint8_t*)panel, rows, steps, out, stride, false, [] {});
+  }
+
+  // The same for sums that may go on, with pauses, as those of integers.
+  template <typename Pause>
+  static inline __attribute__((always_inline)) void half_product(const uint16_t* tile, const uint16_t* panel, int64_t rows,
+                                                                 int64_t steps, float* out, bool go_on, Pause pause) {
+    multiply<true, true>((const uint8_t*)tile, (const uint8_t*)panel, rows, steps, out, PANEL, go_on, pause);
+  }
+
+ private:
+  // A step is 4 bytes of a row: of bytes, or of `halves`. `once`: no other product is to find the rows in the first cache.
+  template <bool halves, bool once, typename Sum, typename Pause>
+  static inline __attribute__((always_inline)) void multiply(const uint8_t* tile, const uint8_t* panel, int64_t rows,
+                                                             int64_t steps, Sum* sums, int64_t stride, bool go_on, Pause pause) {
+// Tiles are named by constants.
+#define LOAD_ROWS(tile, from) if constexpr (once) tile_load_once(tile, from, GROUP); else tile_load(tile, from, GROUP)
+#define ADD_PRODUCTS(sums, rows, weights) if constexpr (halves) tile_halves(sums, rows, weights); else tile_bytes(sums, rows, weights)
+    const int64_t whole = steps / STEPS, rest = steps % STEPS, parts = whole + (rest != 0), next = rows * GROUP;
+    alignas(64) uint8_t last[STEPS * 4 * PANEL];  // the steps of a panel that are no whole tile, filled up
+    if (rest) {
+      memset(last, 0, sizeof(last));
+      memcpy(last, panel + whole * STEPS * 4 * PANEL, rest * 4 * PANEL);
+    }
+    asm volatile("" ::: "memory");  // what tiles are loaded from has been written
     const bool both = rows > TILE_ROWS;
-    tile_zero(0);
-    tile_zero(1);
-    tile_zero(2);
-    tile_zero(3);
-    for (int64_t step = 0; step < steps; step += STEPS, tile += next, panel += STEPS * 2 * PANEL) {
-      tile_load(4, tile, GROUP);
-      tile_load(6, panel, 4 * PANEL);
-      tile_halves(0, 4, 6);
-      tile_load(7, panel + PANEL, 4 * PANEL);
-      tile_halves(1, 4, 7);
+    if (go_on) {
+      tile_load(0, sums, 4 * stride);
+      tile_load(1, sums + 16, 4 * stride);
       if (both) {
-        tile_load(5, tile + TILE_ROWS * halves, GROUP);
-        tile_halves(2, 5, 6);
-        tile_halves(3, 5, 7);
+        tile_load(2, sums + TILE_ROWS * stride, 4 * stride);
+        tile_load(3, sums + TILE_ROWS * stride + 16, 4 * stride);
       }
+    } else {
+      tile_zero(0);
+      tile_zero(1);
+      tile_zero(2);
+      tile_zero(3);
     }
-    tile_store(0, out, 4 * stride);
-    tile_store(1, out + 16, 4 * stride);
+    for (int64_t part = 0; part < parts; part++, tile += next) {
+      const uint8_t* weights = part < whole ? panel + part * STEPS * 4 * PANEL : last;
+      LOAD_ROWS(4, tile);  // the panel is to stay in the first cache, not the rows
+      tile_load(6, weights, 4 * PANEL);
+      ADD_PRODUCTS(0, 4, 6);
+      tile_load(7, weights + GROUP, 4 * PANEL);
+      ADD_PRODUCTS(1, 4, 7);
+      if (both) {
+        LOAD_ROWS(5, tile + TILE_ROWS * GROUP);
+        ADD_PRODUCTS(2, 5, 6);
+        ADD_PRODUCTS(3, 5, 7);
+      }
+      pause();
+    }
+    tile_store(0, sums, 4 * stride);
+    tile_store(1, sums + 16, 4 * stride);
     if (both) {
-      tile_store(2, out + TILE_ROWS * stride, 4 * stride);
-      tile_store(3, out + TILE_ROWS * stride + 16, 4 * stride);
+      tile_store(2, sums + TILE_ROWS * stride, 4 * stride);
+      tile_store(3, sums + TILE_ROWS * stride + 16, 4 * stride);
     }
     asm volatile("" ::: "memory");
+#undef LOAD_ROWS
+#undef ADD_PRODUCTS
   }
 };
 

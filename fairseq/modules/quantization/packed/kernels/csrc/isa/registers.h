@@ -69,6 +69,14 @@ struct Registers {
     }
   }
 
+  // The same with something else to do in its pauses, `PANEL` floats a row.
+  template <typename Pause>
+  static void half_product(const uint16_t* tile, const uint16_t* panel, int64_t rows, int64_t steps, float* out, bool,
+                           Pause pause) {
+    pause();
+    half_product(tile, panel, rows, steps, out, PANEL);
+  }
+
   // For processors without instructions for bfloat16: pairs as floats, in the order of the inputs.
   template <int... I>
   static inline __attribute__((always_inline)) void half_rows(const uint16_t* tile, const uint16_t* panel, int64_t steps,
