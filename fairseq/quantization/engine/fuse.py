@@ -58,7 +58,8 @@ def optimize(model: Model, engine: str = "fused") -> Model:
 def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
     """Let the native kernels run a packed model, in place: its encoder blocks fused, its other layers one by one.
 
-    Patch embeddings in float32 become a :class:`~fairseq.quantization.engine.patch_convolution.PatchConvolution`.
+    The patch embeddings in float32 of such blocks become a
+    :class:`~fairseq.quantization.engine.patch_convolution.PatchConvolution`.
 
     A block is fused if its class and the classes of all its parts are known, and its native block was seen to give what
     its layers give: once for each class and configuration, on the CPU; for a model elsewhere that is seen when it comes
@@ -96,8 +97,8 @@ def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
         block = cast(FusedBlock, blocks[name])
         block.plan, block._native = plan, None
         block.__class__ = fused_class(unfused_class(type(block)))
-    for module in model.modules():
-        if reason_not_patches(module) is None:
+    for name, module in model.named_modules():
+        if reason_not_patches(module) is None and _leads_to_fused(name, reasons):
             module.__class__ = PatchConvolution
     return reasons
 
@@ -110,7 +111,6 @@ def unfuse(model: nn.Module) -> None:
             del module.plan, module._native
         elif type(module) is PatchConvolution:
             module.__class__ = cast(Any, nn.Conv2d)
-            module.__dict__.pop("_kept", None)
     use_native((module for module in model.modules() if isinstance(module, PackedLinear)), use=False)
 
 
@@ -121,6 +121,17 @@ def _blocks(model: nn.Module) -> list[str]:
     others = dict.fromkeys(block for name in packed if (block := block_of(name)) is not None)
     inside = tuple(f"{name}." if name else "" for name in known)
     return known + [name for name in others if name not in known and not f"{name}.".startswith(inside)]
+
+
+def _leads_to_fused(name: str, reasons: dict[str, str | None]) -> bool:
+    """Whether the smallest part of a model that holds that module and encoder blocks has fused ones."""
+    while name:
+        name = name.rpartition(".")[0]
+        prefix = f"{name}." if name else ""
+        found = [reason for block, reason in reasons.items() if block.startswith(prefix)]
+        if found:
+            return None in found
+    return False
 
 
 def _plan(block: nn.Module) -> FusedPlan | str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fairseq.modules.quantization.packed import kernels
-from fairseq.modules.quantization.packed.kernels import functional, native
+from fairseq.modules.quantization.packed.kernels import functional, native, operators
 from fairseq.modules.quantization.packed.patches import reason_not_packable
 
 SMALLEST = 4
@@ -19,50 +19,51 @@ SMALLEST = 4
 class PatchConvolution(nn.Conv2d):
     """What an ``nn.Conv2d`` becomes whose patches do not overlap, in the place of its class.
 
-    On the CPU, in float32 and without gradients, it runs as three products of bfloat16, high and low parts of pixels
-    and weights, where the instruction set has tiles for them (AMX): twice as fast as the convolution or more, and off
-    by a few millionths; see :func:`native.run_patches`. Otherwise it is the convolution. Parameters, their names and
-    the state dict stay as they are. A weight that is changed behind PyTorch's back, through ``.data`` in place, is not
-    noticed.
+    On the CPU and in float32 it runs as three products of bfloat16, high and low parts of pixels and weights, where the
+    instruction set has tiles for them (AMX): twice as fast as the convolution or more, and off by a few millionths; see
+    :func:`native.run_patches`. Otherwise it is the convolution, as its gradients are, and what a trace or ONNX holds.
+    Parameters, their names and the state dict stay as they are. A weight that is changed behind PyTorch's back, through
+    ``.data`` in place, is not noticed.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, out, H // height, W // width), the same dtype."""
-        if torch.compiler.is_compiling() or not self._fits(input):
+        if not self._fits(input):
             return super().forward(input)
-        bias = None if self.bias is None else self.bias.detach()
-        y = native.run_patches(input.contiguous(), self._panels(), bias, self.weight.shape, native.level_number())
-        return y.permute(0, 3, 1, 2)
+        return _run(input, self.weight, self.bias)
 
     def _fits(self, input: Tensor) -> bool:
-        tensors = [input, self.weight, *([] if self.bias is None else [self.bias])]
-        if any(t.dtype != torch.float32 or t.device.type != "cpu" or not t.is_contiguous() for t in tensors[1:]):
-            return False
-        if input.dtype != torch.float32 or input.device.type != "cpu" or input.ndim != 4:
-            return False
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        for tensor in (input, self.weight, self.bias):
+            if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
+                return False
+        if input.ndim != 4 or input.shape[1] != self.in_channels or torch.is_autocast_enabled("cpu"):
             return False
         if any(size < patch for size, patch in zip(input.shape[2:], self.kernel_size)):
             return False
-        if input.shape[1] != self.in_channels or type(input) is not Tensor or torch.is_autocast_enabled("cpu"):
+        if reason_not_packable(self) or functional.recording() or not kernels.runs_native("auto"):
             return False
-        if reason_not_packable(self) or functional.recording() or forward_ad.unpack_dual(input).tangent is not None:
+        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(input).tangent is not None:
             return False
-        if not kernels.runs_native("auto") or not native.levels() or native.attention_is_exact():
-            return False
-        return native.fast_halves(native.level_number())
+        return _tiles()
 
-    def _panels(self) -> Tensor:
-        """The weight as the kernels read it, made anew when it has changed."""
-        key = (self.weight.data_ptr(), native.version(self.weight), tuple(self.weight.shape))
-        kept = self.__dict__.get("_kept")
-        if kept is None or kept[0] is not self.weight or kept[1] != key:
-            kept = self.__dict__["_kept"] = (self.weight, key, native.patch_panels(self.weight.detach()))
-        panels: Tensor = kept[2]
-        return panels
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+def _run(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    pixels, weight = pixels.contiguous(), weight if weight.is_contiguous() else weight.contiguous()
+    gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (pixels, weight, bias))
+    if gradients or torch.compiler.is_compiling():
+        y = operators.native_patches(pixels, weight, bias)
+    else:
+        y = native.run_patches(pixels, weight, bias, native.level_number())
+    return cast(Tensor, y.permute(0, 3, 1, 2))
+
+
+def _tiles() -> bool:
+    """Whether the instruction set that would run multiplies bfloat16 in tiles, and may."""
+    return bool(native.levels()) and not native.attention_is_exact() and native.fast_halves(native.level_number())
+
+
+# A compiler takes what they return, as for what choose() decides.
+_tiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reason_not_patches(module: nn.Module) -> str | None:

@@ -434,23 +434,35 @@ def patch_panels(weight: Tensor) -> Tensor:
     (panels of 32 outputs, pairs of numbers, 32, 2): the numbers are the high parts of the weights, bfloat16(w), the low
     ones, bfloat16(w - high), and the high ones once more, each filled up with zeros to a multiple of 32.
     """
-    rows = weight.reshape(len(weight), -1)
+    rows = weight.detach().reshape(len(weight), -1)
     rows = F.pad(rows, (0, -rows.shape[1] % PATCH_STEP, 0, -len(rows) % WIDTH))
     high = rows.to(torch.bfloat16)
     numbers = torch.cat([high, (rows - high.to(rows.dtype)).to(torch.bfloat16), high], 1)
     return numbers.view(-1, WIDTH, numbers.shape[1] // 2, 2).transpose(1, 2).contiguous()
 
 
-def run_patches(pixels: Tensor, panels: Tensor, bias: Tensor | None, weight_shape: Sequence[int], level: int) -> Tensor:
+_patch_panels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _kept_patch_panels(weight: Tensor) -> Tensor:
+    """The panels of a weight, made anew when it was written to; a change through ``.data`` in place is not noticed."""
+    key = (weight.data_ptr(), version(weight))
+    kept = _patch_panels.get(weight)
+    if kept is None or kept[0] != key:
+        kept = _patch_panels[weight] = (key, patch_panels(weight))
+    panels: Tensor = kept[1]
+    return panels
+
+
+def run_patches(pixels: Tensor, weight: Tensor, bias: Tensor | None, level: int) -> Tensor:
     """A convolution over patches that do not overlap, as three products of bfloat16 that give nearly those of floats.
 
     |error| <= (3 * 2**-18 + 3 K * 2**-24) * sum |x| |w| over the K numbers of a patch. An Inf makes NaN.
 
     Args:
         pixels: float32 (images, C, H, W); what does not fill a patch, at the right and at the bottom, is left out.
-        panels: as :func:`patch_panels` gives them.
+        weight: float32 (out, C, height, width).
         bias: float32 (out,) or None.
-        weight_shape: (out, C, height, width).
         level: the number of an instruction set.
 
     Returns:
@@ -459,9 +471,8 @@ def run_patches(pixels: Tensor, panels: Tensor, bias: Tensor | None, weight_shap
     Raises:
         ValueError: another dtype, shape or stride, or pictures of less than a patch.
     """
-    out, channels, patch_height, patch_width = weight_shape
-    numbers = channels * patch_height * patch_width
-    _check("panels", panels, torch.bfloat16, (-(-out // WIDTH), 3 * (numbers + -numbers % PATCH_STEP) // 2, WIDTH, 2))
+    out, channels, patch_height, patch_width = weight.shape
+    _check("weight", weight, torch.float32, (out, channels, patch_height, patch_width))
     _check("pixels", pixels, torch.float32, (len(pixels), channels, *pixels.shape[2:]))
     if bias is not None:
         _check("bias", bias, torch.float32, (out,))
@@ -470,6 +481,7 @@ def run_patches(pixels: Tensor, panels: Tensor, bias: Tensor | None, weight_shap
         raise ValueError(f"pictures of {height} x {width} have no patch of {patch_height} x {patch_width}")
     y = memory.empty((images, height // patch_height, width // patch_width, out))
     if y.numel():
+        panels = _kept_patch_panels(weight)  # held by this name, whatever other threads do
         patches = Patches(
             panels.data_ptr(), _pointer(bias), channels, height, width, patch_height, patch_width, out
         )  # fmt: skip

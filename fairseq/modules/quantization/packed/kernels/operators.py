@@ -6,6 +6,7 @@ A plain call bypasses them: what they check and point to anew each time is kept 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,3 +67,33 @@ def _(
     heads: int,
 ) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("fairseq::native_patches", mutates_args=())
+def native_patches(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution over patches: float32 (N, C, H, W) -> (N, H // height, W // width, out); with its gradients."""
+    return native.run_patches(pixels, weight, bias, native.level_number())
+
+
+@native_patches.register_fake
+def _(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows, columns = pixels.shape[2] // weight.shape[2], pixels.shape[3] // weight.shape[3]
+    return pixels.new_empty(pixels.shape[0], rows, columns, weight.shape[0])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _patches_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    pixels, weight, bias = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad)
+    sizes, stride, none = None if bias is None else list(bias.shape), list(weight.shape[2:]), [0, 0]
+    gradient = gradient.permute(0, 3, 1, 2).contiguous()
+    found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
+        gradient, pixels, weight, sizes, stride, none, [1, 1], False, none, 1, wanted
+    )
+    return found
+
+
+native_patches.register_autograd(_patches_backward, setup_context=_keep)

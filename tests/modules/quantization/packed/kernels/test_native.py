@@ -282,7 +282,7 @@ def test_factors_are_applied_first(level):
 
 def gelu_bound(x):
     """What csrc/rows.h promises, and a rounding of the larger of the two numbers whose difference is the result."""
-    return 1.2e-6 + EPS * x.double().abs()
+    return 4e-6 + EPS * x.double().abs()
 
 
 @each_level
@@ -292,7 +292,7 @@ def test_gelu_is_as_accurate_as_promised(level):
     ends = torch.tensor([0.0, -0.0, 1e30, -1e30, 1e-40, INF, -INF])
     got, expected = native.activate(ends, "gelu", level), torch.tensor([0.0, 0.0, 1e30, 0.0, 0.0, INF, 0.0])
     assert got[5] == INF
-    assert is_within(got[[0, 1, 2, 3, 4, 6]], expected[[0, 1, 2, 3, 4, 6]], 1.2e-6)
+    assert is_within(got[[0, 1, 2, 3, 4, 6]], expected[[0, 1, 2, 3, 4, 6]], 4e-6)
     assert bool(native.activate(torch.full((37,), NAN), "gelu", level).isnan().all())
 
 

@@ -78,7 +78,7 @@ def test_a_layer_is_its_codes_times_numbers_in_bfloat16(level, settings, shape):
     residual = torch.randn(rows, outputs, generator=generator(2))
     assert torch.equal(native.run_linear(layer.linear, x, level, residual=residual), got + residual)
     activated = native.run_linear(layer.linear, x, level, activation="gelu")
-    assert is_within(activated, F.gelu(got.double()), 1.2e-6 + eps(torch.float32) * got.abs())
+    assert is_within(activated, F.gelu(got.double()), 4e-6 + eps(torch.float32) * got.abs())
 
 
 @each_level

@@ -195,9 +195,9 @@ static void pack_part(Part part, const Heads& heads, const Place* places, const 
 }
 
 // exp(scores * scaling - the largest) of `at_once` rows from row `row` of a tile on, given to put(row, column, weights),
-// and 1 / their sums. `filled` scores, `stride` from row to row; `groups` of them are read. Rows beside each other do not
-// wait for each other.
-template <int at_once, typename Put>
+// and 1 / their sums. `stride` scores from row to row, of which `groups` are read. Rows beside each other do not wait for
+// each other. Exact ones are right to the float, others to what bfloat16 keeps.
+template <int at_once, bool exact, typename Put>
 static inline void softmax(const float* scores, int64_t stride, int64_t groups, float scaling, int64_t row, float* inverse,
                            Put put) {
   Floats highest[at_once];
@@ -210,14 +210,16 @@ static inline void softmax(const float* scores, int64_t stride, int64_t groups, 
   Floats total[at_once][16 / LANES] = {};
   float top[at_once];
 #pragma GCC unroll 4
-  for (int r = 0; r < at_once; r++) top[r] = largest(highest[r]) * scaling;
+  for (int r = 0; r < at_once; r++) top[r] = largest(highest[r]) * scaling * (exact ? 1.0f : LOG2_E);
   for (int64_t j = 0; j < groups; j += 16) {  // as many on every processor
 #pragma GCC unroll 4
     for (int part = 0; part < 16 / LANES; part++) {
       const int64_t column = j + part * LANES;
 #pragma GCC unroll 4
       for (int r = 0; r < at_once; r++) {
-        const Floats weights = power_of_two((load<Floats>(scores + (row + r) * stride + column) * scaling - top[r]) * LOG2_E);
+        const Floats score = load<Floats>(scores + (row + r) * stride + column) * scaling;
+        const Floats weights = exact ? power_of_two((score - top[r]) * LOG2_E)
+                                     : power_of_two_to_bfloat16(fma(score, LOG2_E, -top[r]));
         total[r][part] += weights;
         put(row + r, column, weights);
       }
@@ -244,7 +246,7 @@ static inline void shift(float* scores, int64_t tokens, float scaling, const flo
 }
 
 // Scores of `rows` rows to 1 / the sums of their exponentials, which put() gets; bias and mask are of the first row.
-template <typename Put>
+template <bool exact, typename Put>
 static inline void softmax_rows(float* scores, int64_t rows, int64_t tokens, int64_t stride, int64_t groups, float scaling,
                                 bool shifted, const float* bias, const float* mask, float* inverse, Put put) {
   for (int64_t i = 0; i < rows; i++) {
@@ -254,8 +256,8 @@ static inline void softmax_rows(float* scores, int64_t rows, int64_t tokens, int
   }
   const float factor = shifted ? 1.0f : scaling;
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) softmax<4>(scores, stride, groups, factor, row, inverse, put);
-  for (; row < rows; row++) softmax<1>(scores, stride, groups, factor, row, inverse, put);
+  for (; row + 4 <= rows; row += 4) softmax<4, exact>(scores, stride, groups, factor, row, inverse, put);
+  for (; row < rows; row++) softmax<1, exact>(scores, stride, groups, factor, row, inverse, put);
 }
 
 // Products of `rows` rows and a panel of floats, (count, PANEL): each sum in the order of its terms.
@@ -307,10 +309,10 @@ static void attend(const Block& block, const Call& call, int64_t first_image, co
     const bool shifted = bias || mask || block.head_scale;
     float inverse[Isa::ROWS];
     if (heads.exact) {
-      softmax_rows(own.scores, rows, tokens, stride, stride, scaling, shifted, bias, mask, inverse,
+      softmax_rows<true>(own.scores, rows, tokens, stride, stride, scaling, shifted, bias, mask, inverse,
                    [&](int64_t row, int64_t column, Floats w) { store(exact_weights + row * stride + column, w); });
     } else {
-      softmax_rows(own.scores, rows, tokens, stride, groups, scaling, shifted, bias, mask, inverse,
+      softmax_rows<false>(own.scores, rows, tokens, stride, groups, scaling, shifted, bias, mask, inverse,
                    [&](int64_t row, int64_t column, Floats w) {
         store_groups(bfloat16(w), weights + column / HALVES * HALVES * rows + HALVES * row + column % HALVES, rows);
       });

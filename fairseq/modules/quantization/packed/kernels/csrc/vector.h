@@ -109,6 +109,16 @@ static inline void store(Element* to, Vector vector, int64_t count) {
 }
 
 static inline Ints bits_of(Floats x) { return (Ints)x; }
+
+// The lowest byte of each.
+static inline Bytes low_bytes(Words words) {
+#if defined(__AVX512F__)
+  return (Bytes)_mm512_cvtepi32_epi8((__m512i)words);
+#else
+  return __builtin_convertvector(words & 0xff, Bytes);
+#endif
+}
+
 static inline Floats largest(Floats a, Floats b) { return a > b ? a : b; }
 static inline Ints largest(Ints a, Ints b) { return a > b ? a : b; }
 
@@ -191,6 +201,25 @@ static inline Halves bfloat16(Floats x) {
 #endif
 }
 
+// The entries of a table of 16 that the lowest 4 bits of each lane name.
+static inline Floats entries(const float (&table)[16], Ints which) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_permutexvar_ps((__m512i)which, _mm512_loadu_ps(table));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)which);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)which);
+  return (Floats)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)which, 28)));
+#elif defined(__aarch64__)
+  const uint8x16x4_t bytes = vld1q_u8_x4((const uint8_t*)table);
+  const Words first = ((Words)which & 15) * 0x04040404 + 0x03020100;
+  return (Floats)vqtbl4q_u8(bytes, (uint8x16_t)first);
+#else
+  Floats result;
+  for (int lane = 0; lane < LANES; lane++) result[lane] = table[which[lane] & 15];
+  return result;
+#endif
+}
+
 // Whether a lane of x is above the limit.
 static inline bool any_above(Floats x, float limit) {
 #if defined(__AVX512F__)
@@ -231,7 +260,7 @@ static inline Floats smaller(Floats a, Floats b) {
 #endif
 }
 
-// value * 2**power, for a power that is an integer; NaN where that is NaN.
+// value * 2**power, for a power that is an integer, or its floor with AVX512; NaN where that is NaN.
 static inline Floats scaled(Floats value, Floats power, Floats shifted) {
 #if defined(__AVX512F__)
   (void)shifted;
@@ -251,6 +280,20 @@ static inline Floats power_of_two(Floats x) {
   const Floats low = fma(f, 6.931471880e-01f, 1.000000075f), middle = fma(f, 5.550357114e-02f, 2.402210749e-01f);
   const Floats high = fma(f, 1.339086336e-03f, 9.676031918e-03f);
   return scaled(fma(fma(high, square, middle), square, low), whole, shifted);
+}
+
+// The same to 7.5e-5 of the value, a fiftieth of what rounding it to bfloat16 costs. 2**f, f in [0, 1], is the polynomial
+// of degree 3 with the smallest relative error.
+static inline Floats power_of_two_to_bfloat16(Floats x) {
+  const Floats from = larger(floats(-125.0f), x);
+#if defined(__AVX512F__)
+  const Floats whole = from, shifted = from;  // of which `scaled` takes the floor
+  const Floats f = (Floats)_mm512_reduce_ps((__m512)from, _MM_FROUND_TO_NEG_INF);
+#else
+  const Floats nearest = (from + ROUNDER) - ROUNDER, whole = nearest > from ? nearest - 1.0f : nearest;
+  const Floats shifted = whole + ROUNDER, f = from - whole;
+#endif
+  return scaled(fma(fma(fma(f, 7.802452147e-02f, 2.260671556e-01f), f, 6.958335638e-01f), f, 9.999251962e-01f), whole, shifted);
 }
 
 const float LOG2_E = 1.44269504f;
