@@ -11,7 +11,7 @@ from fairseq.modules.quantization.context import default_device, plain_context
 from fairseq.modules.quantization.packed import kernels
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.packed.gradient import StraightThrough
-from fairseq.modules.quantization.packed.kernels import functional, native, operators
+from fairseq.modules.quantization.packed.kernels import functional, memory, native, operators
 from fairseq.modules.quantization.packed.state import PackedState
 from fairseq.modules.quantization.packed.weight import check_integers, to_codes
 from fairseq.modules.quantization.scalar.modules.replace import reason_not_quantizable
@@ -230,3 +230,14 @@ def use_native(layers: Iterable[PackedLinear], use: bool = True) -> None:
         first._place()
         for layer in others:
             layer.native, layer.layout = use, first.layout
+    _gather([first for first, *others in twins.values() if not others and first.panels is not None])
+
+
+def _gather(layers: list[PackedLinear]) -> None:
+    """Move the panels of layers one behind the other, unless they lie so."""
+    if len({layer.weight_codes.untyped_storage().data_ptr() for layer in layers}) < 2:
+        return
+    with plain_context():
+        places = memory.on_large_pages([layer.weight_codes.numel() for layer in layers])
+        for layer, place in zip(layers, places, strict=True):
+            layer.weight_codes = place.view(layer.weight_codes.shape).copy_(layer.weight_codes)

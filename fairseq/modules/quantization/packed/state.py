@@ -170,7 +170,11 @@ class PackedState(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}  # pointers
+        state = {**self.__dict__, "_prepared": None}  # pointers
+        codes = self.weight_codes
+        if codes.untyped_storage().nbytes() > codes.numel() * codes.element_size():  # which lie behind those of others
+            state["_buffers"] = {**self._buffers, "weight_codes": codes.clone()}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

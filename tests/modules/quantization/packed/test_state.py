@@ -12,6 +12,8 @@ from pairwise import pairwise
 from torch import nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
+from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.linear import use_native
 from fairseq.modules.quantization.packed.packing import packed_length
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 
@@ -282,3 +284,28 @@ def test_autocast_gives_every_layer_one_dtype(group_size):
     x = tokens(3, IN)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert make(8, activations=None, group_size=group_size)(x).dtype == make(8)(x).dtype
+
+
+@pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
+def test_native_layers_lie_one_behind_the_other_and_each_can_be_taken_away():
+    large = nn.Linear(1024, 1100)
+    layers = [PackedLinear.from_float(large, LinearConfig(8)) for _ in range(4)]
+    layers[3].layout = layers[2].layout  # tied
+    x = tokens(3, 1024)
+    expected = [layer(x) for layer in layers]
+    use_native(layers)
+    assert layers[0].weight_codes.untyped_storage().data_ptr() == layers[1].weight_codes.untyped_storage().data_ptr()
+    assert layers[3].weight_codes is layers[2].weight_codes
+    places = [layer.weight_codes.data_ptr() for layer in layers]
+    use_native(layers)
+    assert [layer.weight_codes.data_ptr() for layer in layers] == places  # which they do already
+    for layer, y in zip(layers, expected, strict=True):
+        assert torch.equal(layer(x), y)
+    for duplicate in (copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))):
+        single = duplicate(layers[1])
+        assert single.weight_codes.untyped_storage().nbytes() == single.weight_codes.nbytes
+        assert torch.equal(single(x), expected[1])
+        one, other = duplicate(nn.ModuleList(layers[2:]))
+        assert one.weight_codes is other.weight_codes
+    use_native(layers, use=False)
+    assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True))

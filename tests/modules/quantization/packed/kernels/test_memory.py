@@ -103,3 +103,16 @@ def test_a_child_has_its_own():
         os._exit(0 if memory.empty(SHAPE).data_ptr() != tensor.data_ptr() else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert tensor.unique().tolist() == [1]
+
+
+def test_weights_lie_on_large_pages():
+    sizes = [memory.PAGE, 100, memory.PAGE // 2, 1]
+    tensors = memory.on_large_pages(sizes)
+    assert [tensor.numel() for tensor in tensors] == sizes
+    assert tensors[0].data_ptr() % memory.PAGE == 0
+    assert all(tensor.data_ptr() % memory.ALIGNED == 0 for tensor in tensors)
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number)
+    assert [tensor.unique().tolist() for tensor in tensors] == [[0], [1], [2], [3]]
+    assert [tensor.numel() for tensor in memory.on_large_pages([3, 5])] == [3, 5]
+    assert memory.on_large_pages([]) == []
