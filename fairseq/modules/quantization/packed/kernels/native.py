@@ -457,7 +457,8 @@ def _kept_patch_panels(weight: Tensor) -> Tensor:
 def run_patches(pixels: Tensor, weight: Tensor, bias: Tensor | None, level: int) -> Tensor:
     """A convolution over patches that do not overlap, as three products of bfloat16 that give nearly those of floats.
 
-    |error| <= (3 * 2**-18 + 3 K * 2**-24) * sum |x| |w| over the K numbers of a patch. An Inf makes NaN.
+    The error is at most ``(3 * 2**-18 + 3 * K * 2**-24) * sum(abs(x * w))`` over the K numbers of a patch. An Inf makes
+    NaN.
 
     Args:
         pixels: float32 (images, C, H, W); what does not fill a patch, at the right and at the bottom, is left out.
