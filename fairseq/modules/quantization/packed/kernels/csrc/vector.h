@@ -260,7 +260,7 @@ static inline Floats smaller(Floats a, Floats b) {
 #endif
 }
 
-// value * 2**power, for a power that is an integer, or its floor with AVX512; NaN where that is NaN.
+// value * 2**power, for a power that is an integer; NaN where that is NaN.
 static inline Floats scaled(Floats value, Floats power, Floats shifted) {
 #if defined(__AVX512F__)
   (void)shifted;
@@ -287,13 +287,12 @@ static inline Floats power_of_two(Floats x) {
 static inline Floats power_of_two_to_bfloat16(Floats x) {
   const Floats from = larger(floats(-125.0f), x);
 #if defined(__AVX512F__)
-  const Floats whole = from, shifted = from;  // of which `scaled` takes the floor
-  const Floats f = (Floats)_mm512_reduce_ps((__m512)from, _MM_FROUND_TO_NEG_INF);
+  const Floats whole = (Floats)_mm512_roundscale_ps((__m512)from, _MM_FROUND_TO_NEG_INF);
 #else
   const Floats nearest = (from + ROUNDER) - ROUNDER, whole = nearest > from ? nearest - 1.0f : nearest;
-  const Floats shifted = whole + ROUNDER, f = from - whole;
 #endif
-  return scaled(fma(fma(fma(f, 7.802452147e-02f, 2.260671556e-01f), f, 6.958335638e-01f), f, 9.999251962e-01f), whole, shifted);
+  const Floats f = from - whole;
+  return scaled(fma(fma(fma(f, 7.802452147e-02f, 2.260671556e-01f), f, 6.958335638e-01f), f, 9.999251962e-01f), whole, whole + ROUNDER);
 }
 
 const float LOG2_E = 1.44269504f;
