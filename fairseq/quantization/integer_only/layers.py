@@ -1,0 +1,128 @@
+"""The parts of an integer block as modules with integer buffers: Linear, LayerNorm, activation, attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.modules.quantization.integer.attention import MEAN_FRACTION, attend, scale_scores, scores
+from fairseq.modules.quantization.integer.checked import bounded
+from fairseq.modules.quantization.integer.dyadic import Requantize, round_shift
+from fairseq.modules.quantization.integer.normalization import normalize
+from fairseq.modules.quantization.integer.piecewise import piecewise
+from fairseq.modules.quantization.integer.rows import quantize_rows
+from fairseq.modules.quantization.packed.kernels.functional import int_product
+
+BYTE, WIDE = 8, 16
+MOST_INPUTS = 2**14
+"""So that a sum of products of bytes is below 2**28, and times a row's scale below 2**43."""
+
+
+def to_bytes(z: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """Bytes and the scale of each row, of 16-bit integers; 8-bit ones are bytes already, and have none."""
+    return quantize_rows(z) if bits == WIDE else (bounded(z, BYTE, "static").to(torch.int8), None)
+
+
+class IntegerLinear(nn.Module):
+    """Bytes times the weight's bytes into int32, times the row's scale, requantized.
+
+    Buffers:
+        weight: int8 (out, in).
+
+    The constants of ``output`` hold the bias.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, output: Requantize):
+        super().__init__()
+        self.register_buffer("weight", weight.to(torch.int8).contiguous())
+        self.output = output
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+    def forward(self, q: Tensor, m: Tensor | None = None) -> Tensor:
+        """int8 (..., in), int64 (..., 1) or None for 1 -> int64 (..., out) of the width of ``output``."""
+        rows = q.reshape(-1, q.shape[-1])
+        accumulator = int_product(rows.contiguous(), self.weight).to(torch.int64)
+        accumulator = bounded(accumulator, 30, "sum of products").reshape(*q.shape[:-1], -1)
+        result: Tensor = self.output(accumulator if m is None else accumulator * m)
+        return result
+
+
+class IntegerNorm(nn.Module):
+    """LayerNorm of integers of 22 bits, weight and bias in the constants of ``output``.
+
+    Buffers:
+        eps: int64, see :func:`~fairseq.modules.quantization.integer.normalization.normalize`.
+    """
+
+    eps: Tensor
+
+    def __init__(self, eps: int, output: Requantize):
+        super().__init__()
+        self.register_buffer("eps", torch.tensor(eps, dtype=torch.int64))
+        self.output = output
+
+    def forward(self, h: Tensor) -> Tensor:
+        """int64 (..., C) of 22 bits -> int64 (..., C) of the width of ``output``."""
+        result: Tensor = self.output(normalize(h, self.eps))
+        return result
+
+
+class IntegerActivation(nn.Module):
+    """An activation function by its table.
+
+    Buffers:
+        entries: int16 (2, 256), see :func:`~fairseq.modules.quantization.integer.piecewise.table`.
+    """
+
+    entries: Tensor
+
+    def __init__(self, entries: Tensor, output: Requantize):
+        super().__init__()
+        self.register_buffer("entries", entries.to(torch.int16))
+        self.output = output
+
+    def forward(self, t: Tensor) -> Tensor:
+        """int64 (..., C) of 24 bits -> int64 (..., C) of the width of ``output``."""
+        result: Tensor = self.output(piecewise(t, self.entries.to(torch.int64)))
+        return result
+
+
+class IntegerAttention(nn.Module):
+    """Attention of all heads. Dynamic: q and k have a scale per token and head, v one per image and head.
+
+    Buffers:
+        multiplier, shift: int64 (heads, 1, 1), from products of q and k to scores.
+    """
+
+    multiplier: Tensor
+    shift: Tensor
+
+    def __init__(self, multiplier: Tensor, shift: Tensor, dynamic: bool, output: Requantize):
+        super().__init__()
+        self.register_buffer("multiplier", multiplier.to(torch.int64))
+        self.register_buffer("shift", shift.to(torch.int64))
+        self.dynamic, self.output = dynamic, output
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """int64 (B, T, heads * d) each, of 16 bits if dynamic, else of 8 -> the same, of the width of ``output``."""
+        query, key, value = (self._heads(x) for x in (query, key, value))  # (B, heads, T, d)
+        if self.dynamic:
+            (q, query_m), (k, key_m) = quantize_rows(query), quantize_rows(key)
+            v, value_m = quantize_rows(value, dims=(-2, -1))
+            u = scale_scores(scores(q, k), query_m, key_m, self.multiplier, self.shift)
+        else:
+            q, k, v = (bounded(x, BYTE, "static").to(torch.int8) for x in (query, key, value))
+            u, value_m = round_shift(scores(q, k) * self.multiplier, self.shift), torch.ones_like(self.shift)
+        mixed = attend(u, v) * value_m
+        result: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+        return result
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (len(self.multiplier), -1)).transpose(1, 2)
+
+
+VALUE_STEP = 2.0**-MEAN_FRACTION
