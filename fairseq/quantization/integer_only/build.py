@@ -28,6 +28,7 @@ from fairseq.quantization.integer_only.layers import (
     IntegerAttention,
     IntegerLinear,
     IntegerNorm,
+    Spread,
 )
 from fairseq.quantization.integer_only.model import PIXELS
 from fairseq.quantization.integer_only.ranges import Range, Ranges
@@ -36,6 +37,8 @@ from fairseq.quantization.integer_only.reading import LIMITS
 HEADROOM = 2.0
 """How much further than calibration saw 16-bit integers reach."""
 STREAM_HEADROOM = 4.0
+SPREAD_COLUMNS = 16
+SPREAD_GAIN = 2.0
 LOGIT_BITS = 24
 """So that a float32 holds every one of them."""
 
@@ -47,11 +50,13 @@ class Grid(NamedTuple):
         step: float64, (C,) or (1,).
         zero: the integer that stands for 0.
         bits: of the integers, 16 or 8.
+        copies: how many bytes each column becomes; None for one each. See :class:`~.layers.Spread`.
     """
 
     step: Tensor
     zero: int
     bits: int
+    copies: Tensor | None = None
 
     @property
     def byte_step(self) -> Tensor:
@@ -71,7 +76,7 @@ def weight_of(layer: nn.Module, name: str) -> Weight:
     """Of a packed layer, its zero point subtracted.
 
     Raises:
-        ValueError: it is not packed, has groups or too many inputs, or its integers do not fit a byte.
+        ValueError: it is not packed, has groups, or its integers do not fit a byte.
     """
     if not isinstance(layer, PackedLinear):
         raise ValueError(f"{name} was left in float; integer arithmetic needs every layer of the encoder and the head")
@@ -83,17 +88,18 @@ def weight_of(layer: nn.Module, name: str) -> Weight:
         raise ValueError(
             f"{name} has integers from {int(q.min())} to {int(q.max())}, which fit no byte: symmetric=True"
         )
-    if q.shape[1] > MOST_INPUTS:
-        raise ValueError(f"{name} has {q.shape[1]} inputs, more than {MOST_INPUTS}")
     bias = torch.zeros(len(q), dtype=torch.float64) if layer.bias is None else layer.bias.detach().double()
     return Weight(q, matrix.scale.double().expand(len(q)).clone(), bias)
 
 
 def linear(weight: Weight, source: Grid, step: Tensor | float, bits: int, name: str, zero: float = 0) -> IntegerLinear:
     """A layer that reads ``source`` and gives integers of ``step``."""
+    q = weight.q if source.copies is None else weight.q[:, torch.repeat_interleave(source.copies)]
+    if q.shape[1] > MOST_INPUTS:
+        raise ValueError(f"{name} has {q.shape[1]} inputs, more than {MOST_INPUTS}")
     scale = weight.scale * source.byte_step
-    bias = weight.bias - scale * source.zero * weight.q.sum(-1)
-    return IntegerLinear(weight.q, Requantize(scale / step, bias / step + zero, bits, name))
+    bias = weight.bias - scale * source.zero * q.sum(-1)
+    return IntegerLinear(q, Requantize(scale / step, bias / step + zero, bits, name))
 
 
 def wide_grid(reach: Tensor | float) -> Grid:
@@ -103,7 +109,30 @@ def wide_grid(reach: Tensor | float) -> Grid:
 
 
 def byte_grid(seen: Range, layers: list[PackedLinear]) -> Grid:
-    """8 bits over the range that the layers that read them were calibrated to, if it is one, or over what was seen."""
+    """8 bits over the range that the layers that read them were calibrated to, if it is one, or over what was seen.
+
+    Where few columns reach so far that the others' steps are twice as fine without them, they become several bytes.
+    """
+    spread, whole = spread_grid(seen), whole_grid(seen, layers)
+    return spread if float(spread.step) * SPREAD_GAIN <= float(whole.step) else whole
+
+
+def spread_grid(seen: Range) -> Grid:
+    """The finest 8 bits with which the columns become at most a part in ``SPREAD_COLUMNS`` more bytes."""
+    most = len(seen.low) // SPREAD_COLUMNS
+    for reach in seen.reach.unique():  # ascending
+        limit = max(float(reach), 1e-30)
+        low, high = max(float(seen.low.min()), -limit), min(float(seen.high.max()), limit)
+        copies = torch.exp2(torch.log2(torch.maximum(seen.low / min(low, -1e-30), seen.high / max(high, 1e-30))).ceil())
+        copies = copies.clamp(min=1).to(torch.int64)
+        if int(copies.sum()) - len(copies) <= most:
+            step = max((high - low) / 255, 1e-30)
+            return Grid(torch.tensor([step], dtype=torch.float64), round(-128 - low / step), BYTE, copies)
+    raise AssertionError("one byte each is always enough for the largest reach")
+
+
+def whole_grid(seen: Range, layers: list[PackedLinear]) -> Grid:
+    """One byte a column."""
     known = {(float(x.input_scale), int(x.input_zero_point)) for x in layers if x.input_scale is not None}  # type: ignore[arg-type]
     if len(known) == 1:
         ((step, zero),) = known
@@ -111,6 +140,13 @@ def byte_grid(seen: Range, layers: list[PackedLinear]) -> Grid:
     low, high = min(float(seen.low.min()), 0.0), max(float(seen.high.max()), 0.0)
     step = max((high - low) / 255, 1e-30)
     return Grid(torch.tensor([step], dtype=torch.float64), round(-128 - low / step), BYTE)
+
+
+def output_of(grid: Grid, factor: Tensor, offset: Tensor, name: str) -> nn.Module:
+    """What gives integers of ``grid``, its zero not in ``offset``."""
+    if grid.copies is None:
+        return Requantize(factor, offset + grid.zero, grid.bits, name)
+    return nn.Sequential(Requantize(factor, offset, WIDE, name), Spread(grid.copies, grid.zero))
 
 
 def factor_of(layers: list[PackedLinear], size: int, name: str) -> Tensor:
@@ -156,7 +192,7 @@ class Builder:
         bias = (0 * ones if norm.bias is None else norm.bias.detach().double()) * factor
         grid = self.grid(key, layers, factor, (gain.abs() + bias.abs()).max())
         eps = min(max(round(size * norm.epsilon / self.step**2), 1), 2**60)
-        output = Requantize(gain / grid.step / 2**UNIT_BITS, bias / grid.step + grid.zero, grid.bits, name)
+        output = output_of(grid, gain / grid.step / 2**UNIT_BITS, bias / grid.step, name)
         return IntegerNorm(eps, output), grid
 
     def block(self, i: int, spec: BlockSpec, name: str) -> IntegerBlock:
@@ -173,8 +209,7 @@ class Builder:
         fc1 = linear(weights["fc1"], source, unit, INPUT_BITS, f"{name}, fc1")
         factor = factor_of([layers["fc2"]], spec.mlp, name)
         hidden = self.grid((i, "fc2"), [layers["fc2"]], factor)
-        zero = torch.full_like(factor, float(hidden.zero))
-        requantize = Requantize(unit * factor / hidden.step, zero, hidden.bits, f"{name}, activation")
+        requantize = output_of(hidden, unit * factor / hidden.step, 0 * factor, f"{name}, activation")
         activation = IntegerActivation(activation_table(spec.activation, limit), requantize)
         fc2 = self.branch(weights["fc2"], hidden, spec.scale2, f"{name}, fc2")
         query, key, value = projections
@@ -206,8 +241,7 @@ class Builder:
         factor = factor_of([reader], columns, name)
         grid = self.grid((i, "output"), [reader], factor, (steps[2] * (2**15 - 1) * factor).max())
         value = steps[2].expand(columns) / (LARGEST if self.dynamic else 1) * VALUE_STEP
-        zero = torch.full_like(factor, float(grid.zero))
-        output = Requantize(value * factor / grid.step, zero, grid.bits, f"{name}, attention")
+        output = output_of(grid, value * factor / grid.step, 0 * factor, f"{name}, attention")
         return layers, IntegerAttention(multiplier[:, None, None], shift[:, None, None], self.dynamic, output), grid
 
     def projection_step(self, reach: Tensor, heads: int) -> Tensor:

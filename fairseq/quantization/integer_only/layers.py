@@ -23,6 +23,40 @@ def to_bytes(z: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
     return quantize_rows(z) if bits == WIDE else (bounded(z, BYTE, "static").to(torch.int8), None)
 
 
+class Spread(nn.Module):
+    """Columns of 16 bits to bytes: one that reaches far becomes several bytes, whose sum it is.
+
+    floor(z / n) + floor((z + 1) / n) + ... + floor((z + n - 1) / n) = z (Hermite), so that with n copies of the
+    weight's column, n a power of two, the product is exact where one byte would saturate or be coarse for all others.
+
+    Buffers:
+        columns: int32 (inputs,): which column each byte is of.
+        added: int32 (inputs,): 0 to n - 1. shift: int8 (inputs,): log2(n).
+
+    Args:
+        copies: of each column, 1, 2, 4, ...
+        zero: the byte that stands for 0.
+    """
+
+    columns: Tensor
+    added: Tensor
+    shift: Tensor
+
+    def __init__(self, copies: Tensor, zero: int):
+        super().__init__()
+        columns = torch.repeat_interleave(copies)
+        first = copies.cumsum(0) - copies
+        self.register_buffer("columns", columns.to(torch.int32))
+        self.register_buffer("added", (torch.arange(len(columns)) - first[columns]).to(torch.int32))
+        self.register_buffer("shift", torch.log2(copies[columns].double()).round().to(torch.int8))
+        self.zero = zero
+
+    def forward(self, z: Tensor) -> Tensor:
+        """int64 (..., columns) of 16 bits -> int64 (..., inputs) of 8."""
+        parts = (z[..., self.columns] + self.added.to(torch.int64)) >> self.shift.to(torch.int64)
+        return (parts + self.zero).clamp(-128, 127)
+
+
 class IntegerLinear(nn.Module):
     """Bytes times the weight's bytes into int32, times the row's scale, requantized.
 
@@ -60,13 +94,13 @@ class IntegerNorm(nn.Module):
 
     eps: Tensor
 
-    def __init__(self, eps: int, output: Requantize):
+    def __init__(self, eps: int, output: nn.Module):
         super().__init__()
         self.register_buffer("eps", torch.tensor(eps, dtype=torch.int64))
         self.output = output
 
     def forward(self, h: Tensor) -> Tensor:
-        """int64 (..., C) of 22 bits -> int64 (..., C) of the width of ``output``."""
+        """int64 (..., C) of 22 bits -> int64 (..., C) as ``output`` gives."""
         result: Tensor = self.output(normalize(h, self.eps))
         return result
 
@@ -80,13 +114,13 @@ class IntegerActivation(nn.Module):
 
     entries: Tensor
 
-    def __init__(self, entries: Tensor, output: Requantize):
+    def __init__(self, entries: Tensor, output: nn.Module):
         super().__init__()
         self.register_buffer("entries", entries.to(torch.int16))
         self.output = output
 
     def forward(self, t: Tensor) -> Tensor:
-        """int64 (..., C) of 24 bits -> int64 (..., C) of the width of ``output``."""
+        """int64 (..., C) of 24 bits -> int64 (..., C) as ``output`` gives."""
         result: Tensor = self.output(piecewise(t, self.entries.to(torch.int64)))
         return result
 
@@ -101,14 +135,14 @@ class IntegerAttention(nn.Module):
     multiplier: Tensor
     shift: Tensor
 
-    def __init__(self, multiplier: Tensor, shift: Tensor, dynamic: bool, output: Requantize):
+    def __init__(self, multiplier: Tensor, shift: Tensor, dynamic: bool, output: nn.Module):
         super().__init__()
         self.register_buffer("multiplier", multiplier.to(torch.int64))
         self.register_buffer("shift", shift.to(torch.int64))
         self.dynamic, self.output = dynamic, output
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """int64 (B, T, heads * d) each, of 16 bits if dynamic, else of 8 -> the same, of the width of ``output``."""
+        """int64 (B, T, heads * d) each, of 16 bits if dynamic, else of 8 -> the same, as ``output`` gives."""
         query, key, value = (self._heads(x) for x in (query, key, value))  # (B, heads, T, d)
         if self.dynamic:
             (q, query_m), (k, key_m) = quantize_rows(query), quantize_rows(key)

@@ -59,8 +59,8 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
 def scale_scores(s: Tensor, query_m: Tensor, key_m: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
     """Scores of bytes whose rows have scales m, to 15 fractional bits in base 2.
 
-    The multiplier of a row is round_shift(m * multiplier, 9), at most 2**24; s * m of the key is below 2**37 for heads of
-    up to 256 channels, so that the product is below 2**61.
+    The multiplier of a row is round_shift(m * multiplier, 9), at most 2**24; s * m of the key is below 2**37 for heads
+    of up to 256 channels, so that the product is below 2**61.
 
     Args:
         s: int64 (..., T, T).

@@ -62,7 +62,7 @@ def test_an_offset_takes_bits_of_the_factor_only_where_it_must():
 
 @pytest.mark.parametrize("factor", [2.0**17, float("nan"), float("inf")])
 def test_a_factor_that_is_none_is_refused_by_name(factor):
-    with pytest.raises(ValueError, match="blocks.0, fc1"):
+    with pytest.raises(ValueError, match=r"blocks\.0, fc1"):
         Requantize(torch.tensor([factor]).double(), None, 8, "blocks.0, fc1")
 
 
