@@ -54,4 +54,4 @@ class IntegerBlock(nn.Module):
         attended = self.attention(self.query(*read), self.key(*read), self.value(*read))
         h = add(h, self.output(*to_bytes(attended, self.bits)))
         hidden = self.activation(self.fc1(*to_bytes(self.norm2(h), self.bits)))
-        return add(h, self.fc2(*to_bytes(hidden, self.bits)))
+        return add(h, self.fc2(*to_bytes(hidden, self.bits, unsigned=True)))

@@ -50,6 +50,7 @@ class Grid(NamedTuple):
         step: float64, (C,) or (1,).
         zero: the integer that stands for 0.
         bits: of the integers, 16 or 8.
+        unsigned: of 16 bits none is negative, and the bytes are from 0 to 255 times the row's integer.
         copies: how many bytes each column becomes; None for one each. See :class:`~.layers.Spread`.
     """
 
@@ -57,11 +58,12 @@ class Grid(NamedTuple):
     zero: int
     bits: int
     copies: Tensor | None = None
+    unsigned: bool = False
 
     @property
     def byte_step(self) -> Tensor:
         """Of the bytes, times the row's integer where there is one."""
-        return self.step / LARGEST if self.bits == WIDE else self.step
+        return self.step if self.bits == BYTE else self.step / (255 if self.unsigned else LARGEST)
 
 
 class Weight(NamedTuple):
@@ -92,14 +94,14 @@ def weight_of(layer: nn.Module, name: str) -> Weight:
     return Weight(q, matrix.scale.double().expand(len(q)).clone(), bias)
 
 
-def linear(weight: Weight, source: Grid, step: Tensor | float, bits: int, name: str, zero: float = 0) -> IntegerLinear:
+def linear(weight: Weight, source: Grid, step: Tensor | float, bits: int, name: str) -> IntegerLinear:
     """A layer that reads ``source`` and gives integers of ``step``."""
     q = weight.q if source.copies is None else weight.q[:, torch.repeat_interleave(source.copies)]
     if q.shape[1] > MOST_INPUTS:
         raise ValueError(f"{name} has {q.shape[1]} inputs, more than {MOST_INPUTS}")
     scale = weight.scale * source.byte_step
-    bias = weight.bias - scale * source.zero * q.sum(-1)
-    return IntegerLinear(q, Requantize(scale / step, bias / step + zero, bits, name))
+    bias = weight.bias - weight.scale * source.step * source.zero * q.sum(-1)
+    return IntegerLinear(q, Requantize(scale / step, bias / step, bits, name), source.unsigned)
 
 
 def wide_grid(reach: Tensor | float) -> Grid:
@@ -208,12 +210,20 @@ class Builder:
         unit = limit / 2**TABLE_BITS
         fc1 = linear(weights["fc1"], source, unit, INPUT_BITS, f"{name}, fc1")
         factor = factor_of([layers["fc2"]], spec.mlp, name)
-        hidden = self.grid((i, "fc2"), [layers["fc2"]], factor)
+        entries = activation_table(spec.activation, limit)
+        hidden = self.hidden(i, layers["fc2"], factor, -unit * float(entries[0].min()))
         requantize = output_of(hidden, unit * factor / hidden.step, 0 * factor, f"{name}, activation")
-        activation = IntegerActivation(activation_table(spec.activation, limit), requantize)
+        activation = IntegerActivation(entries, requantize)
         fc2 = self.branch(weights["fc2"], hidden, spec.scale2, f"{name}, fc2")
         query, key, value = projections
         return IntegerBlock(self.bits, norm1, query, key, value, attention, output, norm2, fc1, activation, fc2)
+
+    def hidden(self, i: int, fc2: PackedLinear, factor: Tensor, lowest: float) -> Grid:
+        """Of what an activation gives, at least -``lowest``: 16 bits without a sign, or 8 with a zero point."""
+        grid = self.grid((i, "fc2"), [fc2], factor)
+        if not self.dynamic:
+            return grid
+        return grid._replace(zero=math.ceil(lowest * float(factor.max()) / float(grid.step)), unsigned=True)
 
     def attention(
         self, i: int, spec: BlockSpec, weights: dict[str, Weight], source: Grid, name: str

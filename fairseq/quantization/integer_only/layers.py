@@ -10,17 +10,19 @@ from fairseq.modules.quantization.integer.checked import bounded
 from fairseq.modules.quantization.integer.dyadic import Requantize, round_shift
 from fairseq.modules.quantization.integer.normalization import normalize
 from fairseq.modules.quantization.integer.piecewise import piecewise
-from fairseq.modules.quantization.integer.rows import quantize_rows
+from fairseq.modules.quantization.integer.rows import HALF, quantize_rows, quantize_unsigned_rows
 from fairseq.modules.quantization.packed.kernels.functional import int_product
 
 BYTE, WIDE = 8, 16
-MOST_INPUTS = 2**14
-"""So that a sum of products of bytes is below 2**28, and times a row's scale below 2**43."""
+MOST_INPUTS = 2**13
+"""So that a sum of products of bytes, of 255 and 128 at most, is below 2**28, and times a row's scale below 2**43."""
 
 
-def to_bytes(z: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+def to_bytes(z: Tensor, bits: int, unsigned: bool = False) -> tuple[Tensor, Tensor | None]:
     """Bytes and the scale of each row, of 16-bit integers; 8-bit ones are bytes already, and have none."""
-    return quantize_rows(z) if bits == WIDE else (bounded(z, BYTE, "static").to(torch.int8), None)
+    if bits == WIDE:
+        return quantize_unsigned_rows(z) if unsigned else quantize_rows(z)
+    return bounded(z, BYTE, "static").to(torch.int8), None
 
 
 class Spread(nn.Module):
@@ -62,14 +64,17 @@ class IntegerLinear(nn.Module):
 
     Buffers:
         weight: int8 (out, in).
+        sums: int32 (out,), 128 times the sum of each row, where what is read are unsigned bytes less 128; or None.
 
     The constants of ``output`` hold the bias.
     """
 
     weight: Tensor
+    sums: Tensor | None
 
-    def __init__(self, weight: Tensor, output: Requantize):
+    def __init__(self, weight: Tensor, output: Requantize, unsigned: bool = False):
         super().__init__()
+        self.register_buffer("sums", (HALF * weight.sum(-1)).to(torch.int32) if unsigned else None)
         self.register_buffer("weight", weight.to(torch.int8).contiguous())
         self.output = output
 
@@ -80,7 +85,9 @@ class IntegerLinear(nn.Module):
         """int8 (..., in), int64 (..., 1) or None for 1 -> int64 (..., out) of the width of ``output``."""
         rows = q.reshape(-1, q.shape[-1])
         accumulator = int_product(rows.contiguous(), self.weight).to(torch.int64)
-        accumulator = bounded(accumulator, 30, "sum of products").reshape(*q.shape[:-1], -1)
+        if self.sums is not None:
+            accumulator = accumulator + self.sums.to(torch.int64)
+        accumulator = bounded(accumulator, 29, "sum of products").reshape(*q.shape[:-1], -1)
         result: Tensor = self.output(accumulator if m is None else accumulator * m)
         return result
 

@@ -42,8 +42,12 @@ def test_a_layer_is_the_product_of_its_integers_to_half_a_step():
     for source, rows in (
         (Grid(torch.tensor([0.03]).double(), -7, 8), None),
         (Grid(torch.tensor([1e-4]).double(), 0, 16), m),
+        (Grid(torch.tensor([1e-4]).double(), 900, 16, unsigned=True), m),
     ):
-        real = (q - source.zero) * source.byte_step * (1 if rows is None else rows)
+        if source.bits == 8:
+            real = (q - source.zero) * source.step
+        else:
+            real = (q + 128 * source.unsigned) * source.byte_step * m - source.zero * source.step
         got = linear(weight, source, 1e-3, 22, "layer")(q.to(torch.int8), rows)
         expected = (real @ (w.double().T * weight.scale) + weight.bias) / 1e-3
         assert (got - expected).abs().max() <= 0.5 + 2**-18 * expected.abs().max() * 2

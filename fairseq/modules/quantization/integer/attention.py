@@ -2,7 +2,7 @@
 
     int8 q, k --product--> int32 scores --times scales--> int32, 15 fractional bits, base 2
        --less the row's maximum, exp2--> uint8 e
-       --product with int8 v, and sum(e)--> int32 --times 1 / sum(e)--> 20 bits
+       --product with int8 v--> int32 --and what rounding left, times 1 / sum--> 20 bits
 
 Normalizing before the product would cost accuracy, since 1 / 197 of 8 bits is one step; the largest e of a row is 255.
 """
@@ -29,17 +29,16 @@ SMALLEST = 24
 """2**-24 of 255 rounds to 0."""
 LARGEST = 255
 MEAN_FRACTION = 12
-RECIPROCAL_SHIFT = 38
-MOST_TOKENS = 2**16 - 1
+RECIPROCAL_SHIFT = 53
 ROW_SHIFT = 9
 
 
-def exp2_bytes(d: Tensor) -> Tensor:
-    """255 * 2**(-d / 2**15), rounded to 8 bits, for d >= 0.
+def exp2(d: Tensor) -> Tensor:
+    """255 * 2**(-d / 2**15) in units of 2**-15, for d >= 0: 23 bits.
 
-    With d = z * 2**15 + f, by the polynomial of f, shifted right by z. All in 32 bits.
+    With d = z * 2**15 + f, by the polynomial of f, shifted right by z, without rounding. All in 32 bits.
 
-    abs(error) <= 1/2 + 255 * 0.0020 < 1.02 steps, over all d; 0 gives 255.
+    abs(error) <= 255 * 0.0020 < 0.52, over all d; 0 gives 255.
 
     Args:
         d: int64 >= 0.
@@ -48,7 +47,7 @@ def exp2_bytes(d: Tensor) -> Tensor:
     z, f = d >> FRACTION, d & (ONE - 1)
     slope = SLOPE - round_shift(SQUARE * f, FRACTION)
     power = bounded(ONE - round_shift(slope * f, FRACTION), FRACTION + 2, "exponential")
-    return round_shift(bounded(LARGEST * power, 32, "exponential, times 255"), FRACTION + z)
+    return bounded(LARGEST * power, 32, "exponential, times 255") >> z
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
@@ -73,17 +72,29 @@ def scale_scores(s: Tensor, query_m: Tensor, key_m: Tensor, multiplier: Tensor, 
 
 
 def attend(u: Tensor, v: Tensor) -> Tensor:
-    """Means of the rows of v weighted with 2**u: int64 (..., T, d) in units of 2**-12 of those of v, below 2**19.
+    """Means of the rows of v weighted with 2**u: int64 (..., T, d) in units of 2**-12 of those of v, 20 bits.
 
-    r = floor(2**38 / sum(e)), one division a row, is within 2**-14 of itself for up to 65,535 tokens.
+    1. x = exp2(max(u) - u), e = round_shift(x, 15), a byte; total = sum(x), below 2**39.
+    2. rest = total - 2**15 sum(e): what rounding took from a row or gave it, at most 2**14 a token. Of a row with one
+       large entry that is much: most of the others round to 0. It goes to the mean of all rows of v.
+    3. product = 2**15 (e @ v) + round_shift(rest * mean, 8), mean = sum(v) / T with 8 fractional bits; below 2**48.
+    4. r = floor(2**53 / total), below 2**31; round_shift(product * r, 41), within 127 * 2**12.
+
+    abs(product) <= 3 * 127 * total, since abs(rest) <= total, so that product * r is below 2**62.
 
     Args:
         u: int64 (..., T, T), 15 fractional bits.
-        v: int8 (..., T, d).
+        v: int8 (..., T, d), T up to 65,535.
     """
-    u = u.clamp(-SCORE_LIMIT, SCORE_LIMIT)
-    e = exp2_bytes(u.amax(dim=-1, keepdim=True) - u)
-    total = bounded(e.sum(dim=-1, keepdim=True), 32, "sum of exponentials")
-    mixed = bounded(e @ v.to(torch.int64), 32, "exponentials times values")
-    r = torch.div(2**RECIPROCAL_SHIFT, total, rounding_mode="floor")
-    return bounded(round_shift(mixed * r, RECIPROCAL_SHIFT - MEAN_FRACTION), 20, "attention, mean")
+    u, v = u.clamp(-SCORE_LIMIT, SCORE_LIMIT), v.to(torch.int64)
+    x = exp2(u.amax(dim=-1, keepdim=True) - u)
+    e = bounded(round_shift(x, FRACTION), 9, "bytes of exponentials")
+    total = bounded(x.sum(dim=-1, keepdim=True), 40, "sum of exponentials")
+    rest = bounded(total - (e.sum(dim=-1, keepdim=True) << FRACTION), 31, "rest of exponentials")
+    count = v.shape[-2]
+    mean = torch.div((v.sum(dim=-2, keepdim=True) << 9) + count, 2 * count, rounding_mode="floor")
+    mixed = bounded(e @ v, 32, "exponentials times values")
+    product = bounded((mixed << FRACTION) + round_shift(rest * mean, 8), 49, "attention, sum")
+    r = bounded(torch.div(2**RECIPROCAL_SHIFT, total, rounding_mode="floor"), 32, "attention, reciprocal")
+    limit = 127 << MEAN_FRACTION
+    return round_shift(product * r, RECIPROCAL_SHIFT - MEAN_FRACTION).clamp(-limit, limit)

@@ -31,3 +31,25 @@ def quantize_rows(z: Tensor, dims: int | tuple[int, ...] = -1) -> tuple[Tensor, 
     r = torch.div(LARGEST << RECIPROCAL_SHIFT, m, rounding_mode="floor")
     scaled = bounded(z * r, 32, "rows, scaled")
     return round_shift(scaled, RECIPROCAL_SHIFT).to(torch.int8), m
+
+
+UNSIGNED_SHIFT = 22
+HALF = 128
+
+
+def quantize_unsigned_rows(z: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`quantize_rows` for integers of one sign: bytes q less 128 and m such that z is about q * m / 255.
+
+    Half the step where nothing is negative. r = floor(255 * 2**22 / m); z * r <= 255 * 2**22 < 2**30, and
+    abs(q - 255 * z / m) <= 1/2 + 2**-7.
+
+    Args:
+        z: int64 of 16 bits; what is negative becomes 0.
+
+    Returns:
+        q - 128: int8. m: int64 (..., 1), 1 to 2**15.
+    """
+    z = bounded(z, 16, "rows").clamp(min=0)
+    m = z.amax(dim=-1, keepdim=True).clamp(min=1)
+    r = torch.div((2 * HALF - 1) << UNSIGNED_SHIFT, m, rounding_mode="floor")
+    return (round_shift(bounded(z * r, 32, "rows, scaled"), UNSIGNED_SHIFT) - HALF).to(torch.int8), m

@@ -1,34 +1,50 @@
 """Attention on bytes: exponentials over their whole range, means against exact ones, extremes within their widths."""
 
+import operator
 from fractions import Fraction
 
 import pytest
 import torch
 
-from fairseq.modules.quantization.integer.attention import ONE, attend, exp2_bytes, scale_scores, scores
+from fairseq.modules.quantization.integer.attention import ONE, attend, exp2, scale_scores, scores
 from fairseq.modules.quantization.integer.checked import checked
 
 
 def test_every_exponential_is_within_the_bound():
     d = torch.arange(25 * ONE)
     with checked():
-        e = exp2_bytes(d)
-    assert (e - 255 * torch.exp2(-d.double() / ONE)).abs().max() < 1.02
-    assert e[0] == 255
-    assert e.min() == 0
-    assert exp2_bytes(torch.tensor([2**31, 2**62])).tolist() == [0, 0]
+        x = exp2(d)
+    assert (x / ONE - 255 * torch.exp2(-d.double() / ONE)).abs().max() < 0.52
+    assert x[0] == 255 * ONE
+    assert x.min() == 0
+    assert exp2(torch.tensor([2**31, 2**62])).tolist() == [0, 0]
 
 
 def test_means_are_those_of_the_exponentials():
     draw = torch.Generator().manual_seed(0)
     u = torch.randint(-5 * ONE, 5 * ONE, (2, 3, 7, 7), generator=draw)
     v = torch.randint(-127, 128, (2, 3, 7, 5), generator=draw, dtype=torch.int8)
-    got = attend(u, v)
+    with checked():
+        got = attend(u, v)
     for place in [(0, 0, 0, 0), (1, 2, 6, 4), (1, 0, 3, 2)]:
         b, h, i, c = place
-        e = exp2_bytes(u[b, h, i].max() - u[b, h, i]).tolist()
-        exact = Fraction(sum(x * y for x, y in zip(e, v[b, h, :, c].tolist())) * 2**12, sum(e))
-        assert abs(got[place].item() - exact) <= Fraction(1, 2) + abs(exact) * Fraction(sum(e), 2**38)
+        x, values = exp2(u[b, h, i].max() - u[b, h, i]).tolist(), v[b, h, :, c].tolist()
+        e = [(one + ONE // 2) // ONE for one in x]
+        rest = Fraction(sum(x) - ONE * sum(e), ONE)
+        exact = (sum(map(operator.mul, e, values)) + rest * Fraction(sum(values), 7)) / (sum(e) + rest) * 2**12
+        mean_off = abs(rest) / (sum(e) + rest) * 2**12 / 2**9  # half a unit of the mean, 2**-8
+        assert abs(got[place].item() - exact) <= Fraction(1, 2) + mean_off + abs(exact) * Fraction(
+            sum(x), 2**53
+        ) + Fraction(1, 99)
+
+
+def test_many_small_exponentials_are_not_lost():
+    v = torch.full((1, 401, 1), 100, dtype=torch.int8)
+    v[0, 0] = -100
+    u = torch.full((1, 1, 401), -10 * ONE)  # 255 / 1024: each rounds to 0, and all together are 100
+    u[0, 0, 0] = 0
+    exact = (-255 + 400 * 255 / 1024) / (255 + 400 * 255 / 1024) * 100
+    assert abs(attend(u, v).item() / 4096 - exact) < 0.6
 
 
 def test_equal_scores_give_the_mean_and_a_large_one_its_value():

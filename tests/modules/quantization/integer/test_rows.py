@@ -3,7 +3,7 @@
 import torch
 
 from fairseq.modules.quantization.integer.checked import checked
-from fairseq.modules.quantization.integer.rows import quantize_rows
+from fairseq.modules.quantization.integer.rows import quantize_rows, quantize_unsigned_rows
 
 
 def test_every_integer_of_rows_of_every_kind_is_within_the_bound():
@@ -22,3 +22,13 @@ def test_a_row_of_zeros_and_dimensions_that_share_a_scale():
     q, m = quantize_rows(z, dims=(-2, -1))
     assert m.flatten().tolist() == [4, 100]
     assert q.tolist() == [[[32, -63], [95, -127]], [[63, 0], [0, 127]]]  # 63.5, and r is rounded down
+
+
+def test_every_unsigned_integer_is_within_the_bound():
+    for m in (1, 2, 254, 255, 256, 4097, 32767):
+        z = torch.arange(-3, m + 1)[None]
+        with checked():
+            q, scale = quantize_unsigned_rows(z)
+        assert (q.dtype, scale.tolist()) == (torch.int8, [[m]])
+        assert ((q.double() + 128 - 255 * z.clamp(min=0) / m).abs() <= 0.5 + 2**-7).all()
+        assert (q[0, 0], q[0, -1]) == (-128, 127)
