@@ -170,7 +170,7 @@ class Builder:
 
     def __init__(self, dynamic: bool, ranges: Ranges):
         self.dynamic, self.ranges = dynamic, ranges
-        self.exponent = power_of_two(STREAM_HEADROOM * float(ranges["stream"].reach.max()), STREAM_BITS)
+        self.exponent = power_of_two(STREAM_HEADROOM * max(float(ranges["stream"].reach.max()), 1e-6), STREAM_BITS)
         self.step = 2.0**-self.exponent
         self.bits = WIDE if dynamic else BYTE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ class IntegerViT(nn.Module):
         if asked:
             raise ValueError(f"an integer-only model takes pixel_values and return_dict, not {', '.join(asked)}")
         integers = self.integer_logits(self.round_pixels(pixel_values))
-        logits = torch.ldexp(integers.to(torch.float32), -self.logit_exponent)
+        logits = integers.to(torch.float32) * math.ldexp(1.0, -int(self.logit_exponent))
         if self.output_class is None:
             return logits
         if return_dict is False:
