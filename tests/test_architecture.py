@@ -28,6 +28,7 @@ ROOMS = {
     "bit_allocation": ("conversion", "evaluation", "calibration", "rounding", "architectures"),
     "export": ("conversion", "evaluation", "engine", "architectures"),
     "saving": ("conversion", "evaluation", "engine", "architectures"),
+    "integer_only": ("conversion", "evaluation", "engine", "architectures"),
 }
 ALLOWED = {
     "modules/quantization/context.py": (),
@@ -53,6 +54,7 @@ ALLOWED = {
             f"{Q}.config",
             f"{Q}.files",
             *(f"{Q}.{r}" for r in (room, *below)),
+            *((INTEGER,) if room == "integer_only" else ()),
         )
         for room, below in ROOMS.items()
     },

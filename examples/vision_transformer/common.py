@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,7 +143,7 @@ def _read_from(archive: zipfile.ZipFile, name: str) -> Image.Image:
 @torch.inference_mode()
 def logits(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, classes) on the CPU, float32."""
-    device = next(model.parameters()).device
+    device = next(chain(model.parameters(), model.buffers())).device
     return model(pixel_values=pixel_values.to(device)).logits.float().cpu()
 
 

@@ -188,6 +188,10 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--activation-bits", type=int, default=8, metavar="BITS", help="2 to 8, default 8")
     parser.add_argument(
+        "--arithmetic", choices=["float", "integer"], default="float",
+        help="integer: no floating operation from the rounded pixels to the logits; needs --calibration",
+    )  # fmt: skip
+    parser.add_argument(
         "--calibration", default=None, metavar="FILE|COUNT|synthetic",
         help="calibrate on the pictures named in this file, one a line, or on so many drawn at random (the same each "
         "time), and leave them out of the evaluation; or on 128 synthetic ones",
@@ -221,7 +225,7 @@ def main() -> int:
         key, started = f"{bits:g}-bit {method}", time.perf_counter()
         settings = {
             "method": method, "activations": None if args.activations == "none" else args.activations,
-            "activation_bits": args.activation_bits,
+            "activation_bits": args.activation_bits, "arithmetic": args.arithmetic,
         }  # fmt: skip
         try:
             if isinstance(bits, int):
@@ -246,6 +250,7 @@ def main() -> int:
     print(
         f"{name}, {len(images)} pictures, {what} quantized, activations: {args.activations}"
         f"{'' if args.activation_bits == 8 else f' {args.activation_bits} bits'}, "
+        f"{'integers alone, ' if args.arithmetic == 'integer' else ''}"
         f"{'without calibration' if calibration is None else f'calibrated on {len(calibration)} {kind}'}, on {device}\n"
     )
     if labels is None:

@@ -34,6 +34,7 @@ from fairseq.quantization.evaluation.compare import (
 from fairseq.quantization.evaluation.report import LayerReport, QuantizationReport
 from fairseq.quantization.export.export import export
 from fairseq.quantization.export.export_report import ExportReport
+from fairseq.quantization.integer_only.convert import check_arithmetic, convert_to_integers
 from fairseq.quantization.saving import checkpoint
 from fairseq.quantization.saving.attach import disable_save_pretrained, enable_save_pretrained
 from fairseq.quantization.saving.huggingface import FairseqViTConfig
@@ -86,6 +87,10 @@ class ViTQuantizer:
         activation_bits: width of rounded activations, 2 to 8.
 
     How it runs:
+        arithmetic: "float": integer products, and the rest in the model's dtype. "integer": from the rounded pixels to
+            the integers of the logits no floating-point operation; needs ``calibration``, and a ViT or DeiT for
+            classification. What :meth:`quantize_model` returns then is an
+            :class:`~fairseq.quantization.integer_only.model.IntegerViT`.
         execution: "packed" holds the integers in memory and runs on them, for inference; "emulated" keeps float
             weights that are seen through the same integers, with gradients, for training.
         weight_storage: "packed" or, for more speed below 5 bits and more memory, "unpacked".
@@ -124,6 +129,7 @@ class ViTQuantizer:
         backend: str = "auto",
         towers: str = "vision",
         quantize_embeddings: bool = False,
+        arithmetic: str = "float",
         resident: str | None = None,
     ):
         if resident is not None:
@@ -136,10 +142,12 @@ class ViTQuantizer:
             quantize_mlp=quantize_mlp, quantize_classifier=quantize_classifier, seed=seed, execution=execution,
             overrides=overrides or {}, exclude=exclude, towers=towers, quantize_embeddings=quantize_embeddings,
         )  # fmt: skip
+        self.arithmetic = check_arithmetic(arithmetic, self.config)
         self.report: QuantizationReport | None = None
 
     def __repr__(self) -> str:
-        return f"ViTQuantizer({self.config})"
+        integer = ", arithmetic='integer'" if self.arithmetic == "integer" else ""
+        return f"ViTQuantizer({self.config}{integer})"
 
     def quantize_model(
         self,
@@ -177,6 +185,9 @@ class ViTQuantizer:
         with plain_context():
             if calibration is not None:
                 pixels = pixel_values(calibration, model, processor, images, self.config.seed)
+            if self.arithmetic == "integer":
+                integers, self.report = convert_to_integers(model, self.config, pixels, processor, engine)
+                return cast(Model, integers)
             quantized, self.report = convert(model, self.config, pixels, engine)
         if self.config.execution == "packed":
             information = {"bytes_before": self.report.bytes_before}

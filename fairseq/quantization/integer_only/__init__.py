@@ -1,0 +1,1 @@
+"""A Vision Transformer on integers alone, from the rounded pixels to the integers of the logits."""

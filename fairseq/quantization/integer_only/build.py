@@ -1,0 +1,303 @@
+"""build: from a model with packed layers and what calibration saw of it to the integers of an IntegerViT."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.modules.quantization.integer.attention import ONE, ROW_SHIFT
+from fairseq.modules.quantization.integer.dyadic import Requantize, dyadic, power_of_two
+from fairseq.modules.quantization.integer.normalization import STREAM_BITS, UNIT_BITS
+from fairseq.modules.quantization.integer.piecewise import INPUT_BITS, PIECES, table
+from fairseq.modules.quantization.integer.piecewise import UNIT_BITS as TABLE_BITS
+from fairseq.modules.quantization.integer.rows import LARGEST
+from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int
+from fairseq.quantization.engine.reference_block import activate
+from fairseq.quantization.engine.spec import BlockSpec, Norm
+from fairseq.quantization.integer_only.block import IntegerBlock
+from fairseq.quantization.integer_only.layers import (
+    BYTE,
+    MOST_INPUTS,
+    VALUE_STEP,
+    WIDE,
+    IntegerActivation,
+    IntegerAttention,
+    IntegerLinear,
+    IntegerNorm,
+    Spread,
+)
+from fairseq.quantization.integer_only.model import PIXELS
+from fairseq.quantization.integer_only.ranges import Range, Ranges
+from fairseq.quantization.integer_only.reading import LIMITS
+
+HEADROOM = 2.0
+"""How much further than calibration saw 16-bit integers reach."""
+STREAM_HEADROOM = 4.0
+SPREAD_COLUMNS = 16
+SPREAD_GAIN = 2.0
+LOGIT_BITS = 24
+"""So that a float32 holds every one of them."""
+
+
+class Grid(NamedTuple):
+    """What integers stand for: step * (q - zero). Steps of 16-bit integers are those before rounding to bytes.
+
+    Attributes:
+        step: float64, (C,) or (1,).
+        zero: the integer that stands for 0.
+        bits: of the integers, 16 or 8.
+        unsigned: of 16 bits none is negative, and the bytes are from 0 to 255 times the row's integer.
+        copies: how many bytes each column becomes; None for one each. See :class:`~.layers.Spread`.
+    """
+
+    step: Tensor
+    zero: int
+    bits: int
+    copies: Tensor | None = None
+    unsigned: bool = False
+
+    @property
+    def byte_step(self) -> Tensor:
+        """Of the bytes, times the row's integer where there is one."""
+        return self.step if self.bits == BYTE else self.step / (255 if self.unsigned else LARGEST)
+
+
+class Weight(NamedTuple):
+    """Integers of a Linear: int64 (out, in) within a byte, float64 scale (out,) and bias (out,)."""
+
+    q: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+def weight_of(layer: nn.Module, name: str) -> Weight:
+    """Of a packed layer, its zero point subtracted.
+
+    Raises:
+        ValueError: it is not packed, has groups, or its integers do not fit a byte.
+    """
+    if not isinstance(layer, PackedLinear):
+        raise ValueError(f"{name} was left in float; integer arithmetic needs every layer of the encoder and the head")
+    matrix = layer.weight_matrix
+    if matrix.group_size is not None:
+        raise ValueError(f"{name} has groups of {matrix.group_size} columns; integer arithmetic takes one scale a row")
+    q = matrix.integers().to(torch.int64) - matrix.zero_point.to(torch.int64).reshape(-1, 1)
+    if int(q.min()) < -128 or int(q.max()) > 127:
+        raise ValueError(
+            f"{name} has integers from {int(q.min())} to {int(q.max())}, which fit no byte: symmetric=True"
+        )
+    bias = torch.zeros(len(q), dtype=torch.float64) if layer.bias is None else layer.bias.detach().double()
+    return Weight(q, matrix.scale.double().expand(len(q)).clone(), bias)
+
+
+def linear(weight: Weight, source: Grid, step: Tensor | float, bits: int, name: str) -> IntegerLinear:
+    """A layer that reads ``source`` and gives integers of ``step``."""
+    q = weight.q if source.copies is None else weight.q[:, torch.repeat_interleave(source.copies)]
+    if q.shape[1] > MOST_INPUTS:
+        raise ValueError(f"{name} has {q.shape[1]} inputs, more than {MOST_INPUTS}")
+    scale = weight.scale * source.byte_step
+    bias = weight.bias - weight.scale * source.step * source.zero * q.sum(-1)
+    return IntegerLinear(q, Requantize(scale / step, bias / step, bits, name), source.unsigned)
+
+
+def wide_grid(reach: Tensor | float) -> Grid:
+    """16 bits that reach so far."""
+    limit = max(float(torch.as_tensor(reach).max()), 1e-30)
+    return Grid(torch.tensor([limit / (2 ** (WIDE - 1) - 1)], dtype=torch.float64), 0, WIDE)
+
+
+def byte_grid(seen: Range, layers: list[PackedLinear]) -> Grid:
+    """8 bits over the range that the layers that read them were calibrated to, if it is one, or over what was seen.
+
+    Where few columns reach so far that the others' steps are twice as fine without them, they become several bytes.
+    """
+    spread, whole = spread_grid(seen), whole_grid(seen, layers)
+    return spread if float(spread.step) * SPREAD_GAIN <= float(whole.step) else whole
+
+
+def spread_grid(seen: Range) -> Grid:
+    """The finest 8 bits with which the columns become at most a part in ``SPREAD_COLUMNS`` more bytes."""
+    most = len(seen.low) // SPREAD_COLUMNS
+    for reach in seen.reach.unique():  # ascending
+        limit = max(float(reach), 1e-30)
+        low, high = max(float(seen.low.min()), -limit), min(float(seen.high.max()), limit)
+        copies = torch.exp2(torch.log2(torch.maximum(seen.low / min(low, -1e-30), seen.high / max(high, 1e-30))).ceil())
+        copies = copies.clamp(min=1).to(torch.int64)
+        if int(copies.sum()) - len(copies) <= most:
+            step = max((high - low) / 255, 1e-30)
+            return Grid(torch.tensor([step], dtype=torch.float64), round(-128 - low / step), BYTE, copies)
+    raise AssertionError("one byte each is always enough for the largest reach")
+
+
+def whole_grid(seen: Range, layers: list[PackedLinear]) -> Grid:
+    """One byte a column."""
+    known = {(float(x.input_scale), int(x.input_zero_point)) for x in layers if x.input_scale is not None}  # type: ignore[arg-type]
+    if len(known) == 1:
+        ((step, zero),) = known
+        return Grid(torch.tensor([step], dtype=torch.float64), zero, BYTE)
+    low, high = min(float(seen.low.min()), 0.0), max(float(seen.high.max()), 0.0)
+    step = max((high - low) / 255, 1e-30)
+    return Grid(torch.tensor([step], dtype=torch.float64), round(-128 - low / step), BYTE)
+
+
+def output_of(grid: Grid, factor: Tensor, offset: Tensor, name: str) -> nn.Module:
+    """What gives integers of ``grid``, its zero not in ``offset``."""
+    if grid.copies is None:
+        return Requantize(factor, offset + grid.zero, grid.bits, name)
+    return nn.Sequential(Requantize(factor, offset, WIDE, name), Spread(grid.copies, grid.zero))
+
+
+def factor_of(layers: list[PackedLinear], size: int, name: str) -> Tensor:
+    """What the layers multiply their common input by: float64 (size,)."""
+    ones = torch.ones(size, dtype=torch.float64)
+    factors = [ones if x.input_factor is None else x.input_factor.double() for x in layers]
+    if any(not torch.equal(factors[0], other) for other in factors):
+        raise ValueError(f"{name}: layers that read the same multiply it by different factors")
+    return factors[0]
+
+
+class Builder:
+    """Makes the parts of one model.
+
+    Args:
+        dynamic: whether layers read 16-bit integers, rounded to bytes row by row.
+        ranges: of :func:`~.ranges.observe_ranges`.
+    """
+
+    def __init__(self, dynamic: bool, ranges: Ranges):
+        self.dynamic, self.ranges = dynamic, ranges
+        self.exponent = power_of_two(STREAM_HEADROOM * max(float(ranges["stream"].reach.max()), 1e-6), STREAM_BITS)
+        self.step = 2.0**-self.exponent
+        self.bits = WIDE if dynamic else BYTE
+
+    def grid(
+        self, key: tuple[Any, str], layers: list[PackedLinear], factor: Tensor, reach: Tensor | None = None
+    ) -> Grid:
+        """Of what ``layers`` read, which is multiplied by ``factor``; ``reach``: how far it can at most, if known."""
+        low, high = self.ranges[(*key, "in")]
+        seen = Range(low * factor, high * factor)
+        if not self.dynamic:
+            return byte_grid(seen, layers)
+        return wide_grid(HEADROOM * seen.reach if reach is None else reach)
+
+    def norm(
+        self, norm: Norm, size: int, key: tuple[Any, str], layers: list[PackedLinear], name: str
+    ) -> tuple[IntegerNorm, Grid]:
+        """A LayerNorm and the grid of what it gives, which nothing can exceed if it has 16 bits."""
+        factor = factor_of(layers, size, name)
+        ones = torch.ones(size, dtype=torch.float64)
+        gain = (ones if norm.weight is None else norm.weight.detach().double()) * factor * math.sqrt(size)
+        bias = (0 * ones if norm.bias is None else norm.bias.detach().double()) * factor
+        grid = self.grid(key, layers, factor, (gain.abs() + bias.abs()).max())
+        eps = min(max(round(size * norm.epsilon / self.step**2), 1), 2**60)
+        output = output_of(grid, gain / grid.step / 2**UNIT_BITS, bias / grid.step, name)
+        return IntegerNorm(eps, output), grid
+
+    def block(self, i: int, spec: BlockSpec, name: str) -> IntegerBlock:
+        """One encoder block."""
+        layers: dict[str, Any] = spec.layers
+        reading = [layers[role] for role in ("query", "key", "value") if role in layers]
+        weights = {role: weight_of(layer, f"{name}, {role}") for role, layer in layers.items()}
+        norm1, source = self.norm(spec.norm("norm1"), spec.width, (i, "query"), reading, f"{name}, norm1")
+        projections, attention, attended = self.attention(i, spec, weights, source, name)
+        output = self.branch(weights["output"], attended, spec.scale1, f"{name}, output")
+        norm2, source = self.norm(spec.norm("norm2"), spec.width, (i, "fc1"), [layers["fc1"]], f"{name}, norm2")
+        limit = LIMITS[spec.activation]
+        unit = limit / 2**TABLE_BITS
+        fc1 = linear(weights["fc1"], source, unit, INPUT_BITS, f"{name}, fc1")
+        factor = factor_of([layers["fc2"]], spec.mlp, name)
+        entries = activation_table(spec.activation, limit)
+        hidden = self.hidden(i, layers["fc2"], factor, -unit * float(entries[0].min()))
+        requantize = output_of(hidden, unit * factor / hidden.step, 0 * factor, f"{name}, activation")
+        activation = IntegerActivation(entries, requantize)
+        fc2 = self.branch(weights["fc2"], hidden, spec.scale2, f"{name}, fc2")
+        query, key, value = projections
+        return IntegerBlock(self.bits, norm1, query, key, value, attention, output, norm2, fc1, activation, fc2)
+
+    def hidden(self, i: int, fc2: PackedLinear, factor: Tensor, lowest: float) -> Grid:
+        """Of what an activation gives, at least -``lowest``: 16 bits without a sign, or 8 with a zero point."""
+        grid = self.grid((i, "fc2"), [fc2], factor)
+        if not self.dynamic:
+            return grid
+        return grid._replace(zero=math.ceil(lowest * float(factor.max()) / float(grid.step)), unsigned=True)
+
+    def attention(
+        self, i: int, spec: BlockSpec, weights: dict[str, Weight], source: Grid, name: str
+    ) -> tuple[list[IntegerLinear], IntegerAttention, Grid]:
+        """The layers for query, key and value, attention, and the grid of what it gives."""
+        out = [self.ranges[(i, role, "out")].reach for role in ("query", "key", "value") if role in weights]
+        parts = [weights[role] for role in ("query", "key", "value") if role in weights]
+        if spec.projections == 1:
+            parts = [Weight(*split) for split in zip(*(t.chunk(3) for t in parts[0]))]
+            out = list(out[0].chunk(3))
+        steps = [self.projection_step(reach, spec.heads) for reach in out]
+        if not self.dynamic:
+            steps[2] = out[2].clamp(min=1e-30) / 127  # a step a channel, which the sums keep apart
+        layers = [
+            linear(part, source, step, self.bits, f"{name}, {role}")
+            for part, step, role in zip(parts, steps, ("query", "key", "value"))
+        ]
+        per_head = [step.reshape(spec.heads, -1)[:, 0] if step.numel() > 1 else step for step in steps[:2]]
+        unit = per_head[0] * per_head[1] * spec.scaling / math.log(2) * ONE / (LARGEST**2 if self.dynamic else 1)
+        multiplier, shift, _ = dyadic(unit.expand(spec.heads))
+        if bool((shift < ROW_SHIFT).any()):
+            raise ValueError(f"{name}: its queries and keys are too large for integer scores")
+        columns = spec.heads * spec.head_size
+        reader: Any = spec.layers["output"]
+        factor = factor_of([reader], columns, name)
+        grid = self.grid((i, "output"), [reader], factor, (steps[2] * (2**15 - 1) * factor).max())
+        value = steps[2].expand(columns) / (LARGEST if self.dynamic else 1) * VALUE_STEP
+        output = output_of(grid, value * factor / grid.step, 0 * factor, f"{name}, attention")
+        return layers, IntegerAttention(multiplier[:, None, None], shift[:, None, None], self.dynamic, output), grid
+
+    def projection_step(self, reach: Tensor, heads: int) -> Tensor:
+        """Of queries, keys or values: one for 16 bits, or for bytes one a head, (columns,)."""
+        if self.dynamic:
+            return wide_grid(HEADROOM * reach).step
+        largest = reach.reshape(heads, -1).amax(-1, keepdim=True).clamp(min=1e-30)
+        return (largest / 127).expand(heads, len(reach) // heads).flatten()
+
+    def branch(self, weight: Weight, source: Grid, scale: Tensor | None, name: str) -> IntegerLinear:
+        """A layer that adds to the residual stream, times LayerScale."""
+        if scale is not None:
+            weight = Weight(weight.q, weight.scale * scale.detach().double(), weight.bias * scale.detach().double())
+        return linear(weight, source, self.step, STREAM_BITS, name)
+
+    def head(self, norm: Norm, classifier: Any) -> tuple[IntegerNorm, IntegerLinear, int]:
+        """The last norm, the classifier, and the exponent of its logits."""
+        final, source = self.norm(norm, classifier.in_features, ("head", "classifier"), [classifier], "the last norm")
+        reach = max(float(self.ranges[("head", "classifier", "out")].reach.max()), 1e-30)
+        exponent = power_of_two(STREAM_HEADROOM * reach, LOGIT_BITS)
+        return (
+            final,
+            linear(weight_of(classifier, "the classifier"), source, 2.0**-exponent, LOGIT_BITS, "classifier"),
+            exponent,
+        )
+
+    def patches(self, convolution: nn.Conv2d, start: Tensor, step: Tensor) -> IntegerLinear:
+        """The patch embedding of pixels less 128, at 8 bits; start and step of the pixels are in weight and bias."""
+        w = convolution.weight.detach().double()
+        folded = (w * step[:, None, None]).flatten(1)
+        scale, zero_point = observe_weight(folded, 8, "channel", symmetric=True, name="the patch embedding")
+        q = weight_to_int(folded, scale, zero_point, 8).to(torch.int64) - zero_point.to(torch.int64)[:, None]
+        bias = (w * (start + PIXELS // 2 * step)[:, None, None]).flatten(1).sum(-1)
+        weight = Weight(q, scale.double(), bias)  # the bias of the convolution is in the constants of the tokens
+        grid = Grid(torch.ones(1, dtype=torch.float64), 0, BYTE)
+        return linear(weight, grid, self.step, STREAM_BITS, "the patch embedding")
+
+
+def activation_table(name: str, limit: float) -> Tensor:
+    """int32 (2, 256), see :func:`~fairseq.modules.quantization.integer.piecewise.table`.
+
+    Each inner end is moved by half of what a line leaves in the middle of the pieces beside it, which halves the error.
+    """
+    ends = torch.linspace(-limit, limit, PIECES + 1, dtype=torch.float64)
+    piece = 2 * limit / PIECES
+    values, middles = activate(name, ends), activate(name, ends[:-1] + piece / 2)
+    left = (values[:-1] + values[1:]) / 2 - middles  # how far the line is above, by piece
+    values[1:-1] -= (left[:-1] + left[1:]) / 4
+    return table(values * 2**TABLE_BITS / limit)

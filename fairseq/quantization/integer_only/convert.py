@@ -1,0 +1,137 @@
+"""convert_to_integers: a float Vision Transformer to an IntegerViT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.modules.quantization.context import plain_context
+from fairseq.modules.quantization.packed.config import check_one_of
+from fairseq.quantization.architectures.forward import evaluating
+from fairseq.quantization.config import QuantizationConfig
+from fairseq.quantization.conversion.convert import convert
+from fairseq.quantization.engine.fuse import check_engine
+from fairseq.quantization.evaluation.report import QuantizationReport
+from fairseq.quantization.integer_only.build import Builder
+from fairseq.quantization.integer_only.model import PIXELS, IntegerViT
+from fairseq.quantization.integer_only.ranges import observe_ranges
+from fairseq.quantization.integer_only.reading import block_names, read_model
+
+ARITHMETICS = ("float", "integer")
+CHECKED = 2
+"""Pictures on which it is seen what the model computes."""
+
+
+def check_arithmetic(arithmetic: str, config: QuantizationConfig) -> str:
+    """Return ``arithmetic`` if it is "float", or "integer" and ``config`` goes with it; ValueError otherwise."""
+    check_one_of("arithmetic", arithmetic, ARITHMETICS)
+    if arithmetic == "integer":
+        check_config(config)
+    return arithmetic
+
+
+def check_config(config: QuantizationConfig) -> None:
+    """ValueError for a setting that does not go with integer arithmetic, with what does."""
+    wanted: dict[str, tuple[Any, ...]] = {
+        "activations": ("dynamic", "static"), "activation_bits": (8,), "group_size": (None,), "execution": ("packed",),
+        "p": (1.0,), "quantize_attention": (True,), "quantize_mlp": (True,), "quantize_classifier": (True,),
+        "exclude": ((),), "weight_storage": ("packed",), "backend": ("auto",), "towers": ("vision",),
+        "quantize_embeddings": (False,),
+    }  # fmt: skip
+    for name, accepted in wanted.items():
+        value = getattr(config, name)
+        if value not in accepted:
+            allowed = " or ".join(map(repr, accepted))
+            raise ValueError(f"arithmetic='integer' needs {name}={allowed}, got {value!r}: every part becomes integers")
+    for pattern, settings in config.overrides.items():
+        if other := set(settings) - {"bits", "method", "symmetric", "rounding", "bias_correction"}:
+            raise ValueError(f"arithmetic='integer' takes no override of {', '.join(sorted(other))}: {pattern!r}")
+
+
+def convert_to_integers(
+    model: nn.Module,
+    config: QuantizationConfig,
+    pixels: Tensor | None,
+    processor: Any = None,
+    engine: str = "auto",
+) -> tuple[IntegerViT, QuantizationReport]:
+    """(The integer model, what was done to its layers). ``model`` stays as it is.
+
+    The integers of weights are those of :func:`~fairseq.quantization.conversion.convert.convert`, of 8 bits symmetric.
+
+    Args:
+        model: a ViT or DeiT for classification.
+        config: see :func:`check_config`.
+        pixels: calibration pictures, float32 (N, C, H, W).
+        processor: tells mean and standard deviation of pixels, if they are what the pictures were made with.
+        engine: "auto" or "layers"; there is no fused one.
+
+    Raises:
+        ValueError: no pictures, a setting that does not fit, or a part of the model; the message names it.
+    """
+    check_config(config)
+    if engine == "fused":
+        raise ValueError("arithmetic='integer' has no fused engine; leave engine at 'auto'")
+    check_engine(engine, config.execution)
+    if pixels is None:
+        raise ValueError(
+            "arithmetic='integer' needs calibration=pictures, such as 128 that the model could see: "
+            "they give the ranges of pixels, of the residual stream and of attention"
+        )
+    with plain_context():
+        with evaluating(model):  # what cannot be is refused before anything takes time
+            read_model(model, pixels[:CHECKED])
+        packed, report = convert(model, within_bytes(config), pixels, "layers")
+        packed.eval()
+        parts = read_model(packed, pixels[:CHECKED])
+        names = block_names(packed)
+        ranges = observe_ranges(packed, names, parts.specs, parts.classifier, pixels)
+        start, step = pixel_grid(pixels, processor)
+        builder = Builder(config.activations == "dynamic", ranges)
+        blocks = [builder.block(i, spec, name) for i, (name, spec) in enumerate(zip(names, parts.specs))]
+        norm, classifier, exponent = builder.head(parts.norm, parts.classifier)
+        kernel: Any = parts.patches.kernel_size
+        return IntegerViT(
+            config=getattr(model, "config", None),
+            size=tuple(pixels.shape[-2:]),  # type: ignore[arg-type]
+            patch=kernel,
+            bits=builder.bits,
+            pixel_grid=(start, step),
+            patches=builder.patches(parts.patches, start, step),
+            constants=torch.round(parts.constants / builder.step),
+            blocks=blocks,
+            norm=norm,
+            classifier=classifier,
+            logit_exponent=exponent,
+            output_class=parts.output_class,
+        ), report
+
+
+def within_bytes(config: QuantizationConfig) -> QuantizationConfig:
+    """The settings with symmetric weights wherever they have 8 bits: less any other zero point they would need 9."""
+
+    def symmetric(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**settings, "symmetric": True} if settings.get("bits", config.bits) == 8 else settings
+
+    overrides = {pattern: symmetric(settings) for pattern, settings in config.overrides.items()}
+    return replace(config, symmetric=config.symmetric or config.bits == 8, overrides=overrides)
+
+
+def pixel_grid(pixels: Tensor, processor: Any = None) -> tuple[Tensor, Tensor]:
+    """Start and step of each channel's 256 values, float64 (C,).
+
+    Those of 8-bit pixels less mean, divided by standard deviation, where the processor says them and the pictures lie
+    within; else the range of the pictures.
+    """
+    low, high = torch.aminmax(pixels.double().transpose(0, 1).flatten(1), dim=1)
+    mean, deviation = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
+    if mean is not None and deviation is not None and len(mean) == len(deviation) == len(low):
+        mean, deviation = (torch.tensor(t, dtype=torch.float64) for t in (mean, deviation))
+        start, step = -mean / deviation, 1 / (PIXELS - 1) / deviation
+        if bool(((low >= start - step) & (high <= start + PIXELS * step)).all()):
+            return start, step
+    return low, ((high - low) / (PIXELS - 1)).clamp(min=1e-12)

@@ -1,0 +1,146 @@
+"""IntegerViT: pixels are rounded once, and every operation up to the integers of the logits is one of integers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.quantization.integer_only.block import IntegerBlock, add
+from fairseq.quantization.integer_only.layers import IntegerLinear, IntegerNorm, to_bytes
+
+PIXELS = 256
+
+
+class IntegerViT(nn.Module):
+    """A Vision Transformer for classification on integers, for inference; see ``docs/integer_only.rst``.
+
+    Buffers, besides those of its parts, which are integers:
+        pixel_start, pixel_step: float64 (channels,): a pixel is start + step * p, p from 0 to 255.
+        constants: int32 (tokens, width): class tokens and position embeddings, in steps of the residual stream.
+        logit_exponent: int32; a logit is its integer / 2**logit_exponent.
+
+    Args:
+        config: of the model that this was made from.
+        size: height and width of pictures.
+        patch: height and width of a patch.
+        bits: of what layers read, 16 (dynamic) or 8 (static).
+        output_class: what :meth:`forward` returns, a mapping with "logits"; None for the logits alone, as timm's.
+    """
+
+    pixel_start: Tensor
+    pixel_step: Tensor
+    constants: Tensor
+    logit_exponent: Tensor
+
+    def __init__(
+        self,
+        config: Any,
+        size: tuple[int, int],
+        patch: tuple[int, int],
+        bits: int,
+        pixel_grid: tuple[Tensor, Tensor],
+        patches: IntegerLinear,
+        constants: Tensor,
+        blocks: Sequence[IntegerBlock],
+        norm: IntegerNorm,
+        classifier: IntegerLinear,
+        logit_exponent: int,
+        output_class: Callable[..., Any] | None = None,
+    ):
+        super().__init__()
+        self.config, self.size, self.patch, self.bits, self.output_class = config, size, patch, bits, output_class
+        for name, values in zip(("pixel_start", "pixel_step"), pixel_grid):
+            self.register_buffer(name, values.to(torch.float64))
+        self.register_buffer("constants", constants.to(torch.int32))
+        self.register_buffer("logit_exponent", torch.tensor(logit_exponent, dtype=torch.int32))
+        self.patches, self.blocks, self.norm, self.classifier = patches, nn.ModuleList(blocks), norm, classifier
+        self.eval()
+
+    def forward(self, pixel_values: Tensor, return_dict: bool | None = None, **others: Any) -> Any:
+        """Logits, and the integers that they are.
+
+        Args:
+            pixel_values: as for the float model, (B, channels, H, W), rounded first; or uint8, the pixels themselves.
+            return_dict: False for a tuple.
+            others: whatever else the float model takes, if it is None or False.
+
+        Returns:
+            ``logits``: float32 (B, classes), ``integer_logits`` / 2**``logit_exponent``, exact.
+            ``integer_logits``: int32 (B, classes). Both in the mapping or tuple that the float model returns.
+
+        Raises:
+            TypeError, ValueError: pixel values that are no such tensor, are NaN or Inf or of another size, or another
+                argument.
+        """
+        asked = [name for name, value in others.items() if value is not None and value is not False]
+        if asked:
+            raise ValueError(f"an integer-only model takes pixel_values and return_dict, not {', '.join(asked)}")
+        integers = self.integer_logits(self.round_pixels(pixel_values))
+        logits = integers.to(torch.float32) * math.ldexp(1.0, -int(self.logit_exponent))
+        if self.output_class is None:
+            return logits
+        if return_dict is False:
+            return logits, integers
+        output = self.output_class(logits=logits)
+        output["integer_logits"] = integers
+        return output
+
+    def round_pixels(self, pixel_values: Tensor) -> Tensor:
+        """The pixels, uint8 (B, channels, H, W): (x - start) / step rounded half to even; the one step that is float.
+
+        Pixels beyond the range saturate.
+        """
+        expected = (len(self.pixel_start), *self.size)
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(f"pixel_values must be a tensor, got {type(pixel_values).__name__}")
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values must have the shape (batch, {', '.join(map(str, expected))}), got "
+                f"{tuple(pixel_values.shape)}"
+            )
+        if pixel_values.dtype == torch.uint8:
+            return pixel_values
+        if not pixel_values.is_floating_point():
+            raise TypeError(f"pixel_values must be floating, or uint8 for the pixels themselves; {pixel_values.dtype}")
+        if not bool(torch.isfinite(pixel_values).all()):
+            raise ValueError("pixel_values hold NaN or Inf")
+        start, step = (t[:, None, None] for t in (self.pixel_start, self.pixel_step))
+        return ((pixel_values.detach().double() - start) / step).round().clamp(0, PIXELS - 1).to(torch.uint8)
+
+    @torch.no_grad()
+    def integer_logits(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, channels, H, W) -> int32 (B, classes). No operation in here is one of floating numbers."""
+        h = self.embed(pixels)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, channels, H, W) -> the residual stream, int64 (B, tokens, width) of 22 bits."""
+        batch, channels = pixels.shape[:2]
+        (height, width), (rows, columns) = self.patch, (self.size[0] // self.patch[0], self.size[1] // self.patch[1])
+        centred = (pixels.to(torch.int16) - PIXELS // 2).to(torch.int8)
+        cut = centred.reshape(batch, channels, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+        embedded = self.patches(cut.reshape(batch, rows * columns, -1))  # (B, patches, width)
+        constants = self.constants.to(torch.int64).expand(batch, -1, -1)
+        first = constants.shape[1] - embedded.shape[1]
+        return torch.cat((constants[:, :first], add(constants[:, first:], embedded)), dim=1)
+
+    def head(self, h: Tensor) -> Tensor:
+        """The residual stream, int64 (B, tokens, width) -> int32 (B, classes)."""
+        logits: Tensor = self.classifier(*to_bytes(self.norm(h[:, 0]), self.bits))
+        return logits.to(torch.int32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerViT:
+        """Move as any module does, but keep the grid of pixels in float64."""
+        before = {name: self._buffers[name] for name in ("pixel_start", "pixel_step")}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self

@@ -1,0 +1,70 @@
+"""What integer arithmetic does not take, each with one sentence."""
+
+import families
+import pytest
+import torch
+
+from fairseq.models.vit_quantization import ViTQuantizer
+
+PICTURES = families.pictures(40)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("vit-bare", "0 classifiers"),
+        ("deit-teacher", "2 classifiers"),
+        ("swinv2", "its norms are post1, post2"),
+        ("dinov2", "its head is not a LayerNorm of the first token"),
+        ("dinov3-gated", "its MLP is gated"),
+        ("clip-classifier", "its embedding does more"),
+    ],
+)
+def test_models(name, reason):
+    with pytest.raises(ValueError, match=reason):
+        ViTQuantizer(arithmetic="integer").quantize_model(families.build(name), calibration=PICTURES)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"activations": None},
+        {"activation_bits": 7},
+        {"method": "channel", "group_size": 32},
+        {"execution": "emulated"},
+        {"p": 0.5},
+        {"quantize_mlp": False},
+        {"exclude": ["*classifier"]},
+        {"weight_storage": "unpacked"},
+        {"backend": "reference"},
+        {"quantize_embeddings": True},
+        {"overrides": {"*classifier": {"skip": True}}},
+        {"overrides": {"*classifier": {"activations": None}}},
+    ],
+    ids=str,
+)
+def test_settings(settings):
+    with pytest.raises(ValueError, match="arithmetic='integer'"):
+        ViTQuantizer(arithmetic="integer", **settings)
+
+
+def test_names():
+    with pytest.raises(ValueError, match="arithmetic must be one of 'float', 'integer'; got 'int'"):
+        ViTQuantizer(arithmetic="int")
+    quantizer = ViTQuantizer(arithmetic="integer")
+    with pytest.raises(ValueError, match="no fused engine"):
+        quantizer.quantize_model(families.build("vit"), calibration=PICTURES, engine="fused")
+
+
+def test_a_block_whose_sums_could_overflow():
+    model = families.build("vit")
+    wide = 2**13 + 8
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.out_features == 40:
+            module.weight = torch.nn.Parameter(torch.randn(wide, module.in_features) / 9)
+            module.bias, module.out_features = torch.nn.Parameter(torch.zeros(wide)), wide
+        elif isinstance(module, torch.nn.Linear) and module.in_features == 40:
+            module.weight = torch.nn.Parameter(torch.randn(module.out_features, wide) / 99)
+            module.in_features = wide
+    with pytest.raises(ValueError, match="fc2 has 8200 inputs, more than 8192"):
+        ViTQuantizer(arithmetic="integer", rounding="nearest").quantize_model(model, calibration=PICTURES)
