@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fairseq.modules.quantization.integer.piecewise import piecewise
 from fairseq.quantization.engine.reference_block import activate
+from fairseq.quantization.engine.spec import Norm
 from fairseq.quantization.integer_only.build import (
     Builder,
     Grid,
@@ -97,3 +98,34 @@ def test_the_patch_embedding_is_the_convolution():
     scale = (convolution.weight.double() * step[:, None, None]).abs().amax((1, 2, 3)) / 127
     bound = 0.5 * scale * (pixels - 128).abs().flatten(1).sum(-1, keepdim=True) + 1e-4  # half a step of each weight
     assert ((got - expected).abs() <= bound * 1.01).all()
+
+
+def stream(reach):
+    return {"stream": Range(torch.tensor([-reach]).double(), torch.tensor([reach]).double())}
+
+
+@pytest.mark.parametrize("epsilon", [1e-12, 0.5])
+def test_a_norm_is_the_layer_norm_to_half_a_step(epsilon):
+    draw = torch.Generator().manual_seed(0)
+    weight, bias, h = (
+        torch.randn(24, generator=draw),
+        torch.randn(24, generator=draw),
+        torch.randn(9, 24, generator=draw),
+    )
+    builder = Builder(True, {**stream(4.0), (0, "query", "in"): Range(bias.double(), bias.double())})
+    layer = types.SimpleNamespace(input_factor=torch.linspace(0.5, 2, 24))
+    norm, grid = builder.norm(Norm("layer", weight, bias, epsilon), 24, (0, "query"), [layer], "norm1")
+    got = norm((h.double() / builder.step).round().long()) * grid.step
+    expected = F.layer_norm(h.double(), (24,), weight.double(), bias.double(), epsilon) * layer.input_factor
+    assert (got - expected).abs().max() < 0.5 * float(grid.step) + 1e-4
+
+
+def test_layer_scale_is_in_the_constants_of_a_branch():
+    draw = torch.Generator().manual_seed(0)
+    q, w = (torch.randint(-128, 128, (5, 40), generator=draw) for _ in range(2))
+    weight = Weight(w, torch.full((5,), 0.01).double(), torch.randn(5, generator=draw).double())
+    scale = torch.tensor([0.5, -2.0, 0.0, 1.0, 1e-5])
+    builder, source = Builder(True, stream(900.0)), Grid(torch.tensor([0.01]).double(), 0, 8)
+    got = builder.branch(weight, source, scale, "output")(q.to(torch.int8)) * builder.step
+    expected = (0.0001 * (q @ w.T).double() + weight.bias) * scale
+    assert (got - expected).abs().max() < 0.5 * builder.step + 1e-5 * expected.abs().max()
