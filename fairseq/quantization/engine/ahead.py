@@ -3,10 +3,14 @@
 Which block follows is seen, not read from a model: it is called with what another one returned. From the next call
 on it runs along. What it gave is taken only if it is called with that very tensor, unchanged, and with equal arguments;
 if not, it runs as if nothing had been computed. All outputs are real: whoever looks at hidden states sees them.
+
+Nothing may change between two such calls. So both must come from one running function of transformers or timm, and no
+block of a call may have hooks: then no code of a user runs in between, and a block is looked at once, beforehand.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from dataclasses import dataclass
@@ -25,6 +29,13 @@ MOST_BYTES = 2**24
 """Of all outputs of one call; with more, what Python costs between two calls does not matter."""
 PATIENCE = 3
 """Calls whose last outputs nobody asked for, after which these are not computed ahead any more."""
+KNOWN = ("transformers.models.", "timm.models.", "torch.nn.modules.container")
+"""Beginnings of the names of modules whose functions call blocks one after the other, and do nothing else to them."""
+BETWEEN = (
+    "torch.nn.modules.module", "transformers.modeling_layers", "transformers.utils.generic",
+    "transformers.utils.output_capturing", "fairseq.quantization.engine.fused_block", __name__,
+)  # fmt: skip
+"""Modules whose functions stand between those and the forward of a block."""
 
 
 @dataclass
@@ -51,6 +62,7 @@ class Record:
         version: of the tensor, as it was made.
         gradients: whether gradients were being recorded.
         chain: that it was computed in.
+        caller: the running function that called for it, see :func:`_caller`.
         follower: the block that is expected to take it, or None.
         given: its arguments besides hidden states, with :func:`_versions` of them.
         output: what it then returns.
@@ -60,6 +72,7 @@ class Record:
     version: int
     gradients: bool
     chain: Chain
+    caller: int | None
     follower: Any = None
     given: Any = None
     output: Tensor | None = None
@@ -80,7 +93,7 @@ _thread = _Thread()
 def taken(block: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The output of a fused block for hidden states ``x`` if it was computed ahead for such a call, or None."""
     record = _records.pop(x, None)
-    if record is None or record.version != x._version:
+    if record is None or record.version != x._version or record.caller is None or record.caller != _caller():
         return None
     if record.follower is None:
         record.made_by.follower = weakref.ref(block)
@@ -106,7 +119,10 @@ def run(block: Any, x: Tensor, call: Call, args: tuple[Any, ...], kwargs: dict[s
     _look_back()
     blocks, natives, calls = [block], [block._native], [call]
     first = block._native
+    caller = _caller()
     most = min(first.most, MOST_BYTES // (x.numel() * x.element_size() + 1))
+    if caller is None or any_watched([block]):
+        most = 1
     while len(blocks) < most and call.rows is None:
         follower = natives[-1].follower and natives[-1].follower()
         ready = None if follower is None or follower in blocks else _ready(follower, x, call, args, kwargs)
@@ -122,11 +138,19 @@ def run(block: Any, x: Tensor, call: Call, args: tuple[Any, ...], kwargs: dict[s
     chain = _thread.chain = Chain(weakref.ref(first), len(blocks))
     given = _with_versions(args, kwargs)
     for i, output in enumerate(outputs):
-        record = Record(natives[i], output._version, torch.is_grad_enabled(), chain)
+        record = Record(natives[i], output._version, torch.is_grad_enabled(), chain, caller)
         if i + 1 < len(outputs):
             record.follower, record.given, record.output = blocks[i + 1], given, outputs[i + 1]
         _records[output] = record
     return outputs[0]
+
+
+def _caller() -> int | None:
+    """The running function that calls blocks, by its identity; None if it is none of :data:`KNOWN`."""
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__") in BETWEEN and frame.f_back is not None:
+        frame = frame.f_back
+    return id(frame) if str(frame.f_globals.get("__name__")).startswith(KNOWN) else None
 
 
 def _ready(block: Any, x: Tensor, first: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +33,29 @@ class PatchConvolution(nn.Conv2d):
         return _run(input, self.weight, self.bias)
 
     def _fits(self, input: Tensor) -> bool:
-        for tensor in (input, self.weight, self.bias):
-            if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
-                return False
+        tensors = [tensor for tensor in (input, self.weight, self.bias) if tensor is not None]
+        if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
+            return False
+        if not torch.compiler.is_compiling() and not all(map(_plain, tensors)):
+            return False
         if input.ndim != 4 or input.shape[1] != self.in_channels or torch.is_autocast_enabled("cpu"):
             return False
         if any(size < patch for size, patch in zip(input.shape[2:], self.kernel_size)):
             return False
         if reason_not_packable(self) or functional.recording() or not kernels.runs_native("auto"):
             return False
-        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(input).tangent is not None:
-            return False
         return _tiles()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        native.forget_patches(self.weight)  # whose numbers may change behind PyTorch's back
+        return super()._apply(fn, recurse)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether it is numbers alone: no fake tensor, none that is batched or derived, none with a tangent."""
+    if type(tensor) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is None
 
 
 def _run(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

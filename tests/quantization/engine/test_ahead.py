@@ -44,6 +44,12 @@ def model(built):
     return ViTQuantizer.optimize(built)  # a copy, of which nothing has run
 
 
+@pytest.fixture
+def trusted(monkeypatch):
+    """Functions of this file may call blocks one after the other, as those of transformers may."""
+    monkeypatch.setattr(ahead, "KNOWN", (*ahead.KNOWN, __name__))
+
+
 def tensors(output):
     if isinstance(output, torch.Tensor):
         yield output
@@ -89,7 +95,7 @@ def test_blocks_run_in_one_call_once_they_were_seen_to_follow(model, lengths, mo
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_hidden_states_that_are_written_to_in_between_are_what_the_next_block_takes(model, lengths, mode):
+def test_hidden_states_that_are_written_to_in_between_are_what_the_next_block_takes(model, trusted, mode):
     def forward(model):
         def add(module, args, output):
             output.add_(1)
@@ -135,7 +141,71 @@ def test_what_changes_between_two_calls_is_seen(model):
             assert torch.equal(after, one_by_one(model))
 
 
-def test_other_arguments_than_the_first_block_had(model):
+def scale(model):
+    with torch.no_grad():
+        blocks(model)[2].layernorm_before.weight.mul_(2)
+
+
+def load(model):
+    state = model.state_dict()
+    key = next(key for key in state if key.startswith("vit.") and ".2." in key and key.endswith("before.weight"))
+    model.load_state_dict({**state, key: state[key].flip(0) + 1})
+
+
+def hook(model):
+    blocks(model)[2].layernorm_after.register_forward_hook(lambda module, args, output: output * 2)
+
+
+@pytest.mark.parametrize("change", [scale, load, hook])
+def test_what_a_hook_or_a_user_changes_between_two_blocks_is_seen(model, change):
+    logits(model)
+    logits(model)
+    other, x = ViTQuantizer.optimize(model), torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+    change(other)
+    with torch.no_grad():
+        y = blocks(model)[1](x)
+        change(model)
+        assert torch.equal(blocks(model)[2](y), blocks(other)[2](y.clone()))  # called from here
+    fresh = ViTQuantizer.optimize(model)
+    logits(fresh)
+    logits(fresh)
+    expected = ViTQuantizer.optimize(fresh)
+    handle = blocks(fresh)[1].register_forward_hook(lambda *_: change(fresh))
+    changed = logits(fresh)
+    handle.remove()
+    change(expected)
+    assert torch.equal(changed, one_by_one(expected))
+
+
+def test_another_function_calls_the_next_block(model, trusted, lengths):
+    """Between the two anything may have happened."""
+    logits(model)
+    first, second = blocks(model)[:2]
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+
+    def inside():
+        return first(x)
+
+    with torch.no_grad():
+        y = inside()
+        assert lengths[-1] == 4
+        second.layernorm_before.weight.mul_(2)
+        assert torch.equal(second(y), second(y.clone()))
+
+
+def test_a_hook_may_write_where_no_version_counts(model):
+    def forward(model):
+        with blocks(model)[0].register_forward_hook(lambda module, args, output: output.data.mul_(3)):
+            return logits(model)
+
+    plain = logits(model)
+    logits(model)
+    changed = forward(model)
+    assert not torch.equal(changed, plain)
+    assert torch.equal(changed, one_by_one(model, forward))
+
+
+def test_other_arguments_than_the_first_block_had(model, trusted):
     first, second = blocks(model)[:2]
     logits(model)
     with torch.no_grad():
@@ -153,7 +223,7 @@ def test_other_arguments_than_the_first_block_had(model):
         assert torch.equal(second(y, **{name: mask}), expected)
 
 
-def test_gradients_that_are_asked_for_in_between(model):
+def test_gradients_that_are_asked_for_in_between(model, trusted):
     first, second = blocks(model)[:2]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -171,7 +241,7 @@ def test_gradients_that_are_asked_for_in_between(model):
     assert second.layernorm_before.weight.grad is not None
 
 
-def test_training_mode_in_between(model):
+def test_training_mode_in_between(model, trusted):
     first, second = blocks(model)[:2]
     logits(model)
     with torch.no_grad():
@@ -184,7 +254,7 @@ def test_training_mode_in_between(model):
         assert not torch.equal(second(y), expected)
 
 
-def test_blocks_that_nobody_calls_are_no_longer_computed(model, lengths):
+def test_blocks_that_nobody_calls_are_no_longer_computed(model, trusted, lengths):
     logits(model)
     x = torch.randn(2, 5, 24)
     del lengths[:]
@@ -194,7 +264,7 @@ def test_blocks_that_nobody_calls_are_no_longer_computed(model, lengths):
     assert lengths == [3] * ahead.PATIENCE + [2, 2]
 
 
-def test_a_block_that_follows_itself(model, lengths):
+def test_a_block_that_follows_itself(model, trusted, lengths):
     block = blocks(model)[0]
     with torch.no_grad():
         x = torch.randn(2, 5, 24)
@@ -204,7 +274,7 @@ def test_a_block_that_follows_itself(model, lengths):
     assert set(lengths) == {1}
 
 
-def test_another_order_is_found_out(model, lengths):
+def test_another_order_is_found_out(model, trusted, lengths):
     a, b, c, _ = blocks(model)
     logits(model)
     with torch.no_grad():
@@ -215,7 +285,7 @@ def test_another_order_is_found_out(model, lengths):
     assert lengths[-1] == 3
 
 
-def test_nothing_outlives_hidden_states(model):
+def test_nothing_outlives_hidden_states(model, trusted):
     logits(model)
     with torch.no_grad():
         y = blocks(model)[0](torch.randn(2, 5, 24))

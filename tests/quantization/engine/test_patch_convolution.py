@@ -183,3 +183,35 @@ def test_which_convolutions_become_one(tiny_vit, used):
         fused(torch.randn(2, 3, size, size))
     assert used == [(2, 3, size, size)]
     assert fused.state_dict().keys() == layers.state_dict().keys()
+
+
+def test_tensors_that_are_more_than_numbers(used):
+    """Fake, batched and derived ones go to the convolution, which knows them."""
+    conv, plain, x = convolution(), convolution(), torch.randn(2, 3, 20, 30)
+    plain.__class__ = nn.Conv2d
+    weights = torch.stack([conv.weight.detach(), conv.weight.detach() * 2])
+    with torch.no_grad():
+
+        def run(module, weight):
+            return torch.func.functional_call(module, {"weight": weight}, (x,))
+
+        got, expected = (torch.func.vmap(lambda w, m=module: run(m, w))(weights) for module in (conv, plain))
+        assert torch.allclose(got, expected, atol=1e-5)
+        for module in (conv, plain):
+            with torch.autograd.forward_ad.dual_level():
+                weight = torch.autograd.forward_ad.make_dual(weights[0], weights[1])
+                y = run(module, weight)
+                assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            assert conv(torch.empty(2, 3, 20, 30)).shape == expected.shape[1:]
+    assert not used
+
+
+def test_a_weight_that_went_through_another_dtype(used):
+    conv, x = convolution(), torch.randn(2, 3, 20, 30)
+    with torch.no_grad():
+        for _ in range(5):
+            conv(x)
+            conv.half().float()
+            assert torch.allclose(conv(x), nn.functional.conv2d(x, conv.weight, conv.bias, (5, 7)), atol=1e-4)
+            conv.weight.copy_(torch.randn_like(conv.weight) * 0.1)

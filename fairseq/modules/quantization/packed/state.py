@@ -172,7 +172,8 @@ class PackedState(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_prepared": None}  # pointers
         codes = self.weight_codes
-        if codes.untyped_storage().nbytes() > codes.numel() * codes.element_size():  # which lie behind those of others
+        alone = codes.untyped_storage().nbytes() == codes.numel() * codes.element_size()
+        if not alone and not codes.is_shared():  # they lie behind those of others, which are not to come along
             state["_buffers"] = {**self._buffers, "weight_codes": codes.clone()}
         return state
 

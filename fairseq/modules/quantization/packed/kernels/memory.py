@@ -70,6 +70,8 @@ def _take(size: int) -> mmap.mmap:
 
 
 def _give_back(region: mmap.mmap) -> None:
+    if len(region) > KEPT:
+        return
     _free.append(region)
     while sum(map(len, list(_free))) > KEPT:
         try:

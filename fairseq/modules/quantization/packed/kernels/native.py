@@ -454,6 +454,11 @@ def _kept_patch_panels(weight: Tensor) -> Tensor:
     return panels
 
 
+def forget_patches(weight: Tensor) -> None:
+    """Drop the panels of a convolution's weight, which may have other numbers without having been written to."""
+    _patch_panels.pop(weight, None)
+
+
 def run_patches(pixels: Tensor, weight: Tensor, bias: Tensor | None, level: int) -> Tensor:
     """A convolution over patches that do not overlap, as three products of bfloat16 that give nearly those of floats.
 

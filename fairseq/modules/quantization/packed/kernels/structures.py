@@ -81,7 +81,6 @@ class Patches(Structure):
         ("panels", c_void_p), ("bias", c_void_p),
         *((name, c_int64) for name in ("channels", "height", "width", "patch_height", "patch_width", "out")),
     )  # fmt: skip
-    kept: tuple[Any, ...]  # what it points to
 
 
 SIGNATURES: dict[str, tuple[Any, ...]] = {

@@ -547,6 +547,16 @@ def test_calls_are_checked_before_they_are_pointed_to():
 
 
 @each_level
+def test_scores_as_large_as_floats_are(level):
+    """Rows of which all scores are the lowest number, as a float mask makes them, and numbers beyond all others."""
+    block, x = block_of(24, 3), torch.randn(2, 5, 24, generator=generator(0))
+    mask = torch.full((1, 5, 5), torch.finfo(torch.float32).min)
+    assert native.run_blocks([block], x, [native.make_call(2, 5, mask=mask)], level)[0].isfinite().all()
+    heads = torch.randn(3, 1, 5, 24, generator=generator(1)) * torch.tensor([3e6, 3e6, 1]).view(3, 1, 1, 1)
+    assert native.attention(*heads, 3, 0.35, level).isfinite().all()
+
+
+@each_level
 def test_an_image_has_the_same_bits_beside_one_with_a_mask(level):
     block, x = block_of(24, 3), torch.randn(2, 5, 24, generator=generator(0))
     alone = native.run_blocks([block], x[:1], [native.make_call(1, 5)], level)[0]

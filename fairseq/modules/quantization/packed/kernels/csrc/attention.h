@@ -210,7 +210,7 @@ static inline void softmax(const float* scores, int64_t stride, int64_t groups, 
   Floats total[at_once][16 / LANES] = {};
   float top[at_once];
 #pragma GCC unroll 4
-  for (int r = 0; r < at_once; r++) top[r] = largest(highest[r]) * scaling * (exact ? 1.0f : LOG2_E);
+  for (int r = 0; r < at_once; r++) top[r] = largest(highest[r]) * scaling;
   for (int64_t j = 0; j < groups; j += 16) {  // as many on every processor
 #pragma GCC unroll 4
     for (int part = 0; part < 16 / LANES; part++) {
@@ -218,8 +218,8 @@ static inline void softmax(const float* scores, int64_t stride, int64_t groups, 
 #pragma GCC unroll 4
       for (int r = 0; r < at_once; r++) {
         const Floats score = load<Floats>(scores + (row + r) * stride + column) * scaling;
-        const Floats weights = exact ? power_of_two((score - top[r]) * LOG2_E)
-                                     : power_of_two_to_bfloat16(fma(score, LOG2_E, -top[r]));
+        const Floats from_top = (score - top[r]) * LOG2_E;
+        const Floats weights = exact ? power_of_two(from_top) : power_of_two_to_bfloat16(from_top);
         total[r][part] += weights;
         put(row + r, column, weights);
       }

@@ -119,7 +119,6 @@ static inline Bytes low_bytes(Words words) {
 #endif
 }
 
-static inline Floats largest(Floats a, Floats b) { return a > b ? a : b; }
 static inline Ints largest(Ints a, Ints b) { return a > b ? a : b; }
 
 // All lanes combined, halves with halves, in a number of steps that is the logarithm of theirs.
