@@ -81,7 +81,7 @@ def test_a_block_is_its_parts(tiny_vit, settings, calls):
         with torch.no_grad():
             got, expected, unrounded = block(x), by_hand(block, x.double()), floating(x)
         unrounded = unrounded[0] if isinstance(unrounded, tuple) else unrounded
-        # A number on the edge rounds to the other side: one weight of attention in 50, which are known to 7.5e-5, so that
+        # A number on the edge rounds to the other side: one weight of attention in 50, known to 7.5e-5 each, so that
         # half of the tokens have one. In the others only float32 and the GELU round.
         assert float((got - expected).abs().amax(-1).quantile(0.1)) < 1e-5 * float(expected.abs().max())
         # Six layers, whose inputs round, and attention, whose three factors and weights do, all by HALF at most.
