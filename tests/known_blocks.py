@@ -5,6 +5,7 @@ import contextlib
 import families
 import torch
 
+from fairseq.modules.quantization.packed.kernels import native
 from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.architectures.forward import call, picture_inputs
 from fairseq.quantization.engine import reference_block
@@ -76,3 +77,15 @@ def by_reference(block, args, kwargs):
 
 def first(output):
     return output[0] if isinstance(output, tuple) else output
+
+
+def count_native(monkeypatch):
+    """How many fused blocks have run natively, in a list of one number."""
+    calls, run = [0], native.run_blocks
+
+    def counted(*args, **kwargs):
+        calls[0] += len(args[0])
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(native, "run_blocks", counted)
+    return calls

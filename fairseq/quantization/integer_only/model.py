@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fairseq.modules.quantization.integer.buffers import keep_dtypes
 from fairseq.quantization.integer_only.block import IntegerBlock, add
 from fairseq.quantization.integer_only.layers import IntegerLinear, IntegerNorm, to_bytes
 
@@ -139,8 +140,5 @@ class IntegerViT(nn.Module):
         """Move as any module does, but keep the grid of pixels in float64."""
         before = {name: self._buffers[name] for name in ("pixel_start", "pixel_step")}
         super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+        keep_dtypes(self, before)
         return self

@@ -1,8 +1,8 @@
 """Blocks that follow one another in one native call: what they return, and when they run one by one after all."""
 
 import gc
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import families
 import pytest
@@ -297,21 +297,17 @@ def test_nothing_outlives_hidden_states(model, trusted):
 
 
 def test_threads_take_what_is_theirs(model):
-    expected = [logits(model), logits(model)]
-    pictures, wrong = [families.pictures(2), families.pictures(2).flip(-1)], []
+    logits(model)
+    pictures = [families.pictures(2), families.pictures(2).flip(-1)]
     with torch.no_grad():
         expected = [model(x).logits for x in pictures]
 
-    def work(which):
+    def alike(which):
         with torch.no_grad():
-            wrong.extend(1 for _ in range(30) if not torch.equal(model(pictures[which]).logits, expected[which]))
+            return all(torch.equal(model(pictures[which]).logits, expected[which]) for _ in range(30))
 
-    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1, 0)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(alike, (0, 1, 0)))
 
 
 @pytest.mark.parametrize("name", ["beit", "dinov3", "clip-vision", "timm-vit", "timm-eva", "siglip-vision", "swin"])

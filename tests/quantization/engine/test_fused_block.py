@@ -10,6 +10,7 @@ import torch
 from bounds import flips, rms, rounding_noise
 from conftest import vit_config
 from families import shortened
+from known_blocks import count_native
 from torch import nn
 from transformers import DeiTConfig, DeiTForImageClassification, ViTForImageClassification, ViTModel
 
@@ -31,18 +32,6 @@ def blocks(model):
 def logits(model, x, **keywords):
     with torch.no_grad():
         return model(x, **keywords).logits
-
-
-def count_calls(monkeypatch):
-    """How many fused blocks have run natively, in a list of one number."""
-    calls, run = [0], native.run_blocks
-
-    def counted(*args, **kwargs):
-        calls[0] += len(args[0])
-        return run(*args, **kwargs)
-
-    monkeypatch.setattr(native, "run_blocks", counted)
-    return calls
 
 
 def assert_close(fused, layers, x):
@@ -112,7 +101,7 @@ def test_a_fused_model_gives_what_its_layers_give(tiny_vit, pixels, settings, mo
     assert quantizer.report.fused_blocks == len(blocks(fused)) == 2
     assert "Fused 2 encoder blocks" in str(quantizer.report)
     assert quantizer.report.bytes_after == sum(t.nbytes for t in (*fused.parameters(), *fused.buffers()))
-    calls = count_calls(monkeypatch)
+    calls = count_native(monkeypatch)
     assert_close(fused, layers, pixels)
     assert calls == [2]
 
@@ -121,7 +110,7 @@ def test_static_ranges_are_fused_too(tiny_vit, pixels, monkeypatch):
     quantizer = ViTQuantizer(bits=8, method="channel", activations="static", rounding="nearest")
     layers = quantizer.quantize_model(tiny_vit, calibration=pixels, engine="layers")
     fused = quantizer.optimize(layers)
-    calls = count_calls(monkeypatch)
+    calls = count_native(monkeypatch)
     assert_close(fused, layers, pixels)
     assert calls == [2]
 
@@ -200,7 +189,7 @@ def test_copies_and_pickles(tiny_vit, pixels, tmp_path):
 
 def test_changes_are_seen(tiny_vit, pixels, monkeypatch):
     fused = ViTQuantizer(bits=8, method="channel").quantize_model(tiny_vit, engine="fused")
-    calls = count_calls(monkeypatch)
+    calls = count_native(monkeypatch)
     seen = [logits(fused, pixels)]
 
     def changed():
@@ -287,7 +276,7 @@ def test_heads_wider_than_the_model(pixels):
 
 def test_a_forward_that_was_replaced_is_called(tiny_vit, pixels, monkeypatch):
     fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
-    bound, calls, norm = flips(fused, pixels), count_calls(monkeypatch), blocks(fused)[0].layernorm_before
+    bound, calls, norm = flips(fused, pixels), count_native(monkeypatch), blocks(fused)[0].layernorm_before
     expected = logits(fused, pixels)
     norm.forward = norm.forward  # the method itself
     assert torch.equal(logits(fused, pixels), expected)
@@ -299,7 +288,7 @@ def test_a_forward_that_was_replaced_is_called(tiny_vit, pixels, monkeypatch):
 
 def test_dropout_in_training_mode_alone(tiny_vit, pixels, monkeypatch):
     fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
-    calls = count_calls(monkeypatch)
+    calls = count_native(monkeypatch)
     for module in blocks(fused)[0].modules():
         if isinstance(module, nn.Dropout):
             module.train()
@@ -309,7 +298,7 @@ def test_dropout_in_training_mode_alone(tiny_vit, pixels, monkeypatch):
 
 def test_hooks_of_all_modules_see_the_layers(tiny_vit, pixels, monkeypatch):
     fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
-    calls, seen = count_calls(monkeypatch), []
+    calls, seen = count_native(monkeypatch), []
     with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module))):
         logits(fused, pixels)
     assert calls == [0]
@@ -319,7 +308,7 @@ def test_hooks_of_all_modules_see_the_layers(tiny_vit, pixels, monkeypatch):
 def test_who_looks_into_a_block_sees_its_layers(tiny_vit, pixels, monkeypatch):
     quantizer = ViTQuantizer(bits=8, method="channel")
     fused, layers = (quantizer.quantize_model(tiny_vit, engine=engine) for engine in ("fused", "layers"))
-    calls, seen = count_calls(monkeypatch), []
+    calls, seen = count_native(monkeypatch), []
     handle = blocks(fused)[1].layernorm_after.register_forward_hook(lambda *args: seen.append(args[2]))
     logits(fused, pixels)
     assert len(seen) == 1
@@ -335,7 +324,7 @@ def test_attentions_and_hidden_states(tiny_vit, pixels, monkeypatch):
     tiny_vit.config._attn_implementation = "eager"
     quantizer = ViTQuantizer(bits=8, method="channel")
     fused, layers = (quantizer.quantize_model(tiny_vit, engine=engine) for engine in ("fused", "layers"))
-    calls = count_calls(monkeypatch)
+    calls = count_native(monkeypatch)
     expected = logits(fused, pixels)
     assert calls == [2]
     with torch.no_grad():
@@ -355,7 +344,7 @@ def test_attentions_and_hidden_states(tiny_vit, pixels, monkeypatch):
 
 def test_training_mode_runs_the_layers(tiny_vit, pixels, monkeypatch):
     fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
-    calls = count_calls(monkeypatch)
+    calls = count_native(monkeypatch)
     torch.manual_seed(0)
     one, other = logits(fused.train(), pixels), logits(fused, pixels)
     assert not torch.equal(one, other)  # dropout
@@ -369,7 +358,7 @@ def test_gradients_are_those_of_the_layers(tiny_vit, pixels, monkeypatch):
     quantizer = ViTQuantizer(bits=8, quantize_classifier=False)
     layers = quantizer.quantize_model(tiny_vit, engine="layers")
     fused = quantizer.optimize(layers)
-    calls = count_calls(monkeypatch)
+    calls = count_native(monkeypatch)
     found = []
     for model in (fused, layers):
         output = model(pixels).logits
@@ -390,7 +379,7 @@ def test_what_is_tuned_alone_gets_its_gradient(tiny_vit, pixels, tuned, monkeypa
     fused = ViTQuantizer(bits=8, quantize_classifier=False).quantize_model(tiny_vit, engine="fused")
     for name, parameter in fused.named_parameters():
         parameter.requires_grad_(tuned in name)
-    calls = count_calls(monkeypatch)
+    calls = count_native(monkeypatch)
     fused(pixels).logits.square().sum().backward()
     assert calls == [2]
     for name, parameter in fused.named_parameters():
@@ -400,7 +389,7 @@ def test_what_is_tuned_alone_gets_its_gradient(tiny_vit, pixels, tuned, monkeypa
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models(tiny_vit, pixels, dtype, monkeypatch):
     fused = ViTQuantizer(bits=8).quantize_model(tiny_vit, engine="fused")
-    expected, bound, calls = logits(fused, pixels), flips(fused, pixels), count_calls(monkeypatch)
+    expected, bound, calls = logits(fused, pixels), flips(fused, pixels), count_native(monkeypatch)
     half = copy.deepcopy(fused).to(dtype)
     got = logits(half, pixels.to(dtype))
     assert got.dtype == dtype
@@ -543,7 +532,7 @@ def test_without_the_library(tiny_vit, pixels, monkeypatch):
 def test_the_environment_forbids_it(tiny_vit, pixels, monkeypatch):
     quantizer = ViTQuantizer(bits=8)
     layers, fused = (quantizer.quantize_model(tiny_vit, engine=engine) for engine in ("layers", "fused"))
-    calls = count_calls(monkeypatch)
+    calls = count_native(monkeypatch)
     monkeypatch.setenv("FAIRSEQ_QUANTIZATION_BACKEND", "reference")  # which every processor can
     assert torch.equal(logits(fused, pixels), logits(layers, pixels))
     assert calls == [0]

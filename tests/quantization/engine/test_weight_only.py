@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 from bounds import rms
+from known_blocks import count_native
 from torch import nn
 
 from fairseq.models.vit_quantization import ViTQuantizer
@@ -27,17 +28,7 @@ def logits(model, x):
         return model(x).logits
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """How many fused blocks have run natively, in a list of one number."""
-    count, run = [0], native.run_blocks
-
-    def counted(*args, **kwargs):
-        count[0] += len(args[0])
-        return run(*args, **kwargs)
-
-    monkeypatch.setattr(native, "run_blocks", counted)
-    return count
+calls = pytest.fixture(count_native, name="calls")
 
 
 def by_hand(block, x):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fairseq.modules.quantization.integer.buffers import keep_dtypes
 from fairseq.modules.quantization.integer.carrier import carrier_dtype, check_quant_mode, check_width
 from fairseq.modules.quantization.integer.ranges import symmetric_linear_quantization_params
 from fairseq.modules.quantization.integer.straight_through import SymmetricQuantFunction, fixedpoint_mul
@@ -164,10 +165,7 @@ class QuantAct(nn.Module):
         """Move as any module does, but keep the range and scale in float64: float16 would round them."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+        keep_dtypes(self, before)
         return self
 
 

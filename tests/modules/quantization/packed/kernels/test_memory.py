@@ -3,7 +3,7 @@
 import gc
 import os
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -78,20 +78,12 @@ def test_it_is_a_tensor_like_any_other(tmp_path):
 
 
 def test_threads_never_hold_the_same():
-    wrong = []
+    def alone(number):
+        pairs = ((memory.empty(SHAPE).fill_(number), memory.empty(SHAPE).fill_(-number)) for _ in range(200))
+        return all(one.min() == number and two.max() == -number for one, two in pairs)
 
-    def work(number):
-        for _ in range(200):
-            one, two = memory.empty(SHAPE).fill_(number), memory.empty(SHAPE).fill_(-number)
-            if one.min() != number or two.max() != -number:
-                wrong.append(number)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in (1, 2, 3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(alone, (1, 2, 3)))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
