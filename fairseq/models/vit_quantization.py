@@ -222,10 +222,16 @@ class ViTQuantizer:
                 change their class; the smallest such assignment. Quantizes the model six times.
 
         Raises:
-            TypeError, ValueError: not exactly one of the two, one that cannot be reached, or as quantize_model.
+            TypeError, ValueError: not exactly one of the two, one that cannot be reached, a quantizer with
+                ``arithmetic="integer"``, or as quantize_model.
         """
         if (average_bits is None) == (max_accuracy_drop is None):
             raise ValueError("give exactly one of average_bits and max_accuracy_drop")
+        if self.arithmetic == "integer":
+            raise ValueError(
+                "assign_bits measures arithmetic='float', and this quantizer has 'integer'; let another one assign bits, and "
+                "pass this one overrides=assignment.overrides"
+            )
         check_model(model)
         with plain_context():
             pixels = pixel_values(calibration, model, processor, images, self.config.seed)

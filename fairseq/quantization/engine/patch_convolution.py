@@ -20,7 +20,7 @@ class PatchConvolution(nn.Conv2d):
     """What an ``nn.Conv2d`` becomes whose patches do not overlap, in the place of its class.
 
     On the CPU and in float32 it runs as three products of bfloat16, high and low parts of pixels and weights, where the
-    instruction set has tiles for them (AMX): twice as fast as the convolution or more, and off by a few millionths; see
+    instruction set has tiles for them (AMX): about twice as fast as the convolution, and off by a few millionths; see
     :func:`native.run_patches`. Otherwise it is the convolution, as its gradients are, and what a trace or ONNX holds.
     Parameters, their names and the state dict stay as they are. A weight that is changed behind PyTorch's back, through
     ``.data`` in place, is not noticed.

@@ -54,6 +54,8 @@ def test_names():
     quantizer = ViTQuantizer(arithmetic="integer")
     with pytest.raises(ValueError, match="no fused engine"):
         quantizer.quantize_model(families.build("vit"), calibration=PICTURES, engine="fused")
+    with pytest.raises(ValueError, match="assign_bits measures arithmetic='float'"):
+        quantizer.assign_bits(families.build("vit"), PICTURES, average_bits=6)
 
 
 def test_a_block_whose_sums_could_overflow():
