@@ -229,7 +229,7 @@ class ViTQuantizer:
             raise ValueError("give exactly one of average_bits and max_accuracy_drop")
         if self.arithmetic == "integer":
             raise ValueError(
-                "assign_bits measures arithmetic='float', and this quantizer has 'integer'; let another one assign bits, "
+                "assign_bits measures arithmetic='float', and this quantizer has 'integer'; let another assign bits, "
                 "and pass this one overrides=assignment.overrides"
             )
         check_model(model)
