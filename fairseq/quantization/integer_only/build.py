@@ -244,7 +244,7 @@ class Builder:
         per_head = [step.reshape(spec.heads, -1)[:, 0] if step.numel() > 1 else step for step in steps[:2]]
         unit = per_head[0] * per_head[1] * spec.scaling / math.log(2) * ONE / (LARGEST**2 if self.dynamic else 1)
         multiplier, shift, _ = dyadic(unit.expand(spec.heads))
-        if bool((shift < ROW_SHIFT).any()):
+        if self.dynamic and bool((shift < ROW_SHIFT).any()):
             raise ValueError(f"{name}: its queries and keys are too large for integer scores")
         columns = spec.heads * spec.head_size
         reader: Any = spec.layers["output"]

@@ -30,7 +30,7 @@ SMALLEST = 24
 LARGEST = 255
 MEAN_FRACTION = 12
 RECIPROCAL_SHIFT = 53
-ROW_SHIFT = 9
+ROW_SHIFT = 16
 
 
 def exp2(d: Tensor) -> Tensor:
@@ -58,17 +58,17 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
 def scale_scores(s: Tensor, query_m: Tensor, key_m: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
     """Scores of bytes whose rows have scales m, to 15 fractional bits in base 2.
 
-    The multiplier of a row is round_shift(m * multiplier, 9), at most 2**24; s * m of the key is below 2**37 for heads
-    of up to 256 channels, so that the product is below 2**61.
+    The multiplier of a row is round_shift(m * multiplier, 16), at most 2**15; times m of the key it is at most 2**30,
+    and s at most 2**22 for heads of up to 256 channels, so that the product is at most 2**52.
 
     Args:
         s: int64 (..., T, T).
         query_m, key_m: int64 (..., T, 1), 1 to 2**15.
-        multiplier, shift: int64, what a unit of s * m * m is; shift at least 9.
+        multiplier, shift: int64, what a unit of s * m * m is; shift at least 16.
     """
-    row = bounded(round_shift(query_m * multiplier, ROW_SHIFT), 26, "scores, a row's multiplier")
-    product = bounded(bounded(s * key_m.transpose(-1, -2), 38, "scores, times key scales") * row, 62, "scores, scaled")
-    return round_shift(product, shift - ROW_SHIFT)
+    row = bounded(round_shift(query_m * multiplier, ROW_SHIFT), 17, "scores, a row's multiplier")
+    both = bounded(row * key_m.transpose(-1, -2), 32, "scores, both scales")
+    return round_shift(bounded(s * both, 54, "scores, scaled"), shift - ROW_SHIFT)
 
 
 def attend(u: Tensor, v: Tensor) -> Tensor:

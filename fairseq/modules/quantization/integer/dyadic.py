@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.integer.checked import bounded, is_checked, largest
 
-MULTIPLIER_BITS = 18
-"""Of a multiplier, 2**17 to 2**18: half a unit is 2**-18 of it, and it leaves 45 bits to what it multiplies."""
+MULTIPLIER_BITS = 16
+"""Of a multiplier, 2**15 to 2**16: half a unit is 2**-16 of it, and its product with a row's scale of 15 bits is one of
+32 bits, which processors multiply with another such in one instruction."""
 LARGEST_SHIFT = 61
 
 
@@ -36,12 +37,12 @@ def requantize(value: Tensor, multiplier: Tensor, shift: Tensor, offset: Tensor 
     """clamp(round_shift(value * multiplier + offset, shift)) to signed integers of ``bits`` bits.
 
     Gives integers of one scale those of another, where multiplier / 2**shift is what one scale is of the other, and
-    offset / 2**shift what is added, such as a bias. The sum must be below 2**62; with a multiplier of 18 bits and an
-    offset below 2**61 it is for abs(value) < 2**43.
+    offset / 2**shift what is added, such as a bias. The sum must be below 2**62; with a multiplier of 16 bits and an
+    offset below 2**61 it is for abs(value) < 2**45.
 
     Args:
         value: int64, (..., C).
-        multiplier: int64, (C,) or (1,), below 2**18.
+        multiplier: int64, (C,) or (1,), below 2**16.
         shift: int64, the shape of ``multiplier``, 0 to 61.
         offset: int64, (C,), or 0.
         bits: of the result, 2 to 32.
@@ -65,8 +66,8 @@ def dyadic(factor: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor
         offset: float64, (C,), in steps of the result; or None.
 
     Returns:
-        int32 (C,) with abs < 2**18 + 1, int32 (C,), int64 (C,) or None. multiplier / 2**shift is within one part in
-        2**18 of the factor, unless the offset leaves no room for so many bits, or the factor is below 2**-44.
+        int32 (C,) with abs < 2**16, int32 (C,), int64 (C,) or None. multiplier / 2**shift is within one part in 2**16
+        of the factor, unless the offset leaves no room for so many bits, or the factor is below 2**-46.
 
     Raises:
         ValueError: not finite, or a factor past 2**17.
@@ -75,7 +76,9 @@ def dyadic(factor: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor
         raise ValueError("a scale or an offset is not finite")
     if bool((factor.abs() >= 2.0 ** (MULTIPLIER_BITS - 1)).any()):
         raise ValueError(f"a factor of {float(factor.abs().max())} is past 2**{MULTIPLIER_BITS - 1}")
-    shift = MULTIPLIER_BITS - torch.frexp(factor).exponent.to(torch.int64)  # frexp: 0.5 <= fraction < 1
+    fraction, exponent = torch.frexp(factor)  # 0.5 <= fraction < 1
+    whole = torch.round(fraction.abs() * 2**MULTIPLIER_BITS) == 2**MULTIPLIER_BITS  # it needs a bit more, or one less
+    shift = MULTIPLIER_BITS - exponent.to(torch.int64) - whole.to(torch.int64)
     shift = shift.clamp(0, LARGEST_SHIFT)
     if offset is not None:
         shift = torch.minimum(shift, LARGEST_SHIFT - 1 - torch.frexp(offset).exponent.clamp(min=0)).clamp(min=0)
