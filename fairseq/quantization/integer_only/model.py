@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.integer.buffers import keep_dtypes
 from fairseq.quantization.integer_only.block import IntegerBlock, add
 from fairseq.quantization.integer_only.layers import IntegerLinear, IntegerNorm, to_bytes
+from fairseq.quantization.integer_only.native import native_logits, native_pixels
 
 PIXELS = 256
 
@@ -59,7 +60,12 @@ class IntegerViT(nn.Module):
         self.register_buffer("constants", constants.to(torch.int32))
         self.register_buffer("logit_exponent", torch.tensor(logit_exponent, dtype=torch.int32))
         self.patches, self.blocks, self.norm, self.classifier = patches, nn.ModuleList(blocks), norm, classifier
+        self.prepared: Any = None  # see native.py
         self.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a file: without what the native kernels have made of the parts."""
+        return {**self.__dict__, "prepared": None}
 
     def forward(self, pixel_values: Tensor, return_dict: bool | None = None, **others: Any) -> Any:
         """Logits, and the integers that they are.
@@ -107,6 +113,8 @@ class IntegerViT(nn.Module):
             return pixel_values
         if not pixel_values.is_floating_point():
             raise TypeError(f"pixel_values must be floating, or uint8 for the pixels themselves; {pixel_values.dtype}")
+        if (rounded := native_pixels(pixel_values, self.pixel_start, self.pixel_step)) is not None:
+            return rounded
         if not bool(torch.isfinite(pixel_values).all()):
             raise ValueError("pixel_values hold NaN or Inf")
         start, step = (t[:, None, None] for t in (self.pixel_start, self.pixel_step))
@@ -114,7 +122,12 @@ class IntegerViT(nn.Module):
 
     @torch.no_grad()
     def integer_logits(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, channels, H, W) -> int32 (B, classes). No operation in here is one of floating numbers."""
+        """uint8 (B, channels, H, W) -> int32 (B, classes). No operation in here is one of floating numbers.
+
+        The native kernels run where they can; what they give equals the rest of this function.
+        """
+        if (logits := native_logits(self, pixels)) is not None:
+            return logits
         h = self.embed(pixels)
         for block in self.blocks:
             h = block(h)

@@ -33,6 +33,8 @@ from fairseq.modules.quantization.packed.kernels.structures import (
     STAGES,
     Block,
     Call,
+    IntegerBlock,
+    IntegerModel,
     Linear,
     Norm,
     Patches,
@@ -65,9 +67,8 @@ def library() -> ctypes.CDLL | None:
             function = getattr(loaded, name)
             function.argtypes, function.restype = arguments, c_int
         loaded.fairseq_level_name.restype = c_char_p
-        if [loaded.fairseq_size(i) for i in range(4)] != [
-            ctypes.sizeof(kind) for kind in (Linear, Block, Call, Patches)
-        ]:
+        kinds = (Linear, Block, Call, Patches, IntegerBlock, IntegerModel)
+        if [loaded.fairseq_size(i) for i in range(len(kinds))] != [ctypes.sizeof(kind) for kind in kinds]:
             raise OSError(f"{file} was built from another version of its sources; reinstall fairseq")
     except (OSError, AttributeError) as error:
         if chosen:
@@ -420,6 +421,55 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, calls: Sequence[Call], level:
             )
         )  # fmt: skip
     return outputs
+
+
+def integers(model: IntegerModel, pixels: Tensor, level: int) -> Tensor:
+    """The logits' integers of a model of integers alone.
+
+    Args:
+        model: see ``fairseq.quantization.integer_only.native``.
+        pixels: uint8 (B, channels, height, width).
+        level: the number of an instruction set.
+
+    Returns:
+        int32 (B, classes).
+
+    Raises:
+        ValueError: pixels of another dtype, shape or device, or not contiguous.
+    """
+    size = (model.channels, model.picture_height, model.picture_width)
+    _check("pixels", pixels, torch.uint8, (len(pixels), *size))
+    logits = torch.empty(len(pixels), model.classifier.outputs, dtype=torch.int32)
+    if len(pixels):
+        _raise(
+            _library().fairseq_integers(
+                level, model, pixels.data_ptr(), len(pixels), logits.data_ptr(), torch.get_num_threads(),
+                ROWS_AT_ONCE, SLICE, _recorder.stages,
+            )
+        )  # fmt: skip
+    return logits
+
+
+def round_pixels(x: Tensor, start: Tensor, step: Tensor, level: int) -> Tensor | None:
+    """(x - start) / step, rounded half to even and held to 0 ... 255; None where a number is NaN or Inf.
+
+    Args:
+        x: float32 (B, channels, height, width).
+        start, step: float64 (channels,); computed in float64.
+
+    Returns:
+        uint8, the shape of x.
+    """
+    batch, channels, height, width = x.shape
+    _check("pixel_values", x, torch.float32, (batch, channels, height, width))
+    _check("start", start, torch.float64, (channels,))
+    _check("step", step, torch.float64, (channels,))
+    pixels = torch.empty(x.shape, dtype=torch.uint8)
+    found = _library().fairseq_round_pixels(
+        level, x.data_ptr(), batch, channels, height * width, start.data_ptr(), step.data_ptr(), pixels.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return None if found else pixels
 
 
 def follows(call: Call, first: Call) -> bool:

@@ -83,6 +83,78 @@ class Patches(Structure):
     )  # fmt: skip
 
 
+class Requantize(Structure):
+    """Constants of a requantization, as ``struct Requantize`` of csrc/api.h."""
+
+    _fields_ = (
+        ("multiplier", c_void_p), ("shift", c_void_p), ("offset", c_void_p),
+        *((name, c_int32) for name in ("lift", "low", "high")),
+    )  # fmt: skip
+    kept: tuple[Any, ...]  # what it points to
+
+
+class IntegerLinear(Linear):
+    """A Linear of integers alone, as ``struct IntegerLinear`` of csrc/api.h."""
+
+    _fields_ = (("output", Requantize), ("centre", c_int32))  # type: ignore[assignment]  # behind those of Linear
+
+
+class IntegerNorm(Structure):
+    """A LayerNorm of integers alone, as ``struct IntegerNorm`` of csrc/api.h."""
+
+    _fields_ = (("output", Requantize), ("epsilon", c_int64))
+
+
+ROW_KINDS = ("signed", "unsigned", "bytes")
+"""How rows of integers become bytes, in the order of the C enumeration ``RowKind``."""
+
+
+class Rows(Structure):
+    """How rows of integers become bytes, as ``struct Rows`` of csrc/api.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("columns", "added", "shift")),
+        ("kind", c_int32), ("zero", c_int32),
+    )  # fmt: skip
+    kept: tuple[Any, ...]  # what it points to
+
+
+class IntegerAttention(Structure):
+    """Attention of integers alone, as ``struct IntegerAttention`` of csrc/api.h."""
+
+    _fields_ = (
+        ("multiplier", c_void_p), ("shift", c_void_p), ("output", Requantize), ("lift", c_int32), ("dynamic", c_int32),
+    )  # fmt: skip
+    kept: tuple[Any, ...]  # what it points to
+
+
+class IntegerBlock(Structure):
+    """An encoder block of integers alone, as ``struct IntegerBlock`` of csrc/api.h."""
+
+    _fields_ = (
+        *((name, IntegerLinear) for name in ("query", "key", "value", "output", "fc1", "fc2")),
+        *((name, IntegerNorm) for name in ("norm1", "norm2")),
+        *((name, Rows) for name in ("rows1", "attended_rows", "rows2", "hidden_rows")),
+        ("attention", IntegerAttention), ("table", c_void_p), ("activation", Requantize),
+    )  # fmt: skip
+    kept: tuple[Any, ...]  # what it points to
+
+
+class IntegerModel(Structure):
+    """A Vision Transformer of integers alone, as ``struct IntegerModel`` of csrc/api.h."""
+
+    _fields_ = (
+        ("patches", IntegerLinear), ("classifier", IntegerLinear), ("constants", c_void_p),
+        ("blocks", POINTER(POINTER(IntegerBlock))),
+        *((name, c_int64) for name in (
+            "block_count", "channels", "picture_height", "picture_width", "patch_height", "patch_width", "tokens",
+            "width", "heads", "head_size", "mlp",
+        )),
+        ("norm", IntegerNorm), ("rows", Rows),
+    )  # fmt: skip
+    kept: tuple[Any, ...]  # what it points to
+
+
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "fairseq_level_name": (c_int,),
     "fairseq_supports": (c_int,),
@@ -99,6 +171,12 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     ),
     "fairseq_fast_halves": (c_int,),
     "fairseq_patches": (c_int, POINTER(Patches), c_void_p, c_int64, c_void_p, c_int),
+    "fairseq_integers": (
+        c_int, POINTER(IntegerModel), c_void_p, c_int64, c_void_p, c_int, c_int64, c_int64, POINTER(c_double),
+    ),
+    "fairseq_round_pixels": (
+        c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int,
+    ),
     "fairseq_blocks": (
         c_int, POINTER(POINTER(Block)), POINTER(POINTER(Call)), c_int64, c_void_p, POINTER(c_void_p), c_int, c_int64,
         c_int64, POINTER(c_double),

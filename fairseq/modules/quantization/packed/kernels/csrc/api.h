@@ -71,6 +71,59 @@ struct Patches {
   int64_t channels, height, width, patch_height, patch_width, out;
 };
 
+// Inference on integers alone, see docs/integer_only.rst. Integers of one scale become those of another:
+//   y = clamp((((x << lift) * multiplier [* m] + offset) >> 32) >> shift, low, high), m the scale of x's row, if it has one.
+// Arrays of columns are filled up to whole panels.
+struct Requantize {
+  const int32_t *multiplier, *shift;
+  const int64_t* offset;             // with half a unit, which rounds
+  int32_t lift, low, high;
+};
+
+// The product of bytes and the codes of `panels`, requantized; `sums` are of the codes.
+struct IntegerLinear : Linear {
+  Requantize output;
+  int32_t centre;                    // what the bytes are less: 128 of those that have no sign, or 0
+};
+
+// LayerNorm of the residual stream.
+struct IntegerNorm {
+  Requantize output;
+  int64_t epsilon;                   // columns * eps / scale^2
+};
+
+// How a row of integers becomes bytes.
+enum RowKind { ROWS_SIGNED, ROWS_UNSIGNED, ROWS_BYTES };  // scaled by the largest one; or bytes as they are
+struct Rows {
+  const int32_t *columns, *added, *shift;  // of each byte, where one integer becomes several; or null
+  int32_t kind, zero;
+};
+
+struct IntegerAttention {
+  const int32_t *multiplier, *shift;  // (heads,), of products of queries and keys
+  Requantize output;
+  int32_t lift, dynamic;              // dynamic: scales for each token's queries and keys, and each image's values
+};
+
+struct IntegerBlock {
+  IntegerLinear query, key, value, output, fc1, fc2;
+  IntegerNorm norm1, norm2;
+  Rows rows1, attended_rows, rows2, hidden_rows;
+  IntegerAttention attention;
+  const int32_t* table;              // (256,): the activation at the beginning of a piece, and 2^16 times what it gains
+  Requantize activation;
+};
+
+struct IntegerModel {
+  IntegerLinear patches, classifier;
+  const int32_t* constants;          // (tokens, width): class token and positions
+  const IntegerBlock* const* blocks;
+  int64_t block_count, channels, picture_height, picture_width, patch_height, patch_width;
+  int64_t tokens, width, heads, head_size, mlp;
+  IntegerNorm norm;                  // of the first token
+  Rows rows;
+};
+
 // Where the time goes, in seconds of one thread.
 enum Stage { STAGE_NORM, STAGE_PRODUCT, STAGE_EPILOGUE, STAGE_ATTENTION, STAGE_QUANTIZE, STAGE_UNPACK, STAGE_WAIT, STAGES };
 
@@ -126,6 +179,12 @@ struct SharedWorkspace {
   float* attended;              // (rows, heads * head_size)
   float* added;                 // (rows, width): what is normed before it is added
   float* hidden;                // (rows of a slice, outputs of fc1)
+  // Of integers alone, which have their rows' scales in `sums`:
+  int32_t* stream;              // (rows, width)
+  int16_t *parts, *mixed;       // (rows, 3 * heads * head_size): queries, keys, values; (rows, heads * head_size)
+  int16_t* activated;           // (rows of a slice, mlp)
+  int32_t *query_scales, *key_scales, *key_sums;  // (images, heads, tokens filled up to panels)
+  int32_t *value_scales, *value_means, *value_sums;  // (images, heads), and twice times columns filled up to panels
 };
 
 // Memory of one thread.
@@ -166,6 +225,10 @@ struct Kernels {
   // The block for the images of a chunk, the first of which is `first_image`.
   void (*block)(const Block& block, const Call& call, int64_t first_image, const float* x, float* out,
                 const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t slice);
+  // The model of integers for the images of a chunk, the first of which is `first_image`.
+  void (*integers)(const IntegerModel& model, int64_t first_image, const uint8_t* pixels, int32_t* logits,
+                   const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t slice);
+  bool (*round_pixels)(const float* x, int64_t count, double start, double step, uint8_t* pixels);
   // Patches of the images of a chunk: out (images, rows, columns, out).
   void (*patches)(const Patches& patches, const float* pixels, float* out, const SharedWorkspace& shared,
                   ThreadWorkspace& own, const Crew& crew);

@@ -41,7 +41,7 @@ struct Region {
 // `coming_first` on, or null. What is done with one tile's sums runs in the pauses of the next tile's product, if the
 // instruction set has any: tiles multiply by themselves.
 template <typename Arithmetic, typename Epilogue>
-static inline void multiply_in(const Linear& linear, const Rounded& x, const Region& region, const Linear* coming,
+static inline void multiply_in(const typename Arithmetic::Layer& linear, const Rounded& x, const Region& region, const Linear* coming,
                                int64_t coming_first, ThreadWorkspace& own, const Epilogue& epilogue) {
   typedef decltype(epilogue.at(0)) At;
   typedef typename Arithmetic::Sum Sum;
@@ -60,8 +60,8 @@ static inline void multiply_in(const Linear& linear, const Rounded& x, const Reg
 #pragma GCC unroll 2
     for (int64_t j = 0; j < PANEL / LANES; j++) {
       const auto lanes = pending.columns.lanes(LANES * j);
-      for (int64_t i = from; i < to; i++)
-        pending.at[j](tile.row + i, lanes(sums + PANEL * i + LANES * j, x, tile.row + i));
+      const At at = pending.at[j];
+      for (int64_t i = from; i < to; i++) at(tile.row + i, lanes(sums + PANEL * i + LANES * j, x, tile.row + i));
     }
   };
   // Long reductions are cut into chunks, so that a chunk of the panel stays in the first cache while tiles pass.

@@ -127,11 +127,13 @@ struct Sizes {
   int64_t projected, added;            // floats of a row, 0 where they are not kept
   int64_t slice, hidden;               // rows and floats of a row, 0 without an MLP
   bool exact;                          // whether attention is of floats
+  int64_t stream, mlp;                 // integers of a row, 0 for models of floats
   int crews, threads;
 };
 
 static void lay_out(Layout& layout, const Kernels& kernels, const Sizes& sizes, SharedWorkspace& shared) {
-  const int64_t rows = sizes.images * sizes.tokens, halves = kernels.group / 2, numbers = round_up(sizes.head_size, halves);
+  const int64_t rows = sizes.images * sizes.tokens, halves = kernels.group / 2;
+  const int64_t numbers = round_up(sizes.head_size, sizes.stream ? kernels.group : halves);
   const int64_t panels = divide_up(sizes.head_size, PANEL), tokens = round_up(round_up(sizes.tokens, PANEL), halves);
   const int64_t behind = kernels.tile_rows * kernels.group;  // what is read with the last rows
   layout.take(shared.tiles, divide_up(rows, kernels.tile_rows));
@@ -139,10 +141,25 @@ static void lay_out(Layout& layout, const Kernels& kernels, const Sizes& sizes, 
   layout.take(shared.integers, rows * round_up(sizes.longest, kernels.group) + behind);
   layout.take(shared.scales, rows);
   layout.take(shared.sums, rows);
-  const int64_t bytes = sizes.exact ? 4 : 2;
+  const int64_t bytes = sizes.stream ? 1 : sizes.exact ? 4 : 2;
   layout.take_bytes(shared.queries, sizes.heads * rows * numbers * bytes + behind);
   layout.take_bytes(shared.keys, sizes.images * sizes.heads * tokens * numbers * bytes);
   layout.take_bytes(shared.values, sizes.images * sizes.heads * panels * PANEL * tokens * bytes);
+  if (sizes.stream) {
+    const int64_t inner = sizes.heads * sizes.head_size, of_images = sizes.images * sizes.heads;
+    const int64_t of_tokens = of_images * round_up(sizes.tokens, PANEL), of_columns = of_images * panels * PANEL;
+    layout.take(shared.stream, rows * sizes.stream);
+    layout.take(shared.parts, rows * 3 * inner);
+    layout.take(shared.mixed, rows * inner);
+    layout.take(shared.activated, sizes.slice * sizes.mlp);
+    layout.take(shared.query_scales, of_tokens);
+    layout.take(shared.key_scales, of_tokens);
+    layout.take(shared.key_sums, of_tokens);
+    layout.take(shared.value_means, of_columns);
+    layout.take(shared.value_sums, of_columns);
+    layout.take(shared.value_scales, of_images);
+    return;
+  }
   layout.take(shared.projected, rows * sizes.projected);
   layout.take(shared.attended, rows * sizes.heads * sizes.head_size);
   layout.take(shared.added, rows * sizes.added);
@@ -272,9 +289,9 @@ EXPORT int fairseq_supports(int level) { return levels[level].supported(); }
 // Whether products of bfloat16 are many times as fast as those of floats.
 EXPORT int fairseq_fast_halves(int level) { return kernels_of(level).fast_halves; }
 
-// The size of struct Linear (0), Block (1), Call (2) or Patches (3), for a check of their description elsewhere.
+// The size of struct Linear (0), Block (1), Call (2), Patches (3), IntegerBlock (4) or IntegerModel (5), for a check of their description elsewhere.
 EXPORT int fairseq_size(int which) {
-  const size_t sizes[] = {sizeof(Linear), sizeof(Block), sizeof(Call), sizeof(Patches)};
+  const size_t sizes[] = {sizeof(Linear), sizeof(Block), sizeof(Call), sizeof(Patches), sizeof(IntegerBlock), sizeof(IntegerModel)};
   return (int)sizes[which];
 }
 
@@ -431,6 +448,45 @@ EXPORT int fairseq_attention(int level, const Block* block, const Call* call, co
     kernels.attend(*block, *call, image, ours, own, crew);
     if (crew.members > 1) fairseq_wait(crew.barrier, crew.members);
   });
+}
+
+// The logits' integers of a model of integers alone: uint8 (images, channels, height, width) -> int32 (images, classes);
+// at_once rows in a chunk, `slice` of them at a time in an MLP. 0, or 1 if there is no memory.
+EXPORT int fairseq_integers(int level, const IntegerModel* model, const uint8_t* pixels, int64_t images, int32_t* logits,
+                            int threads, int64_t at_once, int64_t slice, double* stages) {
+  const Kernels& kernels = kernels_of(level);
+  Sizes sizes = {};
+  sizes.tokens = model->tokens;
+  sizes.heads = model->heads;
+  sizes.head_size = model->head_size;
+  sizes.stream = model->width;
+  sizes.mlp = model->mlp;
+  sizes.slice = slice = round_up(most(slice, 1), kernels.tile_rows);
+  sizes.longest = most(model->patches.in, model->classifier.in);
+  for (int64_t b = 0; b < model->block_count; b++) {
+    const IntegerBlock& block = *model->blocks[b];
+    const Linear* const linears[] = {&block.query, &block.key, &block.value, &block.output, &block.fc1, &block.fc2};
+    for (const Linear* linear : linears) sizes.longest = most(sizes.longest, linear->in);
+  }
+  sizes.longest = most(sizes.longest, most(sizes.stream, sizes.mlp));
+  return for_images(kernels, sizes, images, most(1, at_once / model->tokens), threads, stages,
+                    [&](int64_t image, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew) {
+    kernels.integers(*model, image, pixels, logits, shared, own, crew, slice);
+  });
+}
+
+// (x - start) / step of each channel as bytes, rounded half to even: float (images, channels, count) -> uint8, the same. 0,
+// or 2 where a number is NaN or Inf.
+EXPORT int fairseq_round_pixels(int level, const float* x, int64_t images, int64_t channels, int64_t count, const double* start,
+                                const double* step, uint8_t* pixels, int threads) {
+  const Kernels& kernels = kernels_of(level);
+  int wrong = 0;
+#pragma omp parallel for num_threads(threads_for(threads)) reduction(| : wrong)
+  for (int64_t plane = 0; plane < images * channels; plane++) {
+    const int64_t c = plane % channels;
+    wrong |= !kernels.round_pixels(x + plane * count, count, start[c], step[c], pixels + plane * count);
+  }
+  return wrong ? 2 : 0;
 }
 
 // A convolution over patches that do not overlap, see Patches. 0, or 1 if there is no memory.

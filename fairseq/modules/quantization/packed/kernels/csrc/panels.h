@@ -124,6 +124,7 @@ struct Piece {
 // order that every kernel of this library has, in whatever language.
 struct InIntegers {
   typedef int32_t Sum;
+  typedef Linear Layer;
   const Linear& linear;
   ThreadWorkspace& own;
   Piece piece = {};
@@ -183,6 +184,7 @@ struct InIntegers {
 // Numbers in bfloat16, and codes less their zeros, which bfloat16 holds exactly: y = sum * scale + bias.
 struct InHalves {
   typedef float Sum;
+  typedef Linear Layer;
   const Linear& linear;
   ThreadWorkspace& own;
   Piece piece = {};

@@ -1,0 +1,261 @@
+"""An IntegerViT on the native kernels: the integers of its reference, from the pixels to the logits in one call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as hooks_of_all
+
+from fairseq.modules.quantization.context import plain_context
+from fairseq.modules.quantization.integer.attention import MEAN_FRACTION, ROW_SHIFT
+from fairseq.modules.quantization.integer.checked import is_checked
+from fairseq.modules.quantization.integer.dyadic import Requantize
+from fairseq.modules.quantization.integer.normalization import UNIT_BITS
+from fairseq.modules.quantization.integer.piecewise import INPUT_BITS
+from fairseq.modules.quantization.integer.rows import HALF, LARGEST
+from fairseq.modules.quantization.packed.kernels import memory, native, structures
+from fairseq.modules.quantization.packed.panels import WIDTH, to_panels
+from fairseq.quantization.integer_only.block import IntegerBlock
+from fairseq.quantization.integer_only.layers import (
+    WIDE,
+    IntegerActivation,
+    IntegerAttention,
+    IntegerLinear,
+    IntegerNorm,
+    Spread,
+)
+
+LARGEST_SCALE = 2**15
+"""Of a row."""
+KEY_SCALE_BITS = 14
+"""Of what stands for a key's scale of 1 where activations are static."""
+HIGH = 32
+"""Results are taken from the high halves of products of 64 bits."""
+PARTS = (IntegerBlock, IntegerLinear, IntegerNorm, IntegerActivation, IntegerAttention, Requantize, Spread)
+
+
+class NotNative(Exception):
+    """What the kernels cannot compute, in words."""
+
+
+class NativeViT:
+    """The constants of a model as the kernels take them.
+
+    Args:
+        model: an :class:`~.model.IntegerViT` on the CPU. It is read once; :meth:`is_of` says whether it is unchanged.
+
+    Raises:
+        NotNative: numbers that do not fit the kernels' products of 64 bits, or parts of other classes.
+    """
+
+    def __init__(self, model: Any):
+        self.kept: list[Any] = []
+        self.dynamic = model.bits == WIDE
+        self._read(model)
+        layers = [module for module in model.modules() if isinstance(module, IntegerLinear)]
+        panels = [to_panels(layer.weight, 8) for layer in layers]
+        regions = memory.on_large_pages([p.numel() for p in panels])
+        for region, p in zip(regions, panels):
+            region.copy_(p.flatten())
+        self.panels = dict(zip(layers, regions))
+        self.kept.append(regions)
+        blocks = [self._block(block, f"block {i}") for i, block in enumerate(model.blocks)]
+        pointers = (ctypes.POINTER(structures.IntegerBlock) * len(blocks))(*map(ctypes.pointer, blocks))
+        self.kept += [blocks, pointers]
+        first: Any = model.blocks[0]
+        norm, rows = self._norm(model.norm, "the last norm"), self._rows(model.norm.output)
+        heads = len(first.attention.multiplier)
+        tokens, width = model.constants.shape
+        self.model = structures.IntegerModel(
+            self._linear(model.patches, "the patch embedding", 1),
+            self._linear(model.classifier, "the classifier"),
+            self._array(model.constants, torch.int32), pointers, len(blocks), len(model.pixel_start), *model.size,
+            *model.patch, tokens, width, heads, len(first.query.weight) // heads, len(first.fc1.weight), norm, rows,
+        )  # fmt: skip
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, channels, H, W) on the CPU -> int32 (B, classes)."""
+        return native.integers(self.model, pixels.contiguous(), native.level_number())
+
+    def is_of(self, model: Any) -> bool:
+        """Whether ``model`` is the one that was read, with the same parts and numbers, and no hooks in it."""
+        if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
+            return False
+        for module, parts, buffers in self.seen:
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+                return False
+            if not _same(module._modules, parts) or not _same(module._buffers, buffers):
+                return False
+        return all(t.data_ptr() == pointer and native.version(t) == number for t, pointer, number in self.numbers)
+
+    def _read(self, model: nn.Module) -> None:
+        inner = [module for module in model.modules() if module is not model]
+        for module in inner:
+            if type(module) not in (*PARTS, nn.ModuleList, nn.Sequential):
+                raise NotNative(f"a part is a {type(module).__name__}")
+        self.seen = [(m, dict(m._modules), dict(m._buffers)) for m in (model, *inner)]
+        self.numbers = [(t, t.data_ptr(), native.version(t)) for t in model.buffers()]
+
+    def _array(self, values: Tensor, dtype: torch.dtype) -> int:
+        array = values.to(dtype).contiguous().clone()
+        self.kept.append(array)
+        return array.data_ptr()
+
+    def _requantize(self, by: Requantize, columns: int, largest: int, scale: int, name: str) -> structures.Requantize:
+        """Constants for integers up to ``largest`` that are multiplied by scales of rows up to ``scale``.
+
+        Shifts become 32 at least: multipliers take what they have room for, the integers the rest.
+        """
+        multiplier, shift = (t.to(torch.int64).expand(columns) for t in (by.multiplier, by.shift))
+        offset = torch.zeros_like(shift) if by.offset is None else by.offset.expand(columns)
+        offset = offset + ((torch.ones_like(shift) << shift) >> 1)
+        limit = 2**31 - 1
+        missing = (HIGH - shift).clamp(min=0)
+        room = torch.tensor([(limit // (max(abs(int(m)), 1) * scale)).bit_length() - 1 for m in multiplier])
+        lift = max(int((missing - room).max()), 0)
+        raised = (missing - lift).clamp(min=0)
+        fits = largest << lift <= limit and bool((multiplier.abs() * scale <= limit).all())
+        if not fits or int((shift + lift + raised).max()) > 2 * HIGH - 1:
+            raise NotNative(f"the constants of {name} leave no room in products of 64 bits")
+        reach = offset.abs().double() * torch.exp2((lift + raised).double())
+        if float(reach.max()) >= 2.0**61:
+            raise NotNative(f"the offsets of {name} leave no room in products of 64 bits")
+        padding = (0, -columns % WIDTH)
+        half = 2 ** (by.bits - 1)
+        return structures.Requantize(
+            self._array(F.pad(multiplier << raised, padding), torch.int32),
+            self._array(F.pad(shift + lift + raised - HIGH, padding), torch.int32),
+            self._array(F.pad(offset << (lift + raised), padding), torch.int64),
+            lift, -half, half - 1,
+        )  # fmt: skip
+
+    def _linear(self, layer: IntegerLinear, name: str, scale: int | None = None) -> structures.IntegerLinear:
+        scale = scale or (LARGEST_SCALE if self.dynamic else 1)
+        outputs, inputs = layer.weight.shape
+        weight = layer.weight.to(torch.int64)
+        unsigned = layer.sums is not None
+        largest = int(weight.abs().sum(1).max()) * (2 * HALF - 1 if unsigned else HALF)
+        return structures.IntegerLinear(
+            panels=self.panels[layer].data_ptr(), sums=self._array(weight.sum(1), torch.int32),
+            inputs=inputs, outputs=outputs, output=self._requantize(layer.output, outputs, largest, scale, name),
+            centre=HALF if unsigned else 0,
+        )  # fmt: skip
+
+    def _norm(self, norm: IntegerNorm, name: str) -> structures.IntegerNorm:
+        by = _first(norm.output)
+        columns = len(by.multiplier)
+        return structures.IntegerNorm(self._requantize(by, columns, 2**UNIT_BITS, 1, name), int(norm.eps))
+
+    def _rows(self, output: nn.Module, unsigned: bool = False) -> structures.Rows:
+        kind = structures.ROW_KINDS.index("unsigned" if unsigned else "signed") if self.dynamic else 2
+        if not isinstance(output, nn.Sequential):
+            return structures.Rows(kind=kind)
+        spread = cast(Spread, output[1])
+        arrays = (self._array(t, torch.int32) for t in (spread.columns, spread.added, spread.shift))
+        return structures.Rows(*arrays, kind, spread.zero)
+
+    def _attention(self, attention: IntegerAttention, size: int, name: str) -> structures.IntegerAttention:
+        heads = len(attention.multiplier)
+        shift = attention.shift.flatten() + (-ROW_SHIFT if self.dynamic else KEY_SCALE_BITS)
+        lift = max(HIGH - int(shift.min()), 0)
+        if (LARGEST + 1) ** 2 * size << lift >= 2**31 or int(shift.max()) + lift >= 2 * HIGH:
+            raise NotNative(f"the scores of {name} leave no room in products of 64 bits")
+        output = self._requantize(
+            _first(attention.output), heads * size, LARGEST << MEAN_FRACTION, LARGEST_SCALE if self.dynamic else 1, name
+        )
+        return structures.IntegerAttention(
+            self._array(attention.multiplier.flatten(), torch.int32), self._array(shift + lift - HIGH, torch.int32),
+            output, lift, self.dynamic,
+        )  # fmt: skip
+
+    def _block(self, block: IntegerBlock, name: str) -> structures.IntegerBlock:
+        linears = (
+            self._linear(getattr(block, role), f"{name}, {role}")
+            for role in ("query", "key", "value", "output", "fc1", "fc2")
+        )
+        rows = (
+            self._rows(block.norm1.output), self._rows(block.attention.output), self._rows(block.norm2.output),
+            self._rows(block.activation.output, unsigned=True),
+        )  # fmt: skip
+        size = len(block.query.weight) // len(block.attention.multiplier)
+        values, gains = block.activation.entries.to(torch.int64)
+        return structures.IntegerBlock(
+            *linears, self._norm(block.norm1, f"{name}, norm1"), self._norm(block.norm2, f"{name}, norm2"), *rows,
+            self._attention(block.attention, size, f"{name}, attention"),
+            self._array((values & 0xFFFF) | gains << 16, torch.int32),
+            self._requantize(
+                _first(block.activation.output), len(block.fc1.weight), 2 ** (INPUT_BITS - 1), 1, f"{name}, activation"
+            ),
+        )  # fmt: skip
+
+
+def _first(output: nn.Module) -> Requantize:
+    return cast(Requantize, output[0] if isinstance(output, nn.Sequential) else output)
+
+
+def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    return len(now) == len(before) and all(now.get(name) is value for name, value in before.items())
+
+
+def native_logits(model: Any, pixels: Tensor) -> Tensor | None:
+    """int32 (B, classes) from the native kernels, or None where the reference is to run.
+
+    That is: on another device, without the library, while something records or watches operations, in the mode
+    ``checked``, with hooks on a part of the model, or where the kernels cannot compute it: :func:`reason_not_native`.
+    """
+    if not _runs_here(pixels) or is_checked():
+        return None
+    known = model.prepared
+    if not isinstance(known, NativeViT) or not known.is_of(model):
+        known = _prepare(model)
+    return known(pixels) if isinstance(known, NativeViT) and known.is_of(model) else None
+
+
+def native_pixels(pixel_values: Tensor, start: Tensor, step: Tensor) -> Tensor | None:
+    """Pixels rounded by the native kernels, or None where the reference is to run, or where there is NaN or Inf."""
+    if not _runs_here(pixel_values) or pixel_values.dtype != torch.float32 or not pixel_values.is_contiguous():
+        return None
+    return native.round_pixels(pixel_values, start, step, native.level_number())
+
+
+def _runs_here(x: Tensor) -> bool:
+    """Whether ``x`` is of the CPU, there is a library, and nothing records or watches operations."""
+    if x.device.type != "cpu" or type(x) is not Tensor or not native.levels():
+        return False
+    return not (
+        torch._C._get_tracing_state() is not None
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
+def reason_not_native(model: Any) -> str | None:
+    """Why the native kernels do not run ``model``, in a sentence; or None."""
+    if not native.levels():
+        return f"there are no native kernels: {native.NOT_BUILT}"
+    known = _prepare(model)
+    return str(known) if isinstance(known, NotNative) else None
+
+
+def _prepare(model: Any) -> NativeViT | NotNative:
+    devices = {t.device.type for t in _tensors(model)}
+    known: NativeViT | NotNative
+    try:
+        if devices - {"cpu"}:
+            raise NotNative(f"it is on {', '.join(sorted(devices))}")
+        with plain_context():
+            known = NativeViT(model)
+    except NotNative as reason:
+        known = reason
+    model.prepared = known
+    return known
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

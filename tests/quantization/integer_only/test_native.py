@@ -1,0 +1,179 @@
+"""The native kernels give the integers of the reference: at every level, for any batch and number of threads."""
+
+import copy
+import gc
+import weakref
+
+import families
+import pytest
+import torch
+from conftest import vit_config
+from transformers import ViTForImageClassification
+
+from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.modules.quantization.integer.checked import checked
+from fairseq.modules.quantization.packed.kernels import native
+from fairseq.quantization.integer_only.native import NativeViT, NotNative, native_logits, reason_not_native
+
+pytestmark = pytest.mark.skipif(not native.levels(), reason="the native kernels were not built")
+
+PICTURES = families.pictures(24)
+SHAPES = {  # width, heads, hidden, pixels, patch: heads of 8, 20 and 64 channels; 17 to 65 tokens
+    "small": (24, 3, 40, 16, 4, "gelu"),
+    "odd": (40, 2, 100, 20, 5, "quick_gelu"),
+    "long": (64, 1, 70, 32, 4, "gelu_pytorch_tanh"),
+}
+
+
+def build(shape, activations="dynamic", bits=8, layers=2):
+    width, heads, hidden, pixels, patch, act = SHAPES[shape]
+    config = vit_config(
+        hidden_size=width, num_attention_heads=heads, intermediate_size=hidden, image_size=pixels, patch_size=patch,
+        num_hidden_layers=layers, hidden_act=act,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = ViTForImageClassification(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    pictures = torch.randn(8, 3, pixels, pixels, generator=generator)
+    quantizer = ViTQuantizer(
+        bits=bits, method="channel", arithmetic="integer", activations=activations, rounding="nearest"
+    )
+    return quantizer.quantize_model(model, calibration=pictures)
+
+
+def extremes(model):
+    """Pictures of noise, of zeros, of 255, and of one dot."""
+    size = (1, 3, *model.size)
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randint(0, 256, (4, *size[1:]), generator=generator, dtype=torch.uint8)
+    dot = torch.zeros(size, dtype=torch.uint8)
+    dot[..., 3, 3] = 255
+    return torch.cat([noise, torch.zeros(size, dtype=torch.uint8), torch.full(size, 255, dtype=torch.uint8), dot])
+
+
+def reference(model, pixels):
+    with checked():  # every intermediate is held to its width, too
+        return model.integer_logits(pixels)
+
+
+@pytest.fixture(scope="module", params=[(s, a) for s in SHAPES for a in ("dynamic", "static")], ids="-".join)
+def case(request):
+    model = build(*request.param)
+    pixels = extremes(model)
+    return model, pixels, reference(model, pixels)
+
+
+@pytest.mark.parametrize("level", native.levels())
+def test_every_level_gives_the_integers_of_the_reference(case, level, monkeypatch):
+    model, pixels, expected = case
+    monkeypatch.setenv(native.ENVIRONMENT, level)
+    assert reason_not_native(model) is None
+    got = native_logits(model, pixels)
+    assert got.dtype == torch.int32
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_batches_and_threads_change_nothing(case, threads):
+    model, pixels, expected = case
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for batch in (1, 2, 7):
+            assert torch.equal(torch.cat([native_logits(model, p) for p in pixels.split(batch)]), expected)
+        assert torch.equal(native_logits(model, pixels.repeat(9, 1, 1, 1)), expected.repeat(9, 1))
+        assert native_logits(model, pixels[:0]).shape == (0, expected.shape[1])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_of_4_bits_and_a_model_of_timm():
+    for model in (build("odd", bits=4), quantize_timm()):
+        pixels = extremes(model)
+        assert torch.equal(native_logits(model, pixels), reference(model, pixels))
+
+
+def quantize_timm():
+    quantizer = ViTQuantizer(bits=8, method="channel", arithmetic="integer", rounding="nearest")
+    return quantizer.quantize_model(families.build("timm-vit"), calibration=PICTURES)
+
+
+@pytest.mark.parametrize("level", native.levels())
+def test_pixels_are_rounded_as_the_reference_rounds(level, monkeypatch):
+    model = build("small")
+    monkeypatch.setenv(native.ENVIRONMENT, level)
+    generator = torch.Generator().manual_seed(3)
+    x = 2 * torch.randn(3, 3, 16, 16, generator=generator)
+    start, step = (t[:, None, None] for t in (model.pixel_start, model.pixel_step))
+    x[0] = (start + step * (torch.arange(256).reshape(16, 16) + 0.5)).float()  # near the middle between two
+    x[1, :, 0, :4] = torch.tensor([-3e38, 3e38, -0.0, 1e-40])
+    expected = ((x.double() - start) / step).round().clamp(0, 255).to(torch.uint8)
+    assert torch.equal(native.round_pixels(x, model.pixel_start, model.pixel_step, native.level_number()), expected)
+    assert torch.equal(model.round_pixels(x), expected)
+    assert torch.equal(model.round_pixels(x.transpose(2, 3)), expected.transpose(2, 3))
+    x[2, 2, 15, 15] = float("nan")
+    assert native.round_pixels(x, model.pixel_start, model.pixel_step, native.level_number()) is None
+
+
+def test_ties_of_pixels_go_to_the_even_one():
+    x = torch.tensor([0.5, 1.5, 2.5, 254.5, 255.5, -0.5]).reshape(1, 1, 1, 6)
+    zero, one = torch.zeros(1).double(), torch.ones(1).double()
+    for level in range(len(native.levels())):
+        number = native.level_number(native.levels()[level])
+        assert native.round_pixels(x, zero, one, number).flatten().tolist() == [0, 2, 2, 254, 255, 0]
+
+
+def test_a_changed_model_is_read_again():
+    model = build("small")
+    pixels = extremes(model)
+    before = native_logits(model, pixels)
+    model.classifier.weight.neg_()
+    after = native_logits(model, pixels)
+    assert torch.equal(after, reference(model, pixels))
+    assert not torch.equal(after, before)
+    model.blocks[0].fc1 = copy.deepcopy(model.blocks[1].fc1)
+    assert torch.equal(native_logits(model, pixels), reference(model, pixels))
+    model.blocks = model.blocks[:1]
+    assert torch.equal(native_logits(model, pixels), reference(model, pixels))
+
+
+def test_hooks_see_what_they_would_see():
+    model, seen = build("small"), []
+    pixels = extremes(model)[:1]
+    model.integer_logits(pixels)
+    handle = model.blocks[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    assert native_logits(model, pixels) is None
+    model.integer_logits(pixels)
+    handle.remove()
+    assert len(seen) == 1
+    assert native_logits(model, pixels) is not None
+
+
+def test_what_does_not_fit_runs_on_the_reference():
+    model = build("small")
+    pixels = extremes(model)[:2]
+    model.blocks[0].fc1.output.shift -= 20  # sums a million times as large
+    expected = reference(model, pixels)
+    assert native_logits(model, pixels) is None
+    assert torch.equal(model.integer_logits(pixels), expected)
+    assert reason_not_native(model) == "the constants of block 0, fc1 leave no room in products of 64 bits"
+
+    class Own(type(model.norm)):
+        pass
+
+    model = build("small")
+    model.norm.__class__ = Own
+    assert reason_not_native(model) == "a part is a Own"
+    with pytest.raises(NotNative):
+        NativeViT(model)
+
+
+def test_a_model_that_is_gone_leaves_nothing():
+    model = build("small", layers=1)
+    native_logits(model, extremes(model)[:1])
+    assert isinstance(model.prepared, NativeViT)
+    assert copy.deepcopy(model).prepared is None
+    gone = weakref.ref(model.prepared)
+    del model
+    gc.collect()
+    assert gone() is None
