@@ -227,11 +227,8 @@ def _runs_here(x: Tensor) -> bool:
     """Whether ``x`` is of the CPU, there is a library, and nothing records or watches operations."""
     if x.device.type != "cpu" or type(x) is not Tensor or not native.levels():
         return False
-    return not (
-        torch._C._get_tracing_state() is not None
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-    )
+    recorded = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+    return not recorded and not torch._C._len_torch_dispatch_stack()
 
 
 def reason_not_native(model: Any) -> str | None:

@@ -23,6 +23,10 @@ int fairseq_attention(int level, const Block* block, const Call* call, const flo
                       const float* value, int64_t stride, float* out, int threads);
 int fairseq_blocks(int level, const Block* const* blocks, const Call* const* calls, int64_t count, const float* x,
                    float* const* outs, int threads, int64_t at_once, int64_t slice, double* stages);
+int fairseq_integers(int level, const IntegerModel* model, const uint8_t* pixels, int64_t images, int32_t* logits, int threads,
+                     int64_t at_once, int64_t slice, double* stages);
+int fairseq_round_pixels(int level, const float* x, int64_t images, int64_t channels, int64_t count, const double* start,
+                         const double* step, uint8_t* pixels, int threads);
 }
 
 namespace {
@@ -300,11 +304,133 @@ void blocks(int level, Outcome& outcome) {
   }
 }
 
+// Constants of a requantization that takes integers up to 2^bits, of rows with scales or without, to about 2^to.
+struct Constants {
+  std::vector<int32_t> multiplier, shift;
+  std::vector<int64_t> offset;
+  Requantize requantize = {};
+  Constants(Random& random, int64_t columns, int bits, bool scaled, int to, int width) {
+    const int scale_bits = scaled ? 15 : 0, lift = bits < 24 ? 24 - bits : 0;
+    for (int64_t c = 0; c < round_up(columns, PANEL); c++) {
+      const bool filled = c < columns;
+      multiplier.push_back(filled ? (int32_t)(32768 + random.below(32767)) * (random.below(2) ? 1 : -1) : 0);
+      const int64_t places = bits + scale_bits + 16 + lift - to;
+      shift.push_back(filled ? (int32_t)(places > 32 ? places - 32 : 0) : 0);
+      const int64_t half = (int64_t)1 << (31 + shift.back());
+      offset.push_back(filled ? half + ((int64_t)random.below(2001) - 1000) * (half >> 9) : 0);
+    }
+    requantize.multiplier = multiplier.data();
+    requantize.shift = shift.data();
+    requantize.offset = offset.data();
+    requantize.lift = lift;
+    requantize.low = -(1 << (width - 1));
+    requantize.high = (1 << (width - 1)) - 1;
+  }
+};
+
+// A model of integers alone, of two blocks; static ones have bytes without scales, some of which are of one column.
+struct IntegerParts {
+  static const int64_t width = 40, heads = 2, size = 20, mlp = 100, tokens = 26, classes = 9, spread = 3;
+  std::vector<Layer> layers;
+  std::vector<Constants> constants;
+  std::vector<int32_t> table, positions, columns, added, shift, multipliers, shifts;
+  IntegerBlock block = {}, other = {};
+  const IntegerBlock* blocks[2] = {&block, &other};
+  IntegerModel model = {};
+  IntegerParts(Random& random, bool dynamic) {
+    layers.reserve(32);
+    constants.reserve(64);
+    const int narrow = dynamic ? 16 : 8;
+    const auto requantize = [&](int64_t count, int bits, bool scaled, int to, int bits_of_result) {
+      constants.emplace_back(random, count, bits, scaled, to, bits_of_result);
+      return constants.back().requantize;
+    };
+    const auto linear = [&](int64_t in, int64_t out, bool scaled, int to, int bits, int32_t centre) {
+      layers.emplace_back(random, in, out, false);
+      IntegerLinear layer = {};
+      (Linear&)layer = layers.back().linear;
+      layer.output = requantize(out, 18, scaled, to, bits);
+      layer.centre = centre;
+      return layer;
+    };
+    for (int i = 0; i < 256; i++) table.push_back((int32_t)((uint32_t)(random.below(8000)) | (uint32_t)(random.below(400) - 200) << 16));
+    for (int64_t i = 0; i < tokens * width; i++) positions.push_back((int32_t)random.below(1 << 20) - (1 << 19));
+    for (int64_t i = 0; i < width + spread; i++) {
+      columns.push_back((int32_t)(i < width ? i : 5));
+      added.push_back((int32_t)(i < width ? i == 5 ? 3 : 0 : i - width));
+      shift.push_back(i == 5 || i >= width ? 2 : 0);
+    }
+    for (int64_t head = 0; head < heads; head++) {
+      multipliers.push_back((int32_t)(40000 + random.below(20000)));
+      shifts.push_back(dynamic ? 4 : 0);
+    }
+    const Rows plain = {nullptr, nullptr, nullptr, dynamic ? ROWS_SIGNED : ROWS_BYTES, 0};
+    const Rows several = {columns.data(), added.data(), shift.data(), ROWS_BYTES, -7};
+    const int64_t inputs = dynamic ? width : width + spread;
+    for (IntegerBlock* one : {&block, &other}) {
+      one->norm1 = {requantize(width, 24, false, dynamic ? 14 : 9, 16), 1000};
+      one->norm2 = {requantize(width, 24, false, dynamic ? 14 : 6, narrow), 1};
+      one->rows1 = dynamic ? plain : several;
+      one->rows2 = one->attended_rows = one->hidden_rows = plain;
+      if (dynamic) one->hidden_rows.kind = ROWS_UNSIGNED;
+      one->query = linear(inputs, heads * size, dynamic, narrow - 1, narrow, 0);
+      one->key = linear(inputs, heads * size, dynamic, narrow - 1, narrow, 0);
+      one->value = linear(inputs, heads * size, dynamic, narrow - 1, narrow, 0);
+      one->output = linear(heads * size, width, dynamic, 18, 22, 0);
+      one->fc1 = linear(width, mlp, dynamic, 15, 24, 0);
+      one->fc2 = linear(mlp, width, dynamic, 18, 22, dynamic ? 128 : 0);
+      one->attention = {multipliers.data(), shifts.data(), requantize(heads * size, 19, dynamic, narrow - 1, narrow), 10, dynamic};
+      one->table = table.data();
+      one->activation = requantize(mlp, 16, false, narrow - 1, narrow);
+    }
+    model.patches = linear(3 * 16, width, false, 18, 22, 0);
+    model.classifier = linear(width, classes, dynamic, 20, 24, 0);
+    model.constants = positions.data();
+    model.blocks = blocks;
+    model.block_count = 2;
+    model.channels = 3;
+    model.picture_height = model.picture_width = 20;
+    model.patch_height = model.patch_width = 4;
+    model.tokens = tokens;
+    model.width = width;
+    model.heads = heads;
+    model.head_size = size;
+    model.mlp = mlp;
+    model.norm = {requantize(width, 24, false, dynamic ? 14 : 6, narrow), 77};
+    model.rows = plain;
+  }
+};
+
+void integers(int level, Outcome& outcome) {
+  const int64_t images = 5, picture = 3 * 20 * 20;
+  Random random = {6};
+  for (int dynamic = 0; dynamic < 2; dynamic++) {
+    const IntegerParts parts(random, dynamic);
+    std::vector<uint8_t> pixels(images * picture);
+    for (auto& pixel : pixels) pixel = (uint8_t)random.below(256);
+    for (int threads : {1, 3}) {
+      std::vector<int32_t> logits(images * IntegerParts::classes);
+      outcome.failures += fairseq_integers(level, &parts.model, pixels.data(), images, logits.data(), threads, 64, 24, nullptr);
+      Checksum sum;
+      sum.add(logits);
+      uint64_t& kept = outcome.checksums[dynamic ? "integers, dynamic" : "integers, static"];
+      if (threads == 1) kept = sum.value;
+      else if (kept != sum.value) outcome.failures++, fprintf(stderr, "%s: integers depend on threads\n", fairseq_level_name(level));
+    }
+  }
+  const Reals x = random.reals(2 * 3 * 101);
+  const double start[] = {-1.9, 0.0, -0.3}, step[] = {0.017, 0.015625, 1.0};
+  std::vector<uint8_t> pixels(x.size());
+  outcome.failures += fairseq_round_pixels(level, x.data(), 2, 3, 101, start, step, pixels.data(), 2);
+  outcome.add("round pixels", pixels);
+}
+
 Outcome outcome_of(int level) {
   Outcome outcome;
   activations(level, outcome);
   norms(level, outcome);
   layers(level, outcome);
+  integers(level, outcome);
   const std::string name = fairseq_level_name(level);
   if (name == "avx512bf16" || name == "amx") return outcome;  // their products of bfloat16 are summed in an order of their own
   weight_only(level, outcome);

@@ -140,7 +140,7 @@ static inline void pack_values(const IntegerAttention& attention, const ByteHead
     store(heads.value_sums(image, head) + column, sums);
     for (int64_t j = 0; j < LANES; j++)
       heads.value_means(image, head)[column + j] =
-          (int32_t)divide_down(((int64_t)sums[j] << 9) + heads.tokens, 2 * heads.tokens);
+          (int32_t)divide_down((int64_t)sums[j] * 512 + heads.tokens, 2 * heads.tokens);
   }
 }
 
