@@ -11,6 +11,7 @@ from fairseq.modules.quantization.integer.dyadic import Requantize, round_shift
 from fairseq.modules.quantization.integer.normalization import normalize
 from fairseq.modules.quantization.integer.piecewise import piecewise
 from fairseq.modules.quantization.integer.rows import HALF, quantize_rows, quantize_unsigned_rows
+from fairseq.modules.quantization.packed.kernels import cuda
 from fairseq.modules.quantization.packed.kernels.functional import int_product
 
 BYTE, WIDE = 8, 16
@@ -84,7 +85,8 @@ class IntegerLinear(nn.Module):
     def forward(self, q: Tensor, m: Tensor | None = None) -> Tensor:
         """int8 (..., in), int64 (..., 1) or None for 1 -> int64 (..., out) of the width of ``output``."""
         rows = q.reshape(-1, q.shape[-1])
-        accumulator = int_product(rows.contiguous(), self.weight).to(torch.int64)
+        product = cuda.product if rows.is_cuda else int_product
+        accumulator = product(rows.contiguous(), self.weight).to(torch.int64)
         if self.sums is not None:
             accumulator = accumulator + self.sums.to(torch.int64)
         accumulator = bounded(accumulator, 29, "sum of products").reshape(*q.shape[:-1], -1)

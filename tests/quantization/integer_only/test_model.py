@@ -89,6 +89,15 @@ def test_a_picture_alone_is_as_in_a_batch_on_any_number_of_threads(model):
         torch.set_num_threads(threads)
 
 
+def test_every_device_gives_the_same_bits(model, device):
+    pixels = model.round_pixels(PICTURES[:4])
+    moved = copy.deepcopy(model).to(device)
+    with NoFloat():
+        integers = moved.integer_logits(pixels.to(device))
+    assert torch.equal(integers.cpu(), model.integer_logits(pixels))
+    assert torch.equal(moved(PICTURES[:4].to(device)).integer_logits, integers)
+
+
 def test_pixels_themselves_are_taken_too(model):
     pixels = model.round_pixels(PICTURES[:3])
     assert torch.equal(model(pixels).integer_logits, model(PICTURES[:3]).integer_logits)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fairseq.modules.quantization.integer.checked import bounded
 from fairseq.modules.quantization.integer.dyadic import round_shift
+from fairseq.modules.quantization.integer.matmul import matmul
 
 FRACTION = 15
 """Fractional bits of scores: products of a fraction are (a * b + 2**14) >> 15, an instruction on most processors."""
@@ -52,7 +53,7 @@ def exp2(d: Tensor) -> Tensor:
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
     """q @ k.T of bytes: (..., T, d), (..., T, d) -> int64 (..., T, T), below 2**14 * d."""
-    return bounded(q.to(torch.int64) @ k.to(torch.int64).transpose(-1, -2), 32, "scores")
+    return bounded(matmul(q.to(torch.int64), k.to(torch.int64).transpose(-1, -2)), 32, "scores")
 
 
 def scale_scores(s: Tensor, query_m: Tensor, key_m: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ def attend(u: Tensor, v: Tensor) -> Tensor:
     rest = bounded(total - (e.sum(dim=-1, keepdim=True) << FRACTION), 31, "rest of exponentials")
     count = v.shape[-2]
     mean = torch.div((v.sum(dim=-2, keepdim=True) << 9) + count, 2 * count, rounding_mode="floor")
-    mixed = bounded(e @ v, 32, "exponentials times values")
+    mixed = bounded(matmul(e, v), 32, "exponentials times values")
     product = bounded((mixed << FRACTION) + round_shift(rest * mean, 8), 49, "attention, sum")
     r = bounded(torch.div(2**RECIPROCAL_SHIFT, total, rounding_mode="floor"), 32, "attention, reciprocal")
     limit = 127 << MEAN_FRACTION
