@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fairseq.models.vit_quantization import ViTQuantizer
@@ -17,15 +19,34 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "4-bit channel, layers": {"bits": 4, "method": "channel", "engine": "layers"},
     "8-bit weight-only": {"bits": 8, "method": "channel", "activations": None},
     "4-bit weight-only": {"bits": 4, "method": "channel", "activations": None},
-}
+    "8-bit integers": {"bits": 8, "method": "channel", "arithmetic": "integer", "rounding": "nearest"},
+    "8-bit integers, static": {
+        "bits": 8, "method": "channel", "arithmetic": "integer", "rounding": "nearest", "activations": "static",
+    },
+}  # fmt: skip
 """What the quantizer is made with; ``engine`` is an argument of ``quantize_model``, and the default where left out."""
+CALIBRATION = 4
+"""Pictures of noise that give integers their ranges: enough to measure speed."""
+
+
+def arguments(name: str, model: nn.Module) -> tuple[ViTQuantizer, dict[str, Any]]:
+    """The quantizer of the setting called ``name``, and what else its ``quantize_model`` is called with."""
+    settings = dict(SETTINGS[name])
+    keywords = {"engine": settings.pop("engine", "auto")}
+    if settings.get("arithmetic") == "integer":
+        size: Any = model.config.image_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        shape = (CALIBRATION, model.config.num_channels, *size)
+        keywords["calibration"] = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return ViTQuantizer(**settings), keywords
 
 
 def quantized(model: nn.Module, name: str) -> nn.Module:
     """A copy of ``model`` in the setting called ``name``."""
-    settings = dict(SETTINGS[name])
-    engine = settings.pop("engine", "auto")
-    return ViTQuantizer(**settings).quantize_model(model, engine=engine)
+    quantizer, keywords = arguments(name, model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="calibrating on")
+        return quantizer.quantize_model(model, **keywords)
 
 
 def candidates(model: nn.Module) -> dict[str, Callable[[Tensor], object]]:

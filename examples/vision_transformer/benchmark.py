@@ -45,7 +45,7 @@ from typing import Any
 
 import torch
 import transformers
-from bench_candidates import SETTINGS
+from bench_candidates import SETTINGS, quantized
 from benchmark_picture import draw
 from common import (
     PROC,
@@ -58,7 +58,6 @@ from common import (
     memory,
     positive,
     processor_name,
-    quantize,
     run,
     table,
 )
@@ -68,7 +67,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification
 
-from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.packed.kernels import native, structures
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
@@ -90,9 +88,7 @@ def build(size: str, pixels: int = 224) -> nn.Module:
 def configured(name: str, model: nn.Module) -> nn.Module:
     """``model`` in the configuration called ``name``; for bfloat16 it is ``model`` itself that is changed."""
     if name in SETTINGS:
-        settings = dict(SETTINGS[name])
-        engine = settings.pop("engine", "auto")
-        return quantize(ViTQuantizer(**settings), model, engine=engine)
+        return quantized(model, name)
     return model.bfloat16() if name == "bfloat16" else model
 
 
