@@ -37,6 +37,7 @@ class IntegerViT(nn.Module):
     pixel_step: Tensor
     constants: Tensor
     logit_exponent: Tensor
+    prepared: Any = None  # see native.py
 
     def __init__(
         self,
@@ -60,7 +61,6 @@ class IntegerViT(nn.Module):
         self.register_buffer("constants", constants.to(torch.int32))
         self.register_buffer("logit_exponent", torch.tensor(logit_exponent, dtype=torch.int32))
         self.patches, self.blocks, self.norm, self.classifier = patches, nn.ModuleList(blocks), norm, classifier
-        self.prepared: Any = None  # see native.py
         self.eval()
 
     def __getstate__(self) -> dict[str, Any]:

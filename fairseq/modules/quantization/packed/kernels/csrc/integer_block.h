@@ -109,13 +109,9 @@ static inline void pack_values(const IntegerAttention& attention, const ByteHead
                                const int16_t* values, int64_t stride) {
   int32_t m = 1, r = 0;
   if (attention.dynamic) {
-    Ints farthest = ints(1);
-    for (int64_t token = 0; token < heads.tokens; token++)
-      each(heads.size, [&](int64_t j, auto left) {
-        const Ints x = wide(load<Shorts>(values + token * stride + j, left));
-        farthest = larger(farthest, larger(x, -x));
-      });
-    m = largest(farthest);
+    Extent extent;
+    for (int64_t token = 0; token < heads.tokens; token++) extent.take(values + token * stride, heads.size);
+    m = (int32_t)most(1, extent.magnitude());
     r = (127 << 23) / m;
   }
   heads.value_scale(image, head) = m;

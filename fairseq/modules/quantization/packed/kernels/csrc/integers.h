@@ -121,6 +121,50 @@ static inline Shorts narrow(Ints x) {
 #endif
 }
 
+// Twice as many integers of 16 bits.
+typedef int16_t Pairs16 __attribute__((vector_size(4 * LANES)));
+static inline Pairs16 larger(Pairs16 a, Pairs16 b) {
+#if defined(__AVX512F__)
+  return (Pairs16)_mm512_max_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Pairs16)_mm256_max_epi16((__m256i)a, (__m256i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+static inline Pairs16 smaller(Pairs16 a, Pairs16 b) {
+#if defined(__AVX512F__)
+  return (Pairs16)_mm512_min_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Pairs16)_mm256_min_epi16((__m256i)a, (__m256i)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// The largest and the smallest of integers of 16 bits, and 0.
+struct Extent {
+  Pairs16 high = {}, low = {};
+  void take(const int16_t* z, int64_t count) {
+    int64_t i = 0;
+    for (; i + 2 * LANES <= count; i += 2 * LANES) {
+      const Pairs16 x = load<Pairs16>(z + i);
+      high = larger(high, x);
+      low = smaller(low, x);
+    }
+    if (i == count) return;
+    int16_t rest[2 * LANES] = {};
+    memcpy(rest, z + i, (count - i) * sizeof(*z));
+    high = larger(high, load<Pairs16>(rest));
+    low = smaller(low, load<Pairs16>(rest));
+  }
+  // Those of 16 bits are the high halves of 32, and the low ones shifted there.
+  int32_t highest() const { return largest(larger((Ints)high >> 16, (Ints)high << 16 >> 16)); }
+  int32_t magnitude() const {
+    return largest(larger(larger((Ints)high >> 16, (Ints)high << 16 >> 16), -smaller((Ints)low >> 16, (Ints)low << 16 >> 16)));
+  }
+};
+
 // The entries of a table that the lanes name.
 static inline Ints entries(const int32_t* table, Ints which) {
 #if defined(__AVX512F__)
@@ -353,12 +397,9 @@ static inline int32_t integer_row(const Rows& how, const int16_t* z, int64_t cou
     return 1;
   }
   const bool has_sign = how.kind == ROWS_SIGNED;
-  Ints farthest = ints(1);
-  each(count, [&](int64_t i, auto left) {
-    const Ints x = wide(load<Shorts>(z + i, left));
-    farthest = larger(farthest, has_sign ? larger(x, -x) : x);
-  });
-  const int32_t m = largest(farthest), bits = has_sign ? 23 : 22, r = ((has_sign ? 127 : 255) << bits) / m;
+  Extent extent;
+  extent.take(z, count);
+  const int32_t m = (int32_t)most(1, has_sign ? extent.magnitude() : extent.highest()), bits = has_sign ? 23 : 22, r = ((has_sign ? 127 : 255) << bits) / m;
   const int32_t half = 1 << (bits - 1), less = has_sign ? 0 : 128;
   each(count, [&](int64_t i, auto left) {
     Ints x = wide(load<Shorts>(z + i, left));
