@@ -27,7 +27,7 @@ ROOMS = {
     "conversion": ("evaluation", "engine", "calibration", "rounding", "architectures"),
     "bit_allocation": ("conversion", "evaluation", "calibration", "rounding", "architectures"),
     "export": ("conversion", "evaluation", "engine", "architectures"),
-    "saving": ("conversion", "evaluation", "engine", "architectures"),
+    "saving": ("integer_only", "conversion", "evaluation", "engine", "architectures"),
     "integer_only": ("conversion", "evaluation", "engine", "architectures"),
 }
 ALLOWED = {

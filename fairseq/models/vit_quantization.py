@@ -179,6 +179,7 @@ class ViTQuantizer:
                 them, or ``engine="fused"`` and no block that can be. The message names the layers or the picture.
         """
         check_model(model)
+        quantized: nn.Module
         if calibration is None and processor is not None:
             raise ValueError("a processor was given but no pictures; pass calibration=images, too")
         pixels = None
@@ -186,9 +187,9 @@ class ViTQuantizer:
             if calibration is not None:
                 pixels = pixel_values(calibration, model, processor, images, self.config.seed)
             if self.arithmetic == "integer":
-                integers, self.report = convert_to_integers(model, self.config, pixels, processor, engine)
-                return cast(Model, integers)
-            quantized, self.report = convert(model, self.config, pixels, engine)
+                quantized, self.report = convert_to_integers(model, self.config, pixels, processor, engine)
+            else:
+                quantized, self.report = convert(model, self.config, pixels, engine)
         if self.config.execution == "packed":
             information = {"bytes_before": self.report.bytes_before}
             if pixels is not None:
@@ -272,7 +273,7 @@ class ViTQuantizer:
 
     @staticmethod
     def save(model: nn.Module, path: str | os.PathLike[str], information: Mapping[str, Any] | None = None) -> None:
-        """Write a packed model of any kind to one .safetensors file, whole or not at all; :meth:`load` reads it.
+        """Write a packed or integer-only model to one .safetensors file, whole or not at all; :meth:`load` reads it.
 
         A HuggingFace model also has ``save_pretrained``, for a folder that ``from_pretrained`` loads.
 
@@ -289,7 +290,7 @@ class ViTQuantizer:
         checkpoint.save(model, path, information)
 
     @staticmethod
-    def load(path: str | os.PathLike[str], model: Model, engine: str = "auto") -> Model:
+    def load(path: str | os.PathLike[str], model: Model | None = None, engine: str = "auto") -> Model:
         """Return a packed copy of ``model`` with the weights that :meth:`save` wrote; ``model`` stays as it is.
 
         The logits are those of the model that was saved, to the last bit. The file may come from another version of
@@ -297,7 +298,8 @@ class ViTQuantizer:
 
         Args:
             path: of the file; its checksums are compared before anything is made of it.
-            model: a float model of the same architecture, with any weights.
+            model: a float model of the same architecture, with any weights. The file of an integer-only model needs
+                none, and gets its config and class from one.
             engine: as for :meth:`quantize_model`.
 
         Raises:

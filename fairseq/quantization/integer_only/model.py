@@ -84,7 +84,7 @@ class IntegerViT(nn.Module):
         logits = integers.to(torch.float32) * math.ldexp(1.0, -int(self.logit_exponent))
         if self.output_class is None:
             return logits
-        if return_dict is False:
+        if return_dict is False or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return logits, integers
         output = self.output_class(logits=logits)
         output["integer_logits"] = integers
@@ -142,3 +142,14 @@ class IntegerViT(nn.Module):
         super()._apply(fn, recurse)
         keep_dtypes(self, before)
         return self
+
+
+class IntegerLogits(nn.Module):
+    """An IntegerViT from the pixels themselves: uint8 (B, channels, H, W) -> int32 (B, classes)."""
+
+    def __init__(self, model: IntegerViT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model.integer_logits(pixels)
