@@ -320,6 +320,7 @@ class ViTQuantizer:
         *,
         external_data: bool | None = None,
         onnx_ops: str = "onnxruntime",
+        pixels: str | None = None,
     ) -> ExportReport:
         """Write a packed model as a file that runs without this library, verified before it appears at ``path``.
 
@@ -330,6 +331,7 @@ class ViTQuantizer:
             sample: a processor's output or pixel values, for verification; None for noise.
             external_data: keep the weights of an ONNX file in a second one; None for only where they exceed 2 GB.
             onnx_ops: "standard" for operators of ONNX alone, "onnxruntime" for what is fastest there.
+            pixels: what the file of an integer-only model takes: "uint8" (None) or "float32", rounded first.
 
         Raises:
             TypeError, ValueError: not a packed model on the CPU, an unknown format, a suffix that does not fit it.
@@ -337,4 +339,4 @@ class ViTQuantizer:
             ImportError: ``pip install "fairseq[onnx]"`` is needed.
             RuntimeError: the file does not run, gives other outputs, or holds float weights; nothing is left.
         """
-        return export(model, path, format, sample, external_data=external_data, onnx_ops=onnx_ops)
+        return export(model, path, format, sample, external_data=external_data, onnx_ops=onnx_ops, pixels=pixels)

@@ -109,6 +109,10 @@ class IntegerViT(nn.Module):
             raise TypeError(f"pixel_values must be floating, or uint8 for the pixels themselves; {pixel_values.dtype}")
         if not bool(torch.isfinite(pixel_values).all()):
             raise ValueError("pixel_values hold NaN or Inf")
+        return self.nearest_pixels(pixel_values)
+
+    def nearest_pixels(self, pixel_values: Tensor) -> Tensor:
+        """:meth:`round_pixels` without a look at what it is given, so that it can be recorded; of NaN, any pixel."""
         start, step = (t[:, None, None] for t in (self.pixel_start, self.pixel_step))
         return ((pixel_values.detach().double() - start) / step).round().clamp(0, PIXELS - 1).to(torch.uint8)
 
@@ -145,11 +149,13 @@ class IntegerViT(nn.Module):
 
 
 class IntegerLogits(nn.Module):
-    """An IntegerViT from the pixels themselves: uint8 (B, channels, H, W) -> int32 (B, classes)."""
+    """An IntegerViT as a graph records it: uint8 (B, channels, H, W), or floats to round -> (int32 (B, classes),)."""
 
     def __init__(self, model: IntegerViT):
         super().__init__()
         self.model = model
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model.integer_logits(pixels)
+    def forward(self, pixels: Tensor) -> tuple[Tensor]:
+        if pixels.is_floating_point():
+            pixels = self.model.nearest_pixels(pixels)
+        return (self.model.integer_logits(pixels),)
