@@ -26,8 +26,8 @@ ROOMS = {
     "engine": ("architectures",),
     "conversion": ("evaluation", "engine", "calibration", "rounding", "architectures"),
     "bit_allocation": ("conversion", "evaluation", "calibration", "rounding", "architectures"),
-    "export": ("conversion", "evaluation", "engine", "architectures"),
-    "saving": ("conversion", "evaluation", "engine", "architectures"),
+    "export": ("integer_only", "conversion", "evaluation", "engine", "architectures"),
+    "saving": ("integer_only", "conversion", "evaluation", "engine", "architectures"),
     "integer_only": ("conversion", "evaluation", "engine", "architectures"),
 }
 ALLOWED = {
@@ -54,7 +54,7 @@ ALLOWED = {
             f"{Q}.config",
             f"{Q}.files",
             *(f"{Q}.{r}" for r in (room, *below)),
-            *((INTEGER,) if room == "integer_only" else ()),
+            *((INTEGER,) if room in ("integer_only", "export") else ()),
         )
         for room, below in ROOMS.items()
     },

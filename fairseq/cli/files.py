@@ -31,6 +31,13 @@ def export(
     external_data: Annotated[
         bool, typer.Option("--external-data", help="Keep the weights of an ONNX file in a second one.")
     ] = False,
+    pixels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="uint8|float32",
+            help="What the file of an integer-only model takes: pixels, or values to round first.  [default: uint8]",
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
@@ -51,7 +58,9 @@ def export(
             raise UserError(f"{model} is not quantized; quantize it first: fairseq-vit quantize {model} -o OUT")
         say(f"Exporting {output}, and verifying it in another process")
         with mistakes(ValueError, OSError, ImportError):
-            report = ViTQuantizer.export(loaded.model, output, form, external_data=external_data or None, onnx_ops=ops)
+            report = ViTQuantizer.export(
+                loaded.model, output, form, external_data=external_data or None, onnx_ops=ops, pixels=pixels
+            )
     return finish({"model": model, **report.to_dict()}, str(report), as_json)
 
 

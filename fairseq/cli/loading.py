@@ -13,6 +13,7 @@ from torch import nn
 
 import fairseq.models.vit_quantization  # noqa: F401  # registers the format of packed models
 from fairseq.cli.output import UserError, first_line, mistakes
+from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.saving.contents import FORMAT
 from fairseq.quantization.saving.description import packed_parts
 
@@ -30,7 +31,12 @@ class Loaded(NamedTuple):
     @property
     def packed(self) -> bool:
         """Whether anything in it is quantized."""
-        return bool(packed_parts(self.model))
+        return self.integer or bool(packed_parts(self.model))
+
+    @property
+    def integer(self) -> bool:
+        """Whether it is an integer-only model."""
+        return isinstance(self.model, IntegerViT)
 
 
 def load(source: str, device: str = "cpu") -> Loaded:

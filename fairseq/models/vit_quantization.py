@@ -179,6 +179,7 @@ class ViTQuantizer:
                 them, or ``engine="fused"`` and no block that can be. The message names the layers or the picture.
         """
         check_model(model)
+        quantized: nn.Module
         if calibration is None and processor is not None:
             raise ValueError("a processor was given but no pictures; pass calibration=images, too")
         pixels = None
@@ -186,9 +187,9 @@ class ViTQuantizer:
             if calibration is not None:
                 pixels = pixel_values(calibration, model, processor, images, self.config.seed)
             if self.arithmetic == "integer":
-                integers, self.report = convert_to_integers(model, self.config, pixels, processor, engine)
-                return cast(Model, integers)
-            quantized, self.report = convert(model, self.config, pixels, engine)
+                quantized, self.report = convert_to_integers(model, self.config, pixels, processor, engine)
+            else:
+                quantized, self.report = convert(model, self.config, pixels, engine)
         if self.config.execution == "packed":
             information = {"bytes_before": self.report.bytes_before}
             if pixels is not None:
@@ -272,7 +273,7 @@ class ViTQuantizer:
 
     @staticmethod
     def save(model: nn.Module, path: str | os.PathLike[str], information: Mapping[str, Any] | None = None) -> None:
-        """Write a packed model of any kind to one .safetensors file, whole or not at all; :meth:`load` reads it.
+        """Write a packed or integer-only model to one .safetensors file, whole or not at all; :meth:`load` reads it.
 
         A HuggingFace model also has ``save_pretrained``, for a folder that ``from_pretrained`` loads.
 
@@ -289,7 +290,7 @@ class ViTQuantizer:
         checkpoint.save(model, path, information)
 
     @staticmethod
-    def load(path: str | os.PathLike[str], model: Model, engine: str = "auto") -> Model:
+    def load(path: str | os.PathLike[str], model: Model | None = None, engine: str = "auto") -> Model:
         """Return a packed copy of ``model`` with the weights that :meth:`save` wrote; ``model`` stays as it is.
 
         The logits are those of the model that was saved, to the last bit. The file may come from another version of
@@ -297,7 +298,8 @@ class ViTQuantizer:
 
         Args:
             path: of the file; its checksums are compared before anything is made of it.
-            model: a float model of the same architecture, with any weights.
+            model: a float model of the same architecture, with any weights. The file of an integer-only model needs
+                none, and gets its config and class from one.
             engine: as for :meth:`quantize_model`.
 
         Raises:
@@ -318,6 +320,7 @@ class ViTQuantizer:
         *,
         external_data: bool | None = None,
         onnx_ops: str = "onnxruntime",
+        pixels: str | None = None,
     ) -> ExportReport:
         """Write a packed model as a file that runs without this library, verified before it appears at ``path``.
 
@@ -328,6 +331,7 @@ class ViTQuantizer:
             sample: a processor's output or pixel values, for verification; None for noise.
             external_data: keep the weights of an ONNX file in a second one; None for only where they exceed 2 GB.
             onnx_ops: "standard" for operators of ONNX alone, "onnxruntime" for what is fastest there.
+            pixels: what the file of an integer-only model takes: "uint8" (None) or "float32", rounded first.
 
         Raises:
             TypeError, ValueError: not a packed model on the CPU, an unknown format, a suffix that does not fit it.
@@ -335,4 +339,4 @@ class ViTQuantizer:
             ImportError: ``pip install "fairseq[onnx]"`` is needed.
             RuntimeError: the file does not run, gives other outputs, or holds float weights; nothing is left.
         """
-        return export(model, path, format, sample, external_data=external_data, onnx_ops=onnx_ops)
+        return export(model, path, format, sample, external_data=external_data, onnx_ops=onnx_ops, pixels=pixels)

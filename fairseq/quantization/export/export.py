@@ -6,7 +6,8 @@ import importlib
 import inspect
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from fairseq.quantization.architectures.forward import call, picture_inputs
 from fairseq.quantization.conversion.convert import tuple_while_tracing
 from fairseq.quantization.engine.fuse import optimize
 from fairseq.quantization.export.export_report import ExportReport
+from fairseq.quantization.export.integer import sample_inputs, verify_integers, write_integers
+from fairseq.quantization.export.integer_graph import INPUTS
 from fairseq.quantization.export.onnx_graph import ONNX_OPS, onnx_model
 from fairseq.quantization.export.verify import verify
+from fairseq.quantization.export.written import any_batch, save_onnx
+from fairseq.quantization.integer_only.layers import IntegerLinear
+from fairseq.quantization.integer_only.model import IntegerViT
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "torch_export": ".pt2"}
-PROTOBUF_LIMIT = 2**31 - 2**24
-MAX_BATCH = 1024
 
 
 class Positional(nn.Module):
@@ -48,10 +52,12 @@ def export(
     *,
     external_data: bool | None = None,
     onnx_ops: str = "onnxruntime",
+    pixels: str | None = None,
 ) -> ExportReport:
     """Write a quantized model as a file that needs no fairseq, and verify the file before it appears at ``path``.
 
-    The file takes any batch size from 1 to 1024. It is loaded in a new process in which fairseq cannot be imported, run
+    That of an integer-only model gives its "integer_logits" to the last bit, and has nothing but integers in it. The
+    file takes any batch size from 1 to 1024. It is loaded in a new process in which fairseq cannot be imported, run
     on two batch sizes, compared with the model, and searched for float copies of the weights. ONNX files are of opset
     21. Weights of 2 to 4 bits take 4 bits in them, 5 to 8 bits a byte.
 
@@ -64,17 +70,28 @@ def export(
         external_data: whether the weights of an ONNX file lie in a second one, ``path`` with .data added; None for
             those that are too large for one file (2 GB).
         onnx_ops: "standard" uses only operators of ONNX itself, for any runtime; "onnxruntime" also some of
-            onnxruntime's own, which are faster there. ONNX only.
+            onnxruntime's own, which are faster there. ONNX only; those of an integer-only model are standard.
+        pixels: what the file of an integer-only model takes: "uint8", the pixels themselves, or "float32", pixel values
+            as the float model takes them, which are rounded first, by the only operations with floats. None for uint8.
 
     Raises:
         TypeError: not a module, or a sample that is none.
-        ValueError: an unknown format or suffix; the model is not packed, or not on the CPU.
+        ValueError: an unknown format or suffix; the model is not packed, or not on the CPU; ``pixels`` of a packed one.
         FileNotFoundError: the folder does not exist.
         ImportError: onnx, onnxscript or onnxruntime is missing ("onnx" only).
         RuntimeError: the file does not run, gives other numbers, or holds float weights; it was not kept.
     """
     path = Path(path)
     _check(model, path, format, external_data, onnx_ops)
+    if isinstance(model, IntegerViT):
+        check_one_of("pixels", pixels or "uint8", tuple(INPUTS))
+        inputs = sample_inputs(model, sample, pixels or "uint8")
+        with torch.no_grad(), _in_place(path) as file:
+            with _errors_of_writers(model, format):
+                write_integers(model, inputs, file, format, external_data)
+            return verify_integers(model, inputs, file, format)
+    if pixels is not None:
+        raise ValueError(f"pixels={pixels!r} is for integer-only models; a packed one takes what the float model takes")
     with torch.no_grad():
         portable = optimize(model, engine="layers").eval().float()
         for key, hook in list(portable._forward_hooks.items()):
@@ -82,23 +99,35 @@ def export(
                 del portable._forward_hooks[key]
         inputs = _inputs(portable, sample)
         wrapper = Positional(portable, list(inputs), _output_names(portable, inputs)).eval()
-        folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            folder.mkdir()
-            file = folder / path.name
-            try:
+        with _in_place(path) as file:
+            with _errors_of_writers(model, format):
                 _write(wrapper, inputs, file, format, external_data, onnx_ops)
-            except Exception as error:  # exporters raise nearly anything, and long texts
-                raise RuntimeError(
-                    f"torch {torch.__version__} cannot write {type(model).__name__} as {format!r}: {_first_line(error)}"
-                ) from error
-            report = verify(wrapper, inputs, file, format)
-            files = sorted(folder.iterdir(), key=lambda written: written == file)  # the one that is opened comes last
-            for written in files:
-                os.replace(written, path.with_name(written.name))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    return report
+            return verify(wrapper, inputs, file, format)
+
+
+@contextmanager
+def _in_place(path: Path) -> Iterator[Path]:
+    """A file in a new folder beside ``path``; at the end, what lies in there takes its place, or nothing does."""
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir()
+        file = folder / path.name
+        yield file
+        files = sorted(folder.iterdir(), key=lambda written: written == file)  # the one that is opened comes last
+        for written in files:
+            os.replace(written, path.with_name(written.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _errors_of_writers(model: nn.Module, format: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # exporters raise nearly anything, and long texts
+        raise RuntimeError(
+            f"torch {torch.__version__} cannot write {type(model).__name__} as {format!r}: {_first_line(error)}"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -119,7 +148,7 @@ def _check(model: nn.Module, path: Path, format: str, external_data: bool | None
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
     if external_data is not None and format != "onnx":
         raise ValueError(f"external_data is for format 'onnx' only, got {format!r}")
-    if not any(isinstance(module, PackedLinear) for module in model.modules()):
+    if not any(isinstance(module, PackedLinear | IntegerLinear) for module in model.modules()):
         raise ValueError(
             "nothing in the model is packed; pass what ViTQuantizer(...).quantize_model(model) returned with "
             "execution='packed'"
@@ -135,7 +164,7 @@ def _check(model: nn.Module, path: Path, format: str, external_data: bool | None
             "for any batch size can"
         )
     if format == "onnx":
-        for package in ("onnx", "onnxscript", "onnxruntime"):
+        for package in ("onnx", *(["onnxscript"] if not isinstance(model, IntegerViT) else []), "onnxruntime"):
             try:
                 importlib.import_module(package)
             except ImportError as error:
@@ -180,16 +209,11 @@ def _output_names(model: nn.Module, inputs: dict[str, Tensor]) -> list[str]:
 def _write(
     wrapper: nn.Module, inputs: dict[str, Tensor], file: Path, format: str, external: bool | None, ops: str
 ) -> None:
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    shapes = (tuple({0: batch} for _ in inputs),)
+    shapes = (tuple({0: any_batch()} for _ in inputs),)
     if format == "torchscript":
         torch.jit.trace(wrapper, tuple(inputs.values()), check_trace=False).save(str(file))
     elif format == "torch_export":
         torch.export.save(torch.export.export(wrapper, tuple(inputs.values()), dynamic_shapes=shapes), str(file))
     else:
         proto = onnx_model(wrapper, inputs, wrapper.outputs, shapes, ops)  # type: ignore[arg-type]
-        large = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > PROTOBUF_LIMIT
-        importlib.import_module("onnx").save(
-            proto, str(file), save_as_external_data=large if external is None else external,
-            all_tensors_to_one_file=True, location=f"{file.name}.data", size_threshold=1024,
-        )  # fmt: skip
+        save_onnx(proto, file, external)

@@ -18,6 +18,7 @@ from fairseq.quantization.engine.fuse import check_engine
 from fairseq.quantization.evaluation.report import QuantizationReport
 from fairseq.quantization.integer_only.build import Builder
 from fairseq.quantization.integer_only.model import PIXELS, IntegerViT
+from fairseq.quantization.integer_only.pretrained import as_pretrained
 from fairseq.quantization.integer_only.ranges import observe_ranges
 from fairseq.quantization.integer_only.reading import block_names, read_model
 
@@ -95,8 +96,8 @@ def convert_to_integers(
         blocks = [builder.block(i, spec, name) for i, (name, spec) in enumerate(zip(names, parts.specs))]
         norm, classifier, exponent = builder.head(parts.norm, parts.classifier)
         kernel: Any = parts.patches.kernel_size
-        return IntegerViT(
-            config=getattr(model, "config", None),
+        integers = IntegerViT(
+            config=None,
             size=tuple(pixels.shape[-2:]),  # type: ignore[arg-type]
             patch=kernel,
             bits=builder.bits,
@@ -108,7 +109,8 @@ def convert_to_integers(
             classifier=classifier,
             logit_exponent=exponent,
             output_class=parts.output_class,
-        ), report
+        )
+        return as_pretrained(integers, model), report
 
 
 def within_bytes(config: QuantizationConfig) -> QuantizationConfig:

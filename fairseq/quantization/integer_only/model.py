@@ -90,7 +90,7 @@ class IntegerViT(nn.Module):
         logits = integers.to(torch.float32) * math.ldexp(1.0, -int(self.logit_exponent))
         if self.output_class is None:
             return logits
-        if return_dict is False:
+        if return_dict is False or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return logits, integers
         output = self.output_class(logits=logits)
         output["integer_logits"] = integers
@@ -117,6 +117,10 @@ class IntegerViT(nn.Module):
             return rounded
         if not bool(torch.isfinite(pixel_values).all()):
             raise ValueError("pixel_values hold NaN or Inf")
+        return self.nearest_pixels(pixel_values)
+
+    def nearest_pixels(self, pixel_values: Tensor) -> Tensor:
+        """:meth:`round_pixels` without a look at what it is given, so that it can be recorded; of NaN, any pixel."""
         start, step = (t[:, None, None] for t in (self.pixel_start, self.pixel_step))
         return ((pixel_values.detach().double() - start) / step).round().clamp(0, PIXELS - 1).to(torch.uint8)
 
@@ -155,3 +159,16 @@ class IntegerViT(nn.Module):
         super()._apply(fn, recurse)
         keep_dtypes(self, before)
         return self
+
+
+class IntegerLogits(nn.Module):
+    """An IntegerViT as a graph records it: uint8 (B, channels, H, W), or floats to round -> (int32 (B, classes),)."""
+
+    def __init__(self, model: IntegerViT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor]:
+        if pixels.is_floating_point():
+            pixels = self.model.nearest_pixels(pixels)
+        return (self.model.integer_logits(pixels),)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.saving.contents import FORMAT
 from fairseq.quantization.saving.description import packed_parts
 from fairseq.quantization.saving.pretrained import information_of, save_pretrained
@@ -86,7 +87,7 @@ def _save(model: Any, *args: Any, **keywords: Any) -> Any:
 def _choose(model: Any, original: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """Save a model as what it is now; ``original`` is transformers' way, which also says what ``args`` are called."""
     adapters = getattr(model, "_hf_peft_config_loaded", False)  # they alone are saved
-    packed = bool(packed_parts(model))
+    packed = isinstance(model, IntegerViT) or bool(packed_parts(model))
     if packed and not adapters:
         places = list(inspect.signature(original).parameters)[1:]
         if len(args) > len(places):

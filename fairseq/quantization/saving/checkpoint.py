@@ -1,4 +1,4 @@
-"""Packed models in one safetensors file: written whole, and loaded into a float model of the same architecture."""
+"""Packed and integer-only models in one safetensors file: written whole, and loaded with a float model of the kind."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from fairseq.quantization.architectures.forward import separate_biases
 from fairseq.quantization.conversion.convert import finish
 from fairseq.quantization.engine.fuse import check_engine
 from fairseq.quantization.files import replacing
+from fairseq.quantization.integer_only.model import IntegerViT
+from fairseq.quantization.saving import integer
 from fairseq.quantization.saving.contents import VERSION, Contents, inspect, write
 from fairseq.quantization.saving.description import check_loaded, describe, empty_part, packed_name, put
 from fairseq.quantization.saving.names import COMPUTED, names_on_disk
@@ -26,7 +28,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], information: Mapping[str, Any] | None = None) -> None:
-    """Write a packed model to one safetensors file, whole or not at all.
+    """Write a packed or integer-only model to one safetensors file, whole or not at all.
 
     Args:
         model: what ``quantize_model`` returned; on any device.
@@ -46,25 +48,36 @@ def save(model: nn.Module, path: str | os.PathLike[str], information: Mapping[st
         write(tensors_on_disk(model), temporary, description)
 
 
-def load(path: str | os.PathLike[str], model: Model, engine: str = "auto") -> tuple[Model, dict[str, Any]]:
+def load(
+    path: str | os.PathLike[str], model: Model | None = None, engine: str = "auto"
+) -> tuple[Model, dict[str, Any]]:
     """A packed copy of ``model`` with the weights in a file that :func:`save` wrote, and its information.
 
     ``model`` stays as it is.
 
     Args:
         path: of the file.
-        model: a float model of the same architecture, with any weights.
+        model: a float model of the same architecture, with any weights. Of an integer-only model the file has all but
+            its config and class, so that it may be None.
         engine: as for ``quantize_model``.
 
     Raises:
         TypeError: not a module.
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, was changed, is of a later version or of another model; the message names the
-            file and the tensor or setting.
+        ValueError: the file is damaged, was changed, is of a later version or of another model, or there is no
+            ``model`` though it is needed; the message names the file and the tensor or setting.
     """
     check_engine(engine)
-    check_is_module(model)
+    if model is not None:
+        check_is_module(model)
     contents = inspect([path])
+    information = dict(contents.description.get("information", {}))
+    if contents.integer is not None:
+        if engine == "fused":
+            raise ValueError(f"{path}: an integer-only model has no fused engine; leave engine at 'auto'")
+        return cast(Model, integer.read(contents, model)), information
+    if model is None:
+        raise ValueError(f"{path}: holds packed layers, which go into a float model of the same architecture; pass it")
     names = part_names(model, contents)
     result = cast(Model, copy.deepcopy(separate_biases(model)))
     on_disk = part_tensors(result, contents, names)
@@ -78,17 +91,19 @@ def load(path: str | os.PathLike[str], model: Model, engine: str = "auto") -> tu
     _check_rest(result, rest, contents, on_disk)
     result.load_state_dict({name: tensors[key] for name, key in rest.items()}, strict=False)
     finish(result, engine)
-    return result, dict(contents.description.get("information", {}))
+    return result, information
 
 
 def description_of(model: nn.Module, information: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON description of a packed model.
+    """The JSON description of a packed or integer-only model.
 
     Raises:
         TypeError: not a module.
         ValueError: nothing in it is packed.
     """
     check_is_module(model)
+    if isinstance(model, IntegerViT):
+        return integer.description_of(model, information)
     parts = describe(model)
     if not parts:
         raise ValueError("nothing in the model is packed; pass what quantize_model returned with execution='packed'")
@@ -99,6 +114,8 @@ def description_of(model: nn.Module, information: Mapping[str, Any] | None = Non
 
 def tensors_on_disk(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """A state dict, or the model's, under its names on disk, on the CPU, no two tensors in the same memory."""
+    if isinstance(model, IntegerViT):
+        return integer.tensors_on_disk(model, state)
     state = model.state_dict() if state is None else state
     state = {name: tensor for name, tensor in state.items() if not name.endswith(COMPUTED)}
     names = names_on_disk(model, state)

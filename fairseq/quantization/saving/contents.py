@@ -3,7 +3,8 @@
 Such a safetensors file has its tensors under their names on disk (see :mod:`~fairseq.quantization.saving.names`), and
 in its metadata, as JSON under "fairseq_vit", a ``description`` (the version of the format and each packed part's
 settings, see :mod:`~fairseq.quantization.saving.description`), and ``sha256``: 16 hexadecimal digits for each tensor,
-of its dtype, shape and bytes, and for the description.
+of its dtype, shape and bytes, and for the description. That of an integer-only model is of a later version and has its
+structure under "integer", see :mod:`~fairseq.quantization.saving.integer`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from torch import Tensor
 
 FORMAT = "fairseq_vit"
 VERSION = 1
+INTEGER_VERSION = 2
+"""Of files of integer-only models, which a library that knows version 1 alone refuses."""
 DESCRIPTION = "description"
 
 
@@ -47,6 +50,11 @@ class Contents:
     def parts(self) -> dict[str, dict[str, Any]]:
         """The settings of each packed part, by its name on disk."""
         return dict(self.description["layers"])
+
+    @property
+    def integer(self) -> Mapping[str, Any] | None:
+        """The structure of an integer-only model; None of a packed one."""
+        return self.description.get("integer")
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Some of the tensors, on the CPU."""
@@ -126,13 +134,15 @@ def check_description(description: Any, where: str) -> dict[str, Any]:
     version = description.get("format_version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ValueError(f"{where}: format_version must be a whole number of at least 1, got {version!r}")
-    if version > VERSION:
+    if version > INTEGER_VERSION:
         raise ValueError(
-            f"{where}: format_version {version} is later than {VERSION}, which this version of fairseq reads"
+            f"{where}: format_version {version} is later than {INTEGER_VERSION}, which this version of fairseq reads"
         )
     layers = description.get("layers")
     if not isinstance(layers, Mapping) or not layers or not all(isinstance(e, Mapping) for e in layers.values()):
         raise ValueError(f"{where}: layers must map the names of packed layers to their settings, got {layers!r:.80}")
+    if (version == INTEGER_VERSION) != isinstance(description.get("integer"), Mapping):
+        raise ValueError(f"{where}: format_version {version} goes with integer={description.get('integer')!r:.80}")
     return dict(description)
 
 

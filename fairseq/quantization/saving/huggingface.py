@@ -22,11 +22,14 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fairseq.modules.quantization.context import plain_context
 from fairseq.quantization.config import FORMER_NAMES, QuantizationConfig, with_current_names
 from fairseq.quantization.conversion.convert import finish
 from fairseq.quantization.conversion.incremental import WhileLoading
 from fairseq.quantization.engine.fuse import check_engine
-from fairseq.quantization.saving import checkpoint
+from fairseq.quantization.integer_only.model import IntegerViT
+from fairseq.quantization.integer_only.pretrained import become
+from fairseq.quantization.saving import checkpoint, integer
 from fairseq.quantization.saving.attach import enable_save_pretrained, of_parts
 from fairseq.quantization.saving.contents import FORMAT, check_description, inspect
 from fairseq.quantization.saving.description import Placeholder, empty_part, put
@@ -34,7 +37,7 @@ from fairseq.quantization.saving.excluding import exclude_modules
 from fairseq.quantization.saving.fitting import Fit, fit
 from fairseq.quantization.saving.names import names_on_disk
 from fairseq.quantization.saving.pretrained import config_entry, parts_of_config
-from fairseq.quantization.saving.told import tell
+from fairseq.quantization.saving.told import empty_of_floats, tell
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +126,7 @@ class FairseqViTQuantizer(HfQuantizer):
         self.pre_quantized = quantization_config.description is not None
         self.arriving: WhileLoading | None = None
         self.failure: Exception | None = None
+        self.integers: IntegerViT | None = None
         self.resized: set[str] = set()  # weights that arrive in another size, which transformers sees to
 
     @property
@@ -153,6 +157,11 @@ class FairseqViTQuantizer(HfQuantizer):
                 f"{files[0]}: config.json describes another model than the weights do; they were not saved "
                 "together, or one of them was changed"
             )
+        if contents.integer is not None:
+            with plain_context():
+                self.integers = integer.read(contents, model)
+            empty_of_floats(model)
+            return model
         self.fit = fit(model, contents)
         _check_complete(model, self.fit)
         with torch.device("cpu"):  # transformers builds the model on the meta device
@@ -197,7 +206,9 @@ class FairseqViTQuantizer(HfQuantizer):
         config = self.quantization_config
         if self.failure is not None:
             raise self.failure
-        if self.arriving is not None:
+        if self.integers is not None:
+            become(model, self.integers)
+        elif self.arriving is not None:
             report = self.arriving.finish()
             logger.info("%s", report)
             config.description = checkpoint.description_of(model)

@@ -15,7 +15,8 @@ from huggingface_hub import HfApi, split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from fairseq.quantization.files import move_into
-from fairseq.quantization.saving import checkpoint, contents
+from fairseq.quantization.integer_only.model import IntegerViT
+from fairseq.quantization.saving import checkpoint, contents, integer
 from fairseq.quantization.saving.description import packed_parts
 from fairseq.quantization.saving.model_card import model_card
 
@@ -119,7 +120,9 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"state_dict must have the keys of the packed model's own, and {min(unknown)} is none; leave it at None to "
             "save that"
         )
-    packed = tuple(f"{name}." for name, part in model.named_modules() if part in packed_parts(model).values())
+    parts = packed_parts(model).values()
+    packed = tuple(f"{name}." for name, part in model.named_modules() if part in parts)
+    packed = ("",) if isinstance(model, IntegerViT) else packed
     for name, tensor in own.items():
         if name not in state and name.startswith(packed):
             raise ValueError(f"state_dict must have the keys of the packed model's own; {name} is missing")
@@ -140,7 +143,7 @@ def _save_whole(
 ) -> None:
     """config.json, and tensors under their names on disk, with checksums."""
     tensors = checkpoint.tensors_on_disk(model, state)
-    tensors[_guard(tensors, description)] = torch.empty(0, dtype=torch.uint8)
+    tensors[guard_of(tensors, description)] = torch.empty(0, dtype=torch.uint8)
     description = {**description, "tensors": len(tensors)}
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -166,11 +169,13 @@ def _write_shards(
         (folder / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _guard(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+def guard_of(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
     """The name on disk of a float weight that the file has no numbers for.
 
     A loader that does not know packed integers stops at its shape, instead of leaving random weights in the layers.
     """
+    if "integer" in description:
+        return integer.GUARD
     return next(f"{name}.weight" for name in description["layers"] if f"{name}.weight_codes" in tensors)
 
 

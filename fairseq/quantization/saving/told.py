@@ -37,6 +37,14 @@ def tell(model: Any, found: Fit) -> dict[str, Any]:
     return before
 
 
+def empty_of_floats(model: Any) -> None:
+    """Take all modules out of a model, in place, and let transformers pass over everything in the files."""
+    for name in list(model._modules):
+        delattr(model, name)
+    every = ["."]
+    vars(model)["_keys_to_ignore_on_load_unexpected"] = set(every) if VERSION_5 else every
+
+
 def _with_sizes(model: Any, found: Fit, info: Any, *more: Any) -> Any:
     """transformers 5 asks for this before it says what did not fit."""
     known = {entry[0] for entry in info.mismatched_keys}

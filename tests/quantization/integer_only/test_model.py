@@ -128,8 +128,8 @@ def test_other_inputs_are_refused(model):
         model(torch.randn(1, 3, 20, 20))
     with pytest.raises(TypeError, match="int64"):
         model(torch.zeros(1, 3, 16, 16, dtype=torch.int64))
-    with pytest.raises(ValueError, match="not output_attentions, labels"):
-        model(PICTURES[:1], output_attentions=True, labels=torch.zeros(1))
+    with pytest.raises(ValueError, match="not output_attentions, head_mask"):
+        model(PICTURES[:1], output_attentions=True, head_mask=torch.zeros(1))
     model(PICTURES[:1], interpolate_pos_encoding=None, output_attentions=False)
 
 

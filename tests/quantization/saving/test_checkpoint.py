@@ -177,8 +177,8 @@ def test_a_changed_setting_is_found(saved):
 
 def test_a_later_version_is_refused(saved):
     model, _, path = saved
-    resealed(path, lambda tensors, description: description.update(format_version=2))
-    refused(path, model, "format_version 2", "later than 1")
+    resealed(path, lambda tensors, description: description.update(format_version=3))
+    refused(path, model, "format_version 3", "later than 2")
 
 
 @pytest.mark.parametrize(

@@ -204,14 +204,15 @@ def change_config(folder, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["description"].update(format_version=2), "format_version 2 is later than 1"),
+        (lambda c: c["description"].update(format_version=3), "format_version 3 is later than 2"),
+        (lambda c: c["description"].update(format_version=2), "format_version 2 goes with integer=None"),
         (lambda c: c["description"].pop("layers"), "layers must map"),
         (lambda c: c["description"]["layers"]["classifier"].update(activation_bits=6), "config.json describes another"),
         (lambda c: c["description"]["layers"].pop("classifier"), "config.json describes another"),
         (lambda c: c.update(description=3), "must be a mapping"),
         (lambda c: c.update(colour="red"), "unknown setting 'colour'"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_a_config_that_does_not_fit_the_weights_is_refused(folder, change, message):
     change_config(folder[1], change)

@@ -53,11 +53,7 @@ def bit_length(q: Tensor) -> Tensor:
 
 
 def isqrt(n: Tensor) -> Tensor:
-    """floor(sqrt(n)), exactly.
-
-    Newton's iteration x <- floor((x + floor(n / x)) / 2) from a power of two x >= sqrt(n), at most twice too large.
-    The sequence falls until it reaches the result and never passes it; the relative error goes 1, 1/4, 1/40, 3e-4,
-    5e-8, 1e-15, so that six steps reach the last bit of the 31. I-BERT, algorithm 4, https://arxiv.org/abs/2101.01321.
+    """floor(sqrt(n)), exactly; see :func:`newton_root`.
 
     Args:
         n: int64, any shape, 0 <= n < 2**62.
@@ -69,6 +65,16 @@ def isqrt(n: Tensor) -> Tensor:
     check_integers(n, "isqrt", 2**62 - 1)
     if bool((n < 0).any()):
         raise ValueError(f"isqrt needs n >= 0, got {int(n.min())}")
+    return newton_root(n)
+
+
+def newton_root(n: Tensor) -> Tensor:
+    """floor(sqrt(n)) for int64 0 <= n < 2**62, which is not looked at, so that a graph can be recorded of it.
+
+    Newton's iteration x <- floor((x + floor(n / x)) / 2) from a power of two x >= sqrt(n), at most twice too large.
+    The sequence falls until it reaches the result and never passes it; the relative error goes 1, 1/4, 1/40, 3e-4,
+    5e-8, 1e-15, so that six steps reach the last bit of the 31. I-BERT, algorithm 4, https://arxiv.org/abs/2101.01321.
+    """
     x = torch.ones_like(n) << ((bit_length(n) + 1) >> 1)
     for _ in range(ISQRT_STEPS):
         x = torch.minimum(x, (x + torch.div(n, x, rounding_mode="floor")) >> 1).clamp(min=1)

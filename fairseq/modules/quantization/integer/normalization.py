@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fairseq.modules.quantization.integer.arithmetic import bit_length, isqrt
+from fairseq.modules.quantization.integer.arithmetic import bit_length, newton_root
 from fairseq.modules.quantization.integer.checked import bounded
 from fairseq.modules.quantization.integer.dyadic import round_shift
 
@@ -19,7 +19,7 @@ def normalize(h: Tensor, eps: Tensor) -> Tensor:
 
     1. mean = floor((2 sum(h) + C) / 2C), rounded half up; d = h - mean, 23 bits.
     2. v = sum(d**2) + eps, with C <= 2**16 below 2**61; shifted left by 2j to 61 or 62 bits.
-    3. root = isqrt(v << 2j), exact, 2**30 <= root < 2**31; r = floor((2**61 - 1) / root), below 2**31.
+    3. root = floor(sqrt(v << 2j)), exact, 2**30 <= root < 2**31; r = floor((2**61 - 1) / root), below 2**31.
     4. round_shift(d * r, 37 - j); d * r is below 2**54.
 
     Times sqrt(C) * weight, plus bias, it is the LayerNorm; :class:`~.dyadic.Requantize` does that.
@@ -38,6 +38,6 @@ def normalize(h: Tensor, eps: Tensor) -> Tensor:
     d = bounded(h - mean, STREAM_BITS + 1, "LayerNorm, less the mean")
     v = bounded((d * d).sum(dim=-1, keepdim=True) + eps, 63, "LayerNorm, sum of squares")
     j = (62 - bit_length(v)) >> 1
-    root = isqrt(v << 2 * j)
+    root = newton_root(v << 2 * j)
     r = bounded(torch.div(2**61 - 1, root, rounding_mode="floor"), 32, "LayerNorm, reciprocal")
     return bounded(round_shift(d * r, 37 - j), UNIT_BITS + 2, "LayerNorm, normalized")

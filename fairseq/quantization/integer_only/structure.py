@@ -1,0 +1,223 @@
+"""What an IntegerViT is beside its tensors, as JSON, and an empty one made from that and their shapes; for files."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.modules.quantization.integer.dyadic import LARGEST_SHIFT, MULTIPLIER_BITS, Requantize
+from fairseq.modules.quantization.integer.normalization import STREAM_BITS
+from fairseq.modules.quantization.integer.piecewise import INPUT_BITS, PIECES
+from fairseq.modules.quantization.integer.rows import HALF
+from fairseq.quantization.integer_only.block import IntegerBlock
+from fairseq.quantization.integer_only.build import LOGIT_BITS
+from fairseq.quantization.integer_only.layers import (
+    BYTE,
+    WIDE,
+    IntegerActivation,
+    IntegerAttention,
+    IntegerLinear,
+    IntegerNorm,
+    Spread,
+)
+from fairseq.quantization.integer_only.model import IntegerLogits, IntegerViT
+
+ACTIVATIONS = {"dynamic": WIDE, "static": BYTE}
+"""Kinds of activations, and the bits of what layers read."""
+KEYS = {"activations", "size", "patch", "blocks", "spread", "output"}
+MOST_BLOCKS = 1000
+LARGEST_EXPONENT = 128
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def structure(model: IntegerViT) -> dict[str, Any]:
+    """What :func:`empty` needs beside the shapes of tensors; JSON can hold it.
+
+    ``activations``: "dynamic" or "static". ``size`` and ``patch``: height and width. ``blocks``: how many. ``spread``:
+    the byte that stands for 0, of each :class:`~.layers.Spread` by name. ``output``: the class of what the model
+    returns, or None.
+    """
+    kind = model.output_class
+    return {
+        "activations": next(name for name, bits in ACTIVATIONS.items() if bits == model.bits),
+        "size": list(model.size),
+        "patch": list(model.patch),
+        "blocks": len(model.blocks),
+        "spread": {name: module.zero for name, module in model.named_modules() if isinstance(module, Spread)},
+        "output": None if kind is None else f"{kind.__module__}.{kind.__qualname__}",
+    }
+
+
+def empty(description: Mapping[str, Any], shapes: Shapes) -> IntegerViT:
+    """An IntegerViT to load a state dict into.
+
+    Args:
+        description: of a :func:`structure`, from a file; nothing is taken for granted.
+        shapes: of the tensors in the state dict, by name.
+
+    Raises:
+        ValueError: a description that is none, or a tensor that is missing; the message names it.
+    """
+    return _Empty(description, shapes).model()
+
+
+class _Empty:
+    """Makes the parts of an empty model, by their names."""
+
+    def __init__(self, description: Mapping[str, Any], shapes: Shapes):
+        if missing := KEYS - description.keys():
+            raise ValueError(f"the structure has no {min(missing)!r}")
+        kind = description["activations"]
+        if kind not in ACTIVATIONS:
+            raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {kind!r}")
+        self.bits = ACTIVATIONS[kind]
+        self.size, self.patch = (_pair(key, description[key]) for key in ("size", "patch"))
+        if any(side % part for side, part in zip(self.size, self.patch)):
+            raise ValueError(f"pictures of {self.size} cannot be cut into patches of {self.patch}")
+        self.blocks = _whole("blocks", description["blocks"], 1, MOST_BLOCKS)
+        if not isinstance(description["spread"], Mapping):
+            raise ValueError(f"spread must map names to bytes, got {description['spread']!r:.80}")
+        self.spread, self.output_class = description["spread"], _output_class(description["output"])
+        self.shapes = shapes
+
+    def model(self) -> IntegerViT:
+        channels = self.shape("pixel_start", 1)[0]
+        return IntegerViT(
+            config=None,
+            size=self.size,
+            patch=self.patch,
+            bits=self.bits,
+            pixel_grid=(torch.zeros(channels), torch.ones(channels)),
+            patches=self.linear("patches", STREAM_BITS),
+            constants=torch.zeros(self.shape("constants", 2)),
+            blocks=[self.block(f"blocks.{i}") for i in range(self.blocks)],
+            norm=self.norm("norm"),
+            classifier=self.linear("classifier", LOGIT_BITS),
+            logit_exponent=0,
+            output_class=self.output_class,
+        )
+
+    def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
+        if name not in self.shapes:
+            raise ValueError(f"{name} is missing")
+        shape = tuple(self.shapes[name])
+        if len(shape) != dimensions or 0 in shape:
+            raise ValueError(f"{name} must have {dimensions} dimensions, none of them 0; its shape is {shape}")
+        return shape
+
+    def block(self, name: str) -> IntegerBlock:
+        multiplier, shift = torch.zeros(2, *self.shape(f"{name}.attention.multiplier", 3), dtype=torch.int64)
+        mixed = self.result(f"{name}.attention.output")
+        parts: dict[str, Any] = {
+            "attention": IntegerAttention(multiplier, shift.clone(), self.bits == WIDE, mixed),
+            "activation": IntegerActivation(torch.zeros(2, PIECES), self.result(f"{name}.activation.output")),
+        }
+        parts |= {norm: self.norm(f"{name}.{norm}") for norm in ("norm1", "norm2")}
+        widths = {"query": self.bits, "key": self.bits, "value": self.bits, "fc1": INPUT_BITS}
+        for role in ("query", "key", "value", "output", "fc1", "fc2"):
+            unsigned = role == "fc2" and self.bits == WIDE
+            parts[role] = self.linear(f"{name}.{role}", widths.get(role, STREAM_BITS), unsigned)
+        return IntegerBlock(self.bits, **parts)
+
+    def linear(self, name: str, bits: int, unsigned: bool = False) -> IntegerLinear:
+        weight = torch.zeros(self.shape(f"{name}.weight", 2), dtype=torch.int8)
+        return IntegerLinear(weight, self.requantize(f"{name}.output", bits), unsigned)
+
+    def norm(self, name: str) -> IntegerNorm:
+        return IntegerNorm(1, self.result(f"{name}.output"))
+
+    def result(self, name: str) -> nn.Module:
+        """Of a norm, an activation or attention: what layers read."""
+        if f"{name}.1.columns" not in self.shapes:
+            return self.requantize(name, self.bits)
+        zero = _whole(f"the zero of {name}.1", self.spread.get(f"{name}.1"), -128, 127)
+        copies = torch.ones(self.shape(f"{name}.1.columns", 1), dtype=torch.int64)
+        return nn.Sequential(self.requantize(f"{name}.0", WIDE), Spread(copies, zero))
+
+    def requantize(self, name: str, bits: int) -> Requantize:
+        ones = torch.ones(self.shape(f"{name}.multiplier", 1), dtype=torch.float64)
+        return Requantize(ones, 0 * ones, bits, name)
+
+
+def check_loaded(model: IntegerViT) -> None:
+    """ValueError unless all constants are within their ranges and of shapes that go together; it names the tensor."""
+    for name, module in model.named_modules():
+        for key, (low, high) in RANGES.get(type(module), {}).items():
+            _within(f"{name}.{key}", module.get_buffer(key), low, high)
+        if isinstance(module, IntegerLinear) and module.sums is not None:
+            sums = HALF * module.weight.to(torch.int32).sum(-1, dtype=torch.int32)
+            if not torch.equal(module.sums, sums):
+                raise ValueError(f"{name}.sums are not {HALF} times the sums of {name}.weight")
+        if isinstance(module, nn.Sequential):
+            first, spread = cast(tuple[Requantize, Spread], tuple(module))
+            _within(f"{name}.1.columns", spread.columns, 0, len(first.multiplier) - 1)
+    limit = 2 ** (STREAM_BITS - 1)
+    _within("constants", model.constants, -limit, limit - 1)
+    _within("logit_exponent", model.logit_exponent, -LARGEST_EXPONENT, LARGEST_EXPONENT)
+    if not bool(torch.isfinite(model.pixel_start).all() & torch.isfinite(model.pixel_step).all()):
+        raise ValueError("pixel_start and pixel_step must be finite")
+    if not bool((model.pixel_step > 0).all()):
+        raise ValueError("pixel_step must be above 0")
+    try:
+        _run_without_numbers(model)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"the shapes of its tensors do not go together: {str(error).splitlines()[0]}") from None
+
+
+RANGES: dict[type, dict[str, tuple[int, int]]] = {
+    Requantize: {
+        "multiplier": (-(2**MULTIPLIER_BITS), 2**MULTIPLIER_BITS),
+        "shift": (0, LARGEST_SHIFT),
+        "offset": (-(2 ** (LARGEST_SHIFT - 1)), 2 ** (LARGEST_SHIFT - 1)),
+    },
+    Spread: {"added": (0, 2**WIDE), "shift": (0, WIDE)},
+    IntegerNorm: {"eps": (1, 2**60)},
+    IntegerAttention: {"multiplier": (-(2**MULTIPLIER_BITS), 2**MULTIPLIER_BITS), "shift": (0, LARGEST_SHIFT)},
+}
+"""What the integers of each part are within."""
+
+
+def _run_without_numbers(model: IntegerViT) -> None:
+    """One picture through the model, shapes alone."""
+    tensors = {f"model.{name}": tensor.to("meta") for name, tensor in model.state_dict().items()}
+    pixels = torch.empty(1, len(model.pixel_start), *model.size, dtype=torch.uint8, device="meta")
+    torch.func.functional_call(IntegerLogits(model), tensors, (pixels,))
+
+
+def _within(name: str, tensor: Tensor, low: int, high: int) -> None:
+    if int(tensor.min()) < low or int(tensor.max()) > high:
+        raise ValueError(f"{name} must be from {low} to {high}; it is from {int(tensor.min())} to {int(tensor.max())}")
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r:.80}")
+    return value
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise ValueError(f"{name} must be height and width, got {value!r:.80}")
+    height, width = (_whole(name, side, 1, 2**16) for side in value)
+    return height, width
+
+
+def _output_class(name: Any) -> Callable[..., Any] | None:
+    """transformers' class of that name, which must be of outputs."""
+    if name is None:
+        return None
+    if isinstance(name, str) and re.fullmatch(r"transformers(\.[a-z][a-z0-9_]*)+\.[A-Za-z0-9]+", name):
+        module, _, last = name.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), last, None)
+        except ImportError:
+            found = None
+        if isinstance(found, type) and any(base.__name__ == "ModelOutput" for base in found.__mro__):
+            return found
+    raise ValueError(f"output must be a class of transformers' outputs or null, got {name!r:.80}")
