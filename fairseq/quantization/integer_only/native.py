@@ -47,7 +47,7 @@ class NativeViT:
     """The constants of a model as the kernels take them.
 
     Args:
-        model: an :class:`~.model.IntegerViT` on the CPU. It is read once; :meth:`is_of` says whether it is unchanged.
+        model: an :class:`~.model.IntegerViT` on the CPU, which is read once.
 
     Raises:
         NotNative: numbers that do not fit the kernels' products of 64 bits, or parts of other classes.
@@ -56,7 +56,8 @@ class NativeViT:
     def __init__(self, model: Any):
         self.kept: list[Any] = []
         self.dynamic = model.bits == WIDE
-        self._read(model)
+        _check_parts(model)
+        _check_shapes(model)
         layers = [module for module in model.modules() if isinstance(module, IntegerLinear)]
         panels = [to_panels(layer.weight, 8) for layer in layers]
         regions = memory.on_large_pages([p.numel() for p in panels])
@@ -82,56 +83,42 @@ class NativeViT:
         """uint8 (B, channels, H, W) on the CPU -> int32 (B, classes)."""
         return native.integers(self.model, pixels.contiguous(), native.level_number())
 
-    def is_of(self, model: Any) -> bool:
-        """Whether ``model`` is the one that was read, with the same parts and numbers, and no hooks in it."""
-        if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
-            return False
-        for module, parts, buffers in self.seen:
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-                return False
-            if not _same(module._modules, parts) or not _same(module._buffers, buffers):
-                return False
-        return all(t.data_ptr() == pointer and native.version(t) == number for t, pointer, number in self.numbers)
-
-    def _read(self, model: nn.Module) -> None:
-        inner = [module for module in model.modules() if module is not model]
-        for module in inner:
-            if type(module) not in (*PARTS, nn.ModuleList, nn.Sequential):
-                raise NotNative(f"a part is a {type(module).__name__}")
-        self.seen = [(m, dict(m._modules), dict(m._buffers)) for m in (model, *inner)]
-        self.numbers = [(t, t.data_ptr(), native.version(t)) for t in model.buffers()]
-
     def _array(self, values: Tensor, dtype: torch.dtype) -> int:
         array = values.to(dtype).contiguous().clone()
         self.kept.append(array)
         return array.data_ptr()
 
-    def _requantize(self, by: Requantize, columns: int, largest: int, scale: int, name: str) -> structures.Requantize:
-        """Constants for integers up to ``largest`` that are multiplied by scales of rows up to ``scale``.
+    def _requantize(
+        self, by: Requantize, columns: int, largest: int | Tensor, scale: int, name: str
+    ) -> structures.Requantize:
+        """Constants for integers up to ``largest``, of all columns or each, times scales of rows up to ``scale``.
 
         Shifts become 32 at least: multipliers take what they have room for, the integers the rest.
         """
         multiplier, shift = (t.to(torch.int64).expand(columns) for t in (by.multiplier, by.shift))
         offset = torch.zeros_like(shift) if by.offset is None else by.offset.expand(columns)
         offset = offset + ((torch.ones_like(shift) << shift) >> 1)
-        limit = 2**31 - 1
-        missing = (HIGH - shift).clamp(min=0)
+        reach = torch.as_tensor(largest).expand(columns)
+        half, limit = 2 ** (by.bits - 1), 2**31 - 1
+        live = (multiplier != 0) & (reach > 0)  # others give a constant
+        constant = (offset >> shift).clamp(-half, half - 1) << HIGH
+        multiplier, missing = (torch.where(live, t, 0) for t in (multiplier, (HIGH - shift).clamp(min=0)))
         room = torch.tensor([(limit // (max(abs(int(m)), 1) * scale)).bit_length() - 1 for m in multiplier])
         lift = max(int((missing - room).max()), 0)
         raised = (missing - lift).clamp(min=0)
-        fits = largest << lift <= limit and bool((multiplier.abs() * scale <= limit).all())
-        if not fits or int((shift + lift + raised).max()) > 2 * HIGH - 1:
+        fits = int(reach.max()) << lift <= limit and bool((multiplier.abs() * scale <= limit).all())
+        shift = torch.where(live, shift + lift + raised - HIGH, 0)
+        if not fits or int(shift.max()) >= HIGH:
             raise NotNative(f"the constants of {name} leave no room in products of 64 bits")
-        reach = offset.abs().double() * torch.exp2((lift + raised).double())
-        if float(reach.max()) >= 2.0**61:
+        raised_offset = torch.where(live, offset.double() * torch.exp2((lift + raised).double()), 0)
+        if float(raised_offset.abs().max()) >= 2.0**61:
             raise NotNative(f"the offsets of {name} leave no room in products of 64 bits")
-        padding = (0, -columns % WIDTH)
-        half = 2 ** (by.bits - 1)
+        offset = torch.where(live, offset << (lift + raised), constant)
+        padding = (0, -columns % WIDTH + WIDTH)  # a head's last vector may begin anywhere
         return structures.Requantize(
             self._array(F.pad(multiplier << raised, padding), torch.int32),
-            self._array(F.pad(shift + lift + raised - HIGH, padding), torch.int32),
-            self._array(F.pad(offset << (lift + raised), padding), torch.int64),
-            lift, -half, half - 1,
+            self._array(F.pad(shift, padding), torch.int32),
+            self._array(F.pad(offset, padding), torch.int64), lift, -half, half - 1,
         )  # fmt: skip
 
     def _linear(self, layer: IntegerLinear, name: str, scale: int | None = None) -> structures.IntegerLinear:
@@ -139,7 +126,9 @@ class NativeViT:
         outputs, inputs = layer.weight.shape
         weight = layer.weight.to(torch.int64)
         unsigned = layer.sums is not None
-        largest = int(weight.abs().sum(1).max()) * (2 * HALF - 1 if unsigned else HALF)
+        if unsigned and not torch.equal(cast(Tensor, layer.sums).to(torch.int64), HALF * weight.sum(1)):
+            raise NotNative(f"the sums of {name} are not those of its weight")
+        largest = weight.abs().sum(1) * (2 * HALF - 1 if unsigned else HALF)
         return structures.IntegerLinear(
             panels=self.panels[layer].data_ptr(), sums=self._array(weight.sum(1), torch.int32),
             inputs=inputs, outputs=outputs, output=self._requantize(layer.output, outputs, largest, scale, name),
@@ -163,7 +152,8 @@ class NativeViT:
         heads = len(attention.multiplier)
         shift = attention.shift.flatten() + (-ROW_SHIFT if self.dynamic else KEY_SCALE_BITS)
         lift = max(HIGH - int(shift.min()), 0)
-        if (LARGEST + 1) ** 2 * size << lift >= 2**31 or int(shift.max()) + lift >= 2 * HIGH:
+        large = int(attention.multiplier.abs().max()) >= 2**16
+        if large or (LARGEST + 1) ** 2 * size << lift >= 2**31 or int(shift.max()) + lift >= 2 * HIGH:
             raise NotNative(f"the scores of {name} leave no room in products of 64 bits")
         output = self._requantize(
             _first(attention.output), heads * size, LARGEST << MEAN_FRACTION, LARGEST_SCALE if self.dynamic else 1, name
@@ -194,6 +184,97 @@ class NativeViT:
         )  # fmt: skip
 
 
+def _check_parts(model: nn.Module) -> None:
+    for module in model.modules():
+        if module is not model and type(module) not in (*PARTS, nn.ModuleList, nn.Sequential):
+            raise NotNative(f"a part is a {type(module).__name__}")
+    devices = {t.device.type for t in _tensors(model)}
+    if devices - {"cpu"}:
+        raise NotNative(f"it is on {', '.join(sorted(devices))}")
+    if any(t.is_inference() for t in _tensors(model)):
+        raise NotNative("its tensors are of the inference mode, and do not know whether they were written to")
+
+
+class Known:
+    """What is known of a model as it was: the kernels' constants, or why there are none.
+
+    Args:
+        model: an :class:`~.model.IntegerViT`.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.modules = [(m, dict(m._modules), dict(m._buffers), _settings(m)) for m in model.modules()]
+        self.inner = [module for module, *_ in self.modules if module is not model]
+        self.numbers = [(t, t.data_ptr(), t._version) for t in model.buffers() if not t.is_inference()]
+        self.native: NativeViT | None = None
+        self.reason: str | None = None
+        try:
+            with plain_context():
+                self.native = NativeViT(model)
+        except NotNative as reason:
+            self.reason = str(reason)
+
+    def is_current(self) -> bool:
+        """Whether the model has the parts, buffers, numbers and settings that were seen."""
+        return all(
+            _same(module._modules, parts) and _same(module._buffers, buffers) and _settings(module) == settings
+            for module, parts, buffers, settings in self.modules
+        ) and all(t.data_ptr() == pointer and t._version == number for t, pointer, number in self.numbers)
+
+    def is_watched(self) -> bool:
+        """Whether a part has hooks, or a forward of its own, that would see its inputs or outputs."""
+        if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
+            return True
+        return any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in self.inner)
+
+
+def _settings(module: nn.Module) -> list[Any]:
+    return [module.__dict__.get(name) for name in ("bits", "zero", "dynamic", "size", "patch")]
+
+
+def _check_shapes(model: Any) -> None:
+    """NotNative unless every part has the sizes that those beside it have: kernels look at no size twice."""
+    tokens, width = model.constants.shape
+    patches = (model.size[0] // model.patch[0]) * (model.size[1] // model.patch[1])
+    whole = all(size % patch == 0 for size, patch in zip(model.size, model.patch)) and tokens >= max(patches, 1)
+    if not len(model.blocks) or not whole:
+        raise NotNative("it has no blocks, or its patches do not divide its pictures")
+    channels = len(model.pixel_start) * model.patch[0] * model.patch[1]
+    heads, inner, hidden = _sizes(model.blocks[0])
+    if not heads or inner % heads:
+        raise NotNative(f"{inner} columns do not divide into {heads} heads")
+    found: list[tuple[int, ...]] = [model.patches.weight.shape]
+    wanted: list[tuple[int, ...]] = [(width, channels)]
+
+    def reads(output: nn.Module, columns: int, *layers: IntegerLinear) -> None:
+        spread = cast(Spread, output[1]) if isinstance(output, nn.Sequential) else None
+        found.append(_first(output).multiplier.shape)
+        wanted.append((columns,))
+        if spread is not None and not (0 <= int(spread.columns.min()) <= int(spread.columns.max()) < columns):
+            raise NotNative("bytes of columns that are not there")
+        for layer in layers:
+            found.append(layer.weight.shape[1:])
+            wanted.append((columns if spread is None else len(spread.columns),))
+
+    for block in model.blocks:
+        found += [_sizes(block), block.activation.entries.shape]
+        wanted += [(heads, inner, hidden), (2, 256)]
+        reads(block.norm1.output, width, block.query, block.key, block.value)
+        reads(block.attention.output, inner, block.output)
+        reads(block.norm2.output, width, block.fc1)
+        reads(block.activation.output, hidden, block.fc2)
+        found += [layer.weight.shape[:1] for layer in (block.key, block.value, block.output, block.fc2)]
+        wanted += [(inner,), (inner,), (width,), (width,)]
+    reads(model.norm.output, width, model.classifier)
+    if [tuple(shape) for shape in found] != wanted:
+        raise NotNative("its blocks have different numbers of heads or sizes of layers")
+
+
+def _sizes(block: IntegerBlock) -> tuple[int, int, int]:
+    """Heads, columns of queries, and columns between the layers of the MLP."""
+    return len(block.attention.multiplier), len(block.query.weight), len(block.fc1.weight)
+
+
 def _first(output: nn.Module) -> Requantize:
     return cast(Requantize, output[0] if isinstance(output, nn.Sequential) else output)
 
@@ -208,12 +289,17 @@ def native_logits(model: Any, pixels: Tensor) -> Tensor | None:
     That is: on another device, without the library, while something records or watches operations, in the mode
     ``checked``, with hooks on a part of the model, or where the kernels cannot compute it: :func:`reason_not_native`.
     """
-    if not _runs_here(pixels) or is_checked():
+    if not _runs_here(pixels) or pixels.dtype != torch.uint8 or is_checked():
         return None
+    known = _known(model)
+    return None if known.native is None or known.is_watched() else known.native(pixels)
+
+
+def _known(model: Any) -> Known:
     known = model.prepared
-    if not isinstance(known, NativeViT) or not known.is_of(model):
-        known = _prepare(model)
-    return known(pixels) if isinstance(known, NativeViT) and known.is_of(model) else None
+    if not isinstance(known, Known) or not known.is_current():
+        known = model.prepared = Known(model)
+    return known
 
 
 def native_pixels(pixel_values: Tensor, start: Tensor, step: Tensor) -> Tensor | None:
@@ -225,32 +311,18 @@ def native_pixels(pixel_values: Tensor, start: Tensor, step: Tensor) -> Tensor |
 
 def _runs_here(x: Tensor) -> bool:
     """Whether ``x`` is of the CPU, there is a library, and nothing records or watches operations."""
-    if x.device.type != "cpu" or type(x) is not Tensor or not native.levels():
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor or x.is_neg():
         return False
-    recorded = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
-    return not recorded and not torch._C._len_torch_dispatch_stack()
+    transformed = torch._C._functorch.maybe_current_level() is not None  # vmap, jvp, functionalize
+    recorded = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+    return not transformed and not recorded and bool(native.levels())
 
 
 def reason_not_native(model: Any) -> str | None:
     """Why the native kernels do not run ``model``, in a sentence; or None."""
     if not native.levels():
         return f"there are no native kernels: {native.NOT_BUILT}"
-    known = _prepare(model)
-    return str(known) if isinstance(known, NotNative) else None
-
-
-def _prepare(model: Any) -> NativeViT | NotNative:
-    devices = {t.device.type for t in _tensors(model)}
-    known: NativeViT | NotNative
-    try:
-        if devices - {"cpu"}:
-            raise NotNative(f"it is on {', '.join(sorted(devices))}")
-        with plain_context():
-            known = NativeViT(model)
-    except NotNative as reason:
-        known = reason
-    model.prepared = known
-    return known
+    return _known(model).reason
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not native.levels(), reason="the native kernels 
 
 PICTURES = families.pictures(24)
 SHAPES = {  # width, heads, hidden, pixels, patch: heads of 8, 20 and 64 channels; 17 to 65 tokens
-    "small": (24, 3, 40, 16, 4, "gelu"),
+    "small": (32, 4, 40, 16, 4, "gelu"),  # heads end where a panel ends, and begin within a vector
     "odd": (40, 2, 100, 20, 5, "quick_gelu"),
     "long": (64, 1, 70, 32, 4, "gelu_pytorch_tanh"),
 }
@@ -137,6 +137,65 @@ def test_a_changed_model_is_read_again():
     assert torch.equal(native_logits(model, pixels), reference(model, pixels))
 
 
+def test_what_changes_without_a_buffer_is_seen():
+    model = build("small")
+    pixels = extremes(model)
+    native_logits(model, pixels)
+    model.blocks[0].fc2.output.bits = 12
+    assert torch.equal(native_logits(model, pixels), reference(model, pixels))
+    model.blocks[0].fc2.weight.neg_()
+    assert reason_not_native(model) == "the sums of block 0, fc2 are not those of its weight"
+
+    class Own(type(model)):
+        def head(self, h):
+            return super().head(h) + 1
+
+    own = build("small")
+    own.__class__ = Own
+    assert torch.equal(own.integer_logits(pixels), reference(own, pixels))
+
+
+def test_columns_that_are_constant_stay_native():
+    model = build("small")
+    pixels = extremes(model)
+    for layer in (model.blocks[0].query, model.blocks[1].fc1, model.classifier):
+        layer.weight[3] = 0
+        layer.output.shift[3], layer.output.offset[3] = 61, 2**59
+    model.blocks[1].norm2.output.multiplier[5] = 0
+    assert reason_not_native(model) is None
+    assert torch.equal(native_logits(model, pixels), reference(model, pixels))
+
+
+def test_blocks_of_different_sizes_run_on_the_reference():
+    model, other = build("small"), build("odd")
+    pixels = extremes(model)
+    model.blocks[1].fc1.weight = model.blocks[1].fc1.weight[:20].clone()
+    assert reason_not_native(model) == "its blocks have different numbers of heads or sizes of layers"
+    model.blocks[1] = other.blocks[1]
+    with pytest.raises(RuntimeError):
+        model.integer_logits(pixels)
+
+
+@pytest.mark.parametrize("context", ["meta", "functionalize", "inference", "default dtype"])
+def test_contexts_give_the_same_integers(case, context):
+    model, pixels, expected = case
+    if context == "meta":
+        with torch.device("meta"):
+            assert torch.equal(model.integer_logits(pixels), expected)
+            assert model.round_pixels(pixels.float()).device.type == "cpu"
+    elif context == "functionalize":
+        assert torch.equal(torch.func.functionalize(model.integer_logits)(pixels[:1]), expected[:1])
+    elif context == "inference":
+        with torch.inference_mode():
+            assert torch.equal(copy.deepcopy(model).integer_logits(pixels[:2]), expected[:2])
+    else:
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert torch.equal(copy.deepcopy(model).integer_logits(pixels), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 def test_hooks_see_what_they_would_see():
     model, seen = build("small"), []
     pixels = extremes(model)[:1]
@@ -146,6 +205,7 @@ def test_hooks_see_what_they_would_see():
     model.integer_logits(pixels)
     handle.remove()
     assert len(seen) == 1
+    model.register_forward_hook(lambda module, args, output: seen.append(output))  # of the whole: it sees its output
     assert native_logits(model, pixels) is not None
 
 
@@ -171,7 +231,7 @@ def test_what_does_not_fit_runs_on_the_reference():
 def test_a_model_that_is_gone_leaves_nothing():
     model = build("small", layers=1)
     native_logits(model, extremes(model)[:1])
-    assert isinstance(model.prepared, NativeViT)
+    assert isinstance(model.prepared.native, NativeViT)
     assert copy.deepcopy(model).prepared is None
     gone = weakref.ref(model.prepared)
     del model

@@ -439,7 +439,7 @@ def integers(model: IntegerModel, pixels: Tensor, level: int) -> Tensor:
     """
     size = (model.channels, model.picture_height, model.picture_width)
     _check("pixels", pixels, torch.uint8, (len(pixels), *size))
-    logits = torch.empty(len(pixels), model.classifier.outputs, dtype=torch.int32)
+    logits = torch.empty(len(pixels), model.classifier.outputs, dtype=torch.int32, device="cpu")
     if len(pixels):
         _raise(
             _library().fairseq_integers(
@@ -464,7 +464,7 @@ def round_pixels(x: Tensor, start: Tensor, step: Tensor, level: int) -> Tensor |
     _check("pixel_values", x, torch.float32, (batch, channels, height, width))
     _check("start", start, torch.float64, (channels,))
     _check("step", step, torch.float64, (channels,))
-    pixels = torch.empty(x.shape, dtype=torch.uint8)
+    pixels = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
     found = _library().fairseq_round_pixels(
         level, x.data_ptr(), batch, channels, height * width, start.data_ptr(), step.data_ptr(), pixels.data_ptr(),
         torch.get_num_threads(),
