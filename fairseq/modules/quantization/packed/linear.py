@@ -154,7 +154,7 @@ class PackedLinear(PackedState):
 
     @property
     def backend(self) -> str:
-        """The kernels that run this layer where it is now: "reference", "cpu", "cuda" or "native"."""
+        """The kernels that run this layer where it is now: "reference", "cpu", "cuda", "triton" or "native"."""
         return self._kernels().name
 
     def reason_not_native(self) -> str | None:

@@ -14,7 +14,16 @@ from fairseq.modules.quantization.packed.weight import PackedWeight
 
 def product(q: Tensor, codes: Tensor) -> Tensor:
     """(M, K) int8 times (N, K) int8 transposed: (M, N) int32, exact."""
-    return (q.to(torch.int64) @ codes.to(torch.int64).T).to(torch.int32)
+    return _exact(q, codes).to(torch.int32)
+
+
+def _exact(a: Tensor, b: Tensor) -> Tensor:
+    """(M, K) integers times (N, K) integers, transposed: int64 (M, N).
+
+    Other devices than the CPU have no product of integers; float64 is exact, too, as all sums are below 2**53.
+    """
+    a, b = a.to(torch.int64), b.to(torch.int64).T
+    return a @ b if a.device.type == "cpu" else (a.double() @ b.double()).to(torch.int64)
 
 
 def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid) -> Tensor:
@@ -33,7 +42,7 @@ def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGri
     accumulators = []
     for group, (start, stop) in enumerate(weight.columns()):
         z = zero_point[:, group] if zero_point.ndim == 2 else zero_point
-        accumulators.append(q[:, start:stop] @ (integers[:, start:stop] - z.reshape(-1, 1)).T)
+        accumulators.append(_exact(q[:, start:stop], integers[:, start:stop] - z.reshape(-1, 1)))
     return finish(accumulators, weight.scale, token_scale, grid.bias(bias, weight.scale.dtype)).to(x.dtype)
 
 
