@@ -161,6 +161,10 @@ class PackedLinear(PackedState):
         """Why the native kernels cannot run this layer, wherever it is; None if they can."""
         return kernels.reason_not_native(self.config, self.scale.dtype)
 
+    def reason_not_triton(self) -> str | None:
+        """Why the kernels of fused blocks on a GPU cannot run this layer, wherever it is; None if they can."""
+        return kernels.reason_not_triton(self.config, self.scale.dtype)
+
     def use_native(self, use: bool = True) -> None:
         """Run on the native kernels from now on, whenever the layer is on the CPU, or no longer.
 

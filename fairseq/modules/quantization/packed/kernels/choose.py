@@ -139,6 +139,19 @@ def reason_not_native(config: LinearConfig, scale: torch.dtype) -> str | None:
     return None if scale == torch.float32 else f"a scale of {scale}"
 
 
+def reason_not_triton(config: LinearConfig, scale: torch.dtype) -> str | None:
+    """Why the fused kernels for CUDA cannot run a layer with these settings and that dtype of its scale, or None."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if reason := reason_not_on(torch.device("cuda")):
+        return reason
+    if _wanted(config.backend)[0] not in ("auto", "triton"):
+        return f"backend={config.backend!r}, or what {ENVIRONMENT} says"
+    if config.activations is None:
+        return "activations=None"
+    return triton.reason_not_runnable(config.activation_bits, scale, config.group_size)
+
+
 def disagreement(kernels: Kernels, device: torch.device) -> str | None:
     """How ``kernels`` differ from the reference on a small case, or None; found out once, with one warning."""
     return None if kernels.name == "reference" else _disagreement(kernels.name, device.type)

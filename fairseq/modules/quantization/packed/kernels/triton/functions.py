@@ -1,4 +1,4 @@
-"""What several kernels share: rounding half to even, the largest magnitude of a row, and activations."""
+"""What several kernels share: division and rounding half to even, the largest magnitude of a row, activations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import triton.language as tl
 
 EVEN = tl.constexpr(12582912.0)
 """1.5 * 2**23: the sum of this and a float32 below 2**22 in magnitude has no room for a fraction."""
+EVEN_BITS = tl.constexpr(0x4B400000)
+"""Its bits; those of a sum less these are the integer."""
 INFINITE = tl.constexpr(0x7F800000)
 """The bits of float32's Inf; those of a NaN without its sign are more."""
 TINY = tl.constexpr(1.1754943508222875e-38)
@@ -16,9 +18,30 @@ TAIL = tl.constexpr(4.5)
 
 
 @triton.jit
-def rounded(x):
-    """float32 -> the nearest integer, half to even; of 2**22 and more nothing but the size is kept."""
-    return (x + EVEN) - EVEN
+def divided(x, y):
+    """x / y for float32 and a scalar y in [1e-30, 1e37], rounded as the division would be, in three operations.
+
+    The quotient by the reciprocal is corrected by its exact remainder (Markstein, Computation of elementary functions
+    on the IBM RISC System/6000 processor, 1990). A quotient that overflows or is of Inf becomes NaN.
+    """
+    inverse = tl.div_rn(1.0, y)
+    q = x * inverse
+    return tl.fma(tl.fma(-q, y, x), inverse, q)
+
+
+@triton.jit
+def rounded_bits(x):
+    """float32 below 2**22 in magnitude -> int32, the nearest integer, half to even; of a NaN, any."""
+    return (x + EVEN).to(tl.int32, bitcast=True) - EVEN_BITS
+
+
+@triton.jit
+def saturated(x, scale, zero_point):
+    """float32 -> int32 from -128 to 127 on a fixed grid: x / scale rounded half to even, plus the zero point."""
+    q = x * tl.div_rn(1.0, scale)
+    q = tl.where(tl.abs(q) < 1024.0, divided(x, scale), q)  # beyond, both ends are far away
+    q = tl.minimum(tl.maximum(q, -1024.0), 1024.0)
+    return tl.minimum(tl.maximum(rounded_bits(q) + zero_point, -128), 127)
 
 
 @triton.jit

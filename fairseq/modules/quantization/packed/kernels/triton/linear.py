@@ -11,10 +11,8 @@ from fairseq.modules.quantization.packed.input_grid import InputGrid
 from fairseq.modules.quantization.packed.kernels import cuda, functional
 from fairseq.modules.quantization.packed.kernels.triton.support import capability
 from fairseq.modules.quantization.packed.kernels.triton.tiles import tile_for
+from fairseq.modules.quantization.packed.packing import PLANES
 from fairseq.modules.quantization.packed.weight import PackedWeight
-
-UNPACKED_BEFORE = 3
-"""Bits of the width that lies in two planes, which no kernel unpacks in registers."""
 
 
 def _kernels() -> Any:
@@ -29,10 +27,18 @@ def product(q: Tensor, codes: Tensor) -> Tensor:
     if functional.capturing():
         return cuda.product(q, codes)
     _, products, _ = _kernels()
-    result: Tensor = products.run_raw(
-        q.contiguous(), codes.contiguous(), tile_for(capability(q.device), len(q), packed=False)
-    )
+    tile = tile_for(capability(q.device), len(q), len(codes))
+    result: Tensor = products.run_raw(q.contiguous(), codes.contiguous(), tile)
     return result
+
+
+def byte_codes(codes: Tensor, bits: int, inputs: int) -> Tensor:
+    """The codes of a weight with a byte for each, int8 (N, inputs), from those of a packed layer."""
+    if codes.dtype != torch.uint8:
+        return codes
+    from fairseq.modules.quantization.packed.kernels.triton import unpack  # imports Triton
+
+    return unpack.run(codes, PLANES[bits], inputs)
 
 
 def reason_not_runnable(bits: int, scale: torch.dtype, group_size: int | None) -> str | None:
@@ -51,8 +57,6 @@ def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGri
     if reason_not_runnable(grid.bits, weight.scale.dtype, weight.group_size):
         return functional.integer(x, weight, bias, grid, product)
     operators, products, quantize = _kernels()
-    if weight.bits == UNPACKED_BEFORE:
-        weight = weight._replace(codes=weight.unpacked())
     parts = weight.codes, weight.scale, weight.zero_point, weight.bits, weight.centred, bias, grid.correction
     x = x if x.stride(-1) == 1 else x.contiguous()
     result: Tensor
@@ -60,9 +64,10 @@ def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGri
         rows = operators.triton_quantize(x, grid.scale, grid.zero_point)
         result = operators.triton_product(*rows, *parts, x.dtype)
     else:
-        packed = products.Weight(*parts)
-        tile = tile_for(capability(x.device), len(x), products.is_packed(packed))
-        result = products.run(quantize.run(x, grid.scale, grid.zero_point, None), packed, tile, x.dtype)
+        codes = byte_codes(weight.codes, weight.bits, weight.in_features)
+        tile = tile_for(capability(x.device), len(x), len(codes))
+        rows = quantize.run(x, grid.scale, grid.zero_point, None)
+        result = products.run(rows, products.Weight(codes, *parts[1:]), tile, x.dtype)
     return result
 
 

@@ -27,7 +27,7 @@ def norm_kernel(
     integers, scale = quantized(normal, inside, fixed_scale, fixed_zero, STATIC)
     tl.store(q + row * K + columns, integers.to(tl.int8), mask=inside)
     tl.store(scales + row, scale)
-    tl.store(sums + row, tl.sum(integers.to(tl.int32), 0))
+    tl.store(sums + row, tl.sum(integers, 0))
 
 
 def run(
@@ -48,6 +48,6 @@ def run(
         block = triton.next_power_of_2(columns)
         norm_kernel[(rows,)](
             x, weight, bias, epsilon, scale, zero_point, out.q, out.scale, out.sums, columns,
-            STATIC=scale is not None, BLOCK=block, num_warps=warps(block), enable_fp_fusion=False,
+            STATIC=scale is not None, BLOCK=block, num_warps=warps(block, rows), enable_fp_fusion=False,
         )  # fmt: skip
     return out

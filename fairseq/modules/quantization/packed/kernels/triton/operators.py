@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fairseq.modules.quantization.packed.kernels.triton import product, quantize
+from fairseq.modules.quantization.packed.kernels.triton.linear import byte_codes
 from fairseq.modules.quantization.packed.kernels.triton.support import capability
 from fairseq.modules.quantization.packed.kernels.triton.tiles import tile_for
 
@@ -37,9 +38,12 @@ def triton_product(
     correction: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """:func:`product.run`: quantized rows and the parts of a :class:`product.Weight` -> (M, N) as ``dtype``."""
+    """:func:`product.run`: quantized rows and the parts of a :class:`product.Weight`, whose codes may be
+    packed -> (M, N) as ``dtype``.
+    """
+    codes = byte_codes(codes, bits, q.shape[1])
     weight = product.Weight(codes, scale, zero_point, bits, centred, bias, correction)
-    tile = tile_for(capability(q.device), len(q), product.is_packed(weight))
+    tile = tile_for(capability(q.device), len(q), len(codes))
     return product.run(quantize.Rows(q, token_scale, sums), weight, tile, dtype)
 
 

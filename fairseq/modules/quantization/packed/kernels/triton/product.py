@@ -1,4 +1,4 @@
-"""The product of int8 activations and 2- to 8-bit weights, with all that follows it up to the next layer."""
+"""The product of int8 activations and weights of a byte each, with all that follows it up to the next layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fairseq.modules.quantization.packed.kernels.triton.functions import (
     INFINITE,
     activated,
     magnitude_bits,
-    rounded,
+    saturated,
 )
 from fairseq.modules.quantization.packed.kernels.triton.quantize import Rows, empty_rows
 from fairseq.modules.quantization.packed.kernels.triton.tiles import Tile
@@ -21,60 +21,33 @@ from fairseq.modules.quantization.packed.weight import code_offset
 
 GROUP = tl.constexpr(8)
 """Row tiles that are worked on together, so that they read the same weights from the cache."""
-SEGMENTS = {8: 1, 7: 1, 6: 1, 5: 1, 4: 2, 2: 4}
-"""Integers that share a byte, by the bits of the weight; 3 bits lie in two planes, which are unpacked beforehand."""
 
 
 @triton.jit
 def sums_of_products(
     a, w, M, N, K, first_row, first_column,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SEGMENTS: tl.constexpr, EVEN: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """int32 (BM, BN). A packed row holds integer s * length + j in bits 8 / SEGMENTS * s of byte j."""
-    rows, columns, step = first_row + tl.arange(0, BM), first_column + tl.arange(0, BN), tl.arange(0, BK)
-    length = tl.cdiv(K, SEGMENTS)
-    if SEGMENTS > 1:  # the weight is unpacked in registers, from which the tensor cores take a left factor alone
-        sums = tl.zeros((BN, BM), tl.int32)
-        w_rows = w + columns.to(tl.int64)[:, None] * length
-        a_rows = a + rows.to(tl.int64)[:, None] * K
-        for start in range(0, length, BK):
-            places = start + step
-            if EVEN:
-                bytes_ = tl.load(w_rows + places[None, :], mask=columns[:, None] < N, other=0)
-            else:
-                bytes_ = tl.load(
-                    w_rows + places[None, :], mask=(columns[:, None] < N) & (places[None, :] < length), other=0
-                )
-            for segment in tl.static_range(SEGMENTS):
-                k = segment * length + places
-                if EVEN:
-                    part = tl.load(a_rows + k[None, :], mask=rows[:, None] < M, other=0)
-                else:
-                    inside = (places < length) & (k < K)
-                    part = tl.load(a_rows + k[None, :], mask=(rows[:, None] < M) & inside[None, :], other=0)
-                codes = ((bytes_ >> (8 // SEGMENTS * segment)) & ((1 << (8 // SEGMENTS)) - 1)).to(tl.int8)
-                sums = tl.dot(codes, tl.trans(part), sums, out_dtype=tl.int32)
-        return tl.trans(sums)
+    """int32 (BM, BN)."""
+    sums = tl.zeros((BM, BN), tl.int32)
+    if DESCRIPTORS:
+        for start in range(0, K, BK):
+            left, right = a.load([first_row, start]), w.load([first_column, start])
+            sums = tl.dot(left, tl.trans(right), sums, out_dtype=tl.int32)
     else:
-        sums = tl.zeros((BM, BN), tl.int32)
-        if DESCRIPTORS:
-            for start in range(0, K, BK):
-                left, right = a.load([first_row, start]), w.load([first_column, start])
-                sums = tl.dot(left, tl.trans(right), sums, out_dtype=tl.int32)
-        else:
-            a_rows = a + rows.to(tl.int64)[:, None] * K
-            w_rows = w + columns.to(tl.int64)[:, None] * K
-            for start in range(0, K, BK):
-                k = start + step
-                if EVEN:
-                    left = tl.load(a_rows + k[None, :], mask=rows[:, None] < M, other=0)
-                    right = tl.load(w_rows + k[None, :], mask=columns[:, None] < N, other=0)
-                else:
-                    left = tl.load(a_rows + k[None, :], mask=(rows[:, None] < M) & (k[None, :] < K), other=0)
-                    right = tl.load(w_rows + k[None, :], mask=(columns[:, None] < N) & (k[None, :] < K), other=0)
-                sums = tl.dot(left, tl.trans(right), sums, out_dtype=tl.int32)
-        return sums
+        rows, columns, step = first_row + tl.arange(0, BM), first_column + tl.arange(0, BN), tl.arange(0, BK)
+        a_rows = a + rows.to(tl.int64)[:, None] * K
+        w_rows = w + columns.to(tl.int64)[:, None] * K
+        for start in range(0, K, BK):
+            k = start + step
+            if EVEN:
+                left = tl.load(a_rows + k[None, :], mask=rows[:, None] < M, other=0)
+                right = tl.load(w_rows + k[None, :], mask=columns[:, None] < N, other=0)
+            else:
+                left = tl.load(a_rows + k[None, :], mask=(rows[:, None] < M) & (k[None, :] < K), other=0)
+                right = tl.load(w_rows + k[None, :], mask=(columns[:, None] < N) & (k[None, :] < K), other=0)
+            sums = tl.dot(left, tl.trans(right), sums, out_dtype=tl.int32)
+    return sums
 
 
 @triton.jit
@@ -83,7 +56,7 @@ def product_kernel(
     out_sums, M, N, K,
     PARTS: tl.constexpr, ONE: tl.constexpr, CENTRED: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr,
     CORRECTION: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, RAW: tl.constexpr,
-    SEGMENTS: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of the output, (BM, BN)."""
@@ -94,7 +67,7 @@ def product_kernel(
     first_row = (first + tile % (GROUP * across) % height) * BM
     column_tile = tile % (GROUP * across) // height
     first_column = column_tile * BN
-    total = sums_of_products(a, w, M, N, K, first_row, first_column, BM, BN, BK, SEGMENTS, EVEN, DESCRIPTORS)
+    total = sums_of_products(a, w, M, N, K, first_row, first_column, BM, BN, BK, EVEN, DESCRIPTORS)
     rows, columns = first_row + tl.arange(0, BM), first_column + tl.arange(0, BN)
     in_rows, in_columns = rows < M, columns < N
     inside = in_rows[:, None] & in_columns[None, :]
@@ -123,10 +96,9 @@ def product_kernel(
             y = y + tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
         if NEXT:
             fixed = tl.load(next_scale)
-            y = rounded(tl.div_rn(y, fixed)) + tl.load(next_zero).to(tl.float32)
-            q = tl.minimum(tl.maximum(y, -128.0), 127.0)
+            q = saturated(y, fixed, tl.load(next_zero))
             tl.store(out + places, q.to(tl.int8), mask=inside)
-            q_sums = tl.sum(tl.where(inside, q, 0.0).to(tl.int32), 1)
+            q_sums = tl.sum(tl.where(inside, q, 0), 1)
             tl.store(out_sums + tl.cast(column_tile, tl.int64) * M + rows, q_sums, mask=in_rows)
             if column_tile == 0:  # a row that is not finite stays so
                 finite = magnitude_bits(s) < INFINITE
@@ -139,7 +111,7 @@ class Weight(NamedTuple):
     """A layer's weight as the product takes it; see :class:`~fairseq.modules.quantization.packed.weight.PackedWeight`.
 
     Attributes:
-        codes: int8 (N, K), or packed, uint8 (N, bytes) of 2, 4 or more bits.
+        codes: int8 (N, K).
         scale: float32 (N,) or (1,).
         zero_point: uint8, the shape of ``scale``.
         bits: 2 to 8.
@@ -155,11 +127,6 @@ class Weight(NamedTuple):
     centred: bool
     bias: Tensor | None
     correction: Tensor | None
-
-
-def is_packed(weight: Weight) -> bool:
-    """Whether several of its integers share a byte."""
-    return weight.codes.dtype == torch.uint8 and SEGMENTS[weight.bits] > 1
 
 
 class Next(NamedTuple):
@@ -211,11 +178,9 @@ def _launch(
     columns = len(weight.codes)
     if not rows or not columns:
         return
-    segments = SEGMENTS[weight.bits] if is_packed(weight) else 1
-    even = inner % (segments * tile.inner) == 0
     a: Any = x.q
     w: Any = weight.codes
-    descriptors = tile.descriptors and segments == 1 and _describable(a) and _describable(w)
+    descriptors = tile.descriptors and _describable(a) and _describable(w)
     if descriptors:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -229,8 +194,8 @@ def _launch(
         following_scale, following_zero, out_scale, out_sums, rows, columns, inner,
         PARTS=1 if weight.centred else len(x.sums), ONE=weight.scale.numel() == 1, CENTRED=weight.centred,
         OFFSET=code_offset(weight.bits), BIAS=weight.bias is not None, CORRECTION=weight.correction is not None,
-        ACTIVATION=activation, RESIDUAL=residual is not None, NEXT=following is not None, RAW=raw, SEGMENTS=segments,
-        EVEN=even, DESCRIPTORS=descriptors, BM=tile.rows, BN=tile.columns, BK=tile.inner,
+        ACTIVATION=activation, RESIDUAL=residual is not None, NEXT=following is not None, RAW=raw,
+        EVEN=inner % tile.inner == 0, DESCRIPTORS=descriptors, BM=tile.rows, BN=tile.columns, BK=tile.inner,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
 

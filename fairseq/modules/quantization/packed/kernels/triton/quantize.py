@@ -9,13 +9,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fairseq.modules.quantization.packed.kernels.triton.functions import INFINITE, TINY, magnitude_bits, rounded
+from fairseq.modules.quantization.packed.kernels.triton.functions import (
+    INFINITE,
+    TINY,
+    divided,
+    magnitude_bits,
+    rounded_bits,
+    saturated,
+)
+from fairseq.modules.quantization.packed.kernels.triton.tiles import FEW_ROWS
+
+EXACT = tl.constexpr(1e-30)
+"""From which scale on :func:`divided` rounds as the division does."""
 
 
 class Rows(NamedTuple):
     """Quantized activations: int8 (M, K), scales float32 (M,), and sums of the integers int32 (parts, M).
 
-    The sum of a row is that of its parts; a product that gives integers makes a part for each of its column tiles.
+    The sum of a row is that of its parts; a product that gives integers makes a part for each of its column tiles. Of a
+    row whose scale is NaN, integers and sums may be any.
     """
 
     q: Tensor
@@ -25,19 +37,19 @@ class Rows(NamedTuple):
 
 @triton.jit
 def quantized(values, inside, fixed_scale, fixed_zero, STATIC: tl.constexpr):
-    """A row, float32 (BLOCK,), as integers of float32, with its scale; as ``scalar.tokens`` defines them at 8 bits."""
+    """A row, float32 (BLOCK,), as int32, with its scale; as ``scalar.tokens`` defines them at 8 bits."""
     bits = tl.max(tl.where(inside, magnitude_bits(values), 0), 0)
     if STATIC:
         scale = tl.load(fixed_scale)
-        q = rounded(tl.div_rn(values, scale)) + tl.load(fixed_zero).to(tl.float32)
-        q = tl.minimum(tl.maximum(q, -128.0), 127.0)
+        q = saturated(values, scale, tl.load(fixed_zero))
         scale = tl.where(bits > INFINITE, float("nan"), scale)
     else:
         scale = bits.to(tl.float32, bitcast=True) * (1 / 127)
         scale = tl.where(scale < TINY, TINY, scale)  # NaN stays
-        q = rounded(tl.div_rn(values, scale))
-        q = tl.where(q == q, q, 0.0)
-    return tl.where(inside, q, 0.0), scale
+        q = rounded_bits(divided(values, scale))
+        if scale < EXACT:  # where a remainder has too few bits
+            q = rounded_bits(tl.div_rn(values, scale))
+    return tl.where(inside, q, 0), scale
 
 
 @triton.jit
@@ -56,12 +68,12 @@ def quantize_kernel(
     integers, scale = quantized(values.to(tl.float32), inside, fixed_scale, fixed_zero, STATIC)
     tl.store(q + row * K + columns, integers.to(tl.int8), mask=inside)
     tl.store(scales + row, scale)
-    tl.store(sums + row, tl.sum(integers.to(tl.int32), 0))
+    tl.store(sums + row, tl.sum(integers, 0))
 
 
-def warps(block: int) -> int:
-    """How many warps share a row of that many columns: each thread has 32 or more of a long one."""
-    return min(max(block // 1024, 1), 32)
+def warps(block: int, rows: int) -> int:
+    """How many warps share a row of that many columns; more where there are too few rows for all processors."""
+    return min(max(block // 2048, 4 if rows >= FEW_ROWS else 8), 32)
 
 
 def empty_rows(rows: int, columns: int, device: torch.device, parts: int = 1) -> Rows:
@@ -87,7 +99,7 @@ def run(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, factor: Tens
         block = triton.next_power_of_2(columns)
         quantize_kernel[(rows,)](
             x, factor, scale, zero_point, out.q, out.scale, out.sums, columns, x.stride(0),
-            FACTOR=factor is not None, STATIC=scale is not None, BLOCK=block, num_warps=warps(block),
+            FACTOR=factor is not None, STATIC=scale is not None, BLOCK=block, num_warps=warps(block, rows),
             enable_fp_fusion=False,
         )  # fmt: skip
     return out

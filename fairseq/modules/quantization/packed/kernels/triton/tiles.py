@@ -24,28 +24,32 @@ class Tile(NamedTuple):
     descriptors: bool = False
 
 
-SMALL, LARGE = "small", "large"
-"""Products of few rows, which wait for memory and are to reach all processors, and others."""
 FEW_ROWS = 1024
+"""Below it a product waits for memory, and a kernel for all processors to have something to do."""
+MANY_ROWS = 4096
+NARROW = 1024
+"""Outputs: with few rows, too, such a product has few tiles."""
+
+FEW, NARROW_FEW, SOME, MANY = "few", "few, narrow", "some", "many"
 TABLE: dict[int, dict[str, Tile]] = {
-    80: {SMALL: Tile(64, 64, 128, 4, 3), LARGE: Tile(128, 128, 64, 8, 3)},
-    90: {SMALL: Tile(64, 64, 128, 4, 4, True), LARGE: Tile(128, 128, 128, 8, 3, True)},
+    80: {
+        NARROW_FEW: Tile(64, 32, 128, 4, 4),
+        FEW: Tile(64, 64, 128, 4, 3),
+        SOME: Tile(64, 128, 64, 4, 3),
+        MANY: Tile(128, 128, 64, 8, 3),
+    },
+    90: {
+        NARROW_FEW: Tile(64, 32, 256, 4, 4, True),
+        FEW: Tile(64, 64, 256, 4, 3, True),
+        SOME: Tile(64, 128, 128, 4, 4, True),
+        MANY: Tile(128, 128, 128, 4, 3, True),
+    },
 }
-"""By the least compute capability. That of 90 was measured, that of 80 fits the memory of 80, 86 and 89."""
-PACKED: dict[int, dict[str, Tile]] = {
-    80: {SMALL: Tile(64, 64, 64, 4, 3), LARGE: Tile(128, 128, 64, 8, 3)},
-    90: {SMALL: Tile(64, 64, 128, 4, 3), LARGE: Tile(128, 128, 128, 8, 3)},
-}
-"""The same for weights that are unpacked in registers."""
+"""By the least compute capability: of 90 the fastest of a dozen on an H200; of 80 what fits 80, 86, 89, not timed."""
 
 
-def tile_for(capability: int, rows: int, packed: bool) -> Tile:
-    """The tile of a product.
-
-    Args:
-        capability: 10 * major + minor of the device, 80 or more.
-        rows: of the product.
-        packed: whether several weights share a byte.
-    """
-    table = PACKED if packed else TABLE
-    return table[max(least for least in table if least <= capability)][SMALL if rows < FEW_ROWS else LARGE]
+def tile_for(capability: int, rows: int, columns: int) -> Tile:
+    """The tile of a product of that many rows and outputs on a device of compute capability 80 or more."""
+    few = NARROW_FEW if columns <= NARROW else FEW
+    kind = few if rows < FEW_ROWS else SOME if rows < MANY_ROWS else MANY
+    return TABLE[max(least for least in TABLE if least <= capability)][kind]

@@ -53,20 +53,18 @@ def compiled(kernel, capability, constants, types, **options):
     }  # fmt: skip
 
 
-def product_for(capability, rows, bits=8, following=False):
+def product_for(capability, rows, columns=3072, following=False):
     """fc1 of a ViT-Base: with GELU, bias and a zero point, and for ``following`` integers for fc2."""
-    segments = product.SEGMENTS[bits]
-    tile = tile_for(capability, rows, segments > 1)
-    described = tile.descriptors and segments == 1
+    tile = tile_for(capability, rows, columns)
     types = {
-        "a": f"tensordesc<i8[{tile.rows}, {tile.inner}]>" if described else "*i8",
-        "w": f"tensordesc<i8[{tile.columns}, {tile.inner}]>" if described else "*u8" if segments > 1 else "*i8",
+        "a": f"tensordesc<i8[{tile.rows}, {tile.inner}]>" if tile.descriptors else "*i8",
+        "w": f"tensordesc<i8[{tile.columns}, {tile.inner}]>" if tile.descriptors else "*i8",
         "out": "*i8" if following else "*bf16", **dict.fromkeys("MNK", "i32"),
     }  # fmt: skip
     constants = {
-        "PARTS": 1, "ONE": False, "CENTRED": False, "OFFSET": 128 if bits == 8 else 0, "BIAS": True,
+        "PARTS": 1, "ONE": False, "CENTRED": False, "OFFSET": 128, "BIAS": True,
         "CORRECTION": False, "ACTIVATION": "gelu", "RESIDUAL": False, "NEXT": following, "RAW": False,
-        "SEGMENTS": segments, "EVEN": True, "DESCRIPTORS": described, "BM": tile.rows, "BN": tile.columns,
+        "EVEN": True, "DESCRIPTORS": tile.descriptors, "BM": tile.rows, "BN": tile.columns,
         "BK": tile.inner,
     }  # fmt: skip
     return compiled(product.product_kernel, capability, constants, types, num_warps=tile.warps, num_stages=tile.stages)
@@ -75,7 +73,7 @@ def product_for(capability, rows, bits=8, following=False):
 def rows_for(capability, kernel, **constants):
     types = {"K": "i32", "stride": "i32", "epsilon": "fp32"}
     return compiled(
-        kernel, capability, {"STATIC": False, "BLOCK": 1024, **constants}, types, num_warps=quantize.warps(1024)
+        kernel, capability, {"STATIC": False, "BLOCK": 1024, **constants}, types, num_warps=quantize.warps(1024, 12608)
     )
 
 
@@ -85,8 +83,8 @@ def main():
         found[f"{capability} quantize"] = rows_for(capability, quantize.quantize_kernel, FACTOR=False)
         found[f"{capability} norm"] = rows_for(capability, norm.norm_kernel)
         found[f"{capability} product"] = product_for(capability, 12608)
-        found[f"{capability} product, 4 bits"] = product_for(capability, 12608, 4)
-        found[f"{capability} product, 197 rows, to int8"] = product_for(capability, 197, following=True)
+        found[f"{capability} product, to int8"] = product_for(capability, 12608, following=True)
+        found[f"{capability} product, 197 rows"] = product_for(capability, 197)
     print(json.dumps(found))
 
 

@@ -11,7 +11,7 @@ from fairseq.modules.quantization.packed.kernels import reference
 pytest.importorskip("triton")
 
 from fairseq.modules.quantization.packed.kernels.triton import linear, operators
-from fairseq.modules.quantization.packed.kernels.triton.tiles import PACKED, TABLE, tile_for
+from fairseq.modules.quantization.packed.kernels.triton.tiles import tile_for
 
 pytestmark = pytest.mark.usefixtures("exact_int_mm")
 
@@ -81,8 +81,8 @@ def test_a_compiled_layer_is_recorded_as_two_operators(device):
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_every_device_has_tiles(capability):
-    for packed, table in ((False, TABLE), (True, PACKED)):
-        small, large = (tile_for(capability, rows, packed) for rows in (1, 12608))
-        assert small.rows < large.rows
-        assert large in table[90 if capability >= 90 else 80].values()
-        assert not (capability < 90 and large.descriptors)  # which have no engine that reads them
+    sizes = [(rows, columns) for rows in (1, 1576, 12608) for columns in (768, 3072)]
+    tiles = [tile_for(capability, *size) for size in sizes]
+    assert tiles[0].columns < tiles[1].columns  # more of them, for all processors
+    assert tiles[1].rows * tiles[1].columns < tiles[3].rows * tiles[3].columns < tiles[5].rows * tiles[5].columns
+    assert all(tile.descriptors == (capability >= 90) for tile in tiles)  # before, no engine reads them
