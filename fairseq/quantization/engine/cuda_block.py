@@ -1,4 +1,4 @@
-"""CudaBlock: an encoder block as eight kernels on a GPU: all but attention in this library's own."""
+"""CudaBlock: an encoder block as nine kernels on a GPU: all but attention in this library's own."""
 
 from __future__ import annotations
 

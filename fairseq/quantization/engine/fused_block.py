@@ -71,12 +71,15 @@ class FusedBlock(nn.Module):
         """What the native block is called with for such arguments; None if only the layers give what is asked for."""
         if self.training or functional.recording() or not args:
             return None
-        if not isinstance(args[0], Tensor) or not _fits(args[0]) or not _may_run_on(args[0].device):
+        if not isinstance(args[0], Tensor) or not _fits(args[0]):
+            return None
+        on_cpu = args[0].device.type == "cpu"
+        if torch.compiler.is_compiling() and not on_cpu:
+            return None  # on a GPU a compiler fuses the rest around the layers, which are operators
+        if not (kernels.runs_native("auto") if on_cpu else kernels.choose(args[0].device).name == "triton"):
             return None
         x, *others = args
         if torch.compiler.is_compiling():
-            if x.device.type != "cpu":
-                return None  # the layers are operators that a compiler fuses the rest around
             asked = [*others, *(value for key, value in kwargs.items() if key not in HARMLESS)]
             plain = not any(value is not None and value is not False for value in asked)
             return Call(x.shape[0], x.shape[1], x.shape[0] * x.shape[1]) if plain and self._fits_in_a_graph() else None
@@ -170,11 +173,6 @@ def _fits(x: Tensor) -> bool:
         return False
     known = x.device.type in ("cpu", "cuda") and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return known and x.ndim == 3
-
-
-def _may_run_on(device: torch.device) -> bool:
-    """Whether the environment and the device allow it."""
-    return kernels.runs_native("auto") if device.type == "cpu" else kernels.choose(device).name == "triton"
 
 
 def _needs_gradient(value: Any) -> bool:

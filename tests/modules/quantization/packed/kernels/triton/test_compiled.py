@@ -11,8 +11,9 @@ from beside import Beside, python
 
 pytest.importorskip("triton")
 
-SHARED = {80: 163, 90: 227}  # KiB that a block of threads may have
-MATRIX = {80: r"mma\.sync\.aligned\.m16n8k32\S*\.s8\.s8\.s32", 90: r"wgmma\.mma_async\S*\.s32\.s8\.s8"}
+SHARED = {80: 163, 90: 227, 100: 227}  # KiB that a block of threads may have
+MATRIX = {80: r"mma\.sync\.aligned\.m16n8k32\S*\.s8\.s8\.s32", 90: r"wgmma\.mma_async\S*\.s32\.s8\.s8",
+          100: r"tcgen05\.mma\S*kind::i8|mma\.sync\.aligned\.m16n8k32\S*\.s8\.s8\.s32"}  # fmt: skip
 
 
 @Beside

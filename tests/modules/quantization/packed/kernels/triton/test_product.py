@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from products import integers
 from torch.nn import functional as F
 
@@ -62,12 +64,21 @@ def test_it_has_the_bits_of_the_definition(sizes, bits, device):
         assert torch.equal(product.run(case.rows, case.weight, tile, torch.float32), case.expected)
 
 
+@settings(max_examples=12)
+@given(rows=st.integers(1, 200), columns=st.integers(1, 80), inner=st.integers(1, 300), described=st.booleans())
+def test_tiles_that_are_not_full(rows, columns, inner, described):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    case = Case(rows, columns, inner, device, correction=True)
+    tile = WITH_DESCRIPTORS if described else SMALL
+    assert torch.equal(product.run(case.rows, case.weight, tile, torch.float32), case.expected)
+
+
 @pytest.mark.parametrize(
-    "settings", [{"one": True}, {"bias": False}, {"bias": False, "correction": True}, {"correction": True},
+    "changes", [{"one": True}, {"bias": False}, {"bias": False, "correction": True}, {"correction": True},
                  {"centred": True}], ids=str,
 )  # fmt: skip
-def test_what_a_layer_may_have_or_lack(settings, device):
-    case = Case(5, 21, 75, device, **settings)
+def test_what_a_layer_may_have_or_lack(changes, device):
+    case = Case(5, 21, 75, device, **changes)
     assert torch.equal(product.run(case.rows, case.weight, SMALL, torch.float32), case.expected)
 
 
