@@ -10,6 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import beside
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton runs its kernels on the CPU; it is read when they are imported
+
 from hypothesis import settings
 from products import in_float64, is_exact_here
 from transformers import ViTConfig, ViTForImageClassification

@@ -94,7 +94,7 @@ class ViTQuantizer:
         execution: "packed" holds the integers in memory and runs on them, for inference; "emulated" keeps float
             weights that are seen through the same integers, with gradients, for training.
         weight_storage: "packed" or, for more speed below 5 bits and more memory, "unpacked".
-        backend: "auto", or the kernels that must run: "reference", "cpu", "cuda", "native".
+        backend: "auto", or the kernels that must run: "reference", "cpu", "cuda", "triton", "native".
         resident: the former name of ``weight_storage``; deprecated.
 
     Attributes:

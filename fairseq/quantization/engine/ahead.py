@@ -156,7 +156,7 @@ def _caller() -> int | None:
 def _ready(block: Any, x: Tensor, first: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The native block and the call of a block that may run behind one that is called so; None if it may not."""
     found = block._native
-    if found is None or not found.holds() or any_watched([block, *found.inner]):
+    if not isinstance(found, NativeBlock) or not found.holds() or any_watched([block, *found.inner]):
         return None
     if found.block.width != x.shape[-1]:
         return None

@@ -17,9 +17,9 @@ from fairseq.modules.quantization.packed.kernels import native
 from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.engine import reference_block
-from fairseq.quantization.engine.native_block import NativeBlock
 from fairseq.quantization.engine.plan import FusedPlan, attention_function, settings_of, unfused_class
 from fairseq.quantization.engine.reading import attention_of
+from fairseq.quantization.engine.runners import runner_of
 from fairseq.quantization.engine.samples import sample
 
 PLAIN = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
@@ -50,7 +50,7 @@ def compare(block: nn.Module, plan: FusedPlan) -> Finding:
     """How the native block of ``block`` differs from its layers, if it does: found out once for each configuration.
 
     Args:
-        block: of packed layers on the CPU; it stays as it is.
+        block: of packed layers, all on one device; it stays as it is.
         plan: of the block.
 
     Raises:
@@ -78,7 +78,9 @@ def _configuration(block: nn.Module, plan: FusedPlan) -> Any:
     shapes = [(layer.config, layer.sizes(), layer.bias is None, layer.input_factor is None) for layer in layers]
     tensors = [(name, t.shape) for name, t in (*block.named_parameters(), *block.named_buffers())]
     used = attention_function(attention_of(block))
-    return tuple(code), tuple(settings), tuple(shapes), tuple(tensors), plan.epsilons, plan.heads, plan.scaling, used
+    device = next(block.buffers()).device
+    sizes = plan.epsilons, plan.heads, plan.scaling
+    return tuple(code), tuple(settings), tuple(shapes), tuple(tensors), sizes, used, device
 
 
 def _compare(block: nn.Module, plan: FusedPlan) -> Finding:
@@ -99,9 +101,10 @@ def _compare(block: nn.Module, plan: FusedPlan) -> Finding:
 
 def _compared(layers: nn.Module, plan: FusedPlan) -> Finding:
     """The same for a block that may be run and watched."""
-    block, known = NativeBlock(layers, plan), class_of(type(layers))
+    block, known = runner_of(layers, plan), class_of(type(layers))
     assert known is not None
     x, given = sample(block.calls, known.call)
+    x, given = x.to(block.device), _on(given, block.device)
     like = next((p.dtype for p in layers.parameters() if p.is_floating_point()), torch.float32)
     roundings: list[float] = []
     hooks = [
@@ -111,7 +114,7 @@ def _compared(layers: nn.Module, plan: FusedPlan) -> Finding:
         for path in plan.layers
     ]
     with evaluating(layers):
-        output = layers(x.to(like), **_in_dtype(given, like))
+        output = layers(x.to(like), **_on(given, like))
     for hook in hooks:
         hook.remove()
     first, *others = output if isinstance(output, tuple) else (output,)
@@ -143,15 +146,15 @@ def _difference(name: str, got: Tensor, expected: Tensor, bound: float, eps: flo
     return f"{name} differs from its layers by {error:.1%} of what the block adds; {bound:.1%} is rounding"
 
 
-def _in_dtype(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments with floating tensors in that dtype."""
+def _on(given: dict[str, Any], where: torch.dtype | torch.device) -> dict[str, Any]:
+    """The arguments with tensors on that device, or floating ones in that dtype."""
 
-    def cast_to(value: Any) -> Any:
+    def moved(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.to(dtype)
-        return tuple(map(cast_to, value)) if isinstance(value, tuple) else value
+            return value.to(where) if isinstance(where, torch.device) or value.is_floating_point() else value
+        return tuple(map(moved, value)) if isinstance(value, tuple) else value
 
-    return {name: cast_to(value) for name, value in given.items()}
+    return {name: moved(value) for name, value in given.items()}
 
 
 def _rounding_noise(layer: PackedLinear, x: Tensor) -> float:

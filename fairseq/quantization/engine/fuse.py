@@ -19,6 +19,7 @@ from fairseq.quantization.engine.check import compare
 from fairseq.quantization.engine.fused_block import FusedBlock, fused_class
 from fairseq.quantization.engine.patch_convolution import PatchConvolution, reason_not_patches
 from fairseq.quantization.engine.plan import FusedPlan, fused_plan, unfused_class
+from fairseq.quantization.engine.runners import reason_not_runnable
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -62,21 +63,22 @@ def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
     :class:`~fairseq.quantization.engine.patch_convolution.PatchConvolution`.
 
     A block is fused if its class and the classes of all its parts are known, and its native block was seen to give what
-    its layers give: once for each class and configuration, on the CPU; for a model elsewhere that is seen when it comes
-    to the CPU.
+    its layers give: once for each class, configuration and device, the CPU or a GPU; for a model elsewhere that is seen
+    when it comes there.
 
     Args:
-        model: what ``quantize_model`` returned; on any device, though only what is on the CPU runs natively.
+        model: what ``quantize_model`` returned; on any device, though only what is on the CPU or on a GPU runs fused.
         engine: "fused", or "auto", which leaves a model as it is where nothing can be fused.
 
     Returns:
         For each encoder block by name, None if it is fused, or why it is not.
 
     Raises:
-        RuntimeError: the native kernels were not built ("fused" only).
+        RuntimeError: the native kernels were not built, and the model is not on a GPU ("fused" only).
         ValueError: not one block can be fused ("fused" only); the message says why.
     """
-    if not native.levels():
+    on_gpu = any(buffer.is_cuda for buffer in model.buffers())
+    if not native.levels() and not on_gpu:
         if engine == "fused":
             raise RuntimeError(f"engine='fused' needs the native kernels: {native.NOT_BUILT}")
         return {}
@@ -138,7 +140,8 @@ def _plan(block: nn.Module) -> FusedPlan | str:
     plan = fused_plan(block, unfused_class(type(block)))
     if isinstance(plan, str):
         return plan
-    if any(tensor.device.type != "cpu" for tensor in (*block.parameters(), *block.buffers())):
-        return plan
+    if reason := reason_not_runnable(block, plan):
+        cpu = all(tensor.device.type == "cpu" for tensor in (*block.parameters(), *block.buffers()))
+        return reason if cpu else plan  # elsewhere it runs when it comes to a device that can
     finding = compare(block, plan)
     return finding.reason or replace(plan, returns=finding.returns)

@@ -1,4 +1,4 @@
-"""FusedBlock: an encoder block that runs as one native call where that gives what its layers give."""
+"""FusedBlock: an encoder block that runs as one native call, or fused on a GPU, where that gives what layers give."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.engine import ahead
 from fairseq.quantization.engine.calls import HARMLESS
 from fairseq.quantization.engine.check import compare
-from fairseq.quantization.engine.native_block import NativeBlock
+from fairseq.quantization.engine.known_block import KnownBlock
 from fairseq.quantization.engine.plan import FusedPlan, fused_plan, unfused_class
 from fairseq.quantization.engine.reading import heads_and_scaling
+from fairseq.quantization.engine.runners import reason_not_runnable, runner_of
 from fairseq.quantization.engine.spec import Call
 from fairseq.quantization.engine.watching import any_watched
 
@@ -29,19 +30,21 @@ class FusedBlock(nn.Module):
 
     It does on the CPU, in eval mode, while nobody looks into the block: with hooks on what is in it, with attentions
     asked for, or with arguments that its kind of :mod:`calls <fairseq.quantization.engine.calls>` does not know, the
-    block runs layer by layer. Parameters, buffers, their names and the state dict are those of the block as it was, and
-    so is what it returns. The bits of an image's output depend neither on the rest of the batch nor on the number of
-    threads. Gradients are those of the layers, which run in the backward pass.
+    block runs layer by layer. On a GPU it runs as the kernels of
+    :class:`~fairseq.quantization.engine.cuda_block.CudaBlock` under the same conditions. Parameters, buffers, their
+    names and the state dict are those of the block as it was, and so is what it returns. The bits of an image's output
+    depend neither on the rest of the batch nor, on the CPU, on the number of threads. Gradients are those of the
+    layers, which run in the backward pass.
     """
 
     plan: FusedPlan
-    _native: NativeBlock | None
+    _native: KnownBlock | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """(images, tokens, width) and what else the block takes -> what it returns, in the dtype of hidden states."""
         if not args and "hidden_states" in kwargs:
             args = (kwargs.pop("hidden_states"),)
-        if args and isinstance(args[0], Tensor) and not torch.compiler.is_compiling():
+        if args and isinstance(args[0], Tensor) and args[0].device.type == "cpu" and not torch.compiler.is_compiling():
             ready = ahead.taken(self, args[0], args[1:], kwargs)
             if ready is not None:
                 return self._returned(ready)
@@ -52,10 +55,10 @@ class FusedBlock(nn.Module):
         if torch.compiler.is_compiling():
             return self._returned(self._run(x.detach(), call))
         if torch.is_grad_enabled():
-            tuned = [parameter for parameter in cast(NativeBlock, self._native).parameters if parameter.requires_grad]
+            tuned = [parameter for parameter in cast(KnownBlock, self._native).parameters if parameter.requires_grad]
             if tuned or x.requires_grad:
                 return self._returned(cast(Tensor, Recomputed.apply(self, call, args[1:], kwargs, x, *tuned)))
-        if x.dtype == torch.float32:
+        if x.dtype == torch.float32 and x.device.type == "cpu":
             return self._returned(ahead.run(self, x.contiguous(), call, args[1:], kwargs))
         return self._returned(self._run(x, call))
 
@@ -66,9 +69,14 @@ class FusedBlock(nn.Module):
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """What the native block is called with for such arguments; None if only the layers give what is asked for."""
-        if self.training or functional.recording() or not kernels.runs_native("auto"):
+        if self.training or functional.recording() or not args:
             return None
-        if not args or not isinstance(args[0], Tensor) or not _fits(args[0]):
+        if not isinstance(args[0], Tensor) or not _fits(args[0]):
+            return None
+        on_cpu = args[0].device.type == "cpu"
+        if torch.compiler.is_compiling() and not on_cpu:
+            return None  # on a GPU a compiler fuses the rest around the layers, which are operators
+        if not (kernels.runs_native("auto") if on_cpu else kernels.choose(args[0].device).name == "triton"):
             return None
         x, *others = args
         if torch.compiler.is_compiling():
@@ -79,9 +87,9 @@ class FusedBlock(nn.Module):
             return None  # of which the recomputed layers give none
         if self._native is None or not self._native.holds():
             with plain_context():
-                self._native = native_block_of(self)
+                self._native = known_block_of(self)
             self.plan = self.plan if self._native is None else self._native.plan
-        if self._native is None or any_watched(self._native.inner):
+        if self._native is None or self._native.device != x.device or any_watched(self._native.inner):
             return None
         return self._native.call(x, tuple(others), kwargs)
 
@@ -107,6 +115,8 @@ class FusedBlock(nn.Module):
         return (hidden_states, *[None] * (length - 1)) if length else hidden_states
 
     def _run(self, hidden_states: Tensor, call: Call) -> Tensor:
+        if hidden_states.device.type != "cpu":
+            return cast(KnownBlock, self._native).run(hidden_states, call)
         x = hidden_states.to(torch.float32).contiguous()
         if torch.compiler.is_compiling():
             y = self._operator(x)
@@ -150,7 +160,7 @@ class Recomputed(torch.autograd.Function):
         hidden_states, *tuned = ctx.saved_tensors
         x = hidden_states.detach().requires_grad_()
         # in the mode of the forward pass, whatever the model is in by now; which computed in float32
-        with torch.enable_grad(), evaluating(ctx.block), torch.autocast("cpu", enabled=False):
+        with torch.enable_grad(), evaluating(ctx.block), torch.autocast(x.device.type, enabled=False):
             args, kwargs = ctx.arguments
             output = ctx.block.by_layers(x, *args, **kwargs)
         found = torch.autograd.grad(output, [x, *tuned], gradient, allow_unused=True)
@@ -161,7 +171,8 @@ def _fits(x: Tensor) -> bool:
     """Whether these are hidden states that a native block takes."""
     if forward_ad.unpack_dual(x).tangent is not None:  # no derivative of the native block is known forwards
         return False
-    return x.ndim == 3 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    known = x.device.type in ("cpu", "cuda") and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return known and x.ndim == 3
 
 
 def _needs_gradient(value: Any) -> bool:
@@ -172,16 +183,13 @@ def _needs_gradient(value: Any) -> bool:
     return any(map(_needs_gradient, items))
 
 
-def native_block_of(block: nn.Module) -> NativeBlock | None:
-    """None where a part no longer fits or is not on the CPU, or a native block was seen to differ from such layers."""
+def known_block_of(block: nn.Module) -> KnownBlock | None:
+    """None where a part no longer fits or is elsewhere, or what would run was seen to differ from such layers."""
     plan = fused_plan(block, unfused_class(type(block)))
-    if isinstance(plan, str):
-        return None
-    layers = [cast(PackedLinear, block.get_submodule(path)) for path in plan.layers]
-    if any(layer.panels is None or layer.panels.device.type != "cpu" for layer in layers):
+    if isinstance(plan, str) or reason_not_runnable(block, plan):
         return None
     finding = compare(block, plan)
-    return None if finding.reason else NativeBlock(block, replace(plan, returns=finding.returns))
+    return None if finding.reason else runner_of(block, replace(plan, returns=finding.returns))
 
 
 @functools.cache

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -13,61 +11,36 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.kernels import native, structures
-from fairseq.quantization.architectures.blocks import class_of
-from fairseq.quantization.engine.calls import Calls
-from fairseq.quantization.engine.plan import EACH_CALL, FusedPlan, attention_function, settings_of, unfused_class
-from fairseq.quantization.engine.reading import attention_of, read
+from fairseq.quantization.engine.known_block import KnownBlock
+from fairseq.quantization.engine.plan import FusedPlan
 from fairseq.quantization.engine.spec import NORMS, BlockSpec, Call
 
-Snapshot = tuple[dict[str, Any], Callable[[dict[str, Any]], tuple[Any, ...]], tuple[Any, ...]]
-"""A dictionary, what takes certain values out of it, and these values."""
 
-
-class NativeBlock:
-    """The native block of an encoder block as its parts are now.
+class NativeBlock(KnownBlock):
+    """The native block of an encoder block as its parts are now, on the CPU.
 
     Attributes:
-        plan: where its parts are.
-        spec: its parts, by role.
-        inner: the modules within the encoder block.
-        parameters: of the encoder block.
+        block: what the kernels take.
+        halves: whether a layer rounds its input to bfloat16.
         follower: the encoder block that was called with what this one returned, or None.
         most: how many blocks run in one call that begins with this one.
         unused: how often in a row not all of them were called.
     """
 
     def __init__(self, block: nn.Module, plan: FusedPlan):
-        self.plan, kind = plan, unfused_class(type(block))
+        super().__init__(block, plan)
         self.follower: weakref.ref[nn.Module] | None = None
         self.most, self.unused = sys.maxsize, 0
-        known = class_of(kind)
-        spec = known and read(block, known)
-        if not isinstance(spec, BlockSpec) or known is None:
-            raise ValueError(f"no native block computes a {kind.__qualname__}: {spec}")
-        self.spec, self.calls = spec, Calls(block, known, spec, kind.forward)
-        self.parameters = list(block.parameters())
-        prepared = {role: cast(PackedLinear, layer).prepared() for role, layer in spec.layers.items()}
-        self.block = _translated(spec, prepared)
+        prepared = {role: cast(PackedLinear, layer).prepared() for role, layer in self.spec.layers.items()}
+        self.block = _translated(self.spec, prepared)
         self.halves = any(layer.linear.halves for layer in prepared.values())
-        self.inner = [module for module in block.modules() if module is not block]
-        self.classes = [(module, type(module)) for module in block.modules()]
-        kinds = {*(each for _, each in self.classes), kind}
-        self.code = [(each, each.__call__, each.forward) for each in kinds]
-        self.attention = attention_of(block)
-        self.attention_function = attention_function(self.attention)
-        settings = [pair for pair in settings_of(block) if pair[0] is not block.__dict__ or pair[1] not in EACH_CALL]
-        self.seen = _snapshots([*_held(block), *settings])
-        found = {id(thing): thing for *_, things in self.seen for thing in things if isinstance(thing, Tensor)}
-        self.addressed = list(found.values())
-        self.pointers = list(map(Tensor.data_ptr, self.addressed))
-        self.versions = [(tensor, native.version(tensor)) for tensor in _copied(block, spec)]
         self.versions += [pair for layer in prepared.values() for pair in layer.versions]
 
     def call(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """What a call of the block gives besides hidden states; None if only the layers can run it."""
         if self.halves and native.attention_is_exact():
             return None
-        return self.calls.call(x, args, kwargs)
+        return super().call(x, args, kwargs)
 
     def run(self, x: Tensor, call: Call) -> Tensor:
         """Hidden states, float32 (images, tokens, width) -> the block's output."""
@@ -80,29 +53,6 @@ class NativeBlock:
             call.images, call.tokens, call.row_count, call.rows, rotation, call.neighbours, call.bias, call.mask,
             self.spec.heads, self.spec.head_size,
         )  # fmt: skip
-
-    def holds(self) -> bool:
-        """Whether the block still has the same code, modules, tensors and settings; of copies, that they are unchanged.
-
-        A copied tensor that is changed behind PyTorch's back, through ``.data``, is not noticed.
-        """
-        try:
-            for holder, named, things in self.seen:
-                if not all(map(operator.is_, named(holder), things)):
-                    return False
-        except KeyError:
-            return False
-        for module, kind in self.classes:
-            if type(module) is not kind:
-                return False
-        for kind, call, forward in self.code:
-            if kind.__call__ is not call or kind.forward is not forward:
-                return False
-        if attention_function(self.attention) != self.attention_function:
-            return False
-        return self.pointers == list(map(Tensor.data_ptr, self.addressed)) and all(
-            native.version(tensor) == number for tensor, number in self.versions
-        )
 
 
 def _translated(spec: BlockSpec, prepared: dict[str, native.Prepared]) -> structures.Block:
@@ -125,35 +75,3 @@ def _translated(spec: BlockSpec, prepared: dict[str, native.Prepared]) -> struct
 def _float(tensor: Tensor | None) -> Any:
     """float32 and contiguous; None for None."""
     return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
-
-
-def _held(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where a block and the modules within it keep modules, parameters and buffers."""
-    for module in block.modules():
-        kept: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
-        yield from ((holder, name) for holder in kept for name in holder)
-
-
-def _snapshots(held: list[tuple[dict[str, Any], str]]) -> list[Snapshot]:
-    """What lies in each of the dictionaries under those names; every forward pass looks there."""
-    names: dict[int, list[str]] = {}
-    for holder, name in held:
-        names.setdefault(id(holder), []).append(name)
-    holders = {id(holder): holder for holder, _ in held}
-    result: list[Snapshot] = []
-    for key, holder in holders.items():
-        named = operator.itemgetter(*names[key], names[key][0])  # two names at least, for a tuple
-        result.append((holder, named, named(holder)))
-    return result
-
-
-def _copied(block: nn.Module, spec: BlockSpec) -> Iterator[Tensor]:
-    """The tensors, besides those of packed layers, that the kernels do not read where they are."""
-    floats = (tensor for tensor in spec.tensors() if tensor.dtype == torch.float32 and tensor.is_contiguous())
-    read_in_place = {id(tensor) for tensor in floats}
-    for module in block.modules():
-        if isinstance(module, PackedLinear):
-            continue
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and id(tensor) not in read_in_place:
-                yield tensor

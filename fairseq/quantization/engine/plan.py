@@ -129,7 +129,8 @@ def _not_packed(layers: dict[str, nn.Module]) -> str | None:
     for role, layer in layers.items():
         if not isinstance(layer, PackedLinear):
             return f"its {role} layer is not packed"
-        if reason := layer.reason_not_native():
+        reason = layer.reason_not_native()
+        if reason and layer.reason_not_triton():
             return f"its {role} layer: {reason}"
     return None
 

@@ -154,12 +154,16 @@ class PackedLinear(PackedState):
 
     @property
     def backend(self) -> str:
-        """The kernels that run this layer where it is now: "reference", "cpu", "cuda" or "native"."""
+        """The kernels that run this layer where it is now: "reference", "cpu", "cuda", "triton" or "native"."""
         return self._kernels().name
 
     def reason_not_native(self) -> str | None:
         """Why the native kernels cannot run this layer, wherever it is; None if they can."""
         return kernels.reason_not_native(self.config, self.scale.dtype)
+
+    def reason_not_triton(self) -> str | None:
+        """Why the kernels of fused blocks on a GPU cannot run this layer, wherever it is; None if they can."""
+        return kernels.reason_not_triton(self.config, self.scale.dtype)
 
     def use_native(self, use: bool = True) -> None:
         """Run on the native kernels from now on, whenever the layer is on the CPU, or no longer.

@@ -81,7 +81,7 @@ ONE_OF = r"{} must be one of {}; got {}$"
         (
             {"backend": "gpu"},
             ValueError,
-            ONE_OF.format("backend", "'auto', 'reference', 'cpu', 'cuda', 'native'", "'gpu'"),
+            ONE_OF.format("backend", "'auto', 'reference', 'cpu', 'cuda', 'triton', 'native'", "'gpu'"),
         ),
         ({"symmetric": 1}, TypeError, "symmetric must be True or False, got 1$"),
         ({"symmetric": None}, TypeError, "symmetric must be True or False, got None$"),

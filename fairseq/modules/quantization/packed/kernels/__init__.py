@@ -5,7 +5,8 @@ from fairseq.modules.quantization.packed.kernels.choose import (
     Kernels,
     choose,
     reason_not_native,
+    reason_not_triton,
     runs_native,
 )
 
-__all__ = ["ENVIRONMENT", "Kernels", "choose", "reason_not_native", "runs_native"]
+__all__ = ["ENVIRONMENT", "Kernels", "choose", "reason_not_native", "reason_not_triton", "runs_native"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import threading
 import warnings
@@ -17,8 +19,12 @@ from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed.config import BACKENDS, LinearConfig
 from fairseq.modules.quantization.packed.input_grid import InputGrid, correction
 from fairseq.modules.quantization.packed.kernels import cpu, cuda, functional, native, reference
+from fairseq.modules.quantization.packed.kernels.triton import linear as triton
+from fairseq.modules.quantization.packed.kernels.triton.support import reason_not_on
 from fairseq.modules.quantization.packed.weight import PackedWeight, pack_codes, to_codes
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int
+
+logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "FAIRSEQ_QUANTIZATION_BACKEND"
 
@@ -45,6 +51,7 @@ TABLE = {
     "reference": Kernels("reference", None, reference.product, reference.integer, reference.weight_only),
     "cpu": Kernels("cpu", "cpu", cpu.product, cpu.integer, cpu.weight_only),
     "cuda": Kernels("cuda", "cuda", cuda.product, cuda.integer, cuda.weight_only),
+    "triton": Kernels("triton", "cuda", triton.product, triton.integer, triton.weight_only),
     # The native kernels take a layer's tensors, not these arguments; these run where one is recorded into a graph.
     "native": Kernels("native", "cpu", cpu.product, cpu.integer, cpu.weight_only),
 }
@@ -74,14 +81,37 @@ def choose(device: torch.device, backend: str = "auto", in_panels: bool = False)
     if in_panels and runs_native(backend):
         exact = not functional.recording() or disagreement(TABLE["cpu"], device) is None
         return TABLE["native" if exact else "reference"]
-    kernels = TABLE.get(device.type, TABLE["reference"]) if wanted == "auto" else TABLE[wanted]
+    if wanted == "auto":
+        right = (name for name in _usual(device) if disagreement(TABLE[name], device) is None)
+        return TABLE[next(right, "reference")]
+    kernels = TABLE[wanted]
     if kernels.device not in (None, device.type):
         raise ValueError(f"{origin}={wanted!r} runs on {kernels.device}, but the layer is on {device}")
-    kernels = TABLE["cpu"] if wanted == "native" else kernels
-    problem = disagreement(kernels, device)
-    if problem and wanted not in ("auto", "native"):
+    if wanted == "native":
+        return TABLE["reference" if disagreement(TABLE["cpu"], device) else "cpu"]
+    problem = reason_not_on(device) if wanted == "triton" else None
+    if problem := problem or disagreement(kernels, device):
         raise RuntimeError(f"{origin}={wanted!r} cannot be used: {problem}")
-    return TABLE["reference"] if problem else kernels
+    return kernels
+
+
+def _usual(device: torch.device) -> tuple[str, ...]:
+    """The kernels for that type of device, the best first."""
+    if device.type != "cuda":
+        return (device.type,) if device.type in TABLE else ()
+    reason = reason_not_on(device)
+    if reason is None:
+        return "triton", "cuda"
+    _say_once(f"the triton kernels of packed layers are not used on {device}: {reason}")
+    return ("cuda",)
+
+
+_usual._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as below
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    logger.info(sentence)
 
 
 def _wanted(backend: str) -> tuple[str, str]:
@@ -107,6 +137,19 @@ def reason_not_native(config: LinearConfig, scale: torch.dtype) -> str | None:
     if config.group_size is not None:
         return f"group_size={config.group_size}"
     return None if scale == torch.float32 else f"a scale of {scale}"
+
+
+def reason_not_triton(config: LinearConfig, scale: torch.dtype) -> str | None:
+    """Why the fused kernels for CUDA cannot run a layer with these settings and that dtype of its scale, or None."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if reason := reason_not_on(torch.device("cuda")):
+        return reason
+    if _wanted(config.backend)[0] not in ("auto", "triton"):
+        return f"backend={config.backend!r}, or what {ENVIRONMENT} says"
+    if config.activations is None:
+        return "activations=None"
+    return triton.reason_not_runnable(config.activation_bits, scale, config.group_size)
 
 
 def disagreement(kernels: Kernels, device: torch.device) -> str | None:
@@ -137,7 +180,7 @@ def _check(name: str, device: str) -> str | None:
             return _checked[name, device]
         try:
             problem = _compare(TABLE[name], torch.device(device))
-        except (RuntimeError, NotImplementedError, TypeError) as error:
+        except Exception as error:  # Triton's own are of many classes: there may be no compiler, no driver that fits
             problem = f"they fail with {type(error).__name__}: {error}"
         if problem:
             warnings.warn(f"the {name} kernels of packed layers are not used: {problem}", stacklevel=5)

@@ -14,13 +14,16 @@ from fairseq.modules.quantization.packed.weight import PackedWeight
 
 def product(q: Tensor, codes: Tensor) -> Tensor:
     """(M, K) int8 times (N, K) int8 transposed: (M, N) int32, exact."""
-    wide = _wide(q)
-    return (q.to(wide) @ codes.to(wide).T).to(torch.int32)
+    return _exact(q, codes).to(torch.int32)
 
 
-def _wide(q: Tensor) -> torch.dtype:
-    """What sums of products are exact in: CUDA has no products of int64, and float64 is exact up to 2**53."""
-    return torch.float64 if q.is_cuda else torch.int64
+def _exact(a: Tensor, b: Tensor) -> Tensor:
+    """(M, K) integers times (N, K) integers, transposed: int64 (M, N).
+
+    Other devices than the CPU have no product of integers; float64 is exact, too, as all sums are below 2**53.
+    """
+    a, b = a.to(torch.int64), b.to(torch.int64).T
+    return a @ b if a.device.type == "cpu" else (a.double() @ b.double()).to(torch.int64)
 
 
 def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid) -> Tensor:
@@ -35,12 +38,11 @@ def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGri
         into_onnx = torch.onnx.is_in_onnx_export()
         return functional.integer(x, weight, bias, grid, functional.int_product if into_onnx else product)
     rounded, token_scale = grid.quantize(x.to(weight.scale.dtype))
-    q, integers, zero_point = (t.to(_wide(x)) for t in (rounded, weight.integers(), weight.zero_point))
+    q, integers, zero_point = (t.to(torch.int64) for t in (rounded, weight.integers(), weight.zero_point))
     accumulators = []
     for group, (start, stop) in enumerate(weight.columns()):
         z = zero_point[:, group] if zero_point.ndim == 2 else zero_point
-        sums = q[:, start:stop] @ (integers[:, start:stop] - z.reshape(-1, 1)).T
-        accumulators.append(sums.to(torch.int64))
+        accumulators.append(_exact(q[:, start:stop], integers[:, start:stop] - z.reshape(-1, 1)))
     return finish(accumulators, weight.scale, token_scale, grid.bias(bias, weight.scale.dtype)).to(x.dtype)
 
 

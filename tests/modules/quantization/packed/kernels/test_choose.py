@@ -9,6 +9,7 @@ from torch import nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear, kernels
 from fairseq.modules.quantization.packed.kernels import choose, native, reference
+from fairseq.modules.quantization.packed.kernels.triton import support
 
 CPU = torch.device("cpu")
 needs_native = pytest.mark.skipif(not native.levels(), reason="no native kernels: there was no C++ compiler")
@@ -122,7 +123,9 @@ def test_the_reason_why_a_layer_does_not_run_natively(monkeypatch, settings, sca
 
 @pytest.mark.usefixtures("fresh")
 def test_unknown_names_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"^backend must be one of auto, reference, cpu, cuda, native; got 'gpu'"):
+    with pytest.raises(
+        ValueError, match=r"^backend must be one of auto, reference, cpu, cuda, triton, native; got 'gpu'"
+    ):
         choose(CPU, "gpu")
     monkeypatch.setenv(kernels.ENVIRONMENT, "gpu")
     with pytest.raises(ValueError, match=f"^{kernels.ENVIRONMENT} must be one of auto, .*; got 'gpu'"):
@@ -223,3 +226,56 @@ def test_the_check_leaves_the_random_numbers_of_the_process_alone():
     before = torch.get_rng_state()
     choosing._compare(choosing.TABLE["cpu"], CPU)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def cuda_device(monkeypatch):
+    """A device of a compute capability, which is not there."""
+
+    def of(major, minor):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, minor))
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        support._capability.cache_clear()
+        monkeypatch.setattr(choosing, "_disagreement", lambda name, device: None)
+        return torch.device("cuda", 0)
+
+    yield of
+    support._capability.cache_clear()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.usefixtures("fresh")
+def test_a_gpu_with_tensor_cores_for_int8_gets_triton(monkeypatch, cuda_device, capability):
+    monkeypatch.setattr(support, "installed", lambda: True)
+    assert choose(cuda_device(*capability)).name == "triton"
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "reason"),
+    [
+        ((7, 5), True, "the device has compute capability 7.5; the kernels need 8.0 or more"),
+        ((9, 0), False, "Triton is not installed; it comes with PyTorch for CUDA on Linux"),
+    ],
+)
+@pytest.mark.usefixtures("fresh")
+def test_another_gpu_gets_kernels_of_pytorch_and_one_sentence(
+    monkeypatch, cuda_device, caplog, capability, installed, reason
+):
+    monkeypatch.setattr(support, "installed", lambda: installed)
+    choosing._say_once.cache_clear()
+    device = cuda_device(*capability)
+    with caplog.at_level("INFO"):
+        assert [choose(device).name, choose(device).name] == ["cuda", "cuda"]
+    assert [record.message for record in caplog.records] == [
+        f"the triton kernels of packed layers are not used on cuda:0: {reason}"
+    ]
+    with pytest.raises(RuntimeError, match=f"^backend='triton' cannot be used: {reason}$"):
+        choose(device, "triton")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_triton_kernels_that_disagree_leave_those_of_pytorch(monkeypatch, cuda_device):
+    monkeypatch.setattr(support, "installed", lambda: True)
+    device = cuda_device(9, 0)
+    monkeypatch.setattr(choosing, "_disagreement", lambda name, device: "it is wrong" if name == "triton" else None)
+    assert choose(device).name == "cuda"

@@ -1,5 +1,7 @@
 """The CUDA kernels: their padding on the CPU, where torch._int_mm takes any size, and the rest on a GPU."""
 
+import dataclasses
+
 import pytest
 import torch
 from bounds import agrees
@@ -70,14 +72,18 @@ def test_layer_is_close_to_the_reference(bits, group_size, activations, device):
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 16, 17, 197])
-def test_layer_runs_on_cuda_kernels(rows, dtype):
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_layer_runs_on_cuda_kernels(rows, dtype, backend):
     torch.manual_seed(0)
-    layer = PackedLinear.from_float(nn.Linear(75, 21), LinearConfig(4, "channel")).cuda()
-    assert layer.backend == "cuda"
+    config = LinearConfig(4, "channel", backend=backend)
+    layer = PackedLinear.from_float(nn.Linear(75, 21), dataclasses.replace(config, backend="auto")).cuda()
+    layer.config = config
+    assert layer.backend == backend
     x = torch.randn(rows, 75, device="cuda", dtype=dtype)
     assert layer(x).dtype == dtype
     assert agrees(layer(x), layer, x)
     on_cuda, x = layer(x).cpu(), x.cpu()
+    layer.config = dataclasses.replace(config, backend="auto")
     layer.cpu()
     assert torch.equal(on_cuda, reference.integer(x, layer.weight_matrix, layer.bias, layer.input_grid))
 
