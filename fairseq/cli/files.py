@@ -10,7 +10,7 @@ import typer
 from fairseq.cli.options import Json, Quiet
 from fairseq.cli.output import UserError, finish, mistakes, with_examples, working
 
-FORMATS = {".onnx": "onnx", ".pt": "torchscript", ".pt2": "torch_export"}
+FORMATS = {".onnx": "onnx", ".pt": "torchscript", ".pt2": "torch_export", ".bin": "c"}
 
 
 @with_examples(
@@ -23,7 +23,7 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The file; its suffix tells the format.")],
     format: Annotated[
         str | None,
-        typer.Option(metavar="onnx|torchscript|torch_export", help="By default from .onnx, .pt or .pt2."),
+        typer.Option(metavar="onnx|torchscript|torch_export|c", help="By default from .onnx, .pt, .pt2 or .bin."),
     ] = None,
     ops: Annotated[
         str, typer.Option(metavar="onnxruntime|standard", help="standard: operators of ONNX alone.")
