@@ -51,6 +51,7 @@ def text(result: dict[str, Any], layers: bool) -> str:
         "Model": result["architecture"] or "unknown (the file alone does not say)",
         "Weights": _counted(f"{e['bits']}-bit {e['method']}" for e in result["layers"].values()),
         "Activations": _counted(_activations(e) for e in result["layers"].values()),
+        "Arithmetic": "integers alone (--integer runs it)" if result["arithmetic"] == "integer" else "",
         "Bits": f"{result['average_bits']:.3g} per quantized weight, {len(result['layers'])} layers",
         "Size": f"{megabytes(sizes['packed'])} packed, {megabytes(sizes['rest'])} not quantized, "
         f"{megabytes(sizes['total'])} on disk{before}",
@@ -80,7 +81,8 @@ def _result(path: Path, files: list[Path], config: dict[str, Any], found: Conten
     total = sum(file.stat().st_size for file in files)
     count = sum(layer["weights"] for layer in layers.values())
     return {
-        "path": str(path), "quantized": True, "architecture": next(iter(config.get("architectures") or ()), None),
+        "path": str(path), "quantized": True, "arithmetic": "float" if found.integer is None else "integer",
+        "architecture": next(iter(config.get("architectures") or ()), None),
         "format_version": found.description["format_version"],
         "transformers_version": config.get("transformers_version"),
         "average_bits": sum(e["bits"] * e["weights"] for e in layers.values()) / max(count, 1),
@@ -133,8 +135,8 @@ def _bytes(entry: Entry) -> int:
 
 
 def _weight_count(tensors: dict[str, Entry], name: str, bits: int) -> int:
-    """How many integers the packed rows hold, from their shape; a row's last byte may be filled up."""
-    codes = tensors.get(f"{name}.weight_codes")
+    """How many integers the rows hold, from their shape; a row's last byte may be filled up."""
+    codes = tensors.get(f"{name}.weight_codes") or tensors.get(f"{name}.weight")
     return 0 if codes is None else math.prod(codes.shape) * 8 // STORED_BITS[bits]
 
 

@@ -138,24 +138,31 @@ def _summary(taken: list[float], times: dict[str, list[float]], size: int) -> di
 
 def _seconds(model: nn.Module, pixels: Tensor) -> float:
     """Of one forward."""
-    parameter = next(model.parameters())
-    pixels = pixels.to(parameter.device, parameter.dtype)
-    if parameter.is_cuda:
+    device, dtype = _place(model)
+    pixels = pixels.to(device, dtype)
+    if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
     with torch.inference_mode():
         call(model, picture_inputs(model, pixels))
-    if parameter.is_cuda:
+    if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
 def _logits(model: nn.Module, pixels: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, classes) on the CPU, float32."""
-    parameter = next(model.parameters())
     with torch.inference_mode():
-        output = model(pixel_values=pixels.to(parameter.device, parameter.dtype))
+        output = model(pixel_values=pixels.to(*_place(model)))
     return output.logits.float().cpu()
+
+
+def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a model is, and the dtype of pixel values for it; an integer-only one has buffers alone."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return next(model.buffers()).device, torch.float32
+    return parameter.device, parameter.dtype
 
 
 def _embeddings(original: nn.Module, quantized: nn.Module, pixels: Tensor, batch_size: int) -> dict[str, Any]:

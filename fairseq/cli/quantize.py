@@ -22,6 +22,10 @@ from fairseq.cli.saving import check_output, whole_folder
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
+    arithmetic: Annotated[
+        str,
+        typer.Option(metavar="float|integer", help="integer: integers alone, for a ViT or DeiT; needs --calibration."),
+    ] = "float",
     bits: Annotated[int | None, typer.Option(help="Width of the integers, 2 to 8.  [default: 8]")] = None,
     method: Annotated[str, typer.Option(metavar="tensor|channel|histogram", help="What shares a scale.")] = "tensor",
     p: Annotated[float, typer.Option("--p", help="Share of the layers that is quantized.")] = 1.0,
@@ -79,9 +83,9 @@ def quantize(
     settings = {
         "bits": 8 if bits is None else bits, "method": method, "p": p, "activation_bits": activation_bits,
         "activations": None if activations == "none" else activations, "group_size": group_size, "seed": seed,
-        "symmetric": symmetric, "rounding": rounding, "equalize": equalize, "quantize_attention": attention,
-        "bias_correction": parse_bias_correction(bias_correction), "quantize_mlp": mlp, "towers": towers,
-        "quantize_classifier": classifier, "quantize_embeddings": embeddings,
+        "arithmetic": arithmetic, "symmetric": symmetric, "rounding": rounding, "equalize": equalize,
+        "bias_correction": parse_bias_correction(bias_correction), "quantize_attention": attention, "quantize_mlp": mlp,
+        "towers": towers, "quantize_classifier": classifier, "quantize_embeddings": embeddings,
         "overrides": parse_overrides(override or ()), "exclude": exclude or (),
     }  # fmt: skip
     if calibration is not None and not calibration.is_dir():
@@ -116,7 +120,8 @@ def _quantize(
     if average_bits is not None:
         say(f"Choosing widths, {average_bits:g} bits on average")
         with mistakes():
-            chosen = quantizer.assign_bits(loaded.model, **given, average_bits=average_bits).overrides
+            assigner = ViTQuantizer(**{**settings, "arithmetic": "float"})  # what it measures
+            chosen = assigner.assign_bits(loaded.model, **given, average_bits=average_bits).overrides
             quantizer = ViTQuantizer(**{**settings, "overrides": chosen})
     say(f"Quantizing {type(loaded.model).__name__}" + (f" with pictures in {calibration}" if calibration else ""))
     started = time.perf_counter()

@@ -326,8 +326,8 @@ class ViTQuantizer:
 
         Args:
             model: what ``quantize_model`` returned, on the CPU; it is not changed.
-            path: ending in .onnx, .pt or .pt2.
-            format: "onnx", "torchscript" or "torch_export".
+            path: ending in .onnx, .pt, .pt2 or .bin.
+            format: "onnx", "torchscript", "torch_export" or, of an integer-only model, "c".
             sample: a processor's output or pixel values, for verification; None for noise.
             external_data: keep the weights of an ONNX file in a second one; None for only where they exceed 2 GB.
             onnx_ops: "standard" for operators of ONNX alone, "onnxruntime" for what is fastest there.

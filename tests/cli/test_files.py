@@ -39,7 +39,8 @@ def test_export(cli, short, tmp_path, verified_here, name, options):
     ("words", "said"),
     [
         ("vit x.onnx", "vit is not quantized; quantize it first: fairseq-vit quantize vit -o OUT"),
-        ("packed x.bin", ".onnx, .pt, .pt2"),
+        ("packed x.tflite", ".onnx, .pt, .pt2, .bin"),
+        ("packed x.bin", "format 'c' is for integer-only models"),
         ("packed x.pt --format onnx", "ends in .onnx"),
         ("packed x.onnx --format tflite", "'onnx', 'torchscript', 'torch_export'"),
         ("packed x.onnx --ops other", "onnx_ops"),

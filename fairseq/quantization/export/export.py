@@ -21,6 +21,7 @@ from fairseq.quantization.conversion.convert import tuple_while_tracing
 from fairseq.quantization.engine.fuse import optimize
 from fairseq.quantization.export.export_report import ExportReport
 from fairseq.quantization.export.integer import sample_inputs, verify_integers, write_integers
+from fairseq.quantization.export.integer_c import write_c
 from fairseq.quantization.export.integer_graph import INPUTS
 from fairseq.quantization.export.onnx_graph import ONNX_OPS, onnx_model
 from fairseq.quantization.export.verify import verify
@@ -28,7 +29,7 @@ from fairseq.quantization.export.written import any_batch, save_onnx
 from fairseq.quantization.integer_only.layers import IntegerLinear
 from fairseq.quantization.integer_only.model import IntegerViT
 
-FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "torch_export": ".pt2"}
+FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "torch_export": ".pt2", "c": ".bin"}
 
 
 class Positional(nn.Module):
@@ -63,8 +64,9 @@ def export(
 
     Args:
         model: what ``quantize_model`` returned with ``execution="packed"``, on the CPU; it is not changed.
-        path: with the suffix .onnx, .pt or .pt2.
-        format: "onnx", "torchscript" or "torch_export".
+        path: with the suffix .onnx, .pt, .pt2 or .bin.
+        format: "onnx", "torchscript" or "torch_export"; or "c", of an integer-only model, for the program in
+            ``examples/vision_transformer/integer_c``, with a header beside it.
         sample: what a processor returned, a mapping of names to tensors or a tensor of pixel values, batch first; None
             for noise of the size that the model's configuration names.
         external_data: whether the weights of an ONNX file lie in a second one, ``path`` with .data added; None for
@@ -84,9 +86,11 @@ def export(
     path = Path(path)
     _check(model, path, format, external_data, onnx_ops)
     if isinstance(model, IntegerViT):
-        check_one_of("pixels", pixels or "uint8", tuple(INPUTS))
+        check_one_of("pixels", pixels or "uint8", tuple(INPUTS) if format != "c" else ("uint8",))
         inputs = sample_inputs(model, sample, pixels or "uint8")
         with torch.no_grad(), _in_place(path) as file:
+            if format == "c":
+                return write_c(model, inputs["pixels"], file)
             with _errors_of_writers(model, format):
                 write_integers(model, inputs, file, format, external_data)
             return verify_integers(model, inputs, file, format)
@@ -163,6 +167,8 @@ def _check(model: nn.Module, path: Path, format: str, external_data: bool | None
             f"{type(model).__name__} resizes its position embeddings to each picture's shape, one by one, and no file "
             "for any batch size can"
         )
+    if format == "c" and not isinstance(model, IntegerViT):
+        raise ValueError(f"format 'c' is for integer-only models, arithmetic='integer', not {type(model).__name__}")
     if format == "onnx":
         for package in ("onnx", *(["onnxscript"] if not isinstance(model, IntegerViT) else []), "onnxruntime"):
             try:

@@ -13,7 +13,7 @@ class ExportReport:
     """What :func:`~fairseq.quantization.export.export.export` wrote, and how it was found.
 
     Attributes:
-        format: "onnx", "torchscript" or "torch_export".
+        format: "onnx", "torchscript", "torch_export" or "c".
         paths: the file, and the one with external data if there is one.
         bytes: of all files.
         integer_weights: number of tensors that hold packed weights.
@@ -41,13 +41,18 @@ class ExportReport:
     top1_agreement: float
 
     def __str__(self) -> str:
+        found = (
+            f"run by itself, {', '.join(self.outputs)} differ by at most {self.max_difference:.2g} (allowed "
+            f"{self.tolerance:.2g}), {self.mean_difference:.2g} on average; same top-1 for {self.top1_agreement:.0%}"
+        )
+        if self.format == "c":
+            found = "not run; two pictures and their logits are in it, which the program compares when it is given none"
         nodes = ", ".join(f"{count} {name}" for name, count in self.integer_nodes.items())
         return "\n".join([
             f"{self.format}: {', '.join(self.paths)}, {megabytes(self.bytes)}",
             f"{self.integer_weights} integer weights, {megabytes(self.integer_weight_bytes)}; "
             f"floats {megabytes(self.float_weight_bytes)}" + (f"; {nodes}" if nodes else ""),
-            f"run by itself, {', '.join(self.outputs)} differ by at most {self.max_difference:.2g} (allowed "
-            f"{self.tolerance:.2g}), {self.mean_difference:.2g} on average; same top-1 for {self.top1_agreement:.0%}",
+            found,
         ])  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

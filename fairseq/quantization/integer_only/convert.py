@@ -110,7 +110,8 @@ def convert_to_integers(
             logit_exponent=exponent,
             output_class=parts.output_class,
         )
-        return as_pretrained(integers, model), report
+        size = sum(tensor.nbytes for tensor in integers.state_dict().values())
+        return as_pretrained(integers, model), replace(report, bytes_after=size)
 
 
 def within_bytes(config: QuantizationConfig) -> QuantizationConfig:

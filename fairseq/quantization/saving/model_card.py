@@ -60,6 +60,7 @@ def model_card(model: nn.Module, description: Mapping[str, Any]) -> str:
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     rows = {
         "Weights": summary,
+        **({"Arithmetic": "integers alone, from the rounded pixels to the logits"} if "integer" in description else {}),
         "Activations": ", ".join(f"{kind} ({count} layers)" for kind, count in activations.most_common()),
         "Calibration": _calibration(information),
         "Size": megabytes(size) + _before(information),

@@ -94,7 +94,9 @@ def test_a_folder(hub, folder):
     assert isinstance(loaded, ViTForImageClassification)
     assert same(hub, loaded)
     assert loaded.quantization_information == {**hub.quantization_information, "metrics": {"top-1 accuracy": 0.5}}
-    assert "12 pictures" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "12 pictures" in card
+    assert "| Arithmetic | integers alone" in card
 
 
 def test_what_was_loaded_is_as_what_was_made(hub, folder, tmp_path):

@@ -8,22 +8,27 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-_ON: ContextVar[bool] = ContextVar("checked", default=False)
+Widths = dict[str, tuple[int, int]]
+_SEEN: ContextVar[Widths | None] = ContextVar("checked", default=None)
 
 
 @contextmanager
-def checked() -> Iterator[None]:
-    """Inside, integer-only functions raise OverflowError where an intermediate is past its documented width."""
-    token = _ON.set(True)
+def checked() -> Iterator[Widths]:
+    """Inside, integer-only functions raise OverflowError where an intermediate is past its documented width.
+
+    Yields what is seen on the way: by the name of each intermediate, the bits documented for it and those it took.
+    """
+    seen: Widths = {}
+    token = _SEEN.set(seen)
     try:
-        yield
+        yield seen
     finally:
-        _ON.reset(token)
+        _SEEN.reset(token)
 
 
 def is_checked() -> bool:
     """Whether intermediates are checked."""
-    return _ON.get()
+    return _SEEN.get() is not None
 
 
 def largest(x: Tensor | int) -> int:
@@ -35,8 +40,11 @@ def largest(x: Tensor | int) -> int:
 
 def bounded(x: Tensor, bits: int, name: str) -> Tensor:
     """``x`` as it is; in the mode :func:`checked`, OverflowError unless it fits signed integers of ``bits`` bits."""
-    if is_checked() and x.numel():
+    seen = _SEEN.get()
+    if seen is not None and x.numel():
         low, high = int(x.min()), int(x.max())
-        if low < -(2 ** (bits - 1)) or high >= 2 ** (bits - 1):
+        used = max(high, ~low, 0).bit_length() + 1
+        if used > bits:
             raise OverflowError(f"{name}: {low} to {high} do not fit {bits} bits")
+        seen[name] = bits, max(used, seen.get(name, (0, 0))[1])
     return x

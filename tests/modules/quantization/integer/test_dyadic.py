@@ -41,6 +41,17 @@ def test_an_overflow_is_seen_in_checked_mode_alone():
         Requantize(torch.ones(1).double(), None, 8, "here")(tensor([0, 2**43]))
 
 
+def test_checked_mode_says_how_many_bits_were_taken():
+    layer = Requantize(torch.ones(1).double(), None, 8, "here")
+    with checked() as widths:
+        layer(tensor([3, -(2**20)]))
+        layer(tensor([2**10, 0]))
+    assert widths == {"here": (44, 21)}
+    with checked() as widths:
+        layer(tensor([2**20]))
+    assert widths == {"here": (44, 22)}
+
+
 def test_dyadic_is_within_a_part_in_2_to_the_16():
     corners = torch.tensor([2.0**15 - 1, 1.0 - 2.0**-20, 1.0, 0.5, 0.0])
     factor = torch.cat([torch.logspace(-13, 4, 997, dtype=torch.float64), corners])
