@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.kernels import native
 from fairseq.modules.quantization.packed.kernels.triton import norm, product, quantize
-from fairseq.modules.quantization.packed.kernels.triton.linear import byte_codes
+from fairseq.modules.quantization.packed.kernels.triton.codes import byte_codes
 from fairseq.modules.quantization.packed.kernels.triton.quantize import Rows
 from fairseq.modules.quantization.packed.kernels.triton.support import capability
 from fairseq.modules.quantization.packed.kernels.triton.tiles import Tile, tile_for

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fairseq.modules.quantization.packed.input_grid import InputGrid
 from fairseq.modules.quantization.packed.kernels import cuda, functional
+from fairseq.modules.quantization.packed.kernels.triton.codes import byte_codes
 from fairseq.modules.quantization.packed.kernels.triton.support import capability
 from fairseq.modules.quantization.packed.kernels.triton.tiles import tile_for
-from fairseq.modules.quantization.packed.packing import PLANES
 from fairseq.modules.quantization.packed.weight import PackedWeight
 
 
@@ -30,15 +30,6 @@ def product(q: Tensor, codes: Tensor) -> Tensor:
     tile = tile_for(capability(q.device), len(q), len(codes))
     result: Tensor = products.run_raw(q.contiguous(), codes.contiguous(), tile)
     return result
-
-
-def byte_codes(codes: Tensor, bits: int, inputs: int) -> Tensor:
-    """The codes of a weight with a byte for each, int8 (N, inputs), from those of a packed layer."""
-    if codes.dtype != torch.uint8:
-        return codes
-    from fairseq.modules.quantization.packed.kernels.triton import unpack  # imports Triton
-
-    return unpack.run(codes, PLANES[bits], inputs)
 
 
 def reason_not_runnable(bits: int, scale: torch.dtype, group_size: int | None) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fairseq.modules.quantization.packed.kernels.triton import product, quantize
-from fairseq.modules.quantization.packed.kernels.triton.linear import byte_codes
+from fairseq.modules.quantization.packed.kernels.triton.codes import byte_codes
 from fairseq.modules.quantization.packed.kernels.triton.support import capability
 from fairseq.modules.quantization.packed.kernels.triton.tiles import tile_for
 
