@@ -47,7 +47,7 @@ class PretrainedIntegerViT(IntegerViT):
         return IntegerViT.__name__
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new, (type(self).original,), dict(self.__dict__)
+        return _new, (type(self).original,), self.__getstate__()
 
 
 def as_pretrained(model: IntegerViT, like: nn.Module) -> IntegerViT:
