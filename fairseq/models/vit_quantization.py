@@ -35,6 +35,7 @@ from fairseq.quantization.evaluation.report import LayerReport, QuantizationRepo
 from fairseq.quantization.export.export import export
 from fairseq.quantization.export.export_report import ExportReport
 from fairseq.quantization.integer_only.convert import check_arithmetic, convert_to_integers
+from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.saving import checkpoint
 from fairseq.quantization.saving.attach import disable_save_pretrained, enable_save_pretrained
 from fairseq.quantization.saving.huggingface import FairseqViTConfig
@@ -178,6 +179,7 @@ class ViTQuantizer:
                 override that matches nothing, pictures that cannot be used, a setting that needs pictures without
                 them, or ``engine="fused"`` and no block that can be. The message names the layers or the picture.
         """
+        _check_not_integers(model, "pass the float model")
         check_model(model)
         quantized: nn.Module
         if calibration is None and processor is not None:
@@ -254,6 +256,7 @@ class ViTQuantizer:
             RuntimeError: the native kernels were not built.
             ValueError: nothing in ``model`` is packed, or no block can be fused; the message says why.
         """
+        _check_not_integers(model, "it has no layers to fuse, and none to run one by one")
         return optimize(model, engine)
 
     @staticmethod
@@ -267,6 +270,7 @@ class ViTQuantizer:
             TypeError: not a module.
             ValueError: nothing in ``model`` is quantized.
         """
+        _check_not_integers(model, "it has no float layers to go back to; keep the float model beside it")
         result = dequantize(model)
         disable_save_pretrained(result)
         return cast(Model, result)
@@ -340,3 +344,8 @@ class ViTQuantizer:
             RuntimeError: the file does not run, gives other outputs, or holds float weights; nothing is left.
         """
         return export(model, path, format, sample, external_data=external_data, onnx_ops=onnx_ops, pixels=pixels)
+
+
+def _check_not_integers(model: nn.Module, what: str) -> None:
+    if isinstance(model, IntegerViT):
+        raise ValueError(f"the model is an integer-only one already: {what}")

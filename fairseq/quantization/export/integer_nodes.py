@@ -7,8 +7,8 @@ integers) and its Div rounds towards 0, so that
 
 where what rounding and a bias add to x is in the one constant, too. What cannot be negative needs no 2**62.
 
-A product of bytes is MatMulInteger of uint8 and uint8, less 128 by its zero points. Where an x86 processor has no VNNI,
-onnxruntime multiplies int8 by uint8 or int8 with an instruction that saturates at 16 bits, and these with one that
+A product of bytes is MatMulInteger of uint8 and uint8, less 128 by its zero points. Where an x86 processor has AVX2 and
+no VNNI, onnxruntime multiplies uint8 by int8 with an instruction that saturates at 16 bits, and these with one that
 does not.
 """
 

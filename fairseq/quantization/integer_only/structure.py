@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -157,6 +158,9 @@ def check_loaded(model: IntegerViT) -> None:
         if isinstance(module, nn.Sequential):
             first, spread = cast(tuple[Requantize, Spread], tuple(module))
             _within(f"{name}.1.columns", spread.columns, 0, len(first.multiplier) - 1)
+    patches = math.prod(side // part for side, part in zip(model.size, model.patch))
+    if len(model.constants) < patches:
+        raise ValueError(f"constants are of {len(model.constants)} tokens, and there are {patches} patches")
     limit = 2 ** (STREAM_BITS - 1)
     _within("constants", model.constants, -limit, limit - 1)
     _within("logit_exponent", model.logit_exponent, -LARGEST_EXPONENT, LARGEST_EXPONENT)
