@@ -19,19 +19,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "4-bit channel, layers": {"bits": 4, "method": "channel", "engine": "layers"},
     "8-bit weight-only": {"bits": 8, "method": "channel", "activations": None},
     "4-bit weight-only": {"bits": 4, "method": "channel", "activations": None},
+}
+"""What the quantizer is made with; ``engine`` is an argument of ``quantize_model``, and the default where left out."""
+INTEGERS: dict[str, dict[str, Any]] = {
     "8-bit integers": {"bits": 8, "method": "channel", "arithmetic": "integer", "rounding": "nearest"},
     "8-bit integers, static": {
         "bits": 8, "method": "channel", "arithmetic": "integer", "rounding": "nearest", "activations": "static",
     },
 }  # fmt: skip
-"""What the quantizer is made with; ``engine`` is an argument of ``quantize_model``, and the default where left out."""
+"""The same of models of integers alone. Their ranges come from noise, so that only their speed means anything."""
 CALIBRATION = 4
-"""Pictures of noise that give integers their ranges: enough to measure speed."""
+"""Pictures of noise."""
 
 
 def arguments(name: str, model: nn.Module) -> tuple[ViTQuantizer, dict[str, Any]]:
     """The quantizer of the setting called ``name``, and what else its ``quantize_model`` is called with."""
-    settings = dict(SETTINGS[name])
+    settings = dict((SETTINGS | INTEGERS)[name])
     keywords = {"engine": settings.pop("engine", "auto")}
     if settings.get("arithmetic") == "integer":
         size: Any = model.config.image_size

@@ -45,7 +45,7 @@ from typing import Any
 
 import torch
 import transformers
-from bench_candidates import SETTINGS, quantized
+from bench_candidates import INTEGERS, SETTINGS, quantized
 from benchmark_picture import draw
 from common import (
     PROC,
@@ -87,7 +87,7 @@ def build(size: str, pixels: int = 224) -> nn.Module:
 
 def configured(name: str, model: nn.Module) -> nn.Module:
     """``model`` in the configuration called ``name``; for bfloat16 it is ``model`` itself that is changed."""
-    if name in SETTINGS:
+    if name in SETTINGS or name in INTEGERS:
         return quantized(model, name)
     return model.bfloat16() if name == "bfloat16" else model
 
@@ -304,7 +304,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    parser.add_argument("--configs", nargs="+", default=NAMES, metavar="NAME", help=f"default: {'; '.join(NAMES)}")
+    parser.add_argument(
+        "--configs",
+        nargs="+",
+        default=NAMES,
+        metavar="NAME",
+        help=f"default: {'; '.join(NAMES)}; with --size also {'; '.join(INTEGERS)}",
+    )
     parser.add_argument("--images", type=Path, help="folder of pictures, to measure accuracy with")
     parser.add_argument("--labels", type=Path, help="CSV with the columns file and class_index")
     parser.add_argument("--limit", type=positive, default=None, help="only the first so many pictures")
@@ -317,9 +323,13 @@ def parse() -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """UserError for what would fail only after minutes."""
-    unknown = [name for name in args.configs if name not in NAMES]
+    known = [*NAMES, *INTEGERS]
+    unknown = [name for name in args.configs if name not in known]
     if unknown:
-        raise UserError(f"--configs: {unknown[0]!r} is not one of {'; '.join(NAMES)}")
+        raise UserError(f"--configs: {unknown[0]!r} is not one of {'; '.join(known)}")
+    of_noise = [name for name in args.configs if name in INTEGERS]
+    if of_noise and not args.size:
+        raise UserError(f"--configs: {of_noise[0]!r} has ranges from noise, and needs --size; see evaluate.py")
     if args.pixels % 16:
         raise UserError(f"--pixels {args.pixels}: not a multiple of 16, the side of a patch")
     if bool(args.images) != bool(args.labels):
@@ -384,7 +394,8 @@ def measure(models: dict[str, nn.Module], source: list[str], args: argparse.Name
     roofline = best(rooflines)
     for timings in speeds.values():
         for name, timing in timings.items():
-            in_integers = name in SETTINGS and SETTINGS[name].get("activations", "dynamic") is not None
+            settings = (SETTINGS | INTEGERS).get(name)
+            in_integers = settings is not None and settings.get("activations", "dynamic") is not None
             rate = per_picture * timing["images_per_second"]
             timing["int8_peak_share"] = rate / roofline.peak if in_integers else None
             timing["bandwidth_share"] = fixed[name]["weight_bytes"] / (timing["ms"] / 1000) / roofline.bandwidth

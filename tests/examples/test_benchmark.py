@@ -129,6 +129,20 @@ def test_every_figure_is_written(benchmark_script, model, tmp_path):
     assert "3 MB" in row
 
 
+def test_models_of_integers_are_timed_on_random_weights_alone(benchmark_script, model, tiny_vit):
+    module = load("bench_candidates")
+    for name in module.INTEGERS:
+        assert type(module.quantized(tiny_vit, name)).__name__ == type(tiny_vit).__name__
+        code, _, err = benchmark_script("--model", model, "--configs", name)
+        assert code != 0
+        assert f"{name!r} has ranges from noise, and needs --size" in err
+    code, out, _ = benchmark_script(
+        "--size", "tiny", "--pixels", 32, "--rounds", 1, "--batch", 1, "--configs", *module.INTEGERS
+    )
+    assert code == 0
+    assert all(name in out for name in module.INTEGERS)
+
+
 @pytest.mark.skipif(
     not native.levels(), reason="no native kernels: there was no C++ compiler when the library was installed"
 )
