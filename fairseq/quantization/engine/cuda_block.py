@@ -18,7 +18,7 @@ from fairseq.modules.quantization.packed.kernels.triton.support import capabilit
 from fairseq.modules.quantization.packed.kernels.triton.tiles import Tile, tile_for
 from fairseq.quantization.engine.known_block import KnownBlock
 from fairseq.quantization.engine.plan import FusedPlan
-from fairseq.quantization.engine.spec import BlockSpec, Call, Norm
+from fairseq.quantization.engine.spec import BlockSpec, Call, Norm, reason_not_two_norms
 
 PROJECTIONS = ("query", "key", "value", "qkv")
 """Roles of the layers, or of the one layer, that give queries, keys and values."""
@@ -127,10 +127,8 @@ def reason_not_on_cuda(spec: BlockSpec) -> str | None:
     """What a block has that these kernels do not compute, or None."""
     if spec.gating != "none":
         return "its MLP is gated"
-    if set(spec.norms) != {"norm1", "norm2"}:
-        return f"its norms are {', '.join(spec.norms)}, not norm1 and norm2 alone"
-    if any(norm.kind != "layer" or norm.weight is None or norm.bias is None for norm in spec.norms.values()):
-        return "its norms are not LayerNorms with weight and bias"
+    if reason := reason_not_two_norms(spec):
+        return reason
     return None if spec.head_scale is None else "it scales the products of each head"
 
 

@@ -140,6 +140,15 @@ class Tables:
         return made
 
 
+def reason_not_two_norms(spec: BlockSpec) -> str | None:
+    """What a block has in the place of a LayerNorm before attention and one before the MLP, or None."""
+    if set(spec.norms) != {"norm1", "norm2"}:
+        return f"its norms are {', '.join(spec.norms)}, not norm1 and norm2 alone"
+    if any(norm.kind != "layer" or norm.weight is None or norm.bias is None for norm in spec.norms.values()):
+        return "its norms are not LayerNorms with weight and bias"
+    return None
+
+
 def reason_not_plain(spec: BlockSpec) -> str | None:
     """What a block has that those of ViT have not, or None."""
     if spec.projections != 3:
@@ -148,10 +157,8 @@ def reason_not_plain(spec: BlockSpec) -> str | None:
         return "its MLP is gated"
     if spec.activation != "gelu":
         return "its activation is not the exact GELU"
-    if set(spec.norms) != {"norm1", "norm2"}:
-        return f"its norms are {', '.join(spec.norms)}, not norm1 and norm2 alone"
-    if any(norm.kind != "layer" or norm.weight is None or norm.bias is None for norm in spec.norms.values()):
-        return "its norms are not LayerNorms with weight and bias"
+    if reason := reason_not_two_norms(spec):
+        return reason
     if spec.head_scale is not None or spec.scale1 is not None or spec.scale2 is not None:
         return "it scales what its branches or its heads give"
     return None

@@ -18,7 +18,7 @@ from fairseq.modules.quantization.integer.dyadic import Requantize
 from fairseq.modules.quantization.integer.normalization import UNIT_BITS
 from fairseq.modules.quantization.integer.piecewise import INPUT_BITS
 from fairseq.modules.quantization.integer.rows import HALF, LARGEST
-from fairseq.modules.quantization.packed.kernels import memory, native, structures
+from fairseq.modules.quantization.packed.kernels import ENVIRONMENT, memory, native, runs_native, structures
 from fairseq.modules.quantization.packed.panels import WIDTH, to_panels
 from fairseq.quantization.integer_only.block import IntegerBlock
 from fairseq.quantization.integer_only.layers import (
@@ -141,7 +141,7 @@ class NativeViT:
         return structures.IntegerNorm(self._requantize(by, columns, 2**UNIT_BITS, 1, name), int(norm.eps))
 
     def _rows(self, output: nn.Module, unsigned: bool = False) -> structures.Rows:
-        kind = structures.ROW_KINDS.index("unsigned" if unsigned else "signed") if self.dynamic else 2
+        kind = structures.ROW_KINDS.index(("unsigned" if unsigned else "signed") if self.dynamic else "bytes")
         if not isinstance(output, nn.Sequential):
             return structures.Rows(kind=kind)
         spread = cast(Spread, output[1])
@@ -310,18 +310,20 @@ def native_pixels(pixel_values: Tensor, start: Tensor, step: Tensor) -> Tensor |
 
 
 def _runs_here(x: Tensor) -> bool:
-    """Whether ``x`` is of the CPU, there is a library, and nothing records or watches operations."""
+    """Whether ``x`` is of the CPU, there is a library that may run, and nothing records or watches operations."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor or x.is_neg():
         return False
     transformed = torch._C._functorch.maybe_current_level() is not None  # vmap, jvp, functionalize
     recorded = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
-    return not transformed and not recorded and bool(native.levels())
+    return not transformed and not recorded and runs_native("auto") and bool(native.levels())
 
 
 def reason_not_native(model: Any) -> str | None:
     """Why the native kernels do not run ``model``, in a sentence; or None."""
     if not native.levels():
         return f"there are no native kernels: {native.NOT_BUILT}"
+    if not runs_native("auto"):
+        return f"the environment variable {ENVIRONMENT} rules them out"
     return _known(model).reason
 
 

@@ -15,7 +15,7 @@ from fairseq.modules.quantization.integer.checked import checked
 from fairseq.modules.quantization.packed.kernels import native
 from fairseq.quantization.integer_only.native import NativeViT, NotNative, native_logits, reason_not_native
 
-pytestmark = pytest.mark.skipif(not native.levels(), reason="the native kernels were not built")
+pytestmark = pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
 
 PICTURES = families.pictures(24)
 SHAPES = {  # width, heads, hidden, pixels, patch: heads of 8, 20 and 64 channels; 17 to 65 tokens
@@ -135,6 +135,17 @@ def test_a_changed_model_is_read_again():
     assert torch.equal(native_logits(model, pixels), reference(model, pixels))
     model.blocks = model.blocks[:1]
     assert torch.equal(native_logits(model, pixels), reference(model, pixels))
+
+
+def test_the_environment_chooses_the_reference(monkeypatch):
+    model = build("small")
+    pixels = extremes(model)[:1]
+    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_BACKEND", "reference")
+    assert native_logits(model, pixels) is None
+    assert "FAIRSEQ_QUANTIZATION_BACKEND" in reason_not_native(model)
+    expected = model.integer_logits(pixels)
+    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_BACKEND", "native")
+    assert torch.equal(native_logits(model, pixels), expected)
 
 
 def test_what_changes_without_a_buffer_is_seen():

@@ -90,7 +90,6 @@ class Requantize(Structure):
         ("multiplier", c_void_p), ("shift", c_void_p), ("offset", c_void_p),
         *((name, c_int32) for name in ("lift", "low", "high")),
     )  # fmt: skip
-    kept: tuple[Any, ...]  # what it points to
 
 
 class IntegerLinear(Linear):
@@ -116,7 +115,6 @@ class Rows(Structure):
         *((name, c_void_p) for name in ("columns", "added", "shift")),
         ("kind", c_int32), ("zero", c_int32),
     )  # fmt: skip
-    kept: tuple[Any, ...]  # what it points to
 
 
 class IntegerAttention(Structure):
@@ -125,7 +123,6 @@ class IntegerAttention(Structure):
     _fields_ = (
         ("multiplier", c_void_p), ("shift", c_void_p), ("output", Requantize), ("lift", c_int32), ("dynamic", c_int32),
     )  # fmt: skip
-    kept: tuple[Any, ...]  # what it points to
 
 
 class IntegerBlock(Structure):
@@ -137,7 +134,6 @@ class IntegerBlock(Structure):
         *((name, Rows) for name in ("rows1", "attended_rows", "rows2", "hidden_rows")),
         ("attention", IntegerAttention), ("table", c_void_p), ("activation", Requantize),
     )  # fmt: skip
-    kept: tuple[Any, ...]  # what it points to
 
 
 class IntegerModel(Structure):
@@ -152,7 +148,6 @@ class IntegerModel(Structure):
         )),
         ("norm", IntegerNorm), ("rows", Rows),
     )  # fmt: skip
-    kept: tuple[Any, ...]  # what it points to
 
 
 SIGNATURES: dict[str, tuple[Any, ...]] = {
