@@ -14,7 +14,7 @@ from torch.nn.modules import module as hooks_of_all
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.integer.attention import MEAN_FRACTION, ROW_SHIFT
 from fairseq.modules.quantization.integer.checked import is_checked
-from fairseq.modules.quantization.integer.dyadic import Requantize
+from fairseq.modules.quantization.integer.dyadic import Requantize, round_shift
 from fairseq.modules.quantization.integer.normalization import UNIT_BITS
 from fairseq.modules.quantization.integer.piecewise import INPUT_BITS
 from fairseq.modules.quantization.integer.rows import HALF, LARGEST
@@ -121,6 +121,20 @@ class NativeViT:
             self._array(F.pad(offset, padding), torch.int64), lift, -half, half - 1,
         )  # fmt: skip
 
+    def _requantize_lines(self, by: Requantize, columns: int, values: Tensor, gains: Tensor) -> structures.Requantize32:
+        """Constants for what the lines of an activation give; empty ones where 16 or 32 bits have no room for that."""
+        multiplier, shift = (t.to(torch.int64).expand(columns) for t in (by.multiplier, by.shift))
+        offset = torch.zeros_like(shift) if by.offset is None else by.offset.expand(columns)
+        offset = offset + ((torch.ones_like(shift) << shift) >> 1)
+        lines = torch.stack((values, values + round_shift(gains * 255, 8)))  # the ends of each: it is straight in between
+        reach = int(lines.abs().max())
+        whole = reach < 2**15 and int(values[0]) == 0 and int(shift.max()) < HIGH and int(offset.abs().max()) < 2**31
+        if not whole or bool((reach * multiplier.abs() + offset.abs() >= 2**31).any()):
+            return structures.Requantize32()
+        padding, half = (0, -columns % WIDTH + WIDTH), 2 ** (by.bits - 1)
+        arrays = (self._array(F.pad(t, padding), torch.int32) for t in (multiplier, offset, shift))
+        return structures.Requantize32(*arrays, -half, half - 1)
+
     def _linear(self, layer: IntegerLinear, name: str, scale: int | None = None) -> structures.IntegerLinear:
         scale = scale or (LARGEST_SCALE if self.dynamic else 1)
         outputs, inputs = layer.weight.shape
@@ -177,10 +191,14 @@ class NativeViT:
         return structures.IntegerBlock(
             *linears, self._norm(block.norm1, f"{name}, norm1"), self._norm(block.norm2, f"{name}, norm2"), *rows,
             self._attention(block.attention, size, f"{name}, attention"),
-            self._array((values & 0xFFFF) | gains << 16, torch.int32),
+            structures.Lines(
+                self._array((values & 0xFFFF) | gains << 16, torch.int32), self._array(values, torch.int16),
+                self._array(gains, torch.int16),
+            ),
             self._requantize(
                 _first(block.activation.output), len(block.fc1.weight), 2 ** (INPUT_BITS - 1), 1, f"{name}, activation"
             ),
+            self._requantize_lines(_first(block.activation.output), len(block.fc1.weight), values, gains),
         )  # fmt: skip
 
 

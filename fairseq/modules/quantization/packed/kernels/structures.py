@@ -92,6 +92,21 @@ class Requantize(Structure):
     )  # fmt: skip
 
 
+class Requantize32(Structure):
+    """The same for 32 bits, as ``struct Requantize32`` of csrc/api.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("multiplier", "offset", "shift")),
+        *((name, c_int32) for name in ("low", "high")),
+    )  # fmt: skip
+
+
+class Lines(Structure):
+    """The pieces of an activation, as ``struct Lines`` of csrc/api.h."""
+
+    _fields_ = (("both", c_void_p), ("values", c_void_p), ("gains", c_void_p))
+
+
 class IntegerLinear(Linear):
     """A Linear of integers alone, as ``struct IntegerLinear`` of csrc/api.h."""
 
@@ -132,7 +147,7 @@ class IntegerBlock(Structure):
         *((name, IntegerLinear) for name in ("query", "key", "value", "output", "fc1", "fc2")),
         *((name, IntegerNorm) for name in ("norm1", "norm2")),
         *((name, Rows) for name in ("rows1", "attended_rows", "rows2", "hidden_rows")),
-        ("attention", IntegerAttention), ("table", c_void_p), ("activation", Requantize),
+        ("attention", IntegerAttention), ("lines", Lines), ("activation", Requantize), ("activation32", Requantize32),
     )  # fmt: skip
 
 

@@ -80,6 +80,12 @@ struct Requantize {
   int32_t lift, low, high;
 };
 
+// The same of integers for which 32 bits have room: y = clamp((x * multiplier + offset) >> shift, low, high).
+struct Requantize32 {
+  const int32_t *multiplier, *offset, *shift;  // null where there is no room
+  int32_t low, high;
+};
+
 // The product of bytes and the codes of `panels`, requantized; `sums` are of the codes.
 struct IntegerLinear : Linear {
   Requantize output;
@@ -105,13 +111,20 @@ struct IntegerAttention {
   int32_t lift, dynamic;              // dynamic: scales for each token's queries and keys, and each image's values
 };
 
+// An activation at the beginning of each of 256 pieces, and what it gains in it.
+struct Lines {
+  const int32_t* both;               // the one in the lower half, the other in the higher
+  const int16_t *values, *gains;
+};
+
 struct IntegerBlock {
   IntegerLinear query, key, value, output, fc1, fc2;
   IntegerNorm norm1, norm2;
   Rows rows1, attended_rows, rows2, hidden_rows;
   IntegerAttention attention;
-  const int32_t* table;              // (256,): the activation at the beginning of a piece, and 2^16 times what it gains
+  Lines lines;
   Requantize activation;
+  Requantize32 activation32;         // of what `lines` give, which fits 16 bits and begins with 0
 };
 
 struct IntegerModel {

@@ -1,6 +1,8 @@
 // Products of rows and the panels of a Linear, and what is done with their sums.
 #pragma once
 
+#include <type_traits>
+
 #include "api.h"
 #include "panels.h"
 #include "rows.h"
@@ -36,6 +38,12 @@ struct Region {
   int64_t from, to, first, last;
 };
 
+// Whether an epilogue takes two vectors of columns at once.
+template <typename At, typename = void>
+struct InTwos : std::false_type {};
+template <typename At>
+struct InTwos<At, std::void_t<decltype(At::IN_TWOS)>> : std::true_type {};
+
 // y = x @ W.T + bias of a region. Results are taken by epilogue.at(column), for a vector of columns, and what that
 // returns: at(row, y) for each row; beyond the last output y is anything. `coming` is multiplied next, from panel
 // `coming_first` on, or null. What is done with one tile's sums runs in the pauses of the next tile's product, if the
@@ -57,11 +65,22 @@ static inline void multiply_in(const typename Arithmetic::Layer& linear, const R
     ~Both() {}
   } both;
   const auto finish = [&](const Pending& pending, const Tile& tile, const Sum* sums, int64_t from, int64_t to) {
+    if constexpr (InTwos<At>::value) {
+      for (int64_t j = 0; j < PANEL / LANES; j += 2) {
+        const auto first = pending.columns.lanes(LANES * j), second = pending.columns.lanes(LANES * (j + 1));
+        const At at = pending.at[j];
+        for (int64_t i = from; i < to; i++) {
+          const Sum* own_sums = sums + PANEL * i + LANES * j;
+          at(tile.row + i, first(own_sums, x, tile.row + i), second(own_sums + LANES, x, tile.row + i));
+        }
+      }
+    } else {
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < PANEL / LANES; j++) {
-      const auto lanes = pending.columns.lanes(LANES * j);
-      const At at = pending.at[j];
-      for (int64_t i = from; i < to; i++) at(tile.row + i, lanes(sums + PANEL * i + LANES * j, x, tile.row + i));
+      for (int64_t j = 0; j < PANEL / LANES; j++) {
+        const auto lanes = pending.columns.lanes(LANES * j);
+        const At at = pending.at[j];
+        for (int64_t i = from; i < to; i++) at(tile.row + i, lanes(sums + PANEL * i + LANES * j, x, tile.row + i));
+      }
     }
   };
   // Long reductions are cut into chunks, so that a chunk of the panel stays in the first cache while tiles pass.

@@ -82,21 +82,21 @@ static inline void pack_queries_and_keys(const IntegerAttention& attention, cons
   const Rows how = {nullptr, nullptr, nullptr, attention.dynamic ? ROWS_SIGNED : ROWS_BYTES, 0};
   const int64_t multiplier = attention.multiplier[head], inner = heads.heads * heads.size;
   for (int64_t token = 0; token < heads.tokens; token++, parts += stride) {
+    for (int64_t part = 0; part < 3; part++)  // written by another core, and a page further each
+      for (int64_t column = 0; column < heads.size; column += ALIGNMENT / 2)
+        __builtin_prefetch(parts + 12 * stride + part * inner + column);
     const int64_t first = token / Isa::ROWS * Isa::ROWS, rows = heads.tile_rows(first);
     const int64_t m = integer_row(how, parts, heads.size, heads.query(image, head, first), token - first, rows);
     heads.query_scales(image, head)[token] = (int32_t)(attention.dynamic ? (m * multiplier + (1 << 15)) >> 16 : multiplier);
     uint32_t* const to = (uint32_t*)heads.key(image, head) + token / PANEL * heads.key_steps * PANEL + token % PANEL;
-    Words sums = {};
-    int64_t steps = 0;
-    const int32_t own = integer_row(how, parts + inner, heads.size, [&](int64_t i, Ints bytes, auto left) {
-      const Words key = (Words)keep(bytes, left);  // zeros beyond the last column
-      sums += key;
-      uint32_t fours[LANES / 4];
-      store((uint8_t*)fours, low_bytes(key), All());
-      for (int64_t step = 0; step < LANES / 4; step++) to[(i / 4 + step) * PANEL] = fours[step];
-      steps = (i + LANES) / 4;
+    Pairs16 sums = {};  // of at most 256 columns
+    const int32_t own = integer_row(how, parts + inner, heads.size, [&](int64_t i, Pairs16 bytes) {  // zeros become zeros
+      sums += bytes;
+      uint32_t fours[2 * LANES / 4];
+      store((uint8_t*)fours, low_bytes(bytes), All());
+      for (int64_t step = 0; step < least(2 * LANES / 4, heads.key_steps - i / 4); step++) to[(i / 4 + step) * PANEL] = fours[step];
     });
-    for (; steps < heads.key_steps; steps++) to[steps * PANEL] = 0;
+    for (int64_t step = divide_up(heads.size, 2 * LANES) * 2 * LANES / 4; step < heads.key_steps; step++) to[step * PANEL] = 0;
     heads.key_scales(image, head)[token] = attention.dynamic ? own : STATIC_KEY_SCALE;
     heads.key_sums(image, head)[token] = Isa::OFFSET * sum(sums);
   }
@@ -107,36 +107,42 @@ static inline void pack_queries_and_keys(const IntegerAttention& attention, cons
 // Bytes of the values of a head, with one scale, their sums and means by column.
 static inline void pack_values(const IntegerAttention& attention, const ByteHeads& heads, int64_t image, int64_t head,
                                const int16_t* values, int64_t stride) {
-  int32_t m = 1, r = 0;
+  const int64_t lanes = 2 * LANES, tokens = heads.tokens;
+  int32_t m = 1;
   if (attention.dynamic) {
     Extent extent;
-    for (int64_t token = 0; token < heads.tokens; token++) extent.take(values + token * stride, heads.size);
+    for (int64_t token = 0; token < tokens; token++) extent.take(values + token * stride, heads.size);
     m = (int32_t)most(1, extent.magnitude());
-    r = (127 << 23) / m;
   }
   heads.value_scale(image, head) = m;
-  const auto byte = [&](int64_t token, int64_t column) -> Ints {
-    if (token >= heads.tokens) return Ints{};
-    const Ints x = wide(load<Shorts>(values + token * stride + column, heads.size - column));
-    return r ? (x * r + (1 << 22)) >> 23 : x;
-  };
-  uint8_t* const to = heads.value(image, head);
-  for (int64_t column = 0; column < heads.padded_size; column += LANES) {
-    int32_t* const own = (int32_t*)(to + (column / PANEL * heads.value_steps * PANEL + column % PANEL) * 4);
-    Ints sums = {};
+  const ToBytes to_bytes(m, true);
+  for (int64_t column = 0; column < heads.padded_size; column += lanes) {
+    uint8_t* const to = heads.value(image, head) + (column / PANEL * heads.value_steps * PANEL + column % PANEL) * 4;
+    const int64_t left = least(lanes, heads.size - column);
+    Ints even = {}, odd = {};  // sums
     for (int64_t step = 0; step < heads.value_steps; step++) {
-      Ints four = {};
-      for (int64_t k = 0; k < 4 && column < heads.size; k++) {
-        const Ints x = byte(4 * step + k, column);
-        sums += x;
-        four |= (x & 255) << (8 * (int)k);
+      Pairs16 four[4] = {};
+      for (int64_t k = 0; k < least(4, tokens - 4 * step); k++) {
+        if (left <= 0) continue;
+        const int16_t* from = values + (4 * step + k) * stride + column;
+        Pairs16 x = {};
+        if (left == lanes) x = load<Pairs16>(from);
+        else memcpy(&x, from, left * sizeof(*from));
+        four[k] = attention.dynamic ? to_bytes(x) : x;
       }
-      store(own + step * PANEL, four);
+      const Pairs16 sums = four[0] + four[1] + four[2] + four[3];
+      even += even_pairs(sums);
+      odd += odd_pairs(sums);
+      const Pairs16 first = (four[0] & 255) | four[1] << 8, second = (four[2] & 255) | four[3] << 8;
+      store_fours(first, second, to + step * PANEL * 4);
     }
-    store(heads.value_sums(image, head) + column, sums);
-    for (int64_t j = 0; j < LANES; j++)
-      heads.value_means(image, head)[column + j] =
-          (int32_t)divide_down((int64_t)sums[j] * 512 + heads.tokens, 2 * heads.tokens);
+    int32_t* const sums = heads.value_sums(image, head) + column;
+    for (int64_t j = 0; j < LANES; j++) {
+      sums[2 * j] = even[j];
+      sums[2 * j + 1] = odd[j];
+    }
+    for (int64_t j = 0; j < lanes; j++)
+      heads.value_means(image, head)[column + j] = (int32_t)divide_down((int64_t)sums[j] * 512 + tokens, 2 * tokens);
   }
 }
 
@@ -170,9 +176,7 @@ static inline void integer_scores(const IntegerAttention& attention, const ByteH
         const Ints both = scales * heads.query_scales(image, head)[first + i];
         Ints u = high_halves(times((Longs)s, (Longs)both) + half, times(odd_lanes(s), odd_lanes(both)) + half) >> shift;
         u = between(u, -SCORE_LIMIT, SCORE_LIMIT);
-        if (token + LANES > heads.tokens)
-          for (int64_t lane = 0; lane < LANES; lane++)
-            if (token + lane >= heads.tokens) u[lane] = -SCORE_LIMIT - 1;
+        if (token + LANES > heads.tokens) u = lane_numbers() < (int32_t)(heads.tokens - token) ? u : ints(-SCORE_LIMIT - 1);
         highest[i] = larger(highest[i], u);
         store((int32_t*)own.scores + i * stride + token, u);
       }
@@ -277,7 +281,7 @@ static void integer_block(const IntegerModel& model, const IntegerBlock& block, 
     const int64_t from = tiles * s / slices, to = tiles * (s + 1) / slices, mlp = model.mlp;
     int16_t* const activated = shared.activated - shared.tiles[from].row * mlp;  // so that rows count from the first of the chunk
     normed_bytes(block.fc1, block.norm2, block.rows2, width, shared, own, crew, from, to);
-    run(block.fc1, shared, own, crew, from, to, &block.fc2, IntegerActivated{block.table, block.activation, activated, mlp, mlp});
+    run(block.fc1, shared, own, crew, from, to, &block.fc2, IntegerActivated{block.lines, block.activation, block.activation32, activated, mlp, mlp});
     bytes_of_rows(block.fc2, block.hidden_rows, shared, own, crew, from, to, STAGE_QUANTIZE,
                   [&](int64_t row, int16_t*) { return activated + row * mlp; });
     run(block.fc2, shared, own, crew, from, to, s + 1 < slices ? &block.fc1 : following, IntegerAdded{shared.stream, width});
