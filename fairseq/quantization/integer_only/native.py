@@ -126,7 +126,9 @@ class NativeViT:
         multiplier, shift = (t.to(torch.int64).expand(columns) for t in (by.multiplier, by.shift))
         offset = torch.zeros_like(shift) if by.offset is None else by.offset.expand(columns)
         offset = offset + ((torch.ones_like(shift) << shift) >> 1)
-        lines = torch.stack((values, values + round_shift(gains * 255, 8)))  # the ends of each: it is straight in between
+        lines = torch.stack(
+            (values, values + round_shift(gains * 255, 8))
+        )  # the ends of each: it is straight in between
         reach = int(lines.abs().max())
         whole = reach < 2**15 and int(values[0]) == 0 and int(shift.max()) < HIGH and int(offset.abs().max()) < 2**31
         if not whole or bool((reach * multiplier.abs() + offset.abs() >= 2**31).any()):

@@ -177,6 +177,23 @@ def test_columns_that_are_constant_stay_native():
     assert torch.equal(native_logits(model, pixels), reference(model, pixels))
 
 
+@pytest.mark.parametrize("level", native.levels())
+def test_activations_beyond_their_table_and_in_64_bits(level, monkeypatch):
+    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_LEVEL", level)
+    model = build("odd")
+    pixels = extremes(model)
+    first, second = (block.activation for block in model.blocks)
+    model.blocks[0].fc1.output.shift -= 4  # some inputs are beyond the table, on both sides
+    second.entries[0, 0] = 1  # which must be 0, and is taken for what lies before the table
+    kernels = NativeViT(model)
+    assert [bool(kernels.model.blocks[i].contents.activation32.multiplier) for i in range(2)] == [True, False]
+    assert torch.equal(kernels(pixels), reference(model, pixels))
+    first.entries[1, 255] = 2**14  # the last line leaves 16 bits
+    kernels = NativeViT(model)
+    assert not kernels.model.blocks[0].contents.activation32.multiplier
+    assert torch.equal(kernels(pixels), reference(model, pixels))
+
+
 def test_blocks_of_different_sizes_run_on_the_reference():
     model, other = build("small"), build("odd")
     pixels = extremes(model)

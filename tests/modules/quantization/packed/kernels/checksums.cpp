@@ -333,7 +333,9 @@ struct IntegerParts {
   static const int64_t width = 40, heads = 2, size = 20, mlp = 100, tokens = 26, classes = 9, spread = 3;
   std::vector<Layer> layers;
   std::vector<Constants> constants;
-  std::vector<int32_t> table, positions, columns, added, shift, multipliers, shifts;
+  std::vector<int16_t> values, gains;
+  std::vector<int32_t> lines, multiplier32, offset32, shift32, multiplier, shift0, positions, columns, added, shift, multipliers, shifts;
+  std::vector<int64_t> offset;
   IntegerBlock block = {}, other = {};
   const IntegerBlock* blocks[2] = {&block, &other};
   IntegerModel model = {};
@@ -353,7 +355,19 @@ struct IntegerParts {
       layer.centre = centre;
       return layer;
     };
-    for (int i = 0; i < 256; i++) table.push_back((int32_t)((uint32_t)(random.below(8000)) | (uint32_t)(random.below(400) - 200) << 16));
+    for (int i = 0; i < 256; i++) {
+      values.push_back((int16_t)(i ? random.below(8000) : 0));
+      gains.push_back((int16_t)(random.below(400) - 200));
+      lines.push_back((int32_t)((uint16_t)values.back() | (uint32_t)gains.back() << 16));
+    }
+    for (int64_t i = 0; i < divide_up(mlp, PANEL) * PANEL + PANEL; i++) {  // the same in 32 bits and in 64
+      shift32.push_back((int32_t)(17 + random.below(4)));
+      multiplier32.push_back((int32_t)(32768 + random.below(32768)));
+      offset32.push_back((int32_t)(random.below(1 << 20) - (1 << 19)));
+      multiplier.push_back(multiplier32.back() << (32 - shift32.back()));
+      offset.push_back((int64_t)offset32.back() * ((int64_t)1 << (32 - shift32.back())));
+      shift0.push_back(0);
+    }
     for (int64_t i = 0; i < tokens * width; i++) positions.push_back((int32_t)random.below(1 << 20) - (1 << 19));
     for (int64_t i = 0; i < width + spread; i++) {
       columns.push_back((int32_t)(i < width ? i : 5));
@@ -380,8 +394,9 @@ struct IntegerParts {
       one->fc1 = linear(width, mlp, dynamic, 15, 24, 0);
       one->fc2 = linear(mlp, width, dynamic, 18, 22, dynamic ? 128 : 0);
       one->attention = {multipliers.data(), shifts.data(), requantize(heads * size, 19, dynamic, narrow - 1, narrow), 10, dynamic};
-      one->table = table.data();
-      one->activation = requantize(mlp, 16, false, narrow - 1, narrow);
+      one->lines = {lines.data(), values.data(), gains.data()};
+      one->activation = {multiplier.data(), shift0.data(), offset.data(), 0, -(1 << (narrow - 1)), (1 << (narrow - 1)) - 1};
+      if (one == &block) one->activation32 = {multiplier32.data(), offset32.data(), shift32.data(), one->activation.low, one->activation.high};
     }
     model.patches = linear(3 * 16, width, false, 18, 22, 0);
     model.classifier = linear(width, classes, dynamic, 20, 24, 0);

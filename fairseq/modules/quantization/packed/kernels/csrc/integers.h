@@ -266,12 +266,12 @@ struct Extent {
 
 // The lowest byte of each, plus what makes bytes of them, to a row of a tile, from `to` on; the last group is written whole.
 static inline void put(Pairs16 integers, uint8_t* to, int64_t rows, int64_t column, int64_t count) {
+  static_assert(2 * LANES <= Isa::GROUP || Isa::GROUP == 16, "they are whole groups, or within one");
   const PairBytes low = low_bytes(integers + (int16_t)Isa::OFFSET);
   if constexpr (2 * LANES <= Isa::GROUP) {
     store(to + column / Isa::GROUP * Isa::GROUP * rows + column % Isa::GROUP, low, All());
   } else {
     typedef uint8_t Group __attribute__((vector_size(16)));
-    static_assert(Isa::GROUP == 16, "the shuffles are of 16 bytes");
     to += column * rows;
     Group groups[2 * LANES / 16];
     memcpy(groups, &low, sizeof(low));
