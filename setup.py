@@ -29,7 +29,7 @@ KERNELS = Path("fairseq", "modules", "quantization", "packed", "kernels")
 COMPILE = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi"]
 OPENMP = ["-fopenmp"]
 AVX2 = ["-mavx2", "-mfma"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-Wno-maybe-uninitialized"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-Wno-uninitialized"]
 # The last one: gcc 12 warns of its own header.
 NEON = "-march=armv8.2-a+dotprod"
 UNSCHEDULED = "-fno-schedule-insns"  # gcc takes all loads to the front of a loop, whose sums then lack registers
