@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed import PackedLinear, kernels
-from fairseq.modules.quantization.packed.kernels import functional, native, operators
+from fairseq.modules.quantization.packed.kernels import functional, native_calls, operators
 from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.engine import ahead
 from fairseq.quantization.engine.calls import HARMLESS
@@ -99,7 +99,7 @@ class FusedBlock(nn.Module):
         if not plan.plain:
             return False
         layers = [cast(PackedLinear, self.get_submodule(path)) for path in plan.layers]
-        if any(layer.config.activations is None for layer in layers) and native.attention_is_exact():
+        if any(layer.config.activations is None for layer in layers) and native_calls.attention_is_exact():
             return False
         attention = cast(Any, self.get_submodule(plan.attention))
         set_as_planned = heads_and_scaling(attention, layers[0].out_features) == (plan.heads, plan.scaling)

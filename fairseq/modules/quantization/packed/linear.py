@@ -11,7 +11,7 @@ from fairseq.modules.quantization.context import default_device, plain_context
 from fairseq.modules.quantization.packed import kernels
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.packed.gradient import StraightThrough
-from fairseq.modules.quantization.packed.kernels import functional, memory, native, operators
+from fairseq.modules.quantization.packed.kernels import functional, library, memory, native, native_calls, operators
 from fairseq.modules.quantization.packed.state import PackedState
 from fairseq.modules.quantization.packed.weight import check_integers, to_codes
 from fairseq.modules.quantization.scalar.modules.replace import reason_not_quantizable
@@ -191,7 +191,7 @@ class PackedLinear(PackedState):
     def _kernels(self) -> kernels.Kernels:
         natively = self.weight_codes.ndim == 3
         if natively and self.config.activations is None:
-            natively = not native.attention_is_exact()
+            natively = not native_calls.attention_is_exact()
         return kernels.choose(self.scale.device, self.config.backend, natively)
 
     def _run(self, input: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class PackedLinear(PackedState):
             y = operators.native_linear(rows, self.parts(), self.sizes())
         else:
             prepared = self.prepared()  # kept alive by this name, whatever other threads do
-            y = native.run_linear(prepared.linear, rows, native.level_number())
+            y = native_calls.run_linear(prepared.linear, rows, native.level_number())
         return y.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -226,7 +226,7 @@ def use_native(layers: Iterable[PackedLinear], use: bool = True) -> None:
     twins: dict[int, list[PackedLinear]] = {}
     for layer in layers:
         if use and (reason := layer.reason_not_native()):
-            kind = RuntimeError if reason == native.NOT_BUILT else ValueError
+            kind = RuntimeError if reason == library.NOT_BUILT else ValueError
             raise kind(f"the native kernels cannot run {layer.name}: {reason}")
         twins.setdefault(id(layer.weight_codes), []).append(layer)
     for first, *others in twins.values():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import library, native
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 
 
@@ -32,7 +32,7 @@ def test_it_is_that_of_the_emulated_layer(layout, activations, factor):
     packed, emulated = twins(LinearConfig(4, "channel", activations=activations), by)
     if layout == "native":
         if not native.levels():
-            pytest.skip(native.NOT_BUILT)
+            pytest.skip(library.NOT_BUILT)
         packed.use_native()
         assert packed.panels is not None
     x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(2))

@@ -18,7 +18,7 @@ from torch import Tensor
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed.config import BACKENDS, LinearConfig
 from fairseq.modules.quantization.packed.input_grid import InputGrid, correction
-from fairseq.modules.quantization.packed.kernels import cpu, cuda, functional, native, reference
+from fairseq.modules.quantization.packed.kernels import cpu, cuda, functional, library, native, native_calls, reference
 from fairseq.modules.quantization.packed.kernels.triton import linear as triton
 from fairseq.modules.quantization.packed.kernels.triton.support import reason_not_on
 from fairseq.modules.quantization.packed.weight import PackedWeight, pack_codes, to_codes
@@ -127,11 +127,11 @@ def runs_native(backend: str) -> bool:
 def reason_not_native(config: LinearConfig, scale: torch.dtype) -> str | None:
     """Why the native kernels cannot run a layer with these settings and that dtype of its scale; None if they can."""
     if not native.levels():
-        return native.NOT_BUILT
+        return library.NOT_BUILT
     if not runs_native(config.backend):
         return f"backend={config.backend!r}, or what {ENVIRONMENT} says"
-    if config.activations is None and native.attention_is_exact():
-        return f"activations=None: its products are of bfloat16, which {native.ATTENTION}=float32 rules out"
+    if config.activations is None and native_calls.attention_is_exact():
+        return f"activations=None: its products are of bfloat16, which {native_calls.ATTENTION}=float32 rules out"
     if config.activation_bits != 8:
         return f"activation_bits={config.activation_bits}"
     if config.group_size is not None:
