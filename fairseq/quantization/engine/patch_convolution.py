@@ -36,7 +36,7 @@ class PatchConvolution(nn.Conv2d):
         tensors = [tensor for tensor in (input, self.weight, self.bias) if tensor is not None]
         if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
             return False
-        if not torch.compiler.is_compiling() and not all(map(_plain, tensors)):
+        if not functional.plain(*tensors) or any(map(_has_tangent, tensors)):
             return False
         if input.ndim != 4 or input.shape[1] != self.in_channels or torch.is_autocast_enabled("cpu"):
             return False
@@ -51,11 +51,9 @@ class PatchConvolution(nn.Conv2d):
         return super()._apply(fn, recurse)
 
 
-def _plain(tensor: Tensor) -> bool:
-    """Whether it is numbers alone: no fake tensor, none that is batched or derived, none with a tangent."""
-    if type(tensor) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return False
-    return forward_ad.unpack_dual(tensor).tangent is None
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether it is differentiated forwards."""
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _run(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from fairseq.modules.quantization.integer.piecewise import INPUT_BITS
 from fairseq.modules.quantization.integer.rows import HALF, LARGEST
 from fairseq.modules.quantization.packed.kernels import (
     ENVIRONMENT,
+    functional,
     library,
     memory,
     native,
@@ -319,11 +320,9 @@ def native_pixels(pixel_values: Tensor, start: Tensor, step: Tensor) -> Tensor |
 
 def _runs_here(x: Tensor) -> bool:
     """Whether ``x`` is of the CPU, there is a library that may run, and nothing records or watches operations."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor or x.is_neg():
+    if functional.capturing() or x.device.type != "cpu" or not functional.plain(x):
         return False
-    transformed = torch._C._functorch.maybe_current_level() is not None  # vmap, jvp, functionalize
-    recorded = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
-    return not transformed and not recorded and runs_native("auto") and bool(native.levels())
+    return not functional.recording() and runs_native("auto") and bool(native.levels())
 
 
 def reason_not_native(model: Any) -> str | None:

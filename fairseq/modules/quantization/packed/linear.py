@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.context import default_device, plain_context
 from fairseq.modules.quantization.packed import kernels
 from fairseq.modules.quantization.packed.config import LinearConfig
-from fairseq.modules.quantization.packed.gradient import StraightThrough
+from fairseq.modules.quantization.packed.gradient import StraightThrough, transformed
 from fairseq.modules.quantization.packed.kernels import functional, library, memory, native, native_calls, operators
 from fairseq.modules.quantization.packed.state import PackedState
 from fairseq.modules.quantization.packed.weight import check_integers, to_codes
@@ -183,7 +183,11 @@ class PackedLinear(PackedState):
             )
         if functional.capturing():  # detached in any grad mode: a graph recorded in one is that of the other
             return self._run(input.detach())
-        if torch.is_grad_enabled() and input.requires_grad:
+        derived = transformed(input)
+        if derived and any(map(torch._C._functorch.is_functorch_wrapped_tensor, self.buffers())):
+            parts = "integers, scales and bias"
+            raise RuntimeError(f"torch.func can transform the input of {self.name}, but not its {parts}")
+        if derived or (torch.is_grad_enabled() and input.requires_grad):
             result: Tensor = StraightThrough.apply(input, self)
             return result
         return self._run(input)
@@ -196,7 +200,7 @@ class PackedLinear(PackedState):
 
     def _run(self, input: Tensor) -> Tensor:
         chosen = self._kernels()
-        if chosen.name == "native" and not functional.recording():
+        if chosen.name == "native" and not functional.recording() and functional.plain(input, self.weight_codes):
             return self._run_native(input)
         if self.input_factor is not None:
             input = input * self.input_factor.to(input.dtype)

@@ -8,7 +8,6 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -161,12 +160,7 @@ def _disagreement(name: str, device: str) -> str | None:
     key = (name, device)
     if key in _checked or torch.onnx.is_in_onnx_export():  # in ONNX the products of all kernels are the same
         return _checked.get(key)
-    if functional.capturing():  # only in this thread: in another nothing is recorded, and numbers are numbers
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(_check, *key).result()
-    if type(torch.empty(0)) is not Tensor:  # FakeTensorMode and the like compute nothing that could be compared
-        return None
-    return _check(*key)
+    return functional.aside(_check, *key)
 
 
 # Dynamo calls it and takes what it returns, instead of recording its operations. It is what

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.context import plain_context
-from fairseq.modules.quantization.packed.kernels import arguments, library, native_calls
+from fairseq.modules.quantization.packed.kernels import arguments, functional, library, native_calls
 from fairseq.modules.quantization.packed.panels import sums_of, to_panels
 from fairseq.modules.quantization.packed.weight import code_offset
 from fairseq.modules.quantization.scalar.tokens import quantize_tokens
@@ -31,7 +31,7 @@ def level_names() -> tuple[str, ...]:
 def levels() -> tuple[str, ...]:
     """The instruction sets that run here and agree with the reference, the slowest first; empty without the library."""
     here = [level for level in range(len(level_names())) if library.loaded().fairseq_supports(level)]
-    wrong = {level: problem for level in here if (problem := _disagreement(level))}
+    wrong = {level: problem for level in here if (problem := functional.aside(_disagreement, level))}
     for level, problem in wrong.items():
         warnings.warn(f"the native kernels for {level_names()[level]} are not used: {problem}", stacklevel=2)
     return tuple(level_names()[level] for level in here if level not in wrong)
