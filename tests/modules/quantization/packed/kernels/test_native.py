@@ -40,14 +40,9 @@ EPS = eps(torch.float32)
 
 
 @pytest.fixture(autouse=True)
-def two_threads(request):
-    """Whatever the number of processors: some errors need a second thread."""
+def needs_levels(request, two_threads):
     if not LEVELS and "built" not in request.node.name:
         pytest.skip("no native kernels: there was no C++ compiler when the library was installed")
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def generator(seed):

@@ -16,16 +16,7 @@ LEVELS = [native.level_number(name) for name in native.levels()]
 each_level = pytest.mark.parametrize("level", LEVELS, ids=lambda level: native.level_names()[level])
 INF, NAN = float("inf"), float("nan")
 
-pytestmark = pytest.mark.skipif(not LEVELS, reason=library.NOT_BUILT)
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    """Whatever the number of processors: some errors need a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.skipif(not LEVELS, reason=library.NOT_BUILT), pytest.mark.usefixtures("two_threads")]
 
 
 def generator(seed):
