@@ -39,6 +39,15 @@ def device(request):
 
 
 @pytest.fixture
+def two_threads():
+    """Whatever the number of processors: some errors need a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def exact_int_mm(monkeypatch):
     """torch._int_mm is exact: this processor's own if it is, else one in float64; so what is built on it is tested.
 

@@ -5,7 +5,7 @@ import contextlib
 import families
 import torch
 
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import native_calls
 from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.architectures.forward import call, picture_inputs
 from fairseq.quantization.engine import reference_block
@@ -81,11 +81,11 @@ def first(output):
 
 def count_native(monkeypatch):
     """How many fused blocks have run natively, in a list of one number."""
-    calls, run = [0], native.run_blocks
+    calls, run = [0], native_calls.run_blocks
 
     def counted(*args, **kwargs):
         calls[0] += len(args[0])
         return run(*args, **kwargs)
 
-    monkeypatch.setattr(native, "run_blocks", counted)
+    monkeypatch.setattr(native_calls, "run_blocks", counted)
     return calls

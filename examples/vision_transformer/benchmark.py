@@ -67,7 +67,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification
 
-from fairseq.modules.quantization.packed.kernels import native, structures
+from fairseq.modules.quantization.packed.kernels import library, native, structures
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
 NAMES = ["bfloat16", *SETTINGS]
@@ -156,7 +156,7 @@ def measure_profile(model: nn.Module, batch: int, rounds: int) -> dict[str, floa
     pixel_values, profiles = noise(model, batch), []
     for _ in range(rounds + 1):  # the first does not count
         started = time.perf_counter()
-        with native.profile() as seconds:
+        with library.profile() as seconds:
             logits(model, pixel_values)
         elapsed = time.perf_counter() - started
         by_operation = {stage: 1000 * value / torch.get_num_threads() for stage, value in seconds.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import native, native_calls
 
 PRODUCTS = [(2048, 2048, 2048), (8 * 197, 768, 3072)]  # rows, inputs, outputs; the second is of a ViT-Base
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -70,7 +70,7 @@ def products(rows: int, inputs: int, outputs: int) -> dict[str, Callable[[], Any
     if native.levels():
         layer = PackedLinear.from_float(nn.Linear(inputs, outputs), LinearConfig(8, "channel", backend="native"))
         x, linear, level = torch.randn(rows, inputs), layer.prepared().linear, native.level_number()
-        found["native layer"] = lambda: native.run_linear(linear, x, level)
+        found["native layer"] = lambda: native_calls.run_linear(linear, x, level)
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.modules.quantization.packed.kernels import native, structures
+from fairseq.modules.quantization.packed.kernels import library, native, structures
 from fairseq.quantization.engine.fused_block import FusedBlock
 
 FOLDER = Path(__file__).parents[2] / "examples" / "vision_transformer"
@@ -173,7 +173,7 @@ def test_the_profile(benchmark_script, model, tmp_path):
     assert f"{1000 * least:.2f} ms" in lines[12]
 
 
-@pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
+@pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 def test_a_layer_that_is_faster_is_the_peak(benchmark_script, model, tmp_path):
     file = tmp_path / "result.json"
     arguments = ["--model", model, "--rounds", 1, "--batch", 2, "--configs", EIGHT, "--profile", "--json", file]
@@ -336,7 +336,7 @@ def test_mistakes_are_one_line(benchmark_script, arguments, message):
 
 def test_an_instruction_set_that_does_not_run_is_one_line(benchmark_script, monkeypatch):
     if not native.levels():
-        pytest.skip(native.NOT_BUILT)
+        pytest.skip(library.NOT_BUILT)
     monkeypatch.setenv(native.ENVIRONMENT, "sse9")
     code, _, err = benchmark_script("--size", "tiny")
     assert code == 2

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fairseq.modules.quantization.packed.kernels import functional, native
+from fairseq.modules.quantization.packed.kernels import functional, native, native_calls
 from fairseq.quantization.engine.native_block import NativeBlock
 from fairseq.quantization.engine.spec import Call
 from fairseq.quantization.engine.watching import any_watched
@@ -131,7 +131,7 @@ def run(block: Any, x: Tensor, call: Call, args: tuple[Any, ...], kwargs: dict[s
         blocks.append(follower)
         natives.append(ready[0])
         calls.append(ready[1])
-    outputs = native.run_blocks(
+    outputs = native_calls.run_blocks(
         [each.block for each in natives], x, [each.translated(c) for each, c in zip(natives, calls)],
         native.level_number(),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import native_calls
 from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.engine import reference_block
@@ -56,7 +56,7 @@ def compare(block: nn.Module, plan: FusedPlan) -> Finding:
     Raises:
         ValueError: what the environment says of attention is nothing that it can say.
     """
-    native.attention_is_exact()
+    native_calls.attention_is_exact()
     key = _configuration(block, plan)
     with _lock:
         found = _checked.get(key)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import arguments, native_calls
 from fairseq.modules.quantization.packed.kernels.triton import norm, product, quantize
 from fairseq.modules.quantization.packed.kernels.triton.codes import byte_codes
 from fairseq.modules.quantization.packed.kernels.triton.quantize import Rows
@@ -65,7 +65,7 @@ class CudaBlock(KnownBlock):
         self.fc1 = _layer(layers["fc1"])
         self.norms = _norm(spec.norm("norm1"), layers["query"]), _norm(spec.norm("norm2"), layers["fc1"])
         copied = (t for layer in (*layers.values(), block) for t in (*layer.buffers(), *layer.parameters()))
-        self.versions = [(tensor, native.version(tensor)) for tensor in {id(t): t for t in copied}.values()]
+        self.versions = [(tensor, arguments.version(tensor)) for tensor in {id(t): t for t in copied}.values()]
 
     def call(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """What a call of the block gives besides hidden states; None if only the layers can run it.
@@ -79,7 +79,7 @@ class CudaBlock(KnownBlock):
 
     def run(self, x: Tensor, call: Call) -> Tensor:
         """Hidden states, float32, bfloat16 or float16 (images, tokens, width) -> the block's output."""
-        narrow = torch.bfloat16 if x.dtype == torch.float32 and not native.attention_is_exact() else x.dtype
+        narrow = torch.bfloat16 if x.dtype == torch.float32 and not native_calls.attention_is_exact() else x.dtype
         hidden = x.contiguous().flatten(0, 1)  # (M, width)
         first = self.projections[0]
         rows = norm.run(hidden, *self.norms[0], first.scale, first.zero_point)

@@ -11,7 +11,7 @@ from torch import nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.config import check_one_of
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import library, native
 from fairseq.modules.quantization.packed.linear import use_native
 from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.architectures.layers import block_of
@@ -80,7 +80,7 @@ def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
     on_gpu = any(buffer.is_cuda for buffer in model.buffers())
     if not native.levels() and not on_gpu:
         if engine == "fused":
-            raise RuntimeError(f"engine='fused' needs the native kernels: {native.NOT_BUILT}")
+            raise RuntimeError(f"engine='fused' needs the native kernels: {library.NOT_BUILT}")
         return {}
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     use_native(layer for layer in packed if layer.reason_not_native() is None)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed import PackedLinear, kernels
-from fairseq.modules.quantization.packed.kernels import functional, native, operators
+from fairseq.modules.quantization.packed.kernels import functional, native_calls, operators
 from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.engine import ahead
 from fairseq.quantization.engine.calls import HARMLESS
@@ -44,14 +44,16 @@ class FusedBlock(nn.Module):
         """(images, tokens, width) and what else the block takes -> what it returns, in the dtype of hidden states."""
         if not args and "hidden_states" in kwargs:
             args = (kwargs.pop("hidden_states"),)
-        if args and isinstance(args[0], Tensor) and args[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        if not args or not isinstance(args[0], Tensor) or not functional.plain(args[0]):
+            return super().forward(*args, **kwargs)
+        if args[0].device.type == "cpu" and not torch.compiler.is_compiling():
             ready = ahead.taken(self, args[0], args[1:], kwargs)
             if ready is not None:
                 return self._returned(ready)
         call = self._call(args, kwargs)
         if call is None:
             return super().forward(*args, **kwargs)
-        x = cast(Tensor, args[0])
+        x = args[0]
         if torch.compiler.is_compiling():
             return self._returned(self._run(x.detach(), call))
         if torch.is_grad_enabled():
@@ -69,9 +71,7 @@ class FusedBlock(nn.Module):
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """What the native block is called with for such arguments; None if only the layers give what is asked for."""
-        if self.training or functional.recording() or not args:
-            return None
-        if not isinstance(args[0], Tensor) or not _fits(args[0]):
+        if self.training or functional.recording() or not _fits(args[0]):
             return None
         on_cpu = args[0].device.type == "cpu"
         if torch.compiler.is_compiling() and not on_cpu:
@@ -99,7 +99,7 @@ class FusedBlock(nn.Module):
         if not plan.plain:
             return False
         layers = [cast(PackedLinear, self.get_submodule(path)) for path in plan.layers]
-        if any(layer.config.activations is None for layer in layers) and native.attention_is_exact():
+        if any(layer.config.activations is None for layer in layers) and native_calls.attention_is_exact():
             return False
         attention = cast(Any, self.get_submodule(plan.attention))
         set_as_planned = heads_and_scaling(attention, layers[0].out_features) == (plan.heads, plan.scaling)

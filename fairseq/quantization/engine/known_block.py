@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import arguments
 from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.engine.calls import Calls
 from fairseq.quantization.engine.plan import EACH_CALL, FusedPlan, attention_function, settings_of, unfused_class
@@ -53,7 +53,7 @@ class KnownBlock:
         found = {id(thing): thing for *_, things in self.seen for thing in things if isinstance(thing, Tensor)}
         self.addressed = list(found.values())
         self.pointers = list(map(Tensor.data_ptr, self.addressed))
-        self.versions = [(tensor, native.version(tensor)) for tensor in _copied(block, spec)]
+        self.versions = [(tensor, arguments.version(tensor)) for tensor in _copied(block, spec)]
 
     def call(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """What a call of the block gives besides hidden states; None if only the layers can run it."""
@@ -83,7 +83,7 @@ class KnownBlock:
         if attention_function(self.attention) != self.attention_function:
             return False
         return self.pointers == list(map(Tensor.data_ptr, self.addressed)) and all(
-            native.version(tensor) == number for tensor, number in self.versions
+            arguments.version(tensor) == number for tensor, number in self.versions
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.modules.quantization.packed.kernels import native, structures
+from fairseq.modules.quantization.packed.kernels import arguments, native, native_calls, structures
 from fairseq.quantization.engine.known_block import KnownBlock
 from fairseq.quantization.engine.plan import FusedPlan
 from fairseq.quantization.engine.spec import NORMS, BlockSpec, Call
@@ -38,29 +38,29 @@ class NativeBlock(KnownBlock):
 
     def call(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """What a call of the block gives besides hidden states; None if only the layers can run it."""
-        if self.halves and native.attention_is_exact():
+        if self.halves and native_calls.attention_is_exact():
             return None
         return super().call(x, args, kwargs)
 
     def run(self, x: Tensor, call: Call) -> Tensor:
         """Hidden states, float32 (images, tokens, width) -> the block's output."""
-        return native.run_blocks([self.block], x, [self.translated(call)], native.level_number())[0]
+        return native_calls.run_blocks([self.block], x, [self.translated(call)], native.level_number())[0]
 
     def translated(self, call: Call) -> structures.Call:
         """The call as the kernels take it."""
         rotation = None if call.cos is None or call.sin is None else (call.cos, call.sin)
-        return native.make_call(
+        return arguments.make_call(
             call.images, call.tokens, call.row_count, call.rows, rotation, call.neighbours, call.bias, call.mask,
             self.spec.heads, self.spec.head_size,
         )  # fmt: skip
 
 
-def _translated(spec: BlockSpec, prepared: dict[str, native.Prepared]) -> structures.Block:
+def _translated(spec: BlockSpec, prepared: dict[str, arguments.Prepared]) -> structures.Block:
     """The spec as the kernels take it."""
     if spec.query_bias is not None:
         prepared = {**prepared, "query": prepared["query"].with_bias(_float(spec.query_bias))}
     norms = {role: spec.norm(role) for role in NORMS}
-    return native.make_block(
+    return arguments.make_block(
         prepared,
         {role: (norm.kind, _float(norm.weight), _float(norm.bias), norm.epsilon) for role, norm in norms.items()},
         spec.heads,

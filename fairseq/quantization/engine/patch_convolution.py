@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fairseq.modules.quantization.packed import kernels
-from fairseq.modules.quantization.packed.kernels import functional, native, operators
+from fairseq.modules.quantization.packed.kernels import functional, native, native_calls, operators, patch_products
 from fairseq.modules.quantization.packed.patches import reason_not_packable
 
 SMALLEST = 4
@@ -21,9 +21,9 @@ class PatchConvolution(nn.Conv2d):
 
     On the CPU and in float32 it runs as three products of bfloat16, high and low parts of pixels and weights, where the
     instruction set has tiles for them (AMX): about twice as fast as the convolution, and off by a few millionths; see
-    :func:`native.run_patches`. Otherwise it is the convolution, as its gradients are, and what a trace or ONNX holds.
-    Parameters, their names and the state dict stay as they are. A weight that is changed behind PyTorch's back, through
-    ``.data`` in place, is not noticed.
+    :func:`~.patch_products.run_patches`. Otherwise it is the convolution, as its gradients are, and what a trace or
+    ONNX holds. Parameters, their names and the state dict stay as they are. A weight that is changed behind PyTorch's
+    back, through ``.data`` in place, is not noticed.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class PatchConvolution(nn.Conv2d):
         tensors = [tensor for tensor in (input, self.weight, self.bias) if tensor is not None]
         if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
             return False
-        if not torch.compiler.is_compiling() and not all(map(_plain, tensors)):
+        if not functional.plain(*tensors) or any(map(_has_tangent, tensors)):
             return False
         if input.ndim != 4 or input.shape[1] != self.in_channels or torch.is_autocast_enabled("cpu"):
             return False
@@ -47,15 +47,13 @@ class PatchConvolution(nn.Conv2d):
         return _tiles()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        native.forget_patches(self.weight)  # whose numbers may change behind PyTorch's back
+        patch_products.forget_patches(self.weight)  # whose numbers may change behind PyTorch's back
         return super()._apply(fn, recurse)
 
 
-def _plain(tensor: Tensor) -> bool:
-    """Whether it is numbers alone: no fake tensor, none that is batched or derived, none with a tangent."""
-    if type(tensor) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return False
-    return forward_ad.unpack_dual(tensor).tangent is None
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether it is differentiated forwards."""
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _run(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,13 +62,13 @@ def _run(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if gradients or torch.compiler.is_compiling():
         y = operators.native_patches(pixels, weight, bias)
     else:
-        y = native.run_patches(pixels, weight, bias, native.level_number())
+        y = patch_products.run_patches(pixels, weight, bias, native.level_number())
     return cast(Tensor, y.permute(0, 3, 1, 2))
 
 
 def _tiles() -> bool:
     """Whether the instruction set that would run multiplies bfloat16 in tiles, and may."""
-    return bool(native.levels()) and not native.attention_is_exact() and native.fast_halves(native.level_number())
+    return bool(native.levels()) and not native_calls.attention_is_exact() and native.fast_halves(native.level_number())
 
 
 # A compiler takes what they return, as for what choose() decides.

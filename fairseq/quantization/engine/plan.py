@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import arguments
 from fairseq.quantization.architectures.blocks import BLOCK_CLASSES, class_of, layer_paths
 from fairseq.quantization.engine.reading import attention_of, read
 from fairseq.quantization.engine.spec import BlockSpec, reason_not_plain
@@ -137,7 +137,7 @@ def _not_packed(layers: dict[str, nn.Module]) -> str | None:
 
 def _rounded_apart(spec: BlockSpec) -> str | None:
     """Why the input of layers that read one tensor is not rounded once, or None."""
-    for roles in native.TOGETHER:
+    for roles in arguments.TOGETHER:
         layers: list[Any] = [spec.layers[role] for role in roles if role in spec.layers]
         if len(layers) < 2:
             continue

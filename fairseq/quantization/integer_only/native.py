@@ -18,7 +18,16 @@ from fairseq.modules.quantization.integer.dyadic import Requantize, round_shift
 from fairseq.modules.quantization.integer.normalization import UNIT_BITS
 from fairseq.modules.quantization.integer.piecewise import INPUT_BITS
 from fairseq.modules.quantization.integer.rows import HALF, LARGEST
-from fairseq.modules.quantization.packed.kernels import ENVIRONMENT, memory, native, runs_native, structures
+from fairseq.modules.quantization.packed.kernels import (
+    ENVIRONMENT,
+    functional,
+    library,
+    memory,
+    native,
+    native_calls,
+    runs_native,
+    structures,
+)
 from fairseq.modules.quantization.packed.panels import WIDTH, to_panels
 from fairseq.quantization.integer_only.block import IntegerBlock
 from fairseq.quantization.integer_only.layers import (
@@ -81,7 +90,7 @@ class NativeViT:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 (B, channels, H, W) on the CPU -> int32 (B, classes)."""
-        return native.integers(self.model, pixels.contiguous(), native.level_number())
+        return native_calls.integers(self.model, pixels.contiguous(), native.level_number())
 
     def _array(self, values: Tensor, dtype: torch.dtype) -> int:
         array = values.to(dtype).contiguous().clone()
@@ -326,22 +335,20 @@ def native_pixels(pixel_values: Tensor, start: Tensor, step: Tensor) -> Tensor |
     """Pixels rounded by the native kernels, or None where the reference is to run, or where there is NaN or Inf."""
     if not _runs_here(pixel_values) or pixel_values.dtype != torch.float32 or not pixel_values.is_contiguous():
         return None
-    return native.round_pixels(pixel_values, start, step, native.level_number())
+    return native_calls.round_pixels(pixel_values, start, step, native.level_number())
 
 
 def _runs_here(x: Tensor) -> bool:
     """Whether ``x`` is of the CPU, there is a library that may run, and nothing records or watches operations."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor or x.is_neg():
+    if functional.capturing() or x.device.type != "cpu" or not functional.plain(x):
         return False
-    transformed = torch._C._functorch.maybe_current_level() is not None  # vmap, jvp, functionalize
-    recorded = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
-    return not transformed and not recorded and runs_native("auto") and bool(native.levels())
+    return not functional.recording() and runs_native("auto") and bool(native.levels())
 
 
 def reason_not_native(model: Any) -> str | None:
     """Why the native kernels do not run ``model``, in a sentence; or None."""
     if not native.levels():
-        return f"there are no native kernels: {native.NOT_BUILT}"
+        return f"there are no native kernels: {library.NOT_BUILT}"
     if not runs_native("auto"):
         return f"the environment variable {ENVIRONMENT} rules them out"
     return _known(model).reason

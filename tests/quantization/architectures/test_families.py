@@ -15,6 +15,7 @@ from torch import nn
 
 from fairseq.models.vit_quantization import ViTQuantizer, compare_models, zero_shot_agreement
 from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.packed.kernels import library, native
 from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding
 from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedParameters
 from fairseq.quantization.architectures.blocks import block_plan, class_of
@@ -268,9 +269,8 @@ def test_blocks_are_calibrated_one_after_the_other(name, made):
 
 @pytest.mark.parametrize("name", ["vit-mae-encoder", "vit-msn", "vit-mae"])
 def test_fused_blocks_agree_with_layers(name, made):
-    native = pytest.importorskip("fairseq.modules.quantization.packed.kernels.native")
     if not native.levels():
-        pytest.skip(native.NOT_BUILT)
+        pytest.skip(library.NOT_BUILT)
     model, layers, _ = made(name)
     quantizer = ViTQuantizer(bits=8, method="channel")
     fused = quantizer.quantize_model(model, engine="auto")

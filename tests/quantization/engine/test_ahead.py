@@ -11,24 +11,24 @@ import transformers
 from known_blocks import inputs
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import library, native, native_calls
 from fairseq.quantization.architectures.forward import call
 from fairseq.quantization.engine import ahead
 from fairseq.quantization.engine.fused_block import FusedBlock
 
-pytestmark = pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
+pytestmark = pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 
 
 @pytest.fixture
 def lengths(monkeypatch):
     """How many blocks each native call was of."""
-    seen, run = [], native.run_blocks
+    seen, run = [], native_calls.run_blocks
 
     def counted(*args, **kwargs):
         seen.append(len(args[0]))
         return run(*args, **kwargs)
 
-    monkeypatch.setattr(native, "run_blocks", counted)
+    monkeypatch.setattr(native_calls, "run_blocks", counted)
     return seen
 
 

@@ -12,7 +12,7 @@ from known_blocks import inputs, run
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import native_calls
 from fairseq.quantization.engine import reference_block
 from fairseq.quantization.engine.plan import fused_plan, unfused_class
 
@@ -70,7 +70,7 @@ def error(block, x, others, kwargs):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_it_gives_what_a_block_is_defined_to_compute(name, device, monkeypatch):
-    monkeypatch.setenv(native.ATTENTION, "float32")
+    monkeypatch.setenv(native_calls.ATTENTION, "float32")
     assert error(*first_call(name, device)) < NOISE / 4  # a few numbers round to the other side
 
 
@@ -78,7 +78,7 @@ def test_it_gives_what_a_block_is_defined_to_compute(name, device, monkeypatch):
     "settings", [{"bits": 4}, {"bits": 3}, {"activations": "static"}, {"activations": "static", "bits": 4}], ids=str
 )
 def test_weights_of_fewer_bits_and_fixed_ranges(settings, device, monkeypatch):
-    monkeypatch.setenv(native.ATTENTION, "float32")
+    monkeypatch.setenv(native_calls.ATTENTION, "float32")
     assert error(*first_call("vit", device, **settings)) < NOISE / 4
 
 
@@ -87,7 +87,7 @@ def test_attention_in_bfloat16(device):
 
 
 def test_projections_of_different_bits_run_one_by_one(device, monkeypatch):
-    monkeypatch.setenv(native.ATTENTION, "float32")
+    monkeypatch.setenv(native_calls.ATTENTION, "float32")
     block, *call = first_call("vit", device)
     other, *_ = first_call("vit", device, bits=4)
     path = fused_plan(block, type(block)).roles["key"]
@@ -96,7 +96,7 @@ def test_projections_of_different_bits_run_one_by_one(device, monkeypatch):
 
 
 def test_an_input_factor_is_not_forgotten(device, monkeypatch):
-    monkeypatch.setenv(native.ATTENTION, "float32")
+    monkeypatch.setenv(native_calls.ATTENTION, "float32")
     block, *call = first_call("vit", device)
     roles = fused_plan(block, type(block)).roles
     for role in ("output", "fc1", "fc2"):

@@ -12,6 +12,8 @@ from conftest import vit_config
 from families import shortened
 from known_blocks import count_native
 from torch import nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DeiTConfig, DeiTForImageClassification, ViTForImageClassification, ViTModel
 
 from fairseq.models.vit_quantization import ViTQuantizer
@@ -608,3 +610,57 @@ def test_moving_to_another_device_and_back(tiny_vit, pixels, device):
     assert torch.equal(logits(there.to("cpu"), pixels), expected)
     meta = copy.deepcopy(fused).to("meta")
     assert all(m.panels is None for m in meta.modules() if isinstance(m, PackedLinear))
+
+
+def test_fake_tensors_and_modes_get_the_layers(tiny_vit, pixels, monkeypatch):
+    """Nothing reads the memory of a fake tensor, which has none; what a mode sees and records is the layers."""
+    quantizer = ViTQuantizer(bits=8, method="channel")
+    fused, layers = (quantizer.quantize_model(tiny_vit, engine=engine) for engine in ("fused", "layers"))
+    expected = logits(fused, pixels)
+    calls = count_native(monkeypatch)
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = mode.from_tensor(pixels)
+            assert fused(fake).logits.shape == (5, 7)
+        with FakeCopyMode(mode):
+            other = copy.deepcopy(fused)
+        assert isinstance(other(fake).logits, FakeTensor)
+        graph = make_fx(lambda x: fused(x).logits)(pixels)
+        assert torch.equal(graph(pixels), logits(layers, pixels))
+    assert calls == [0]
+    assert torch.equal(logits(fused, pixels), expected)
+    assert calls == [2]
+
+
+def test_transforms_of_functions_get_the_layers(tiny_vit, pixels, monkeypatch):
+    """vmap, grad and jvp of torch.func over pixels, and grad over what is not packed."""
+    tiny_vit.config._attn_implementation = "eager"  # PyTorch's function of attention has no derivative forwards
+    quantizer = ViTQuantizer(bits=8, method="channel")
+    models = [quantizer.quantize_model(tiny_vit, engine=engine).eval() for engine in ("fused", "layers")]
+    expected, calls = logits(models[0], pixels), count_native(monkeypatch)
+    parameters = {name: tensor.detach() for name, tensor in models[0].named_parameters()}
+    direction = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(3))
+
+    def results(model):
+        def run(x):
+            return model(x).logits
+
+        def loss(x):
+            return run(x).square().sum()
+
+        def loss_of(parameters):
+            return torch.func.functional_call(model, parameters, (pixels,)).logits.square().sum()
+
+        yield torch.func.vmap(lambda x: run(x[None])[0])(pixels)
+        yield from torch.func.jvp(run, (pixels,), (direction,))
+        yield torch.func.vmap(torch.func.grad(lambda x: loss(x[None])))(pixels)
+        yield from torch.func.grad(loss_of)(parameters).values()
+
+    for got, wanted in zip(*map(list, map(results, models)), strict=True):
+        assert torch.equal(got, wanted)
+    assert calls == [0]
+    leaf = pixels.clone().requires_grad_()
+    models[1](leaf).logits.square().sum().backward()
+    derivative = torch.func.grad(lambda x: models[0](x).logits.square().sum())(pixels)
+    assert rms(derivative.detach() - leaf.grad) < 1e-5 * rms(leaf.grad)
+    assert torch.equal(logits(models[0], pixels), expected)

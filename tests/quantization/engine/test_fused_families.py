@@ -11,12 +11,12 @@ from known_blocks import inputs, known_blocks, run
 from torch import nn
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import library, native, native_calls
 from fairseq.quantization.engine import check, native_block
 from fairseq.quantization.engine.fuse import fuse
 from fairseq.quantization.engine.fused_block import FusedBlock
 
-pytestmark = pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
+pytestmark = pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 
 
 @pytest.fixture
@@ -226,8 +226,10 @@ def test_a_clip_with_the_exact_gelu_is_fused(monkeypatch):
     layers = ViTQuantizer(bits=8, method="channel").quantize_model(model, engine="layers")
     fused = ViTQuantizer.optimize(layers)
     assert len(known_blocks(fused)) == sum(isinstance(m, FusedBlock) for m in fused.modules()) == 2
-    seen, run_blocks = [], native.run_blocks
-    monkeypatch.setattr(native, "run_blocks", lambda *args, **kwargs: seen.append(1) or run_blocks(*args, **kwargs))
+    seen, run_blocks = [], native_calls.run_blocks
+    monkeypatch.setattr(
+        native_calls, "run_blocks", lambda *args, **kwargs: seen.append(1) or run_blocks(*args, **kwargs)
+    )
     given = inputs(layers, "clip-vision")
     for got, expected in zip(run(fused, **given), run(layers, **given), strict=True):
         assert_alike(got[-1], expected[-1], got[2][0])
@@ -243,7 +245,7 @@ def test_a_clip_with_the_exact_gelu_is_fused(monkeypatch):
 )
 def test_blocks_with_exact_attention_have_the_same_bits_everywhere(name, calls, monkeypatch):
     """At every level, for any number of threads and of pictures at once."""
-    monkeypatch.setenv(native.ATTENTION, "float32")
+    monkeypatch.setenv(native_calls.ATTENTION, "float32")
     layers, fused = quantized(name)
     given, threads = inputs(layers, name), torch.get_num_threads()
     outputs = {}
@@ -285,10 +287,10 @@ def test_a_check_that_fails_is_made_again(monkeypatch):
     """A setting that is wrong is an error, and nothing is remembered of a failure that passes."""
     monkeypatch.setattr(check, "_checked", {})
     layers = ViTQuantizer(bits=8).quantize_model(families.build("vit"), engine="layers")
-    monkeypatch.setenv(native.ATTENTION, "float64")
+    monkeypatch.setenv(native_calls.ATTENTION, "float64")
     with pytest.raises(ValueError, match="ATTENTION must be one of"):
         ViTQuantizer.optimize(layers)
-    monkeypatch.delenv(native.ATTENTION)
+    monkeypatch.delenv(native_calls.ATTENTION)
     with monkeypatch.context() as patched:
         patched.setattr(check, "_compared", lambda *args: 1 / 0)
         with pytest.raises(ValueError, match="the check of its native block fails with ZeroDivisionError"):

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import library, native, patch_products
 from fairseq.quantization.engine.fused_block import FusedBlock
 from fairseq.quantization.engine.patch_convolution import PatchConvolution, reason_not_patches
 
-pytestmark = pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
+pytestmark = pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 TILES = [level for level in native.levels() if native.fast_halves(native.level_number(level))]
 
 
@@ -27,13 +27,13 @@ def convolution(channels=3, outputs=40, size=(5, 7), bias=True):
 def used(monkeypatch):
     """The shapes of pictures that the kernels were given, on emulated tiles."""
     monkeypatch.setenv("FAIRSEQ_QUANTIZATION_LEVEL", TILES[0])
-    seen, run = [], native.run_patches
+    seen, run = [], patch_products.run_patches
 
     def record(pixels, *args):
         seen.append(tuple(pixels.shape))
         return run(pixels, *args)
 
-    monkeypatch.setattr(native, "run_patches", record)
+    monkeypatch.setattr(patch_products, "run_patches", record)
     return seen
 
 
@@ -54,8 +54,8 @@ def test_it_is_the_convolution_to_its_bound(level, pictures, size, outputs, bias
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(native.run_patches(x, weight, bias, number))
-        found.append(torch.cat([native.run_patches(one[None], weight, bias, number) for one in x]))
+        found.append(patch_products.run_patches(x, weight, bias, number))
+        found.append(torch.cat([patch_products.run_patches(one[None], weight, bias, number) for one in x]))
     assert (found[0].permute(0, 3, 1, 2) - exact).abs().le(bound).all()
     rounded = nn.functional.conv2d(x.bfloat16().double(), weight.bfloat16().double(), None, size)
     assert not (rounded - exact).abs().le(bound).all()  # what one product of bfloat16 would give

@@ -9,12 +9,12 @@ from known_blocks import count_native
 from torch import nn
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import library, native, native_calls
 from fairseq.quantization.engine import check
 from fairseq.quantization.engine.fuse import fuse
 from fairseq.quantization.engine.fused_block import FusedBlock
 
-pytestmark = pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
+pytestmark = pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 HALF = 2.0**-8
 """Relative error of a number rounded to bfloat16, at most."""
 
@@ -124,7 +124,7 @@ def test_where_bits_must_be_the_same_everywhere_its_layers_run(tiny_vit, pixels,
     fused, layers = (quantizer.quantize_model(tiny_vit, engine=engine) for engine in ("fused", "layers"))
     calls[0] = 0
     rounded = logits(fused, pixels)
-    monkeypatch.setenv(native.ATTENTION, "float32")
+    monkeypatch.setenv(native_calls.ATTENTION, "float32")
     assert torch.equal(logits(fused, pixels), logits(layers, pixels))
     assert calls == [2]
     reasons = set(fuse(quantizer.quantize_model(tiny_vit), "auto").values())
@@ -132,7 +132,7 @@ def test_where_bits_must_be_the_same_everywhere_its_layers_run(tiny_vit, pixels,
         "its query layer: activations=None: its products are of bfloat16, which "
         "FAIRSEQ_QUANTIZATION_ATTENTION=float32 rules out"
     }
-    monkeypatch.delenv(native.ATTENTION)
+    monkeypatch.delenv(native_calls.ATTENTION)
     assert torch.equal(logits(fused, pixels), rounded)
     assert calls == [4]
 
@@ -144,7 +144,7 @@ def test_a_compiler_records_the_native_block(tiny_vit, pixels, backend, monkeypa
     expected = logits(fused, pixels)
     torch.compiler.reset()
     torch.testing.assert_close(logits(torch.compile(fused, backend=backend), pixels), expected, rtol=1e-5, atol=1e-6)
-    monkeypatch.setenv(native.ATTENTION, "float32")
+    monkeypatch.setenv(native_calls.ATTENTION, "float32")
     torch.compiler.reset()
     got = logits(torch.compile(fused, backend=backend), pixels)
     torch.testing.assert_close(got, logits(layers, pixels), rtol=1e-5, atol=1e-6)
@@ -162,9 +162,11 @@ def test_a_trace_is_in_float(tiny_vit, pixels):
 def test_the_comparison_allows_for_bfloat16_alone(tiny_vit, monkeypatch):
     """Rounding to 8 bits would hide that a block adds a twentieth too much."""
     quantizer = ViTQuantizer(bits=8, method="channel", activations=None)
-    model, run = quantizer.quantize_model(tiny_vit, engine="layers"), native.run_blocks
+    model, run = quantizer.quantize_model(tiny_vit, engine="layers"), native_calls.run_blocks
     monkeypatch.setattr(check, "_checked", {})
-    monkeypatch.setattr(native, "run_blocks", lambda blocks, x, *rest: [x + 1.05 * (run(blocks, x, *rest)[0] - x)])
+    monkeypatch.setattr(
+        native_calls, "run_blocks", lambda blocks, x, *rest: [x + 1.05 * (run(blocks, x, *rest)[0] - x)]
+    )
     for reason in fuse(model, "auto").values():
         assert reason.startswith("its native block differs from its layers by 5.0% of what the block adds")
 

@@ -12,10 +12,10 @@ from transformers import ViTForImageClassification
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.integer.checked import checked
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import library, native, native_calls
 from fairseq.quantization.integer_only.native import NativeViT, NotNative, native_logits, reason_not_native
 
-pytestmark = pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
+pytestmark = pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 
 PICTURES = families.pictures(24)
 SHAPES = {  # width, heads, hidden, pixels, patch: heads of 8, 20 and 64 channels; 17 to 65 tokens
@@ -108,11 +108,13 @@ def test_pixels_are_rounded_as_the_reference_rounds(level, monkeypatch):
     x[0] = (start + step * (torch.arange(256).reshape(16, 16) + 0.5)).float()  # near the middle between two
     x[1, :, 0, :4] = torch.tensor([-3e38, 3e38, -0.0, 1e-40])
     expected = ((x.double() - start) / step).round().clamp(0, 255).to(torch.uint8)
-    assert torch.equal(native.round_pixels(x, model.pixel_start, model.pixel_step, native.level_number()), expected)
+    assert torch.equal(
+        native_calls.round_pixels(x, model.pixel_start, model.pixel_step, native.level_number()), expected
+    )
     assert torch.equal(model.round_pixels(x), expected)
     assert torch.equal(model.round_pixels(x.transpose(2, 3)), expected.transpose(2, 3))
     x[2, 2, 15, 15] = float("nan")
-    assert native.round_pixels(x, model.pixel_start, model.pixel_step, native.level_number()) is None
+    assert native_calls.round_pixels(x, model.pixel_start, model.pixel_step, native.level_number()) is None
 
 
 def test_ties_of_pixels_go_to_the_even_one():
@@ -120,7 +122,7 @@ def test_ties_of_pixels_go_to_the_even_one():
     zero, one = torch.zeros(1).double(), torch.ones(1).double()
     for level in range(len(native.levels())):
         number = native.level_number(native.levels()[level])
-        assert native.round_pixels(x, zero, one, number).flatten().tolist() == [0, 2, 2, 254, 255, 0]
+        assert native_calls.round_pixels(x, zero, one, number).flatten().tolist() == [0, 2, 2, 254, 255, 0]
 
 
 def test_a_changed_model_is_read_again():

@@ -1,4 +1,4 @@
-"""StraightThrough: the gradient of a packed layer, from its output to its input."""
+"""StraightThrough: the gradient of a packed layer, from its output to its input, and its other transforms."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class StraightThrough(torch.autograd.Function):
@@ -13,23 +14,52 @@ class StraightThrough(torch.autograd.Function):
 
     So what comes before a packed layer can be trained, its integers cannot. The gradient is that of the emulated layer:
     with a static range 0 where the input saturates. (Bengio et al., Estimating or propagating gradients through
-    stochastic neurons, 2013.)
+    stochastic neurons, 2013.) That is linear, so that it may be differentiated again, and forwards; under
+    ``torch.func.vmap`` the layer runs once, on all tokens.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, layer: Any) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(*([input] if layer.config.activations == "static" else []))
+    def forward(input: Tensor, layer: Any) -> Tensor:
         result: Tensor = layer._run(input)
         return result.clone() if result._is_view() else result  # views cannot be added to in place, as timm's BEiT does
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+        input, ctx.layer = inputs
+        kept = [input] if ctx.layer.config.activations == "static" else []
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        weight = ctx.layer.dequantize().to(gradient.dtype)  # (out, in), input factor included
-        result = gradient @ weight
-        if ctx.saved_tensors:
-            (input,) = ctx.saved_tensors
-            factor = ctx.layer.input_factor
-            result = result * ctx.layer.input_grid.contains(input if factor is None else input * factor)
-        return result, None
+        result = gradient @ _weight(ctx, gradient)
+        return (result * _kept(ctx) if ctx.saved_tensors else result), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        tangent = tangent * _kept(ctx) if ctx.saved_tensors else tangent
+        return tangent @ _weight(ctx, tangent).T
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], input: Tensor, layer: Any) -> tuple[Tensor, int]:
+        return StraightThrough.apply(input.movedim(in_dims[0], 0), layer), 0
+
+
+def transformed(input: Tensor) -> bool:
+    """Whether torch.func, or differentiation forwards, follows what is done to a layer's input."""
+    if forward_ad.unpack_dual(input).tangent is not None:
+        return True
+    outermost = torch._C._functorch.peek_interpreter_stack()
+    return outermost is not None and outermost.key() != torch._C._functorch.TransformType.Functionalize
+
+
+def _weight(ctx: Any, like: Tensor) -> Tensor:
+    """(out, in), input factor included."""
+    return ctx.layer.dequantize().to(like.dtype)
+
+
+def _kept(ctx: Any) -> Tensor:
+    """Which inputs of a static range did not saturate."""
+    (input,) = ctx.saved_tensors
+    factor = ctx.layer.input_factor
+    return ctx.layer.input_grid.contains(input if factor is None else input * factor)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.context import default_device, plain_context
 from fairseq.modules.quantization.packed import kernels
 from fairseq.modules.quantization.packed.config import LinearConfig
-from fairseq.modules.quantization.packed.gradient import StraightThrough
-from fairseq.modules.quantization.packed.kernels import functional, memory, native, operators
+from fairseq.modules.quantization.packed.gradient import StraightThrough, transformed
+from fairseq.modules.quantization.packed.kernels import functional, library, memory, native, native_calls, operators
 from fairseq.modules.quantization.packed.state import PackedState
 from fairseq.modules.quantization.packed.weight import check_integers, to_codes
 from fairseq.modules.quantization.scalar.modules.replace import reason_not_quantizable
@@ -183,7 +183,11 @@ class PackedLinear(PackedState):
             )
         if functional.capturing():  # detached in any grad mode: a graph recorded in one is that of the other
             return self._run(input.detach())
-        if torch.is_grad_enabled() and input.requires_grad:
+        derived = transformed(input)
+        if derived and any(map(torch._C._functorch.is_functorch_wrapped_tensor, self.buffers())):
+            parts = "integers, scales and bias"
+            raise RuntimeError(f"torch.func can transform the input of {self.name}, but not its {parts}")
+        if derived or (torch.is_grad_enabled() and input.requires_grad):
             result: Tensor = StraightThrough.apply(input, self)
             return result
         return self._run(input)
@@ -191,12 +195,12 @@ class PackedLinear(PackedState):
     def _kernels(self) -> kernels.Kernels:
         natively = self.weight_codes.ndim == 3
         if natively and self.config.activations is None:
-            natively = not native.attention_is_exact()
+            natively = not native_calls.attention_is_exact()
         return kernels.choose(self.scale.device, self.config.backend, natively)
 
     def _run(self, input: Tensor) -> Tensor:
         chosen = self._kernels()
-        if chosen.name == "native" and not functional.recording():
+        if chosen.name == "native" and not functional.recording() and functional.plain(input, self.weight_codes):
             return self._run_native(input)
         if self.input_factor is not None:
             input = input * self.input_factor.to(input.dtype)
@@ -213,7 +217,7 @@ class PackedLinear(PackedState):
             y = operators.native_linear(rows, self.parts(), self.sizes())
         else:
             prepared = self.prepared()  # kept alive by this name, whatever other threads do
-            y = native.run_linear(prepared.linear, rows, native.level_number())
+            y = native_calls.run_linear(prepared.linear, rows, native.level_number())
         return y.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -226,7 +230,7 @@ def use_native(layers: Iterable[PackedLinear], use: bool = True) -> None:
     twins: dict[int, list[PackedLinear]] = {}
     for layer in layers:
         if use and (reason := layer.reason_not_native()):
-            kind = RuntimeError if reason == native.NOT_BUILT else ValueError
+            kind = RuntimeError if reason == library.NOT_BUILT else ValueError
             raise kind(f"the native kernels cannot run {layer.name}: {reason}")
         twins.setdefault(id(layer.weight_codes), []).append(layer)
     for first, *others in twins.values():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.packed.input_grid import InputGrid, correction
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import arguments, native
 from fairseq.modules.quantization.packed.layout import Layout, takes_a_byte
 from fairseq.modules.quantization.packed.weight import PackedWeight
 from fairseq.modules.quantization.scalar.modules.replace import moved
@@ -51,7 +51,7 @@ class PackedState(nn.Module):
         "weight_codes", "code_sums", "scale", "zero_point", "bias", "input_factor", "input_scale", "input_zero_point",
         "input_correction",
     )  # fmt: skip
-    """Buffers that the native kernels need, in the order of :class:`native.Prepared`."""
+    """Buffers that the native kernels need, in the order of :class:`arguments.Prepared`."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class PackedState(nn.Module):
         for key in ("input_correction", "code_sums"):
             self.register_buffer(key, None, persistent=False)
         self._derive()
-        self._prepared: native.Prepared | None = None
+        self._prepared: arguments.Prepared | None = None
 
     @property
     def layout(self) -> Layout:
@@ -122,15 +122,15 @@ class PackedState(nn.Module):
             return InputGrid(bits)
         return InputGrid(bits, self.input_scale, self.input_zero_point, self.input_correction)
 
-    def prepared(self) -> native.Prepared:
+    def prepared(self) -> arguments.Prepared:
         """What the native kernels take for this layer as it is now, on the CPU after :meth:`use_native`."""
         parts = self.parts()
         if self._prepared is None or not self._prepared.is_of(parts):
-            self._prepared = native.Prepared(parts, self.sizes())
+            self._prepared = arguments.Prepared(parts, self.sizes())
         return self._prepared
 
-    def parts(self) -> native.Parts:
-        """The tensors that the native kernels need, see :class:`native.Prepared`."""
+    def parts(self) -> arguments.Parts:
+        """The tensors that the native kernels need, see :class:`arguments.Prepared`."""
         return tuple(self._buffers[key] for key in self.PARTS)
 
     def sizes(self) -> tuple[int, int, int, int]:

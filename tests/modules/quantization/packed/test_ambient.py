@@ -1,6 +1,7 @@
 """Whatever the process is set to when packed layers are made or first run: the same kernels, integers and outputs."""
 
 import contextlib
+import copy
 import sys
 import warnings
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 from ambient import default_device
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear, kernels
 from fairseq.modules.quantization.packed.kernels import cpu, native
@@ -192,13 +195,51 @@ def test_a_change_in_place_is_seen_where_tensors_do_not_count_their_changes(sett
         assert torch.allclose(layer(x), before + 64, rtol=0, atol=rounding)
 
 
-def test_a_first_use_that_only_pretends_to_compute_is_none(fresh):
+def test_a_first_use_that_only_pretends_to_compute_is_checked_all_the_same(fresh, monkeypatch):
+    levels = native.levels()
     fresh()
     with FakeTensorMode():
         assert kernels.choose(CPU).name == "cpu"
-    assert choosing._checked == {}
-    assert kernels.choose(CPU).name == "cpu"
+        assert native.levels() == levels
     assert list(choosing._checked.values()) == [None]
+    fresh()
+    monkeypatch.setitem(choosing.TABLE, "cpu", choosing.TABLE["cpu"]._replace(product=lambda q, codes: q @ codes.T))
+    with FakeTensorMode(), pytest.warns(UserWarning, match="the cpu kernels of packed layers are not used"):
+        assert kernels.choose(CPU).name == "reference"
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(str(operation))
+        return operation(*args, **kwargs or {})
+
+
+@each_layer
+def test_who_takes_operations_gets_all_of_them(settings):
+    """Nothing reads the memory of a fake tensor, which has none, and a mode sees products, of the same numbers."""
+    layer, x = packed(float_linear(), **settings), inputs(2, 5, 75)
+    with torch.no_grad():
+        expected = layer(x)
+        with Seen() as mode:
+            got = layer(x)
+        assert any("mm" in name or "linear" in name for name in mode.names)
+        if layer.config.activations is None:
+            assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(got, expected)
+            assert torch.equal(make_fx(layer)(x)(x), expected)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = mode.from_tensor(x)
+            assert layer(fake).shape == expected.shape
+        assert isinstance(layer(fake), FakeTensor)  # outside of the mode, too
+        with FakeCopyMode(FakeTensorMode()) as copies:
+            other = copy.deepcopy(layer)
+        assert isinstance(other(copies.fake_mode.from_tensor(x)), FakeTensor)
+    assert torch.equal(layer(x), expected)
 
 
 def test_what_is_empty_is_on_the_default_device():

@@ -12,7 +12,7 @@ from pairwise import pairwise
 from torch import nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import library, native
 from fairseq.modules.quantization.packed.linear import use_native
 from fairseq.modules.quantization.packed.packing import packed_length
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
@@ -286,7 +286,7 @@ def test_autocast_gives_every_layer_one_dtype(group_size):
         assert make(8, activations=None, group_size=group_size)(x).dtype == make(8)(x).dtype
 
 
-@pytest.mark.skipif(not native.levels(), reason=native.NOT_BUILT)
+@pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 def test_native_layers_lie_one_behind_the_other_and_each_can_be_taken_away():
     large = nn.Linear(1024, 1100)
     layers = [PackedLinear.from_float(large, LinearConfig(8)) for _ in range(4)]

@@ -8,7 +8,6 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed.config import BACKENDS, LinearConfig
 from fairseq.modules.quantization.packed.input_grid import InputGrid, correction
-from fairseq.modules.quantization.packed.kernels import cpu, cuda, functional, native, reference
+from fairseq.modules.quantization.packed.kernels import cpu, cuda, functional, library, native, native_calls, reference
 from fairseq.modules.quantization.packed.kernels.triton import linear as triton
 from fairseq.modules.quantization.packed.kernels.triton.support import reason_not_on
 from fairseq.modules.quantization.packed.weight import PackedWeight, pack_codes, to_codes
@@ -127,11 +126,11 @@ def runs_native(backend: str) -> bool:
 def reason_not_native(config: LinearConfig, scale: torch.dtype) -> str | None:
     """Why the native kernels cannot run a layer with these settings and that dtype of its scale; None if they can."""
     if not native.levels():
-        return native.NOT_BUILT
+        return library.NOT_BUILT
     if not runs_native(config.backend):
         return f"backend={config.backend!r}, or what {ENVIRONMENT} says"
-    if config.activations is None and native.attention_is_exact():
-        return f"activations=None: its products are of bfloat16, which {native.ATTENTION}=float32 rules out"
+    if config.activations is None and native_calls.attention_is_exact():
+        return f"activations=None: its products are of bfloat16, which {native_calls.ATTENTION}=float32 rules out"
     if config.activation_bits != 8:
         return f"activation_bits={config.activation_bits}"
     if config.group_size is not None:
@@ -161,12 +160,7 @@ def _disagreement(name: str, device: str) -> str | None:
     key = (name, device)
     if key in _checked or torch.onnx.is_in_onnx_export():  # in ONNX the products of all kernels are the same
         return _checked.get(key)
-    if functional.capturing():  # only in this thread: in another nothing is recorded, and numbers are numbers
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(_check, *key).result()
-    if type(torch.empty(0)) is not Tensor:  # FakeTensorMode and the like compute nothing that could be compared
-        return None
-    return _check(*key)
+    return functional.aside(_check, *key)
 
 
 # Dynamo calls it and takes what it returns, instead of recording its operations. It is what

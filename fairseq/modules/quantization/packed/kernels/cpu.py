@@ -62,7 +62,7 @@ def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGri
         bias: (out,) or None.
         grid: how ``x`` becomes integers.
     """
-    if functional.capturing():
+    if functional.capturing() or not functional.plain(x):
         return functional.integer(x, weight, bias, grid, product)
     outputs, compute = len(weight.codes), weight.scale.dtype
     out = x.new_empty(len(x), outputs)
@@ -83,7 +83,8 @@ def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     are fewer outputs than weights. A narrower dtype takes the dequantized weight, rounded to it. The order in which
     these floats are added up is defined nowhere: the result equals that of other kernels to rounding only.
     """
-    if functional.capturing() or weight.group_size is not None or x.numel() == 0:
+    recorded = functional.capturing() or not functional.plain(x)
+    if recorded or weight.group_size is not None or x.numel() == 0:
         return functional.weight_only(x, weight, bias)
     codes, scale, zero_point = _codes(weight), weight.scale, weight.code_zero_point()
     outputs, inputs = codes.shape

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed.input_grid import InputGrid
@@ -13,6 +15,7 @@ from fairseq.modules.quantization.packed.kernels.epilogue import finish
 from fairseq.modules.quantization.packed.weight import PackedWeight
 
 Product = Callable[[Tensor, Tensor], Tensor]
+Result = TypeVar("Result")
 
 
 def capturing() -> bool:
@@ -23,6 +26,29 @@ def capturing() -> bool:
 def recording() -> bool:
     """Whether operations are being recorded into a graph that must run without this library: a trace or ONNX."""
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()  # type: ignore[attr-defined]
+
+
+def observed() -> bool:
+    """Whether operations go to something before their kernels: torch.func, FakeTensorMode or another dispatch mode."""
+    return torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether these are numbers in memory, and operations on them run as they are called; or a compiler records them.
+
+    Fake tensors and other subclasses are not, and nothing is while operations are :func:`observed`.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return not observed() and all(type(t) in (Tensor, nn.Parameter) and not t.is_neg() for t in tensors)
+
+
+def aside(function: Callable[..., Result], *args: Any) -> Result:
+    """What a function gives where operations run as they are called: in another thread if they do not in this one."""
+    if not capturing() and not observed():
+        return function(*args)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *args).result()
 
 
 def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid, product: Product) -> Tensor:

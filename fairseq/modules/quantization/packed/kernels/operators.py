@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq.modules.quantization.packed.kernels import native, structures
+from fairseq.modules.quantization.packed.kernels import arguments, native, native_calls, patch_products, structures
 
 PARTS = 9  # tensors of a layer
 
 
 @torch.library.custom_op("fairseq::native_linear", mutates_args=())
 def native_linear(x: Tensor, parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
-    """float32 (rows, in) -> (rows, out); ``parts`` and ``sizes`` as for :class:`native.Prepared`.
+    """float32 (rows, in) -> (rows, out); ``parts`` and ``sizes`` as for :class:`arguments.Prepared`.
 
     Graphs that were saved before there were weight-only layers have three sizes.
     """
-    layer = native.Prepared(tuple(parts), sizes)
-    return native.run_linear(layer.linear, x, native.level_number())
+    layer = arguments.Prepared(tuple(parts), sizes)
+    return native_calls.run_linear(layer.linear, x, native.level_number())
 
 
 @native_linear.register_fake
@@ -44,16 +44,16 @@ def native_block(
     """An encoder block: float32 (images, tokens, width) -> the same.
 
     ``parts`` and ``sizes`` are those of the query, key, value, output, fc1 and fc2 layers, one after the other, and
-    ``norms`` weight and bias of the two LayerNorms; the rest as for :func:`native.make_block`.
+    ``norms`` weight and bias of the two LayerNorms; the rest as for :func:`arguments.make_block`.
     """
     names = [name for name in structures.LAYERS if name != "gate"]
     count = len(sizes) // len(names)
     layers = {
-        name: native.Prepared(tuple(parts[i * PARTS :][:PARTS]), sizes[count * i :][:count])
+        name: arguments.Prepared(tuple(parts[i * PARTS :][:PARTS]), sizes[count * i :][:count])
         for i, name in enumerate(names)
     }
     pairs = {f"norm{i + 1}": ("layer", norms[2 * i], norms[2 * i + 1], epsilons[i]) for i in range(2)}
-    return native.run_block(native.make_block(layers, pairs, heads, scaling), x, native.level_number())
+    return native_calls.run_block(arguments.make_block(layers, pairs, heads, scaling), x, native.level_number())
 
 
 @native_block.register_fake
@@ -72,7 +72,7 @@ def _(
 @torch.library.custom_op("fairseq::native_patches", mutates_args=())
 def native_patches(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution over patches: float32 (N, C, H, W) -> (N, H // height, W // width, out); with its gradients."""
-    return native.run_patches(pixels, weight, bias, native.level_number())
+    return patch_products.run_patches(pixels, weight, bias, native.level_number())
 
 
 @native_patches.register_fake

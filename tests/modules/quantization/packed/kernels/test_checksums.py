@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from beside import Beside, new_folder
 
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import library, native
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[4]
@@ -34,8 +34,8 @@ def checksums_of(library, folder):
 
 @Beside
 def installed():
-    library, path = native.library()._name, new_folder("installed")
-    return lambda: checksums_of(library, path)
+    built, path = library.load()._name, new_folder("installed")
+    return lambda: checksums_of(built, path)
 
 
 @installed

@@ -8,7 +8,7 @@ from broken_kernels import break_cpu, choosing, nudged, wrong_product
 from torch import nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear, kernels
-from fairseq.modules.quantization.packed.kernels import choose, native, reference
+from fairseq.modules.quantization.packed.kernels import choose, library, native, reference
 from fairseq.modules.quantization.packed.kernels.triton import support
 
 CPU = torch.device("cpu")
@@ -118,7 +118,7 @@ def test_the_reason_why_a_layer_does_not_run_natively(monkeypatch, settings, sca
     assert (kernels.runs_native("native"), kernels.runs_native("auto")) == (True, False)
     assert "what FAIRSEQ_QUANTIZATION_BACKEND says" in kernels.reason_not_native(config, scale)
     monkeypatch.setattr(native, "levels", lambda: ())
-    assert kernels.reason_not_native(config, scale) == native.NOT_BUILT
+    assert kernels.reason_not_native(config, scale) == library.NOT_BUILT
 
 
 @pytest.mark.usefixtures("fresh")

@@ -20,7 +20,15 @@ from pairwise import pairwise
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
-from fairseq.modules.quantization.packed.kernels import native, operators, reference, structures
+from fairseq.modules.quantization.packed.kernels import (
+    arguments,
+    library,
+    native,
+    native_calls,
+    operators,
+    reference,
+    structures,
+)
 from fairseq.modules.quantization.packed.panels import sums_of, to_panels
 from fairseq.modules.quantization.scalar.tokens import quantize_static, quantize_tokens
 
@@ -32,14 +40,9 @@ EPS = eps(torch.float32)
 
 
 @pytest.fixture(autouse=True)
-def two_threads(request):
-    """Whatever the number of processors: some errors need a second thread."""
+def needs_levels(request, two_threads):
     if not LEVELS and "built" not in request.node.name:
         pytest.skip("no native kernels: there was no C++ compiler when the library was installed")
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def generator(seed):
@@ -64,7 +67,7 @@ def layer_of(inputs, outputs, bits=8, seed=0, zero=None, one_scale=False, factor
     )
     parts = to_panels(codes, bits), sums_of(codes, bits), scale, zero_point, bias, r, *fixed, None
     centred = codes.double() - (zero_point.double() - (128 if bits == 8 else 0))[:, None]
-    return native.Prepared(parts, (inputs, outputs, bits)), codes, centred * scale.double()[:, None]
+    return arguments.Prepared(parts, (inputs, outputs, bits)), codes, centred * scale.double()[:, None]
 
 
 def integers(rows, columns, seed=0):
@@ -73,7 +76,7 @@ def integers(rows, columns, seed=0):
 
 def test_it_is_built_where_there_is_a_compiler():
     if shutil.which("g++") or shutil.which("clang++"):
-        assert native.library() is not None
+        assert library.load() is not None
         assert native.levels()[:2] == ("amx_emulated", "portable")
 
 
@@ -98,7 +101,7 @@ def test_a_level_that_does_not_run_here_is_refused(monkeypatch):
 
 REFUSED = """
 import ctypes, struct, torch
-from fairseq.modules.quantization.packed.kernels import native
+from fairseq.modules.quantization.packed.kernels import arguments, library, native, native_calls
 load, equal, leave = 0x20, 0x15, 0x06  # instructions of a filter: a word of the call, a comparison, a verdict
 allowed, refused, arch_prctl, request = 0x7FFF0000, 0x00050000 | 1, 158, 0x1023
 program = [(load, 0, 0, 0), (equal, 0, 3, arch_prctl), (load, 0, 0, 16), (equal, 0, 1, request), (leave, 0, 0, refused),
@@ -129,16 +132,16 @@ def test_tiles_of_another_library_in_between_do_no_harm(level):
     layer, _, _ = layer_of(200, 90)
     x, other = torch.randn(70, 200, generator=generator(0)), torch.randn(256, 256).bfloat16()
     integer = integers(64, 64)
-    expected, product = native.run_linear(layer.linear, x, level), other @ other
+    expected, product = native_calls.run_linear(layer.linear, x, level), other @ other
     for _ in range(3):
         assert torch.equal(other @ other, product)
         torch._int_mm(integer, integer.T)
-        assert torch.equal(native.run_linear(layer.linear, x, level), expected)
+        assert torch.equal(native_calls.run_linear(layer.linear, x, level), expected)
 
 
 def test_a_level_that_disagrees_is_not_used(monkeypatch):
-    exact = native.product
-    monkeypatch.setattr(native, "product", lambda q, layer, level: exact(q, layer, level) + (level == PORTABLE))
+    exact = native_calls.product
+    monkeypatch.setattr(native_calls, "product", lambda q, layer, level: exact(q, layer, level) + (level == PORTABLE))
     native.levels.cache_clear()
     try:
         with pytest.warns(UserWarning, match="the native kernels for portable are not used: their integer product"):
@@ -160,7 +163,7 @@ def test_products_are_exact(level, bits, shape):
     rows, inputs, outputs = shape
     layer, codes, _ = layer_of(inputs, outputs, bits)
     q = integers(rows, inputs)
-    assert torch.equal(native.product(q, layer, level), reference.product(q, codes))
+    assert torch.equal(native_calls.product(q, layer, level), reference.product(q, codes))
 
 
 @each_level
@@ -168,14 +171,14 @@ def test_every_height_of_a_tile(level):
     layer, codes, _ = layer_of(37, 40)
     for rows in (*range(1, 19), 31, 32, 33, 47, 49):
         q = integers(rows, 37, seed=rows)
-        assert torch.equal(native.product(q, layer, level), reference.product(q, codes))
+        assert torch.equal(native_calls.product(q, layer, level), reference.product(q, codes))
 
 
 @each_level
 def test_the_largest_sums_do_not_saturate(level):
     for q, code, inputs in itertools.product((-128, -127, 127), (-128, 127), (1, 2, 63, 3072, 65535)):
         layer, _, _ = layer_of(inputs, 3, codes=torch.full((3, inputs), code, dtype=torch.int8))
-        got = native.product(torch.full((2, inputs), q, dtype=torch.int8), layer, level)
+        got = native_calls.product(torch.full((2, inputs), q, dtype=torch.int8), layer, level)
         assert bool((got == inputs * q * code).all())
 
 
@@ -204,10 +207,10 @@ def test_all_levels_give_the_bits_of_the_portable_one(rows, inputs, outputs, bit
     activation = structures.ACTIVATIONS[seed % len(structures.ACTIVATIONS)]
 
     def everything(level):
-        yield native.product(q, layer, level)
-        yield from native.quantize(x, layer, level)
-        yield native.run_linear(layer.linear, x, level, activation=activation)
-        yield from (native.norm(x, norm, level) for norm in norms)
+        yield native_calls.product(q, layer, level)
+        yield from native_calls.quantize(x, layer, level)
+        yield native_calls.run_linear(layer.linear, x, level, activation=activation)
+        yield from (native_calls.norm(x, norm, level) for norm in norms)
 
     expected = list(everything(PORTABLE))
     for level in LEVELS:
@@ -223,7 +226,7 @@ def test_all_levels_give_the_bits_of_the_portable_one(rows, inputs, outputs, bit
 def test_rows_round_as_the_reference_rounds(level, rows, width, seed, size):
     layer, _, _ = layer_of(width, 1)
     x = torch.randn(rows, width, generator=generator(seed)) * 10.0**size
-    q, scale, sums = native.quantize(x, layer, level)
+    q, scale, sums = native_calls.quantize(x, layer, level)
     expected, expected_scale = quantize_tokens(x)
     assert torch.equal(q, expected.to(torch.int8))
     assert torch.equal(scale, expected_scale[:, 0])
@@ -240,7 +243,7 @@ def test_halves_round_to_even(level):
     x[:, 0] = 127 * scale[:, 0]
     x[::2, 1:] = x[::2, 1:].nextafter(torch.tensor(INF))
     expected, expected_scale = quantize_tokens(x)
-    q, got_scale, _ = native.quantize(x, layer, level)
+    q, got_scale, _ = native_calls.quantize(x, layer, level)
     assert torch.equal(got_scale, expected_scale[:, 0])
     assert torch.equal(q, expected.to(torch.int8))
 
@@ -251,13 +254,13 @@ def test_static_rows_saturate_as_the_reference_does(level, scale, zero):
     layer, _, _ = layer_of(75, 3, static=(scale, zero))
     x = torch.randn(9, 75, generator=generator(0)) * 3
     x[0, :4] = torch.tensor([INF, -INF, 1e30, -1e30])
-    q, token_scale, sums = native.quantize(x, layer, level)
+    q, token_scale, sums = native_calls.quantize(x, layer, level)
     expected, _ = quantize_static(x, torch.tensor([scale]), torch.tensor([zero]))
     assert torch.equal(q, expected.to(torch.int8))
     assert bool((token_scale == torch.tensor(scale)).all())
     assert torch.equal(sums, q.sum(1, dtype=torch.int32))
     x[3, 5] = NAN
-    assert native.quantize(x, layer, level)[1].isnan().tolist() == [row == 3 for row in range(9)]
+    assert native_calls.quantize(x, layer, level)[1].isnan().tolist() == [row == 3 for row in range(9)]
 
 
 @each_level
@@ -267,7 +270,7 @@ def test_zeros_denormals_and_the_largest_numbers(level):
     x = torch.zeros(5, 20)
     x[1], x[2], x[3, 7], x[4] = 1e-42, info.tiny, info.max, -info.max
     expected, scale = quantize_tokens(x)
-    q, got, _ = native.quantize(x, layer, level)
+    q, got, _ = native_calls.quantize(x, layer, level)
     assert torch.equal(q, expected.to(torch.int8))
     assert torch.equal(got, scale[:, 0])
 
@@ -277,7 +280,7 @@ def test_factors_are_applied_first(level):
     layer, _, _ = layer_of(45, 2, factor=True)
     x = torch.randn(3, 45, generator=generator(0))
     factor = layer.tensors[5]
-    assert torch.equal(native.quantize(x, layer, level)[0], quantize_tokens(x * factor)[0].to(torch.int8))
+    assert torch.equal(native_calls.quantize(x, layer, level)[0], quantize_tokens(x * factor)[0].to(torch.int8))
 
 
 def gelu_bound(x):
@@ -288,12 +291,12 @@ def gelu_bound(x):
 @each_level
 def test_gelu_is_as_accurate_as_promised(level):
     x = torch.linspace(-20, 20, 100_003)
-    assert is_within(native.activate(x, "gelu", level), F.gelu(x.double()), gelu_bound(x))
+    assert is_within(native_calls.activate(x, "gelu", level), F.gelu(x.double()), gelu_bound(x))
     ends = torch.tensor([0.0, -0.0, 1e30, -1e30, 1e-40, INF, -INF])
-    got, expected = native.activate(ends, "gelu", level), torch.tensor([0.0, 0.0, 1e30, 0.0, 0.0, INF, 0.0])
+    got, expected = native_calls.activate(ends, "gelu", level), torch.tensor([0.0, 0.0, 1e30, 0.0, 0.0, INF, 0.0])
     assert got[5] == INF
     assert is_within(got[[0, 1, 2, 3, 4, 6]], expected[[0, 1, 2, 3, 4, 6]], 4e-6)
-    assert bool(native.activate(torch.full((37,), NAN), "gelu", level).isnan().all())
+    assert bool(native_calls.activate(torch.full((37,), NAN), "gelu", level).isnan().all())
 
 
 def layer_norm_bound(x, weight, bias, epsilon):
@@ -316,7 +319,7 @@ def layer_norm_bound(x, weight, bias, epsilon):
 def test_layer_norm(level, width):
     x = torch.randn(7, width, generator=generator(0)) * 3 + 5
     weight, bias = torch.randn(2, width, generator=generator(1))
-    got = native.norm(x, ("layer", weight, bias, 1e-6), level)
+    got = native_calls.norm(x, ("layer", weight, bias, 1e-6), level)
     doubles = x.double(), weight.double(), bias.double()
     expected = F.layer_norm(doubles[0], (width,), *doubles[1:], 1e-6)
     assert is_within(got, expected, layer_norm_bound(*doubles, 1e-6))
@@ -338,13 +341,13 @@ def test_a_layer_is_its_integers_scaled(level, settings, shape):
     layer, _, weight = layer_of(inputs, outputs, **settings)
     x = torch.randn(rows, inputs, generator=generator(1))
     total, expected = magnitudes(x, layer, weight)
-    got = native.run_linear(layer.linear, x, level)
+    got = native_calls.run_linear(layer.linear, x, level)
     assert is_within(got, expected, SCALED * total)
-    activated = native.run_linear(layer.linear, x, level, activation="gelu")
+    activated = native_calls.run_linear(layer.linear, x, level, activation="gelu")
     steepest = 1.13  # of GELU
     assert is_within(activated, F.gelu(expected), steepest * SCALED * total + gelu_bound(expected))
     residual = torch.randn(rows, outputs, generator=generator(2))
-    assert torch.equal(native.run_linear(layer.linear, x, level, residual=residual), got + residual)
+    assert torch.equal(native_calls.run_linear(layer.linear, x, level, residual=residual), got + residual)
 
 
 @each_level
@@ -353,7 +356,7 @@ def test_bad_numbers_stay_in_their_row(level):
     x = torch.randn(6, 40, generator=generator(0))
     broken = x.clone()
     broken[1, 3], broken[4, 39] = NAN, INF
-    got, expected = (native.run_linear(layer.linear, rows, level) for rows in (broken, x))
+    got, expected = (native_calls.run_linear(layer.linear, rows, level) for rows in (broken, x))
     assert bool(got[1].isnan().all())
     assert not bool(got[4].isfinite().any())
     assert torch.equal(got[[0, 2, 3, 5]], expected[[0, 2, 3, 5]])
@@ -364,25 +367,27 @@ def test_memory_that_is_not_aligned():
     x = torch.randn(1 + 6 * 40, generator=generator(0))[1:].view(6, 40)
     assert x.data_ptr() % 16 != 0
     for level in LEVELS:
-        assert torch.equal(native.run_linear(layer.linear, x, level), native.run_linear(layer.linear, x.clone(), level))
+        assert torch.equal(
+            native_calls.run_linear(layer.linear, x, level), native_calls.run_linear(layer.linear, x.clone(), level)
+        )
 
 
 def test_the_same_bits_for_any_number_of_threads_and_rows():
     layer, _, _ = layer_of(64, 300, 4)
     x = torch.randn(150, 64, generator=generator(0))
     for level in LEVELS:
-        expected = native.run_linear(layer.linear, x, level)
+        expected = native_calls.run_linear(layer.linear, x, level)
         for threads in (1, 3, 7):
             torch.set_num_threads(threads)
-            assert torch.equal(native.run_linear(layer.linear, x, level), expected)
-        assert torch.equal(torch.cat([native.run_linear(layer.linear, row[None], level) for row in x]), expected)
+            assert torch.equal(native_calls.run_linear(layer.linear, x, level), expected)
+        assert torch.equal(torch.cat([native_calls.run_linear(layer.linear, row[None], level) for row in x]), expected)
         torch.set_num_threads(2)
 
 
 def test_no_rows_give_no_rows():
     layer, _, _ = layer_of(8, 5)
     for level in LEVELS:
-        assert native.run_linear(layer.linear, torch.empty(0, 8), level).shape == (0, 5)
+        assert native_calls.run_linear(layer.linear, torch.empty(0, 8), level).shape == (0, 5)
 
 
 @pytest.mark.parametrize(
@@ -403,18 +408,18 @@ def test_tensors_are_checked_before_they_are_pointed_to(place, change, message):
     parts = list(layer.parts)
     parts[place] = change(parts[place])
     with pytest.raises(ValueError, match=message):
-        native.Prepared(tuple(parts), (20, 12, 8))
+        arguments.Prepared(tuple(parts), (20, 12, 8))
 
 
 def test_inputs_are_checked_before_they_are_pointed_to():
     layer, _, _ = layer_of(20, 12)
     for x in (torch.ones(3, 19), torch.ones(3, 20).double(), torch.ones(20, 3).T, torch.ones(3, 20, device="meta")):
         with pytest.raises(ValueError, match=r"x must be a contiguous torch.float32 tensor of shape \(3, 20\)"):
-            native.run_linear(layer.linear, x, PORTABLE)
+            native_calls.run_linear(layer.linear, x, PORTABLE)
     with pytest.raises(ValueError, match="residual must be"):
-        native.run_linear(layer.linear, torch.ones(3, 20), PORTABLE, residual=torch.ones(3, 11))
+        native_calls.run_linear(layer.linear, torch.ones(3, 20), PORTABLE, residual=torch.ones(3, 11))
     with pytest.raises(ValueError, match=r"q must be a contiguous torch\.int8"):
-        native.product(torch.ones(3, 20), layer, PORTABLE)
+        native_calls.product(torch.ones(3, 20), layer, PORTABLE)
 
 
 # Attention.
@@ -446,7 +451,7 @@ def attention_bound(query, key, value, heads, scaling):
 )  # fmt: skip
 def test_attention_is_that_of_numbers_in_bfloat16(level, images, tokens, heads, size):
     query, key, value = torch.randn(3, images, tokens, heads * size, generator=generator(0))
-    got = native.attention(query, key, value, heads, size**-0.5, level)
+    got = native_calls.attention(query, key, value, heads, size**-0.5, level)
     rounded = [t.bfloat16().float() for t in (query, key, value)]
     expected = attention_of(*rounded, heads, size**-0.5)
     assert is_within(got, expected, attention_bound(*rounded, heads, size**-0.5))
@@ -455,25 +460,25 @@ def test_attention_is_that_of_numbers_in_bfloat16(level, images, tokens, heads, 
 @each_level
 def test_attention_is_the_same_for_any_batch_and_threads(level):
     query, key, value = torch.randn(3, 5, 21, 48, generator=generator(0))
-    expected = native.attention(query, key, value, 2, 0.2, level)
+    expected = native_calls.attention(query, key, value, 2, 0.2, level)
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        assert torch.equal(native.attention(query, key, value, 2, 0.2, level), expected)
-    alone = [native.attention(*(t[i : i + 1] for t in (query, key, value)), 2, 0.2, level) for i in range(5)]
+        assert torch.equal(native_calls.attention(query, key, value, 2, 0.2, level), expected)
+    alone = [native_calls.attention(*(t[i : i + 1] for t in (query, key, value)), 2, 0.2, level) for i in range(5)]
     assert torch.equal(torch.cat(alone), expected)
 
 
 @each_level
 def test_attention_keeps_nan_in_its_image_and_head(level):
     query, key, value = torch.randn(3, 2, 9, 32, generator=generator(0))
-    expected = native.attention(query, key, value, 2, 0.25, level)
+    expected = native_calls.attention(query, key, value, 2, 0.25, level)
     value = value.clone()
     value[1, 4, 3] = NAN
-    got = native.attention(query, key, value, 2, 0.25, level)
+    got = native_calls.attention(query, key, value, 2, 0.25, level)
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[1, :, 16:], expected[1, :, 16:])
     assert bool(got[1, :, 3].isnan().all())
-    large = native.attention(query * 1e4, key * 1e4, expected * 0 + 1, 2, 0.25, level)
+    large = native_calls.attention(query * 1e4, key * 1e4, expected * 0 + 1, 2, 0.25, level)
     assert is_within(large, torch.ones_like(large), 2**-8 + 30 * EPS)  # weights round to bfloat16, their sum does not
 
 
@@ -482,9 +487,9 @@ def test_exact_attention_has_the_same_bits_everywhere(shape, monkeypatch):
     """Of float32, within the roundings of chains of products, and not what bfloat16 gives."""
     images, tokens, heads, size = shape
     query, key, value = torch.randn(3, images, tokens, heads * size, generator=generator(0))
-    rounded = native.attention(query, key, value, heads, size**-0.5, PORTABLE)
-    monkeypatch.setenv(native.ATTENTION, "float32")
-    expected = native.attention(query, key, value, heads, size**-0.5, PORTABLE)
+    rounded = native_calls.attention(query, key, value, heads, size**-0.5, PORTABLE)
+    monkeypatch.setenv(native_calls.ATTENTION, "float32")
+    expected = native_calls.attention(query, key, value, heads, size**-0.5, PORTABLE)
     by_head = [t.abs().double().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key)]
     score = size**-0.5 * (by_head[0] @ by_head[1].transpose(-1, -2)).amax(-1, keepdim=True)
     off = (2 * ((size + 4) * EPS * score + 3e-7) + (tokens + 4) * EPS) * 1.01
@@ -494,56 +499,56 @@ def test_exact_attention_has_the_same_bits_everywhere(shape, monkeypatch):
     assert tokens == 1 or not torch.equal(expected, rounded)
     for level, threads in itertools.product(LEVELS, (1, 3)):
         torch.set_num_threads(threads)
-        assert torch.equal(native.attention(query, key, value, heads, size**-0.5, level), expected)
-    monkeypatch.setenv(native.ATTENTION, "float64")
+        assert torch.equal(native_calls.attention(query, key, value, heads, size**-0.5, level), expected)
+    monkeypatch.setenv(native_calls.ATTENTION, "float64")
     with pytest.raises(ValueError, match="ATTENTION must be one of bfloat16, float32; got 'float64'"):
-        native.attention(query, key, value, heads, size**-0.5, PORTABLE)
+        native_calls.attention(query, key, value, heads, size**-0.5, PORTABLE)
 
 
 def test_attention_checks_its_sizes():
     x = torch.ones(1, 3, 10)
     with pytest.raises(ValueError, match="the scaling of attention must be positive, got 0"):
-        native.attention(x, x, x, 2, 0, PORTABLE)
+        native_calls.attention(x, x, x, 2, 0, PORTABLE)
     with pytest.raises(ValueError, match="a width of 10 does not divide into 3 heads"):
-        native.attention(x, x, x, 3, 1.0, PORTABLE)
+        native_calls.attention(x, x, x, 3, 1.0, PORTABLE)
     with pytest.raises(ValueError, match="key must be"):
-        native.attention(x, x[:, :2], x, 2, 1.0, PORTABLE)
+        native_calls.attention(x, x[:, :2], x, 2, 1.0, PORTABLE)
 
 
 def block_of(width=24, heads=3, mlp=40):
     sizes = {"query": (width, width), "key": (width, width), "value": (width, width), "output": (width, width)}
     sizes |= {"fc1": (width, mlp), "fc2": (mlp, width)}
     layers = {name: layer_of(*size)[0] for name, size in sizes.items()}
-    return native.make_block(layers, {"norm1": ("layer", None, None, 1e-6)}, heads, 0.35)
+    return arguments.make_block(layers, {"norm1": ("layer", None, None, 1e-6)}, heads, 0.35)
 
 
 def test_calls_are_checked_before_they_are_pointed_to():
     block, x = block_of(), torch.zeros(12, 24)
     with pytest.raises(ValueError, match="2 images of 5 tokens are 10 rows, not 12"):
-        native.make_call(2, 5, 12)
+        arguments.make_call(2, 5, 12)
     for wrong in ([0, 1, 2, 3, 4, 5, 6, 9, -1, -1], [-2, 1, 2, 3, 4, 5, 6, 7, 0, -1], [0, 1, 2, 3, 4, 5, 6, 6, 7, -1]):
         rows = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0, -1, -1], dtype=torch.int32)
-        native.make_call(2, 5, 8, rows)
+        arguments.make_call(2, 5, 8, rows)
         rows.copy_(torch.tensor(wrong))
         with pytest.raises(ValueError, match="rows must be -1 or the numbers below 8, each of them once"):
-            native.make_call(2, 5, 8, rows)
+            arguments.make_call(2, 5, 8, rows)
     with pytest.raises(ValueError, match="a call is of images of a token at least, got 2 of 0"):
-        native.make_call(2, 0)
+        arguments.make_call(2, 0)
     with pytest.raises(ValueError, match=r"must be of one width, got \[24, 12\]"):
-        native.run_blocks([block, block_of(12)], x, [native.make_call(3, 4)] * 2, PORTABLE)
+        native_calls.run_blocks([block, block_of(12)], x, [arguments.make_call(3, 4)] * 2, PORTABLE)
     with pytest.raises(ValueError, match=r"rows must be a contiguous torch\.int32"):
-        native.make_call(2, 5, 12, torch.arange(10))
+        arguments.make_call(2, 5, 12, torch.arange(10))
     with pytest.raises(ValueError, match="the call is for 10 rows of 24"):
-        native.run_blocks([block], x, [native.make_call(2, 5)], PORTABLE)
-    bias = native.make_call(3, 4, bias=torch.zeros(2, 4, 4), heads=2, head_size=8)
+        native_calls.run_blocks([block], x, [arguments.make_call(2, 5)], PORTABLE)
+    bias = arguments.make_call(3, 4, bias=torch.zeros(2, 4, 4), heads=2, head_size=8)
     with pytest.raises(ValueError, match=r"tables are for \(heads, head_size\) \(2, 8\)"):
-        native.run_blocks([block], x, [bias], PORTABLE)
+        native_calls.run_blocks([block], x, [bias], PORTABLE)
     with pytest.raises(ValueError, match=r"with 3 heads has layers of \(in, out\)"):
-        native.make_block({name: layer_of(24, 24)[0] for name in ("query", "key", "value", "output", "fc1")} | {
+        arguments.make_block({name: layer_of(24, 24)[0] for name in ("query", "key", "value", "output", "fc1")} | {
             "fc2": layer_of(40, 24)[0]}, {}, 3, 0.35)  # fmt: skip
     narrow = {"query": (6, 18), "output": (6, 6), "fc1": (6, 9), "fc2": (9, 6)}
     with pytest.raises(ValueError, match="has 8 columns of each at least, got 6"):
-        native.make_block({name: layer_of(*sizes)[0] for name, sizes in narrow.items()}, {}, 2, 0.5)
+        arguments.make_block({name: layer_of(*sizes)[0] for name, sizes in narrow.items()}, {}, 2, 0.5)
 
 
 @each_level
@@ -551,18 +556,18 @@ def test_scores_as_large_as_floats_are(level):
     """Rows of which all scores are the lowest number, as a float mask makes them, and numbers beyond all others."""
     block, x = block_of(24, 3), torch.randn(2, 5, 24, generator=generator(0))
     mask = torch.full((1, 5, 5), torch.finfo(torch.float32).min)
-    assert native.run_blocks([block], x, [native.make_call(2, 5, mask=mask)], level)[0].isfinite().all()
+    assert native_calls.run_blocks([block], x, [arguments.make_call(2, 5, mask=mask)], level)[0].isfinite().all()
     heads = torch.randn(3, 1, 5, 24, generator=generator(1)) * torch.tensor([3e6, 3e6, 1]).view(3, 1, 1, 1)
-    assert native.attention(*heads, 3, 0.35, level).isfinite().all()
+    assert native_calls.attention(*heads, 3, 0.35, level).isfinite().all()
 
 
 @each_level
 def test_an_image_has_the_same_bits_beside_one_with_a_mask(level):
     block, x = block_of(24, 3), torch.randn(2, 5, 24, generator=generator(0))
-    alone = native.run_blocks([block], x[:1], [native.make_call(1, 5)], level)[0]
+    alone = native_calls.run_blocks([block], x[:1], [arguments.make_call(1, 5)], level)[0]
     mask = torch.zeros(2, 5, 5)
     mask[1, :, 3:] = -INF
-    both = native.run_blocks([block], x, [native.make_call(2, 5, mask=mask)], level)[0]
+    both = native_calls.run_blocks([block], x, [arguments.make_call(2, 5, mask=mask)], level)[0]
     assert torch.equal(both[:1], alone)
 
 
@@ -572,11 +577,13 @@ def test_a_bias_beside_a_layer_is_added_to_what_a_static_range_corrects():
     more, correction = torch.randn(2, 12, generator=generator(1))
     fixed = torch.tensor([0.02]), torch.tensor([3], dtype=torch.int32), correction
     with pytest.raises(ValueError, match="the layer has a bias already"):
-        native.Prepared((*parts[:6], *fixed), (20, 12, 8)).with_bias(more)
-    beside = native.Prepared((*parts[:4], None, None, *fixed), (20, 12, 8)).with_bias(more)
-    within = native.Prepared((*parts[:4], more, None, *fixed), (20, 12, 8))
+        arguments.Prepared((*parts[:6], *fixed), (20, 12, 8)).with_bias(more)
+    beside = arguments.Prepared((*parts[:4], None, None, *fixed), (20, 12, 8)).with_bias(more)
+    within = arguments.Prepared((*parts[:4], more, None, *fixed), (20, 12, 8))
     x = torch.randn(3, 20, generator=generator(2))
-    assert torch.equal(native.run_linear(beside.linear, x, PORTABLE), native.run_linear(within.linear, x, PORTABLE))
+    assert torch.equal(
+        native_calls.run_linear(beside.linear, x, PORTABLE), native_calls.run_linear(within.linear, x, PORTABLE)
+    )
 
 
 def test_blocks_one_after_the_other_are_blocks_one_by_one():
@@ -585,25 +592,25 @@ def test_blocks_one_after_the_other_are_blocks_one_by_one():
     for images, tokens in ((1, 5), (5, 33), (70, 4)):
         x = torch.randn(images, tokens, 24, generator=generator(images))
         biases = torch.randn(3, 3, tokens, tokens, generator=generator(tokens))
-        plain = native.make_call(images, tokens)
-        calls = [plain, native.make_call(images, tokens, bias=biases[1], heads=3, head_size=8), plain]
+        plain = arguments.make_call(images, tokens)
+        calls = [plain, arguments.make_call(images, tokens, bias=biases[1], heads=3, head_size=8), plain]
         for level in LEVELS:
             torch.set_num_threads(1)
             expected, y = [], x
             for block, call in zip(blocks, calls, strict=True):
-                y = native.run_blocks([block], y, [call], level)[0]
+                y = native_calls.run_blocks([block], y, [call], level)[0]
                 expected.append(y)
             for threads in (1, 2, 3, 8):
                 torch.set_num_threads(threads)
-                assert all(map(torch.equal, native.run_blocks(blocks, x, calls, level), expected))
+                assert all(map(torch.equal, native_calls.run_blocks(blocks, x, calls, level), expected))
 
 
 def test_blocks_one_after_the_other_are_called_for_the_same_images():
     block, x = block_of(), torch.zeros(10, 24)
     rows = torch.arange(10, dtype=torch.int32)
-    for second in (native.make_call(5, 2), native.make_call(2, 5, rows=rows)):
+    for second in (arguments.make_call(5, 2), arguments.make_call(2, 5, rows=rows)):
         with pytest.raises(ValueError, match="must be called for the same images, and not for windows"):
-            native.run_blocks([block, block], x, [native.make_call(2, 5), second], PORTABLE)
+            native_calls.run_blocks([block, block], x, [arguments.make_call(2, 5), second], PORTABLE)
 
 
 # Processes and threads.
@@ -612,12 +619,12 @@ def test_blocks_one_after_the_other_are_called_for_the_same_images():
 def test_threads_that_call_at_once():
     layer, _, _ = layer_of(70, 90)
     inputs = [torch.randn(rows, 70, generator=generator(rows)) for rows in (1, 20, 60, 200)]
-    expected = [native.run_linear(layer.linear, x, LEVELS[-1]) for x in inputs]
+    expected = [native_calls.run_linear(layer.linear, x, LEVELS[-1]) for x in inputs]
     wrong = []
 
     def run(x, y):
         torch.set_num_threads(2)
-        wrong.extend(1 for _ in range(20) if not torch.equal(native.run_linear(layer.linear, x, LEVELS[-1]), y))
+        wrong.extend(1 for _ in range(20) if not torch.equal(native_calls.run_linear(layer.linear, x, LEVELS[-1]), y))
 
     threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, expected, strict=True)]
     for thread in threads:
@@ -662,14 +669,14 @@ def test_no_second_pool_of_threads():
 def test_profile_adds_up_to_the_time_of_the_threads():
     layer, _, _ = layer_of(256, 512)
     x = torch.randn(400, 256)
-    with native.profile() as seconds:
-        native.run_linear(layer.linear, x, LEVELS[-1])
+    with library.profile() as seconds:
+        native_calls.run_linear(layer.linear, x, LEVELS[-1])
     assert list(seconds) == list(structures.STAGES)
     assert seconds["integer products"] > 0
     assert seconds["unpack 4 bits"] == seconds["attention"] == 0
     assert 0 < sum(seconds.values()) < 60
-    with native.profile() as outer, native.profile():
-        native.run_linear(layer.linear, x, LEVELS[-1])
+    with library.profile() as outer, library.profile():
+        native_calls.run_linear(layer.linear, x, LEVELS[-1])
     assert not any(outer.values())
 
 
@@ -827,6 +834,6 @@ def test_the_environment_decides_over_auto(monkeypatch):
 
 def test_structures_have_the_size_that_the_library_has():
     """Written out by the library itself: a field more on one side would shift all that follow."""
-    loaded = native.library()
+    loaded = library.load()
     for number, kind in enumerate((structures.Linear, structures.Block, structures.Call, structures.Patches)):
         assert ctypes.sizeof(kind) == loaded.fairseq_size(number)

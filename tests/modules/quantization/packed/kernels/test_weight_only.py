@@ -9,23 +9,14 @@ from pairwise import pairwise
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
-from fairseq.modules.quantization.packed.kernels import native, operators
+from fairseq.modules.quantization.packed.kernels import arguments, library, native, native_calls, operators
 from fairseq.modules.quantization.packed.panels import sums_of, to_panels
 
 LEVELS = [native.level_number(name) for name in native.levels()]
 each_level = pytest.mark.parametrize("level", LEVELS, ids=lambda level: native.level_names()[level])
 INF, NAN = float("inf"), float("nan")
 
-pytestmark = pytest.mark.skipif(not LEVELS, reason=native.NOT_BUILT)
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    """Whatever the number of processors: some errors need a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.skipif(not LEVELS, reason=library.NOT_BUILT), pytest.mark.usefixtures("two_threads")]
 
 
 def generator(seed):
@@ -43,7 +34,7 @@ def layer_of(inputs, outputs, bits=8, zero=None, one_scale=False, factor=False):
     r = torch.rand(inputs, generator=random) + 0.5 if factor else None
     parts = to_panels(codes, bits), sums_of(codes, bits), scale, zero_point.to(torch.uint8), bias, r, None, None, None
     weight = (q - zero_point[:, None]).double() * scale.double()[:, None]
-    return native.Prepared(parts, (inputs, outputs, bits, 1)), weight
+    return arguments.Prepared(parts, (inputs, outputs, bits, 1)), weight
 
 
 def exact(x, layer, weight):
@@ -73,11 +64,11 @@ def test_a_layer_is_its_codes_times_numbers_in_bfloat16(level, settings, shape):
     layer, weight = layer_of(inputs, outputs, **settings)
     x = torch.randn(rows, inputs, generator=generator(1))
     expected, bound = exact(x, layer, weight)
-    got = native.run_linear(layer.linear, x, level)
+    got = native_calls.run_linear(layer.linear, x, level)
     assert is_within(got, expected, bound)
     residual = torch.randn(rows, outputs, generator=generator(2))
-    assert torch.equal(native.run_linear(layer.linear, x, level, residual=residual), got + residual)
-    activated = native.run_linear(layer.linear, x, level, activation="gelu")
+    assert torch.equal(native_calls.run_linear(layer.linear, x, level, residual=residual), got + residual)
+    activated = native_calls.run_linear(layer.linear, x, level, activation="gelu")
     assert is_within(activated, F.gelu(got.double()), 4e-6 + eps(torch.float32) * got.abs())
 
 
@@ -86,10 +77,10 @@ def test_a_layer_is_its_codes_times_numbers_in_bfloat16(level, settings, shape):
 def test_every_length_of_a_row(level, inputs):
     """What fills the last group up is zero on both sides, whatever was in memory before."""
     full, _ = layer_of(96, 40)
-    native.run_linear(full.linear, torch.full((70, 96), NAN), level)
+    native_calls.run_linear(full.linear, torch.full((70, 96), NAN), level)
     layer, weight = layer_of(inputs, 35, 4)
     x = torch.randn(19, inputs, generator=generator(inputs))
-    assert is_within(native.run_linear(layer.linear, x, level), *exact(x, layer, weight))
+    assert is_within(native_calls.run_linear(layer.linear, x, level), *exact(x, layer, weight))
 
 
 @each_level
@@ -101,7 +92,7 @@ def test_a_half_rounds_to_even(level):
     x[:, 0] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 2**-8])
     scale, bias = layer.tensors[2], layer.tensors[4]
     rounded = torch.tensor([[1.0], [1 + 2**-6], [1 + 2**-7], [-1.0]])
-    assert torch.equal(native.run_linear(layer.linear, x, level), rounded * scale + bias)
+    assert torch.equal(native_calls.run_linear(layer.linear, x, level), rounded * scale + bias)
 
 
 @each_level
@@ -110,7 +101,7 @@ def test_bad_numbers_stay_in_their_row(level):
     x = torch.randn(6, 40, generator=generator(0))
     broken = x.clone()
     broken[1, 3], broken[4, 39] = NAN, INF
-    got, expected = (native.run_linear(layer.linear, rows, level) for rows in (broken, x))
+    got, expected = (native_calls.run_linear(layer.linear, rows, level) for rows in (broken, x))
     assert bool(got[1].isnan().all())
     assert not bool(got[4].isfinite().any())
     assert torch.equal(got[[0, 2, 3, 5]], expected[[0, 2, 3, 5]])
@@ -121,31 +112,31 @@ def test_bad_numbers_stay_in_their_row(level):
 def test_the_same_bits_for_any_number_of_threads_and_rows(level, bits):
     layer, _ = layer_of(600, 100, bits)
     x = torch.randn(150, 600, generator=generator(0))
-    expected = native.run_linear(layer.linear, x, level)
+    expected = native_calls.run_linear(layer.linear, x, level)
     for threads in (1, 3, 7):
         torch.set_num_threads(threads)
-        assert torch.equal(native.run_linear(layer.linear, x, level), expected)
-    alone = [native.run_linear(layer.linear, row[None], level) for row in x[::9]]
+        assert torch.equal(native_calls.run_linear(layer.linear, x, level), expected)
+    alone = [native_calls.run_linear(layer.linear, row[None], level) for row in x[::9]]
     assert torch.equal(torch.cat(alone), expected[::9])
 
 
 def test_the_levels_without_instructions_for_bfloat16_agree():
     layer, _ = layer_of(171, 70, 5, factor=True)
     x = torch.randn(40, 171, generator=generator(0))
-    outputs = {name: native.run_linear(layer.linear, x, native.level_number(name)) for name in native.levels()}
+    outputs = {name: native_calls.run_linear(layer.linear, x, native.level_number(name)) for name in native.levels()}
     own_order = ("avx512bf16", "amx")
     assert all(torch.equal(y, outputs["portable"]) for name, y in outputs.items() if name not in own_order)
 
 
 def test_a_level_that_disagrees_is_not_used(monkeypatch):
-    run, portable = native.run_linear, native.level_number("portable")
+    run, portable = native_calls.run_linear, native.level_number("portable")
 
     def wrong(linear, x, level, **keywords):  # truncated, not rounded
         if linear.halves and level == portable:
             x = (x.view(torch.int32) & ~0xFFFF).view(torch.float32)
         return run(linear, x, level, **keywords)
 
-    monkeypatch.setattr(native, "run_linear", wrong)
+    monkeypatch.setattr(native_calls, "run_linear", wrong)
     native.levels.cache_clear()
     try:
         with pytest.warns(UserWarning, match="for portable are not used: their weight-only layer at 8 bits differs"):
@@ -157,15 +148,15 @@ def test_a_level_that_disagrees_is_not_used(monkeypatch):
 def test_what_does_not_fit_together_is_refused():
     layer, _ = layer_of(24, 24)
     with pytest.raises(ValueError, match="rounds its input to bfloat16 makes no integers of it"):
-        native.quantize(torch.ones(3, 24), layer, LEVELS[0])
+        native_calls.quantize(torch.ones(3, 24), layer, LEVELS[0])
     fixed = torch.tensor([0.02]), torch.tensor([3], dtype=torch.int32), torch.zeros(24)
     with pytest.raises(ValueError, match="rounded to bfloat16 has no static range"):
-        native.Prepared((*layer.parts[:6], *fixed), (24, 24, 8, 1))
-    integers = native.Prepared(layer.parts, (24, 24, 8))
+        arguments.Prepared((*layer.parts[:6], *fixed), (24, 24, 8, 1))
+    integers = arguments.Prepared(layer.parts, (24, 24, 8))
     layers = dict.fromkeys(("query", "key", "value", "output", "fc1", "fc2"), layer)
-    native.make_block({**layers, "fc1": integers, "output": integers}, {}, 3, 0.35)
+    arguments.make_block({**layers, "fc1": integers, "output": integers}, {}, 3, 0.35)
     with pytest.raises(ValueError, match="the input of query, key, value is rounded once, to integers or to bfloat16"):
-        native.make_block({**layers, "key": integers}, {}, 3, 0.35)
+        arguments.make_block({**layers, "key": integers}, {}, 3, 0.35)
 
 
 # PackedLinear on them.
@@ -216,7 +207,7 @@ def test_where_bits_must_be_the_same_everywhere_other_kernels_run(monkeypatch):
     layer, plain, x = packed(backend="auto"), packed(backend="cpu"), torch.randn(4, 75)
     layer.use_native()
     rounded = layer(x)
-    monkeypatch.setenv(native.ATTENTION, "float32")
+    monkeypatch.setenv(native_calls.ATTENTION, "float32")
     assert layer.backend == "cpu"
     assert torch.equal(layer(x), plain(x))
     assert layer.reason_not_native() == (
@@ -224,7 +215,7 @@ def test_where_bits_must_be_the_same_everywhere_other_kernels_run(monkeypatch):
     )
     with pytest.raises(ValueError, match="cannot run fc: activations=None: its products are of bfloat16"):
         layer.use_native()
-    monkeypatch.setenv(native.ATTENTION, "bfloat16")
+    monkeypatch.setenv(native_calls.ATTENTION, "bfloat16")
     assert layer.backend == "native"
     assert torch.equal(layer(x), rounded)
 
@@ -241,7 +232,7 @@ def test_a_compiled_layer_is_the_native_one_and_a_traced_one_is_in_float(monkeyp
         traced = torch.jit.trace(layer, x, check_trace=False)
         total = x.abs() @ plain.dequantize().abs().T + plain.bias.abs()
         assert is_within(traced(x), plain(x), 79 * eps(torch.float32) * total)
-        monkeypatch.setenv(native.ATTENTION, "float32")  # a graph that was recorded before stays what it is
+        monkeypatch.setenv(native_calls.ATTENTION, "float32")  # a graph that was recorded before stays what it is
         torch.compiler.reset()
         recorded = torch.compile(layer, backend="eager", fullgraph=True)(x)
         assert is_within(recorded, plain(x), 79 * eps(torch.float32) * total)

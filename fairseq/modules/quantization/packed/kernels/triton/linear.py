@@ -24,7 +24,7 @@ def _kernels() -> Any:
 
 def product(q: Tensor, codes: Tensor) -> Tensor:
     """(M, K) int8 times (N, K) int8 transposed: (M, N) int32."""
-    if functional.capturing():
+    if functional.capturing() or not functional.plain(q):
         return cuda.product(q, codes)
     _, products, _ = _kernels()
     tile = tile_for(capability(q.device), len(q), len(codes))
@@ -43,7 +43,8 @@ def reason_not_runnable(bits: int, scale: torch.dtype, group_size: int | None) -
 
 def integer(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid) -> Tensor:
     """Integer products of quantized activations: (M, in) -> (M, out), the bits of the reference."""
-    if functional.recording() or x.dtype == torch.float64 or weight.in_features == 0:
+    recorded = functional.recording() or not functional.plain(x)
+    if recorded or x.dtype == torch.float64 or weight.in_features == 0:
         return functional.integer(x, weight, bias, grid, cuda.product)
     if reason_not_runnable(grid.bits, weight.scale.dtype, weight.group_size):
         return functional.integer(x, weight, bias, grid, product)
