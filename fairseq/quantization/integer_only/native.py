@@ -171,7 +171,8 @@ class NativeViT:
             return structures.Rows(kind=kind)
         spread = cast(Spread, output[1])
         arrays = (self._array(t, torch.int32) for t in (spread.columns, spread.added, spread.shift))
-        return structures.Rows(*arrays, kind, spread.zero)
+        alone = self._array(_alone(spread), torch.int32)
+        return structures.Rows(*arrays, kind, spread.zero, alone)
 
     def _attention(self, attention: IntegerAttention, size: int, name: str) -> structures.IntegerAttention:
         heads = len(attention.multiplier)
@@ -211,6 +212,17 @@ class NativeViT:
             ),
             self._requantize_lines(_first(block.activation.output), len(block.fc1.weight), values, gains),
         )  # fmt: skip
+
+
+def _alone(spread: Spread) -> Tensor:
+    """Of each byte, how many from it on are of columns side by side, whole: int64 (inputs,)."""
+    columns = spread.columns.to(torch.int64)
+    places = torch.arange(len(columns))
+    whole = (spread.added == 0) & (spread.shift == 0)
+    begins = torch.ones(len(columns) + 1, dtype=torch.bool)  # of a run, and behind the last one
+    begins[1:-1] = (columns[1:] != columns[:-1] + 1) | (whole[1:] != whole[:-1])
+    ends = torch.where(begins[1:], places + 1, len(columns)).flip(0).cummin(0).values.flip(0)
+    return torch.where(whole, ends - places, 0)
 
 
 def _check_parts(model: nn.Module) -> None:

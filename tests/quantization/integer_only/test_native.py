@@ -13,7 +13,7 @@ from transformers import ViTForImageClassification
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.integer.checked import checked
 from fairseq.modules.quantization.packed.kernels import library, native, native_calls
-from fairseq.quantization.integer_only.native import NativeViT, NotNative, native_logits, reason_not_native
+from fairseq.quantization.integer_only.native import NativeViT, NotNative, _alone, native_logits, reason_not_native
 
 pytestmark = pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 
@@ -194,6 +194,30 @@ def test_activations_beyond_their_table_and_in_64_bits(level, monkeypatch):
     kernels = NativeViT(model)
     assert not kernels.model.blocks[0].contents.activation32.multiplier
     assert torch.equal(kernels(pixels), reference(model, pixels))
+
+
+@pytest.mark.parametrize("level", native.levels())
+def test_columns_that_become_several_bytes(level, monkeypatch):
+    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_LEVEL", level)
+    config = vit_config(
+        hidden_size=128, num_attention_heads=4, intermediate_size=96, image_size=16, num_hidden_layers=1
+    )
+    torch.manual_seed(0)
+    model = ViTForImageClassification(config).eval()
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)):
+        norm.weight.data[[0, 70]] = torch.tensor([9.0, 30.0])
+    quantizer = ViTQuantizer(bits=8, method="channel", arithmetic="integer", activations="static", rounding="nearest")
+    integers = quantizer.quantize_model(model, calibration=PICTURES)
+    spread = integers.blocks[0].norm1.output[1]
+    copies = spread.columns.unique_consecutive(return_counts=True)[1]
+    assert copies[70] > 1
+    numbers = list(zip(spread.columns.tolist(), (copies[spread.columns.long()] == 1).tolist()))
+    for i, count in enumerate(_alone(spread).tolist()):
+        run = [(numbers[i][0] + j, True) for j in range(count + 1)]
+        assert numbers[i : i + count] == run[:count]
+        assert numbers[i : i + count + 1] != run
+    pixels = extremes(integers)
+    assert torch.equal(native_logits(integers, pixels), reference(integers, pixels))
 
 
 def test_blocks_of_different_sizes_run_on_the_reference():

@@ -128,7 +128,7 @@ class Rows(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("columns", "added", "shift")),
-        ("kind", c_int32), ("zero", c_int32),
+        ("kind", c_int32), ("zero", c_int32), ("alone", c_void_p),
     )  # fmt: skip
 
 

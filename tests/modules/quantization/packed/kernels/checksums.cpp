@@ -334,7 +334,7 @@ struct IntegerParts {
   std::vector<Layer> layers;
   std::vector<Constants> constants;
   std::vector<int16_t> values, gains;
-  std::vector<int32_t> lines, multiplier32, offset32, shift32, multiplier, shift0, positions, columns, added, shift, multipliers, shifts;
+  std::vector<int32_t> lines, multiplier32, offset32, shift32, multiplier, shift0, positions, columns, added, shift, alone, multipliers, shifts;
   std::vector<int64_t> offset;
   IntegerBlock block = {}, other = {};
   const IntegerBlock* blocks[2] = {&block, &other};
@@ -373,13 +373,14 @@ struct IntegerParts {
       columns.push_back((int32_t)(i < width ? i : 5));
       added.push_back((int32_t)(i < width ? i == 5 ? 3 : 0 : i - width));
       shift.push_back(i == 5 || i >= width ? 2 : 0);
+      alone.push_back((int32_t)(i < 5 ? 5 - i : i > 5 && i < width ? width - i : 0));
     }
     for (int64_t head = 0; head < heads; head++) {
       multipliers.push_back((int32_t)(40000 + random.below(20000)));
       shifts.push_back(dynamic ? 4 : 0);
     }
-    const Rows plain = {nullptr, nullptr, nullptr, dynamic ? ROWS_SIGNED : ROWS_BYTES, 0};
-    const Rows several = {columns.data(), added.data(), shift.data(), ROWS_BYTES, -7};
+    const Rows plain = {nullptr, nullptr, nullptr, dynamic ? ROWS_SIGNED : ROWS_BYTES, 0, nullptr};
+    const Rows several = {columns.data(), added.data(), shift.data(), ROWS_BYTES, -7, alone.data()};
     const int64_t inputs = dynamic ? width : width + spread;
     for (IntegerBlock* one : {&block, &other}) {
       one->norm1 = {requantize(width, 24, false, dynamic ? 14 : 9, 16), 1000};

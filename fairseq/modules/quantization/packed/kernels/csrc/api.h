@@ -103,6 +103,7 @@ enum RowKind { ROWS_SIGNED, ROWS_UNSIGNED, ROWS_BYTES };  // scaled by the large
 struct Rows {
   const int32_t *columns, *added, *shift;  // of each byte, where one integer becomes several; or null
   int32_t kind, zero;
+  const int32_t* alone;  // from each byte on, how many are of columns side by side that become no others; or null
 };
 
 struct IntegerAttention {

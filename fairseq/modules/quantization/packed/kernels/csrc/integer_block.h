@@ -79,7 +79,7 @@ const int32_t STATIC_KEY_SCALE = 1 << 14;  // stands for 1
 // Bytes of queries and keys of a head, and their scales.
 static inline void pack_queries_and_keys(const IntegerAttention& attention, const ByteHeads& heads, int64_t image, int64_t head,
                                          const int16_t* parts, int64_t stride) {
-  const Rows how = {nullptr, nullptr, nullptr, attention.dynamic ? ROWS_SIGNED : ROWS_BYTES, 0};
+  const Rows how = {nullptr, nullptr, nullptr, attention.dynamic ? ROWS_SIGNED : ROWS_BYTES, 0, nullptr};
   const int64_t multiplier = attention.multiplier[head], inner = heads.heads * heads.size;
   for (int64_t token = 0; token < heads.tokens; token++, parts += stride) {
     for (int64_t part = 0; part < 3; part++)  // written by another core, and a page further each

@@ -582,7 +582,12 @@ static inline int32_t integer_row(const Rows& how, const int16_t* z, int64_t cou
       each_pairs(z, count, give);
       return 1;
     }
+    const Pairs16 low = pairs((int16_t)(-128 - how.zero)), high = pairs((int16_t)(127 - how.zero));
     for (int64_t i = 0; i < count; i += 2 * LANES) {
+      if (how.alone[i] >= 2 * LANES) {
+        give(i, smaller(larger(load<Pairs16>(z + how.columns[i]), low), high) + (int16_t)how.zero);
+        continue;
+      }
       int16_t bytes[2 * LANES] = {};
       for (int64_t j = i; j < least(count, i + 2 * LANES); j++) {
         const int32_t part = ((z[how.columns[j]] + how.added[j]) >> how.shift[j]) + how.zero;
