@@ -93,9 +93,7 @@ def test_transforms_of_functions_follow_it(layout, activations):
 def test_transforms_do_not_reach_integers():
     packed, _ = twins(LinearConfig(8, "channel"), None)
     scales, x = torch.stack([packed.scale, packed.scale * 2]), torch.randn(2, 24)
-    with pytest.raises(
-        RuntimeError, match="can transform the input of fc1, but not its integers, scales and bias"
-    ):
+    with pytest.raises(RuntimeError, match="can transform the input of fc1, but not its integers, scales and bias"):
         torch.func.vmap(lambda s: torch.func.functional_call(packed, {"scale": s}, (x,)))(scales)
 
 
