@@ -23,7 +23,8 @@ ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 PLOT = ["matplotlib>=3.9"]
 TEST = ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "timm>=1.0", "accelerate>=1.1", *ONNX, *PLOT]
 DOCS = ["sphinx>=8", "furo>=2024.8", "sphinx-copybutton>=0.5"]
-LINT = ["ruff>=0.12", "mypy>=1.16", "pre-commit>=4", "setuptools>=77"]  # setuptools: .ci/sanitize
+LINT = ["ruff>=0.12", "mypy>=1.16", "pre-commit>=4", "clang-format==23.1.5", "setuptools>=77"]
+# clang-format: each version formats in its own way; setuptools: .ci/sanitize
 
 KERNELS = Path("fairseq", "modules", "quantization", "packed", "kernels")
 COMPILE = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi"]

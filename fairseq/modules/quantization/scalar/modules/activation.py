@@ -38,8 +38,9 @@ class ActivationQuantizer:
     if there was no training). Gradients are straight-through.
 
     The scale and zero point are the buffers ``activation_scale`` and ``activation_zero_point`` of ``module``, so they
-    move, save, load and copy with it: of shape (1,), or (C,) for "channel". As any buffer of any module, the scale is
-    rounded by the module's ``.half()``.
+    move, save, load and copy with it: of shape (1,), or (C,) for "channel". They are None until the first forward:
+    ``AveragedModel``, which pairs buffers by their order, is to be made after it. As any buffer of any module, the
+    scale is rounded by the module's ``.half()``.
 
     Args:
         module: any module that returns one tensor.

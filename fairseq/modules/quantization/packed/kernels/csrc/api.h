@@ -6,8 +6,8 @@
 // One Linear: y = x @ W.T + bias, W[n, k] = scale[n] * (code[n, k] - zero[n]).
 //
 // panels: the codes in the order in which the products read them, 32 outputs (a panel) at a time: [panel][k / 4][32][4]
-// bytes, filled up with zeros to 16 inputs and 32 outputs. Below 5 bits two outputs share a byte: [panel][k / 4][16][4],
-// output j of the panel in the low half, output j + 16 in the high half.
+// bytes, filled up with zeros to 16 inputs and 32 outputs. Below 5 bits two outputs share a byte, output j of a panel
+// in the low half, output j + 16 in the high half: [panel][k / 4][16][4].
 struct Linear {
   const uint8_t* panels;
   const int32_t* sums;       // (out,): the sum of each output's codes; null where two share a byte, and are added up anew

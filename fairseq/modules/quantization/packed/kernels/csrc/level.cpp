@@ -3,7 +3,9 @@
 #define TEXT(name) TEXT_OF(name)
 #define JOIN_OF(one, other) one##other
 #define JOIN(one, other) JOIN_OF(one, other)
+// clang-format off
 #define HEADER TEXT(isa/LEVEL.h)
+// clang-format on
 
 #include HEADER
 

@@ -11,6 +11,7 @@ namespace {  // each instruction set has its own
 // by 4e-6 at most, and 0 at 0.
 static inline Floats gelu_of(Floats x) {
   const float SCALE = 3.2270834f, LARGEST = 4.8f, FIRST = 8388608.0f;  // 15.49 / 4.8; 2^23
+  // clang-format off
   alignas(64) static const float g0[16] = {
       0, 1.172312051e-01f, 1.659128666e-01f, 1.638773084e-01f, 1.333469450e-01f,
       9.396415949e-02f, 5.855901912e-02f, 3.261594102e-02f, 1.632991619e-02f, 7.374719717e-03f,
@@ -31,6 +32,7 @@ static inline Floats gelu_of(Floats x) {
       1.479162020e-03f, 3.610661952e-04f, -2.821867820e-04f, -4.839178291e-04f, -4.256729153e-04f,
       -2.826028795e-04f, -1.547051943e-04f, -7.237075624e-05f, -2.946519817e-05f, -1.055455778e-05f,
       -3.349594181e-06f};
+  // clang-format on
   const Floats size = smaller(floats(LARGEST), (Floats)(bits_of(x) & 0x7fffffff));
   const Floats shifted = fma(size, SCALE, FIRST);  // t, rounded, in its lowest bits
   const Floats f = fma(size, floats(SCALE), FIRST - shifted);

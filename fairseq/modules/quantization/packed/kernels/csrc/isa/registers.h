@@ -42,10 +42,12 @@ struct Registers {
   // Integer sums of a tile, (rows, PANEL), over 4 * steps inputs.
   static void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums) {
     switch (rows) {
+      // clang-format off
 #define CASE(n) case n: return some_rows<n>(tile, panel, steps, sums)
       CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7);
       CASE(8); CASE(9); CASE(10); CASE(11); CASE(12); CASE(13); CASE(14);
 #undef CASE
+      // clang-format on
     }
   }
 
@@ -62,10 +64,12 @@ struct Registers {
   static void half_product(const uint16_t* tile, const uint16_t* panel, int64_t rows, int64_t steps, float* out,
                            int64_t stride) {
     switch (rows) {
+      // clang-format off
 #define CASE(n) case n: return some_half_rows<n>(tile, panel, steps, out, stride)
       CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7);
       CASE(8); CASE(9); CASE(10); CASE(11); CASE(12); CASE(13); CASE(14);
 #undef CASE
+      // clang-format on
     }
   }
 
