@@ -1,4 +1,8 @@
-"""An IntegerViT on the native kernels: the integers of its reference, from the pixels to the logits in one call."""
+"""An IntegerViT on the native kernels: the integers of its reference, from the pixels to the logits in one call.
+
+A head other than that of ViT is computed by its own modules on the residual stream that the kernels give; its norms by
+kernels.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,7 @@ from fairseq.modules.quantization.integer.rows import HALF, LARGEST
 from fairseq.modules.quantization.packed.kernels import ENVIRONMENT, memory, native, runs_native, structures
 from fairseq.modules.quantization.packed.panels import WIDTH, to_panels
 from fairseq.quantization.integer_only.block import IntegerBlock
+from fairseq.quantization.integer_only.head import AttentionPooling, IntegerHead, Readout
 from fairseq.quantization.integer_only.layers import (
     WIDE,
     IntegerActivation,
@@ -36,7 +41,14 @@ KEY_SCALE_BITS = 14
 """Of what stands for a key's scale of 1 where activations are static."""
 HIGH = 32
 """Results are taken from the high halves of products of 64 bits."""
-PARTS = (IntegerBlock, IntegerLinear, IntegerNorm, IntegerActivation, IntegerAttention, Requantize, Spread)
+PARTS = (
+    IntegerBlock, IntegerLinear, IntegerNorm, IntegerActivation, IntegerAttention, Requantize, Spread, IntegerHead,
+    Readout, AttentionPooling, nn.ModuleDict, nn.ModuleList, nn.Sequential,
+)  # fmt: skip
+
+
+SETTINGS = ("bits", "zero", "dynamic", "size", "patch", "tokens", "norm_first", "outputs")
+"""Attributes of parts that decide what they compute, beside parts and buffers."""
 
 
 class NotNative(Exception):
@@ -58,7 +70,10 @@ class NativeViT:
         self.dynamic = model.bits == WIDE
         _check_parts(model)
         _check_shapes(model)
-        layers = [module for module in model.modules() if isinstance(module, IntegerLinear)]
+        self.head: IntegerHead = model.head
+        plain = _plain(model)
+        readers = [model.patches, model.blocks, *([] if plain is None else [plain.linear])]
+        layers = [m for part in readers for m in part.modules() if isinstance(m, IntegerLinear)]
         panels = [to_panels(layer.weight, 8) for layer in layers]
         regions = memory.on_large_pages([p.numel() for p in panels])
         for region, p in zip(regions, panels):
@@ -69,19 +84,41 @@ class NativeViT:
         pointers = (ctypes.POINTER(structures.IntegerBlock) * len(blocks))(*map(ctypes.pointer, blocks))
         self.kept += [blocks, pointers]
         first: Any = model.blocks[0]
-        norm, rows = self._norm(model.norm, "the last norm"), self._rows(model.norm.output)
+        last = None if plain is None else cast(IntegerNorm, plain.norm)
+        ends: Any = (
+            (structures.IntegerNorm(), structures.Rows()) if last is None
+            else (self._norm(last, "the last norm"), self._rows(last.output))
+        )  # fmt: skip
+        before = None if model.before is None else ctypes.pointer(self._norm(model.before, "the norm before the blocks"))
+        self.norms: dict[str, Any] = {}
+        if plain is None:
+            self.norms = {name: self._norm_of_rows(name, readout) for name, readout in self._norms_of_tokens()}
         heads = len(first.attention.multiplier)
         tokens, width = model.constants.shape
         self.model = structures.IntegerModel(
             self._linear(model.patches, "the patch embedding", 1),
-            self._linear(model.classifier, "the classifier"),
+            structures.IntegerLinear() if plain is None else self._linear(cast(Any, plain.linear), "the classifier"),
             self._array(model.constants, torch.int32), pointers, len(blocks), len(model.pixel_start), *model.size,
-            *model.patch, tokens, width, heads, len(first.query.weight) // heads, len(first.fc1.weight), norm, rows,
+            *model.patch, tokens, width, heads, len(first.query.weight) // heads, len(first.fc1.weight), *ends, before,
         )  # fmt: skip
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, channels, H, W) on the CPU -> int32 (B, classes)."""
-        return native.integers(self.model, pixels.contiguous(), native.level_number())
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        """uint8 (B, channels, H, W) on the CPU -> int32 by output."""
+        found = native.integers(self.model, pixels.contiguous(), native.level_number())
+        if self.model.classifier.outputs:
+            (name,) = self.head.outputs
+            return {name: found}
+        return self.head(found, self.norms)  # type: ignore[no-any-return]
+
+    def _norms_of_tokens(self) -> Iterator[tuple[str, Readout]]:
+        """The norms of whole rows of the stream that give integers of 24 bits, by the name of their readout."""
+        for name, readout in self.head.readouts.items():
+            if isinstance(readout, Readout) and readout.norm is not None and isinstance(readout.norm.output, Requantize):
+                yield name, readout
+
+    def _norm_of_rows(self, name: str, readout: Readout) -> Any:
+        norm = self._norm(cast(IntegerNorm, readout.norm), f"{name}, norm")
+        return lambda h: native.integer_norm(norm, h, native.level_number())
 
     def _array(self, values: Tensor, dtype: torch.dtype) -> int:
         array = values.to(dtype).contiguous().clone()
@@ -186,7 +223,7 @@ class NativeViT:
 
 def _check_parts(model: nn.Module) -> None:
     for module in model.modules():
-        if module is not model and type(module) not in (*PARTS, nn.ModuleList, nn.Sequential):
+        if module is not model and type(module) not in PARTS:
             raise NotNative(f"a part is a {type(module).__name__}")
     devices = {t.device.type for t in _tensors(model)}
     if devices - {"cpu"}:
@@ -229,7 +266,7 @@ class Known:
 
 
 def _settings(module: nn.Module) -> list[Any]:
-    return [module.__dict__.get(name) for name in ("bits", "zero", "dynamic", "size", "patch")]
+    return [module.__dict__.get(name) for name in SETTINGS]
 
 
 def _check_shapes(model: Any) -> None:
@@ -265,9 +302,18 @@ def _check_shapes(model: Any) -> None:
         reads(block.activation.output, hidden, block.fc2)
         found += [layer.weight.shape[:1] for layer in (block.key, block.value, block.output, block.fc2)]
         wanted += [(inner,), (inner,), (width,), (width,)]
-    reads(model.norm.output, width, model.classifier)
+    plain = _plain(model)
+    if plain is not None:
+        reads(cast(IntegerNorm, plain.norm).output, width, cast(IntegerLinear, plain.linear))
+    if model.before is not None:
+        reads(model.before.output, width)
     if [tuple(shape) for shape in found] != wanted:
         raise NotNative("its blocks have different numbers of heads or sizes of layers")
+
+
+def _plain(model: Any) -> Readout | None:
+    """The only readout of a head that the kernels compute, too."""
+    return next(iter(model.head.readouts.values())) if model.head.is_plain() else None
 
 
 def _sizes(block: IntegerBlock) -> tuple[int, int, int]:
@@ -283,8 +329,8 @@ def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
     return len(now) == len(before) and all(now.get(name) is value for name, value in before.items())
 
 
-def native_logits(model: Any, pixels: Tensor) -> Tensor | None:
-    """int32 (B, classes) from the native kernels, or None where the reference is to run.
+def native_outputs(model: Any, pixels: Tensor) -> dict[str, Tensor] | None:
+    """int32 by output from the native kernels, or None where the reference is to run.
 
     That is: on another device, without the library, while something records or watches operations, in the mode
     ``checked``, with hooks on a part of the model, or where the kernels cannot compute it: :func:`reason_not_native`.

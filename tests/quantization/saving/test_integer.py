@@ -153,17 +153,17 @@ def rounded(model, logits):
 
 
 CHANGES = {
-    "classifier.output.shift": (lambda t: t - 80, "must be from 0 to 61"),
+    "head.readouts.logits.linear.output.shift": (lambda t: t - 80, "must be from 0 to 61"),
     "blocks.1.fc2.sums": (lambda t: t + 128, "128 times the sums"),
     "blocks.0.norm1.eps": (lambda t: t * 0, "must be from 1 to"),
-    "norm.output.multiplier": (lambda t: t[:-1], r"norm.output.shift must be I32 of shape \(23,\)"),
-    "norm.output.shift": (lambda t: t.long(), "norm.output.shift must be I32"),
+    "head.readouts.logits.norm.output.multiplier": (lambda t: t[:-1], r"norm.output.shift must be I32 of shape \(23,\)"),
+    "head.readouts.logits.norm.output.shift": (lambda t: t.long(), "norm.output.shift must be I32"),
     "constants": (lambda t: t * 0 + 2**21, "constants must be from"),
     "pixel_step": (lambda t: -t, "pixel_step must be above 0"),
     "blocks.0.fc1.weight": (lambda t: t[:, :-1], "columns|shape"),
     "blocks.0.attention.multiplier": (lambda t: t[:1], "do not go together|shape"),
     "blocks.0.query.weight": (lambda t: t.short(), "must be I8"),
-    "logit_exponent": (lambda t: None, "logit_exponent is missing"),
+    "head.readouts.logits.exponent": (lambda t: None, "exponent is missing"),
     "blocks.0.activation.entries": (lambda t: t[:, :9], "must be I16 of shape"),
 }
 

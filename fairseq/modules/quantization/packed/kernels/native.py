@@ -35,6 +35,7 @@ from fairseq.modules.quantization.packed.kernels.structures import (
     Call,
     IntegerBlock,
     IntegerModel,
+    IntegerNorm,
     Linear,
     Norm,
     Patches,
@@ -424,7 +425,7 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, calls: Sequence[Call], level:
 
 
 def integers(model: IntegerModel, pixels: Tensor, level: int) -> Tensor:
-    """The logits' integers of a model of integers alone.
+    """The logits' integers of a model of integers alone, or its residual stream if it has no classifier.
 
     Args:
         model: see ``fairseq.quantization.integer_only.native``.
@@ -432,14 +433,15 @@ def integers(model: IntegerModel, pixels: Tensor, level: int) -> Tensor:
         level: the number of an instruction set.
 
     Returns:
-        int32 (B, classes).
+        int32 (B, classes); or (B, tokens, width).
 
     Raises:
         ValueError: pixels of another dtype, shape or device, or not contiguous.
     """
     size = (model.channels, model.picture_height, model.picture_width)
     _check("pixels", pixels, torch.uint8, (len(pixels), *size))
-    logits = torch.empty(len(pixels), model.classifier.outputs, dtype=torch.int32, device="cpu")
+    outputs = (model.classifier.outputs,) if model.classifier.outputs else (model.tokens, model.width)
+    logits = torch.empty(len(pixels), *outputs, dtype=torch.int32, device="cpu")
     if len(pixels):
         _raise(
             _library().fairseq_integers(
@@ -448,6 +450,17 @@ def integers(model: IntegerModel, pixels: Tensor, level: int) -> Tensor:
             )
         )  # fmt: skip
     return logits
+
+
+def integer_norm(norm: IntegerNorm, h: Tensor, level: int) -> Tensor:
+    """A LayerNorm of integers over the last dimension: int32 or int64 of 22 bits (..., width) -> int32, the same."""
+    rows = h.to(torch.int32).contiguous()
+    out = torch.empty_like(rows)
+    width = rows.shape[-1]
+    _library().fairseq_integer_norm(
+        level, norm, rows.data_ptr(), rows.numel() // width, width, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
 
 
 def round_pixels(x: Tensor, start: Tensor, step: Tensor, level: int) -> Tensor | None:
