@@ -135,7 +135,7 @@ class AttentionPooling(nn.Module):
     def forward(self, h: Tensor, norm: nn.Module | None = None) -> Tensor:
         """int64 (B, T, C) of 22 bits -> int32 (B, C) of 22 bits; ``norm`` as for :class:`Readout`."""
         read = to_bytes((norm or self.norm)(h), self.bits)
-        query = self.query.to(torch.int64).expand(len(h), 1, -1)
+        query = self.query.to(torch.int64).expand(h.shape[0], 1, -1)
         attended = self.attention(query, self.key(*read), self.value(*read))[:, 0]
         y = self.output(*to_bytes(attended, self.bits))
         hidden = self.activation(self.fc1(*to_bytes(self.norm2(y), self.bits)))
