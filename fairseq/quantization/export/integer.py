@@ -95,7 +95,8 @@ def verify_integers(model: IntegerViT, inputs: dict[str, Tensor], file: Path, fo
         for output, got, wanted in zip(output_names(model), found, expected, strict=True):
             if got.dtype != wanted.dtype or not torch.equal(got, wanted):
                 raise RuntimeError(
-                    f"{output} of the exported file, {got.dtype} of shape {tuple(got.shape)}, are not those of the model"
+                    f"{output} of the exported file, {got.dtype} of shape {tuple(got.shape)}, are not those of the "
+                    "model"
                 )
     return report_of(model, file, format)
 

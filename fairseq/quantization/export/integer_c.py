@@ -78,7 +78,18 @@ def write_c(model: IntegerViT, pixels: Tensor, file: Path) -> ExportReport:
     weights = [module.weight.numel() for module in model.modules() if isinstance(module, IntegerLinear)]
     paths = tuple(str(file.parent.parent / name) for name in (file.name, file.with_suffix(".h").name))
     return ExportReport(
-        "c", paths, len(content) + len(header), len(weights), sum(weights), 0, {}, (f"integer_{model.main}",), 0.0, 0.0, 0.0, 1.0
+        "c",
+        paths,
+        len(content) + len(header),
+        len(weights),
+        sum(weights),
+        0,
+        {},
+        (f"integer_{model.main}",),
+        0.0,
+        0.0,
+        0.0,
+        1.0,
     )
 
 
@@ -95,9 +106,9 @@ def _sizes(model: IntegerViT) -> dict[str, int]:
         "CHANNELS": len(model.pixel_start), "HEIGHT": model.size[0], "WIDTH": model.size[1],
         "PATCH_HEIGHT": model.patch[0], "PATCH_WIDTH": model.patch[1], "TOKENS": tokens, "SIZE": width,
         "HEADS": heads.pop(), "HIDDEN": hidden.pop(), "BLOCKS": len(model.blocks),
-        "CLASSES": len(first.linear.weight), "DYNAMIC": int(model.bits == WIDE), "BEFORE": int(model.before is not None),
-        "READOUTS": len(readouts), "RANGES": len(first.tokens), "NORM_FIRST": int(first.norm_first),
-        "NORM_LAST": int(first.norm is not None and not first.norm_first),
+        "CLASSES": len(first.linear.weight), "DYNAMIC": int(model.bits == WIDE),
+        "BEFORE": int(model.before is not None), "READOUTS": len(readouts), "RANGES": len(first.tokens),
+        "NORM_FIRST": int(first.norm_first), "NORM_LAST": int(first.norm is not None and not first.norm_first),
     }  # fmt: skip
 
 

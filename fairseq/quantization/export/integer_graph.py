@@ -149,7 +149,9 @@ class _Graph(IntegerNodes):
         read = self.to_bytes(self.norm(h, pooling.norm, f"{name}.norm"))
         key, value = (self.linear(read, getattr(pooling, role), f"{name}.{role}") for role in ("key", "value"))
         self.scope = name
-        zeros = self.mul(self.op("Slice", key, *(self.constant(np.array([i])) for i in (0, 1, 1))), 0)  # (batch, 1, columns)
+        zeros = self.mul(
+            self.op("Slice", key, *(self.constant(np.array([i])) for i in (0, 1, 1))), 0
+        )  # (batch, 1, columns)
         query = self.add(zeros, _numpy(pooling.query))
         attended = self.to_bytes(self.attention(query, key, value, pooling.attention, f"{name}.attention", queries=1))
         y = self.linear(attended, pooling.output, f"{name}.output")

@@ -269,7 +269,9 @@ class Builder:
             linear(part, source, step, self.bits, f"{name}, {role}")
             for part, step, role in zip(parts, steps, ("query", "key", "value"))
         ]
-        mixing = self.mixing(i, steps, spec.heads, spec.heads * spec.head_size, spec.scaling, [spec.layers["output"]], name)
+        mixing = self.mixing(
+            i, steps, spec.heads, spec.heads * spec.head_size, spec.scaling, [spec.layers["output"]], name
+        )
         return layers, *mixing
 
     def mixing(
@@ -316,7 +318,7 @@ class Builder:
     def wide_norm(
         self, norm: Norm, size: int, exponent: int, bits: int, name: str, step: float | None = None
     ) -> IntegerNorm:
-        """A LayerNorm of integers of ``step``, by default the residual stream's, that gives 2**-exponent of ``bits``."""
+        """A LayerNorm of integers of ``step``, by default the residual stream's, to ``bits`` of 2**-exponent."""
         gain, bias = gain_of(norm, size)
         output = Requantize(gain * 2.0 ** (exponent - UNIT_BITS), bias * 2.0**exponent, bits, name)
         return IntegerNorm(eps_of(norm, size, step or self.step), output)

@@ -36,7 +36,9 @@ def build_head(builder: Builder, spec: HeadSpec) -> IntegerHead:
             readouts[name] = _tokens(builder, name, readout)
         else:
             reach = max(float(builder.ranges[("head", source, "out")].reach.max()) for source in together)
-            readouts[name] = _readout(builder, name, readout, power_of_two(STREAM_HEADROOM * max(reach, 1e-30), LOGIT_BITS))
+            readouts[name] = _readout(
+                builder, name, readout, power_of_two(STREAM_HEADROOM * max(reach, 1e-30), LOGIT_BITS)
+            )
     return IntegerHead(readouts, spec.outputs)
 
 

@@ -169,7 +169,10 @@ class IntegerHead(nn.Module):
         """
         norms = norms or {}
         found = {name: readout(h, norms.get(name)) for name, readout in self.readouts.items()}
-        return {name: sum(found[source] for source in sources[1:]) + found[sources[0]] for name, sources in self.outputs.items()}
+        return {
+            name: sum(found[source] for source in sources[1:]) + found[sources[0]]
+            for name, sources in self.outputs.items()
+        }
 
     def exponents(self) -> dict[str, Tensor]:
         """Of each output, int32: what an integer stands for is it / 2**exponent."""

@@ -44,23 +44,17 @@ class ReadoutSpec:
 
 
 @dataclass(frozen=True)
-class AttentionSpec:
-    """As :class:`~.head.AttentionPooling`: an nn.MultiheadAttention and an MLP.
+class Probing:
+    """Attention of one query to normed tokens.
 
     Attributes:
-        probe: (C,), what queries are made of.
+        probe: (C,), what the query is made of.
         attention: with its weights for query, key and value in one.
-        fc1, fc2: Linear or packed.
-        activation: one of those of blocks.
     """
 
     norm: Norm
     probe: Tensor
     attention: nn.MultiheadAttention
-    norm2: Norm
-    fc1: Any
-    fc2: Any
-    activation: str
 
     @property
     def heads(self) -> int:
@@ -81,7 +75,9 @@ class AttentionSpec:
         """What ``norm2`` and the sum read, (B, C), of the residual stream; ``note`` is told of what is on the way."""
         x = normalize(self.norm, h)
         key, value = (F.linear(x, *self.projection(part)) for part in (1, 2))
-        query, key_, value_ = (t.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for t in (self.query()[None], key, value))
+        query, key_, value_ = (
+            t.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for t in (self.query()[None], key, value)
+        )
         scores = query @ key_.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, heads, 1, T)
         mixed = (torch.softmax(scores, -1) @ value_).transpose(1, 2).flatten(1)
         out: Any = self.attention.out_proj
@@ -92,6 +88,21 @@ class AttentionSpec:
         note(("output", "in"), mixed)
         note(("stream",), y)
         return y
+
+
+@dataclass(frozen=True)
+class AttentionSpec(Probing):
+    """As :class:`~.head.AttentionPooling`: the attention, and an MLP.
+
+    Attributes:
+        fc1, fc2: Linear or packed.
+        activation: one of those of blocks.
+    """
+
+    norm2: Norm
+    fc1: Any
+    fc2: Any
+    activation: str
 
 
 @dataclass(frozen=True)
@@ -223,15 +234,14 @@ def _attention(model: nn.Module, seen: Seen, value: Tensor) -> AttentionSpec | N
             continue
         for norm in seen.norms:
             for probe in probes:
-                spec = AttentionSpec(norm, probe, attention, norm, None, None, "gelu")
-                y = spec.attended(seen.stream)
+                y = Probing(norm, probe, attention).attended(seen.stream)
                 for fc1, fc2 in pairs:
-                    (read, given), (activated, added) = (_flat(t) for t in (seen.layers[fc1], seen.layers[fc2]))
+                    (read, given), (activated, added) = (_flat(seen.layers[layer]) for layer in (fc1, fc2))
                     norm2 = next((n for n in seen.norms if close(normalize(n, y), read)), None)
                     kind = next((k for k in ACTIVATIONS if close(activate(k, given), activated)), None)
                     if norm2 is not None and kind is not None and close(y + added, value):
-                        layers = (model.get_submodule(name) for name in (fc1, fc2))
-                        return AttentionSpec(norm, probe, attention, norm2, *layers, kind)
+                        first, second = model.get_submodule(fc1), model.get_submodule(fc2)
+                        return AttentionSpec(norm, probe, attention, norm2, first, second, kind)
     return None
 
 

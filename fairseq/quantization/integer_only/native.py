@@ -89,7 +89,9 @@ class NativeViT:
             (structures.IntegerNorm(), structures.Rows()) if last is None
             else (self._norm(last, "the last norm"), self._rows(last.output))
         )  # fmt: skip
-        before = None if model.before is None else ctypes.pointer(self._norm(model.before, "the norm before the blocks"))
+        before = (
+            None if model.before is None else ctypes.pointer(self._norm(model.before, "the norm before the blocks"))
+        )
         self.norms: dict[str, Any] = {}
         if plain is None:
             self.norms = {name: self._norm_of_rows(name, readout) for name, readout in self._norms_of_tokens()}
@@ -108,12 +110,17 @@ class NativeViT:
         if self.model.classifier.outputs:
             (name,) = self.head.outputs
             return {name: found}
-        return self.head(found, self.norms)  # type: ignore[no-any-return]
+        outputs: dict[str, Tensor] = self.head(found, self.norms)
+        return outputs
 
     def _norms_of_tokens(self) -> Iterator[tuple[str, Readout]]:
         """The norms of whole rows of the stream that give integers of 24 bits, by the name of their readout."""
         for name, readout in self.head.readouts.items():
-            if isinstance(readout, Readout) and readout.norm is not None and isinstance(readout.norm.output, Requantize):
+            if (
+                isinstance(readout, Readout)
+                and readout.norm is not None
+                and isinstance(readout.norm.output, Requantize)
+            ):
                 yield name, readout
 
     def _norm_of_rows(self, name: str, readout: Readout) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -69,11 +70,14 @@ def observe_ranges(model: nn.Module, parts: ModelParts, pixels: Tensor) -> Range
         note("stream", args[0] if args else kwargs["hidden_states"])
         note("stream", output[0] if isinstance(output, tuple) else output)
 
+    def inside(pooling: Any, key: tuple[str, ...], value: Tensor) -> None:
+        note((pooling, *key), value)
+
     def last(_: nn.Module, args: Any, output: Any) -> None:
         h = output[0] if isinstance(output, tuple) else output
         for name, spec in parts.head.readouts.items():
             if isinstance(spec, AttentionSpec):
-                spec.attended(h, lambda key, value, name=name: note((("head", name), *key), value))
+                spec.attended(h, functools.partial(inside, ("head", name)))
 
     handles = [model.get_submodule(parts.names[-1]).register_forward_hook(last)]
     for name, readout in parts.head.readouts.items():

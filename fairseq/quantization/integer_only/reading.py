@@ -75,7 +75,9 @@ def read_model(model: nn.Module, pixels: Tensor) -> ModelParts:
     family = family_of(model)
     names = block_names(model)
     if any(tower_of(name, family) == "text" for name in names):
-        raise ValueError(f"{kind}: it has a text tower; its vision tower alone can, such as CLIPVisionModelWithProjection")
+        raise ValueError(
+            f"{kind}: it has a text tower; its vision tower alone can, such as CLIPVisionModelWithProjection"
+        )
     if not names:
         raise ValueError(f"{kind}: it has no encoder blocks of a known class")
     specs = tuple(_spec(model, name, kind) for name in names)
@@ -96,10 +98,10 @@ def read_model(model: nn.Module, pixels: Tensor) -> ModelParts:
     count = math.prod(size // patch for size, patch in zip(pixels.shape[-2:], convolution.kernel_size))
     head = Seen(seen.after, seen.outputs, seen.layers, tuple(norms), count)
     try:
-        spec = read_head(model, head)
+        head_spec = read_head(model, head)
     except ValueError as reason:
         raise ValueError(f"{kind}: {reason}") from None
-    return ModelParts(convolution, constants, before, tuple(names), specs, spec, seen.output_class)
+    return ModelParts(convolution, constants, before, tuple(names), specs, head_spec, seen.output_class)
 
 
 @dataclass
@@ -158,7 +160,9 @@ def _check_block(name: str, spec: BlockSpec, x: Tensor, y: Tensor, kind: str) ->
         images, tokens = x.shape[:2] if x.ndim == 3 else (0, 0)
         got = run(spec, Call(images, tokens, images * tokens), x.reshape(-1, x.shape[-1])) if tokens else x
         if not close(got.reshape(y.shape) if got.numel() == y.numel() else got, y):
-            raise ValueError(f"{kind}: in {name} attention is of windows, or has relative or rotary positions, or a mask")
+            raise ValueError(
+                f"{kind}: in {name} attention is of windows, or has relative or rotary positions, or a mask"
+            )
 
 
 def _watch(model: nn.Module, names: list[str], heads: list[str], pixels: Tensor) -> _Seen:
@@ -190,7 +194,13 @@ def _watch(model: nn.Module, names: list[str], heads: list[str], pixels: Tensor)
 
 
 def _constants(
-    model: nn.Module, convolution: nn.Conv2d, names: list[str], before: str | None, pixels: Tensor, seen: _Seen, kind: str
+    model: nn.Module,
+    convolution: nn.Conv2d,
+    names: list[str],
+    before: str | None,
+    pixels: Tensor,
+    seen: _Seen,
+    kind: str,
 ) -> Tensor:
     """What the embedding adds to the patches' products, (tokens, width), seen on a black picture and checked."""
 

@@ -69,15 +69,16 @@ def _readout_of(readout: nn.Module) -> dict[str, Any] | None:
 
 FIRST_HEAD = {"outputs": {"logits": ["logits"]}, "readouts": {"logits": {"tokens": [[0, 1]], "norm_first": False}}}
 """Of files that say nothing of a head, all of which have this one, and other names for its parts."""
-FIRST_NAMES = {"norm.": "head.readouts.logits.norm.", "classifier.": "head.readouts.logits.linear.",
-               "logit_exponent": "head.readouts.logits.exponent", "classifier": "head.readouts.logits.linear"}  # fmt: skip
+FIRST_NAMES = {
+    "norm": "head.readouts.logits.norm", "classifier": "head.readouts.logits.linear",
+    "logit_exponent": "head.readouts.logits.exponent",
+}  # fmt: skip
 
 
 def present_name(name: str) -> str:
     """The name of a tensor or part in a file that says nothing of a head -> what it is now."""
-    if name in FIRST_NAMES:
-        return FIRST_NAMES[name]
-    return next((new + name.removeprefix(old) for old, new in FIRST_NAMES.items() if old.endswith(".") and name.startswith(old)), name)
+    first, dot, rest = name.partition(".")
+    return FIRST_NAMES.get(first, first) + dot + rest
 
 
 def empty(description: Mapping[str, Any], shapes: Shapes) -> IntegerViT:
@@ -131,7 +132,9 @@ class _Empty:
 
     def head(self) -> IntegerHead:
         said = self.described_head
-        if not isinstance(said, Mapping) or not all(isinstance(said.get(key), Mapping) for key in ("outputs", "readouts")):
+        if not isinstance(said, Mapping) or not all(
+            isinstance(said.get(key), Mapping) for key in ("outputs", "readouts")
+        ):
             raise ValueError(f"head must have outputs and readouts, got {said!r:.80}")
         readouts = {name: self.readout(name, entry) for name, entry in said["readouts"].items()}
         for name, sources in said["outputs"].items():
@@ -167,7 +170,9 @@ class _Empty:
         if not isinstance(said, Sequence) or not said or not all(isinstance(p, Sequence) and len(p) == 2 for p in said):
             raise ValueError(f"the tokens of {key} must be ranges, got {said!r:.80}")
         starts = [_whole(f"the first token of {key}", start, 0, count - 1) for start, _ in said]
-        return tuple((a, _whole(f"the token behind those of {key}", b, a + 1, count)) for a, (_, b) in zip(starts, said))
+        return tuple(
+            (a, _whole(f"the token behind those of {key}", b, a + 1, count)) for a, (_, b) in zip(starts, said)
+        )
 
     def attention_pooling(self, name: str) -> AttentionPooling:
         multiplier, shift = torch.zeros(2, *self.shape(f"{name}.attention.multiplier", 3), dtype=torch.int64)

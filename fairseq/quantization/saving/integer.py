@@ -87,8 +87,9 @@ def read(contents: Contents, like: nn.Module | None = None) -> IntegerViT:
     Raises:
         ValueError: what is in the file is no such model, or ``like`` is another one; the message names the tensor.
     """
-    assert contents.integer is not None
-    if "head" not in contents.integer:
+    said = contents.integer
+    assert said is not None
+    if "head" not in said:
         contents = _with_present_names(contents)
     try:
         widths = _widths(contents)
@@ -99,7 +100,7 @@ def read(contents: Contents, like: nn.Module | None = None) -> IntegerViT:
         for name, (bits, columns) in widths.items():
             if bits in NARROW:
                 shapes[f"{name}.weight"] = _unpacked_shape(name, shapes, bits, columns)
-        model = empty(contents.integer, shapes)
+        model = empty(said, shapes)
         if linears := _linears(model).keys() ^ widths.keys():
             raise ValueError(f"{PREFIX}{min(linears)} is a layer in one of its descriptions, and not in the other")
         _check_entries(model, widths, contents)
@@ -147,9 +148,7 @@ def check_like(model: IntegerViT, like: nn.Module) -> None:
     for what, number in here.items():
         if there[what] != number:
             known, other = (", ".join(map(str, x)) if isinstance(x, list) else x for x in (number, there[what]))
-            raise ValueError(
-                f"it is an integer-only model with {what}={known}, and {type(like).__name__} has {other}"
-            )
+            raise ValueError(f"it is an integer-only model with {what}={known}, and {type(like).__name__} has {other}")
 
 
 def _sizes_of_heads(model: IntegerViT) -> list[int]:

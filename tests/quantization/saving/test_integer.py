@@ -163,7 +163,10 @@ CHANGES = {
     "head.readouts.logits.linear.output.shift": (lambda t: t - 80, "must be from 0 to 61"),
     "blocks.1.fc2.sums": (lambda t: t + 128, "128 times the sums"),
     "blocks.0.norm1.eps": (lambda t: t * 0, "must be from 1 to"),
-    "head.readouts.logits.norm.output.multiplier": (lambda t: t[:-1], r"norm.output.shift must be I32 of shape \(23,\)"),
+    "head.readouts.logits.norm.output.multiplier": (
+        lambda t: t[:-1],
+        r"norm.output.shift must be I32 of shape \(23,\)",
+    ),
     "head.readouts.logits.norm.output.shift": (lambda t: t.long(), "norm.output.shift must be I32"),
     "constants": (lambda t: t * 0 + 2**21, "constants must be from"),
     "pixel_step": (lambda t: -t, "pixel_step must be above 0"),
@@ -238,9 +241,7 @@ def test_damage_is_seen(hub, tmp_path):
 def test_files_from_before_there_were_other_heads_load():
     """Their structure says nothing of a head, and its parts have other names."""
     folder = Path(__file__).parent / "first_integers"
-    stored, expected = (
-        safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("model", "expected")
-    )
+    stored, expected = (safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("model", "expected"))
     assert "integer.classifier.weight" in stored
     for loaded in (
         ViTQuantizer.load(folder / "model.safetensors"),
@@ -262,7 +263,11 @@ def test_files_from_before_there_were_other_heads_load():
         ("class token and mean", lambda h: h["readouts"]["logits"].update(tokens=[[0, 1], [1, 18]]), "from 2 to 17"),
         ("class token and mean", lambda h: h["readouts"]["logits"].update(tokens=[[0, 1]]), "do not go together"),
         ("class token and mean", lambda h: h["readouts"]["logits"].update(norm_first=None), "must say its tokens"),
-        ("attention pooling", lambda h: h["readouts"].update(last_hidden_state=None), "attention.multiplier is missing"),
+        (
+            "attention pooling",
+            lambda h: h["readouts"].update(last_hidden_state=None),
+            "attention.multiplier is missing",
+        ),
     ],
     ids=range(10),
 )
