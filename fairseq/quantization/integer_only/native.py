@@ -7,6 +7,7 @@ kernels.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -92,9 +93,7 @@ class NativeViT:
         before = (
             None if model.before is None else ctypes.pointer(self._norm(model.before, "the norm before the blocks"))
         )
-        self.norms: dict[str, Any] = {}
-        if plain is None:
-            self.norms = {name: self._norm_of_rows(name, readout) for name, readout in self._norms_of_tokens()}
+        self.norms = self._norms_of_tokens() if plain is None else {}
         heads = len(first.attention.multiplier)
         tokens, width = model.constants.shape
         self.model = structures.IntegerModel(
@@ -113,19 +112,14 @@ class NativeViT:
         outputs: dict[str, Tensor] = self.head(found, self.norms)
         return outputs
 
-    def _norms_of_tokens(self) -> Iterator[tuple[str, Readout]]:
-        """The norms of whole rows of the stream that give integers of 24 bits, by the name of their readout."""
-        for name, readout in self.head.readouts.items():
-            if (
-                isinstance(readout, Readout)
-                and readout.norm is not None
-                and isinstance(readout.norm.output, Requantize)
-            ):
-                yield name, readout
-
-    def _norm_of_rows(self, name: str, readout: Readout) -> Any:
-        norm = self._norm(cast(IntegerNorm, readout.norm), f"{name}, norm")
-        return lambda h: native.integer_norm(norm, h, native.level_number())
+    def _norms_of_tokens(self) -> dict[str, Any]:
+        """What computes the norms of readouts on kernels, by the name of the readout, but for those with a Spread."""
+        norms = {name: cast(Any, readout).norm for name, readout in self.head.readouts.items()}
+        return {
+            name: functools.partial(_normed, self._norm(norm, f"{name}, norm"))
+            for name, norm in norms.items()
+            if norm is not None and isinstance(norm.output, Requantize)
+        }
 
     def _array(self, values: Tensor, dtype: torch.dtype) -> int:
         array = values.to(dtype).contiguous().clone()
@@ -310,12 +304,18 @@ def _check_shapes(model: Any) -> None:
         found += [layer.weight.shape[:1] for layer in (block.key, block.value, block.output, block.fc2)]
         wanted += [(inner,), (inner,), (width,), (width,)]
     plain = _plain(model)
-    if plain is not None:
-        reads(cast(IntegerNorm, plain.norm).output, width, cast(IntegerLinear, plain.linear))
+    for readout in model.head.readouts.values():
+        if readout.norm is not None:
+            reads(readout.norm.output, width, *([] if plain is None else [cast(IntegerLinear, plain.linear)]))
     if model.before is not None:
         reads(model.before.output, width)
     if [tuple(shape) for shape in found] != wanted:
         raise NotNative("its blocks have different numbers of heads or sizes of layers")
+
+
+def _normed(norm: structures.IntegerNorm, h: Tensor) -> Tensor:
+    """As an IntegerNorm, int64 (..., C) of 22 bits -> int64."""
+    return native.integer_norm(norm, h, native.level_number()).to(torch.int64)
 
 
 def _plain(model: Any) -> Readout | None:

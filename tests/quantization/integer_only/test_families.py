@@ -1,5 +1,6 @@
 """Families beside ViT: close to the float model, the same bits however they run, and no float on the way."""
 
+import copy
 import functools
 import pickle
 
@@ -92,6 +93,15 @@ def test_every_level_has_the_same_norms(level, monkeypatch):
         got = native_outputs(model, pixels)
         assert list(got) == list(expected)
         assert all(map(torch.equal, got.values(), expected.values()))
+
+
+def test_a_norm_of_another_width_does_not_reach_the_kernels():
+    model = copy.deepcopy(quantized("dinov2", "dynamic"))
+    output = model.head.readouts["logits"].norm.output
+    output.multiplier, output.shift, output.offset = output.multiplier[:1], output.shift[:1], output.offset[:1]
+    if native.levels():
+        assert reason_not_native(model) == "its blocks have different numbers of heads or sizes of layers"
+    assert model.integer_logits(model.round_pixels(PICTURES[:2])).shape == (2, 7)
 
 
 def test_the_mean_of_two_heads_is_exact():
