@@ -109,7 +109,7 @@ class NativeViT:
         if self.model.classifier.outputs:
             (name,) = self.head.outputs
             return {name: found}
-        outputs: dict[str, Tensor] = self.head(found, self.norms)
+        outputs: dict[str, Tensor] = self.head(found.to(torch.int64), self.norms)
         return outputs
 
     def _norms_of_tokens(self) -> dict[str, Any]:

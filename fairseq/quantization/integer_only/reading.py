@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.architectures.families import component_of, embedding_kind, family_of, tower_of
 from fairseq.quantization.architectures.forward import call
@@ -88,7 +89,8 @@ def read_model(model: nn.Module, pixels: Tensor) -> ModelParts:
     plain = convolution.padding in ((0, 0), "valid") and (convolution.dilation, convolution.groups) == ((1, 1), 1)
     if not plain or convolution.stride != convolution.kernel_size:
         raise ValueError(f"{kind}: its patches overlap, are padded or in groups")
-    heads = [n for n, _ in model.named_modules() if component_of(n, family) == "classifier"]
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | PackedLinear)]
+    heads = [name for name in layers if component_of(name, family) == "classifier"]
     seen = _watch(model, names, heads, pixels)
     for name, spec in zip(names, specs):
         _check_block(name, spec, *seen.blocks[name], kind)

@@ -23,6 +23,8 @@ OUTPUTS = {
     "timm-deit": ("logits",),
     "dinov2": ("logits",),
     "dinov2-registers": ("logits",),
+    "dinov2 tower": ("last_hidden_state", "pooler_output"),
+    "vit tower": ("last_hidden_state",),  # without a pooler
     "beit": ("logits",),  # its relative positions are all 0
     "clip-vision": ("last_hidden_state", "pooler_output"),
     "clip-vision-projection": ("image_embeds", "last_hidden_state"),
@@ -33,13 +35,18 @@ OUTPUTS = {
 CASES = [(name, kind) for name in OUTPUTS for kind in ("dynamic", "static")]
 
 
+def build(name):
+    model = families.build(name.removesuffix(" tower"))
+    return model.get_submodule(model.base_model_prefix) if name.endswith(" tower") else model
+
+
 @functools.cache
 def quantized(name, activations):
     """It is not to be changed."""
     quantizer = ViTQuantizer(
         bits=8, method="channel", rounding="nearest", arithmetic="integer", activations=activations
     )
-    return quantizer.quantize_model(families.build(name), calibration=PICTURES)
+    return quantizer.quantize_model(build(name), calibration=PICTURES)
 
 
 def named(model, output):
@@ -48,7 +55,7 @@ def named(model, output):
 
 @pytest.mark.parametrize(("name", "activations"), CASES)
 def test_outputs_are_those_of_the_float_model_and_exactly_their_integers(name, activations):
-    original, model = families.build(name), quantized(name, activations)
+    original, model = build(name), quantized(name, activations)
     with torch.no_grad():
         expected = original(PICTURES)
     output = model(PICTURES)
@@ -61,7 +68,7 @@ def test_outputs_are_those_of_the_float_model_and_exactly_their_integers(name, a
         assert torch.equal(got.double(), integers[key].double() / 2.0 ** exponents[key].item())
         if isinstance(output, dict):
             assert torch.equal(output[f"integer_{key}"], integers[key])
-    assert model.main == (OUTPUTS[name][0] if "clip-vision" != name != "siglip-vision" else "pooler_output")
+    assert model.main == ("pooler_output" if "pooler_output" in OUTPUTS[name] else OUTPUTS[name][0])
 
 
 @pytest.mark.parametrize(("name", "activations"), CASES)
@@ -93,6 +100,21 @@ def test_every_level_has_the_same_norms(level, monkeypatch):
         got = native_outputs(model, pixels)
         assert list(got) == list(expected)
         assert all(map(torch.equal, got.values(), expected.values()))
+
+
+def test_a_head_that_reads_columns_as_several_bytes():
+    original = families.build("deit-teacher")
+    with torch.no_grad():
+        original.deit.layernorm.weight[3] *= 30
+    quantizer = ViTQuantizer(rounding="nearest", arithmetic="integer", activations="static", equalize=False)
+    model = quantizer.quantize_model(original, calibration=PICTURES)
+    assert isinstance(model.head.readouts["cls_logits"].norm.output, torch.nn.Sequential)
+    pixels = model.round_pixels(PICTURES)
+    with checked():
+        expected = model.integer_outputs(pixels)
+    if native.levels():
+        assert reason_not_native(model) is None
+    assert all(map(torch.equal, model.integer_outputs(pixels).values(), expected.values()))
 
 
 def test_a_norm_of_another_width_does_not_reach_the_kernels():
