@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed.packing import pack, packed_length, unpack
 from fairseq.quantization.architectures.families import component_of, embedding_kind, family_of
-from fairseq.quantization.integer_only.head import AttentionPooling
 from fairseq.quantization.integer_only.layers import IntegerLinear
 from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.integer_only.pretrained import as_pretrained
@@ -128,7 +127,10 @@ def check_like(model: IntegerViT, like: nn.Module) -> None:
     """ValueError unless the float model ``like`` has the sizes of what the integers were made from."""
     family = family_of(like)
     patches = [m for n, m in like.named_modules() if embedding_kind(n, family) == "patches"]
-    heads = [m for n, m in like.named_modules() if component_of(n, family) == "classifier" and "pooler" not in n]
+    poolings = [n for n, m in like.named_modules() if any(isinstance(c, nn.MultiheadAttention) for c in m.children())]
+    apart = ("pooler", *poolings)  # a model that has such a part need not run it
+    names = [n for n, _ in like.named_modules() if component_of(n, family) == "classifier"]
+    heads = [like.get_submodule(n) for n in names if not any(part in n for part in apart)]
     sizes = _sizes_of_heads(model)
     if (len(patches), len(heads)) != (1, len(sizes)):
         raise ValueError(
@@ -152,10 +154,8 @@ def check_like(model: IntegerViT, like: nn.Module) -> None:
 
 
 def _sizes_of_heads(model: IntegerViT) -> list[int]:
-    """The outputs of the layers behind the blocks that a float model has as such, ascending."""
-    layers: list[Any] = []
-    for readout in model.head.readouts.values():
-        layers += [readout.fc1, readout.fc2] if isinstance(readout, AttentionPooling) else [readout.linear]
+    """The outputs of the layers of readouts, ascending."""
+    layers = [getattr(readout, "linear", None) for readout in model.head.readouts.values()]
     return sorted(len(layer.weight) for layer in layers if layer is not None)
 
 

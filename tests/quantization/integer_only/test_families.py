@@ -7,14 +7,14 @@ import pickle
 import families
 import pytest
 import torch
-from transformers import AutoModel, DeiTConfig, DeiTForImageClassificationWithTeacher
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.integer.checked import checked
 from fairseq.modules.quantization.integer.no_float import FloatingOperation, NoFloat
 from fairseq.modules.quantization.packed.kernels import native
 from fairseq.quantization.integer_only import head as heads
-from fairseq.quantization.integer_only.head import AttentionPooling, pool
+from fairseq.quantization.integer_only.head import pool
 from fairseq.quantization.integer_only.native import native_outputs, reason_not_native
 
 PICTURES = families.pictures(40)
@@ -155,13 +155,15 @@ def test_a_float_in_a_head_is_seen(monkeypatch):
         model.integer_outputs(pixels)
 
 
-def test_a_tower_in_a_folder_is_a_tower(tmp_path):
-    model = quantized("siglip-vision", "static")
-    assert isinstance(model.head.readouts["pooler_output"], AttentionPooling)
+@pytest.mark.parametrize("name", ["siglip-vision", "siglip-classifier", "clip-vision-projection", "dinov2 tower"])
+def test_folders_give_the_class_that_they_are_of(name, tmp_path):
+    model, original = quantized(name, "static"), build(name)
     model.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path)
-    assert type(loaded).__name__ == "SiglipVisionModel"
-    assert torch.equal(loaded(PICTURES).integer_pooler_output, model(PICTURES).integer_pooler_output)
+    loaded, info = type(original).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert isinstance(loaded, type(original))
+    expected = model(PICTURES)
+    assert all(torch.equal(value, expected[key]) for key, value in loaded(PICTURES).items())
 
 
 def test_relative_positions_are_refused():
