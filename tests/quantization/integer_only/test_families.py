@@ -104,10 +104,10 @@ def test_every_level_has_the_same_norms(level, monkeypatch):
 
 def test_a_head_that_reads_columns_as_several_bytes():
     torch.manual_seed(0)
-    config = DeiTConfig(**{**families.VIT, "hidden_size": 64, "num_attention_heads": 4})
+    config = DeiTConfig(**{**families.VIT, "hidden_size": 128, "num_attention_heads": 4})
     original = DeiTForImageClassificationWithTeacher(config).eval()
     with torch.no_grad():
-        original.deit.layernorm.weight[3] = 3.5
+        original.deit.layernorm.weight[3] = 6
     quantizer = ViTQuantizer(rounding="nearest", arithmetic="integer", activations="static", equalize=False)
     model = quantizer.quantize_model(original, calibration=PICTURES)
     assert isinstance(model.head.readouts["cls_logits"].norm.output, torch.nn.Sequential)
