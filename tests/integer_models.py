@@ -32,6 +32,10 @@ KINDS = {
     "spread": (spread, {"activations": "static", "equalize": False}),
     "4 bits": ("deit", {"bits": 4}),
     "timm, 3 bits": ("timm-vit", {"activations": "static", "bits": 3, "method": "channel"}),
+    "two heads": ("deit-teacher", {}),
+    "class token and mean": ("dinov2", {"activations": "static"}),
+    "norm before": ("clip-vision-projection", {"activations": "static"}),
+    "attention pooling": ("siglip-vision", {}),
 }
 
 

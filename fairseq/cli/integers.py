@@ -45,7 +45,7 @@ def text(found: Examination) -> str:
         "Weights": f"{found.layers} layers, {found.weights:,} bytes",
         "Requantize": f"{found.multipliers:,} multipliers of {found.multiplier_bits} bits at most, shifts from {low} "
         f"to {high}, offsets of {found.offset_bits} bits at most",
-        "Logits": f"integers / 2^{found.logit_exponent}",
+        "Outputs": ", ".join(f"{name}: integers / 2^{exponent}" for name, exponent in found.exponents.items()),
         "Memory": f"{megabytes(found.bytes)} of constants",
     }
     rows = [[name, f"{bits}", f"{used}"] for name, (bits, used) in found.widths.items()]

@@ -24,7 +24,9 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
     arithmetic: Annotated[
         str,
-        typer.Option(metavar="float|integer", help="integer: integers alone, for a ViT or DeiT; needs --calibration."),
+        typer.Option(
+            metavar="float|integer", help="integer: integers alone (docs/integer_only.rst); needs --calibration."
+        ),
     ] = "float",
     bits: Annotated[int | None, typer.Option(help="Width of the integers, 2 to 8.  [default: 8]")] = None,
     method: Annotated[str, typer.Option(metavar="tensor|channel|histogram", help="What shares a scale.")] = "tensor",

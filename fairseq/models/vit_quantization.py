@@ -89,8 +89,8 @@ class ViTQuantizer:
 
     How it runs:
         arithmetic: "float": integer products, and the rest in the model's dtype. "integer": from the rounded pixels to
-            the integers of the logits no floating-point operation; needs ``calibration``, and a ViT or DeiT for
-            classification. What :meth:`quantize_model` returns then is an
+            the integers of the outputs no floating-point operation; needs ``calibration``, and a ViT, DeiT, ViT-MSN,
+            DINOv2, or CLIP or SigLIP of one tower. What :meth:`quantize_model` returns then is an
             :class:`~fairseq.quantization.integer_only.model.IntegerViT`.
         execution: "packed" holds the integers in memory and runs on them, for inference; "emulated" keeps float
             weights that are seen through the same integers, with gradients, for training.

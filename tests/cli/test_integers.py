@@ -38,7 +38,7 @@ def test_it_is_a_model_like_others(cli, models, pictures, folder):
 def test_inspect_says_what_it_is(cli, folder):
     found = json.loads(cli("inspect", folder, "--verify", "--json").out)
     assert (found["arithmetic"], found["format_version"], len(found["layers"])) == ("integer", 2, 14)
-    assert found["layers"]["integer.classifier"]["weights"] == 7 * 24
+    assert found["layers"]["integer.head.readouts.logits.linear"]["weights"] == 7 * 24
     assert "integers alone" in cli("inspect", folder).out
 
 

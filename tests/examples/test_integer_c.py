@@ -59,7 +59,13 @@ def test_the_embedded_model(tmp_path, activations):
     assert run(tmp_path, "model.bin")[:2] == (0, "2 pictures in the model give the logits that it gave\n")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_program_does_not_compute_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="pooler_output of this model is something else; export it as ONNX"):
+        ViTQuantizer.export(quantize("attention pooling"), tmp_path / "model.bin", "c")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS.keys() - {"attention pooling"})
 def test_every_kind_of_model_has_defined_behaviour(tmp_path, kind):
     model = quantize(kind)
     ViTQuantizer.export(model, tmp_path / "model.bin", "c")
@@ -170,7 +176,7 @@ def test_bad_models_are_a_sentence(program):
     whole = (program / "model.bin").read_bytes()
     cases = {
         b"": "is no file that", whole[:15]: "is no file that", b"MIVT" + whole[4:]: "is no file that",
-        whole[:4] + b"\x02" + whole[5:]: "another version", whole[:-1]: "not as long", whole + b"\x00": "not as long",
+        whole[:4] + b"\x01" + whole[5:]: "another version", whole[:-1]: "not as long", whole + b"\x00": "not as long",
         whole[:9999]: "not as long", whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]: "is damaged: its checksum",
     }  # fmt: skip
     for content, sentence in cases.items():

@@ -243,17 +243,42 @@ static void embed(Bytes pixels)
         linear(&patches, patch, 1, branch);
         add(stream + (TOKENS - PATCHES + p) * SIZE); /* the first tokens are constants alone */
     }
+    for (int t = 0; BEFORE && t < TOKENS; t++) norm(&before, stream + t * SIZE, stream + t * SIZE);
+}
+
+static void read_tokens(const Readout *r, const int (*ranges)[2]) /* the means of tokens, normed before or after */
+{
+    static int64_t pooled[RANGES * SIZE];
+    static int32_t h[SIZE];
+    for (int i = 0; i < RANGES; i++) {
+        int64_t count = ranges[i][1] - ranges[i][0], *sum = pooled + i * SIZE;
+        for (int c = 0; c < SIZE; c++) sum[c] = 0;
+        for (int t = ranges[i][0]; t < ranges[i][1]; t++) {
+            if (NORM_FIRST) norm(&r->norm, stream + t * SIZE, h);
+            for (int c = 0; c < SIZE; c++) sum[c] += NORM_FIRST ? h[c] : stream[t * SIZE + c];
+        }
+        for (int c = 0; c < SIZE; c++) sum[c] = floor_div(2 * sum[c] + count, 2 * count);
+    }
+    for (int c = 0; c < SIZE; c++) h[c] = (int32_t)pooled[c];
+    if (NORM_LAST) norm(&r->norm, h, given);
+    else result(&r->read, pooled, RANGES * SIZE, given);
 }
 
 static void logits_of(Bytes pixels, int32_t *logits) /* PIXELS of them -> CLASSES */
 {
+    static const int ranges[READOUTS][RANGES][2] = READ_TOKENS;
+    static int32_t part[CLASSES];
     embed(pixels);
     for (int i = 0; i < BLOCKS; i++) {
         attention(&blocks[i]);
         for (int t = 0; t < TOKENS; t++) mlp(&blocks[i], stream + t * SIZE);
     }
-    norm(&last_norm, stream, given);
-    read_and_multiply(&classifier, given, 0, logits);
+    for (int c = 0; c < CLASSES; c++) logits[c] = 0;
+    for (int i = 0; i < READOUTS; i++) { /* two heads: their mean, whose exponent is that of the sum */
+        read_tokens(&readouts[i], ranges[i]);
+        read_and_multiply(&readouts[i].linear, given, 0, part);
+        for (int c = 0; c < CLASSES; c++) logits[c] += part[c];
+    }
 }
 
 int main(int argc, char **argv)

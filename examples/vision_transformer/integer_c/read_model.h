@@ -27,15 +27,17 @@ typedef struct {
     Bytes multiplier, shift, entries;
     Result attended, activated;
 } Block;
+typedef struct { Norm norm; Result read; Linear linear; } Readout;
 
 static unsigned char file[FILE_BYTES + 1];
 static size_t at; /* what is read next */
 
 static Bytes constants, checks;
 static int check_count;
-static Linear patches, classifier;
+static Linear patches;
+static Norm before;
 static Block blocks[BLOCKS];
-static Norm last_norm;
+static Readout readouts[READOUTS];
 
 static void fail(const char *sentence)
 {
@@ -103,10 +105,10 @@ static Requantize take_requantize(int count, int bits)
     return r;
 }
 
-static Result take_result(int count) /* as many bytes as columns, or more: then some columns are several bytes */
+static Result take_result(int count, int bits) /* as many bytes as columns, or more: then some columns are several */
 {
     Result r = {{0, 0, 0, 0}, take_int(count, MOST_INPUTS), 0, 0, 0, 0};
-    r.requantize = take_requantize(count, r.inputs > count ? 16 : READ_BITS);
+    r.requantize = take_requantize(count, r.inputs > count ? 16 : bits);
     if (r.inputs > count) {
         r.zero = take_int(-128, 127);
         r.columns = take_within(r.inputs, 4, 0, count - 1);
@@ -123,28 +125,28 @@ static Linear take_linear(int inputs, int outputs, int bits)
     return l;
 }
 
-static Norm take_norm(void)
+static Norm take_norm(int bits)
 {
     Norm n = {int64_at(take(1, 8), 0), {{0, 0, 0, 0}, 0, 0, 0, 0, 0}};
     if (n.eps < 1 || n.eps > (int64_t)1 << 60) fail("an eps is out of its range");
-    n.output = take_result(SIZE);
+    n.output = take_result(SIZE, bits);
     return n;
 }
 
 static void take_block(Block *b)
 {
-    b->norm1 = take_norm();
+    b->norm1 = take_norm(READ_BITS);
     b->query = take_linear(b->norm1.output.inputs, SIZE, READ_BITS);
     b->key = take_linear(b->norm1.output.inputs, SIZE, READ_BITS);
     b->value = take_linear(b->norm1.output.inputs, SIZE, READ_BITS);
     b->multiplier = take_within(HEADS, 4, -MOST_MULTIPLIER, MOST_MULTIPLIER);
     b->shift = take_within(HEADS, 1, DYNAMIC ? ROW_SHIFT : 0, MOST_SHIFT);
-    b->attended = take_result(SIZE);
+    b->attended = take_result(SIZE, READ_BITS);
     b->output = take_linear(b->attended.inputs, SIZE, STREAM_BITS);
-    b->norm2 = take_norm();
+    b->norm2 = take_norm(READ_BITS);
     b->fc1 = take_linear(b->norm2.output.inputs, HIDDEN, ACTIVATION_BITS);
     b->entries = take_within(2 * TABLE, 4, -32768, 32767);
-    b->activated = take_result(HIDDEN);
+    b->activated = take_result(HIDDEN, READ_BITS);
     b->fc2 = take_linear(b->activated.inputs, SIZE, STREAM_BITS);
 }
 
@@ -169,9 +171,14 @@ static void read_model(const char *path)
         if (take_int(INT32_MIN, INT32_MAX) != sizes[i]) fail("the model has other sizes than model.h");
     constants = take_within(TOKENS * SIZE, 4, -(1 << (STREAM_BITS - 1)), (1 << (STREAM_BITS - 1)) - 1);
     patches = take_linear(PATCH, SIZE, STREAM_BITS);
+    if (BEFORE) before = take_norm(STREAM_BITS);
     for (int i = 0; i < BLOCKS; i++) take_block(&blocks[i]);
-    last_norm = take_norm();
-    classifier = take_linear(last_norm.output.inputs, CLASSES, LOGIT_BITS);
+    for (int i = 0; i < READOUTS; i++) {
+        Readout *r = &readouts[i];
+        if (NORM_FIRST || NORM_LAST) r->norm = take_norm(NORM_LAST ? READ_BITS : LOGIT_BITS);
+        if (!NORM_LAST) r->read = take_result(RANGES * SIZE, READ_BITS);
+        r->linear = take_linear(NORM_LAST ? r->norm.output.inputs : r->read.inputs, CLASSES, LOGIT_BITS);
+    }
     check_count = take_int(0, MOST_CHECKS);
     checks = take((size_t)check_count * CHECK, 1);
     if (at != FILE_BYTES) fail("the model goes on behind its last array");

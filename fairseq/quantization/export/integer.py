@@ -14,10 +14,10 @@ from torch import Tensor
 from fairseq.modules.quantization.integer.no_float import FloatingOperation, NoFloat
 from fairseq.quantization.export.export_report import ExportReport
 from fairseq.quantization.export.integer_check import not_integers
-from fairseq.quantization.export.integer_graph import INPUTS, OUTPUT, integer_model
+from fairseq.quantization.export.integer_graph import INPUTS, integer_model, output_names
 from fairseq.quantization.export.verify import INTEGER_OPS, run_elsewhere, tensors_of
 from fairseq.quantization.export.written import any_batch, save_onnx
-from fairseq.quantization.integer_only.model import PIXELS, IntegerLogits, IntegerViT
+from fairseq.quantization.integer_only.model import PIXELS, IntegerOutputs, IntegerViT
 
 NOISE = 3
 """Pictures of noise that a file is also verified on."""
@@ -62,7 +62,7 @@ def write_integers(
     model: IntegerViT, inputs: dict[str, Tensor], file: Path, format: str, external: bool | None
 ) -> None:
     """Write a file; ``inputs`` are those of :func:`sample_inputs`."""
-    wrapper, (name, x) = IntegerLogits(model).eval(), next(iter(inputs.items()))
+    wrapper, (name, x) = IntegerOutputs(model).eval(), next(iter(inputs.items()))
     if format == "torchscript":
         torch.jit.trace(wrapper, (x,), check_trace=False).save(str(file))
     elif format == "torch_export":
@@ -90,12 +90,14 @@ def verify_integers(model: IntegerViT, inputs: dict[str, Tensor], file: Path, fo
         raise RuntimeError(f"the exported file is not of integers alone: {floats}")
     more = noise(model, NOISE)
     batches = [{name: x}, {name: x[:1]}, {name: more if x.dtype == torch.uint8 else values_of(model, more)}]
-    for batch, (got, *_) in zip(batches, run_elsewhere(format, file, batches)):
-        expected = model.integer_logits(model.round_pixels(batch[name]))
-        if got.dtype != expected.dtype or not torch.equal(got, expected):
-            raise RuntimeError(
-                f"{OUTPUT} of the exported file, {got.dtype} of shape {tuple(got.shape)}, are not those of the model"
-            )
+    for batch, found in zip(batches, run_elsewhere(format, file, batches)):
+        expected = model.integer_outputs(model.round_pixels(batch[name])).values()
+        for output, got, wanted in zip(output_names(model), found, expected, strict=True):
+            if got.dtype != wanted.dtype or not torch.equal(got, wanted):
+                raise RuntimeError(
+                    f"{output} of the exported file, {got.dtype} of shape {tuple(got.shape)}, are not those of the "
+                    "model"
+                )
     return report_of(model, file, format)
 
 
@@ -107,7 +109,7 @@ def report_of(model: IntegerViT, file: Path, format: str) -> ExportReport:
     return ExportReport(
         format, tuple(str(file.parent.parent / f.name) for f in files), sum(f.stat().st_size for f in files),
         len(weights), sum(weights), sum(t.nbytes for t in floats.values()),
-        {name: operators[name] for name in INTEGER_OPS if operators[name]}, (OUTPUT,), 0.0, 0.0, 0.0, 1.0,
+        {name: operators[name] for name in INTEGER_OPS if operators[name]}, output_names(model), 0.0, 0.0, 0.0, 1.0,
     )  # fmt: skip
 
 

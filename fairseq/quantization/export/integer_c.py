@@ -6,12 +6,14 @@
     arrays, each after its number of entries as uint32: the sizes (an array of one int32 each), then
 
     constants       int32 (tokens, width)
-    linear          int8 weight (out, in), requantize (out)              the patches, and then for each block
+    linear          int8 weight (out, in), requantize (out)              the patches
+    norm            of the tokens, if there is one                       and then for each block
     norm, 3 linear  int64 eps, result; query, key, value                 norm1 and what reads it
     attention       int32 multiplier, uint8 shift (heads); result        and the linear "output"
     norm, linear                                                         norm2 and fc1
     activation      int32 entries (2, 256); result                       and the linear fc2
-    norm, linear                                                         the last norm and the classifier
+    norm, result    what is read of tokens; those that there are         and a linear; once, or twice if the
+                                                                         logits are the mean of two heads
     checks          their number; uint8 pictures, int32 logits           what a program can compare itself with
 
 A requantize is int32 multipliers, uint8 shifts, int64 offsets. A result is the number of its bytes as int32, a
@@ -32,12 +34,11 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.integer import attention, dyadic, normalization, piecewise, rows
 from fairseq.modules.quantization.integer.dyadic import Requantize
 from fairseq.quantization.export.export_report import ExportReport
-from fairseq.quantization.export.integer_graph import OUTPUT
-from fairseq.quantization.integer_only.build import LOGIT_BITS
+from fairseq.quantization.integer_only.head import LOGIT_BITS, Readout
 from fairseq.quantization.integer_only.layers import WIDE, IntegerLinear, IntegerNorm, Spread
 from fairseq.quantization.integer_only.model import IntegerViT
 
-MAGIC, VERSION = b"IVIT", 1
+MAGIC, VERSION = b"IVIT", 2
 START = 16
 MOST_CHECKS = 2
 
@@ -50,7 +51,7 @@ def c_files(model: IntegerViT, pixels: Tensor) -> tuple[bytes, str]:
         pixels: uint8 (N, channels, H, W); the first two are written, too, with their logits.
 
     Raises:
-        ValueError: blocks of several sizes, for which the header has no place.
+        ValueError: blocks of several sizes, or a head, for which the program has no place.
     """
     sizes = _sizes(model)
     body = b"".join(_counted(array) for array in _arrays(model, sizes, pixels[:MOST_CHECKS]))
@@ -77,7 +78,18 @@ def write_c(model: IntegerViT, pixels: Tensor, file: Path) -> ExportReport:
     weights = [module.weight.numel() for module in model.modules() if isinstance(module, IntegerLinear)]
     paths = tuple(str(file.parent.parent / name) for name in (file.name, file.with_suffix(".h").name))
     return ExportReport(
-        "c", paths, len(content) + len(header), len(weights), sum(weights), 0, {}, (OUTPUT,), 0.0, 0.0, 0.0, 1.0
+        "c",
+        paths,
+        len(content) + len(header),
+        len(weights),
+        sum(weights),
+        0,
+        {},
+        (f"integer_{model.main}",),
+        0.0,
+        0.0,
+        0.0,
+        1.0,
     )
 
 
@@ -88,12 +100,31 @@ def _sizes(model: IntegerViT) -> dict[str, int]:
     if len(hidden) > 1 or len(heads) > 1:
         raise ValueError(f"format 'c' needs blocks of one size; these have {hidden} hidden units and {heads} heads")
     tokens, width = model.constants.shape
+    readouts = _readouts(model)
+    first = readouts[0]
     return {
         "CHANNELS": len(model.pixel_start), "HEIGHT": model.size[0], "WIDTH": model.size[1],
         "PATCH_HEIGHT": model.patch[0], "PATCH_WIDTH": model.patch[1], "TOKENS": tokens, "SIZE": width,
         "HEADS": heads.pop(), "HIDDEN": hidden.pop(), "BLOCKS": len(model.blocks),
-        "CLASSES": len(model.classifier.weight), "DYNAMIC": int(model.bits == WIDE),
+        "CLASSES": len(first.linear.weight), "DYNAMIC": int(model.bits == WIDE),
+        "BEFORE": int(model.before is not None), "READOUTS": len(readouts), "RANGES": len(first.tokens),
+        "NORM_FIRST": int(first.norm_first), "NORM_LAST": int(first.norm is not None and not first.norm_first),
     }  # fmt: skip
+
+
+def _readouts(model: IntegerViT) -> list[Any]:
+    """The readouts whose sum the program prints: Linear layers that read as many ranges of tokens in the same way."""
+    found: list[Any] = [model.head.readouts[source] for source in model.head.outputs[model.main]]
+    for readout in found:
+        if not isinstance(readout, Readout) or readout.linear is None or readout.tokens is None:
+            raise ValueError(
+                f"format 'c' has a program for what a Linear layer makes of tokens or their mean; {model.main} of this "
+                "model is something else; export it as ONNX"
+            )
+    kinds = {(len(r.tokens), r.norm is None, r.norm_first, r.read is None, len(r.linear.weight)) for r in found}
+    if len(kinds) > 1:
+        raise ValueError(f"format 'c' needs layers behind the blocks that read alike; those of {model.main} do not")
+    return found
 
 
 def _arrays(model: IntegerViT, sizes: dict[str, int], pixels: Tensor) -> Iterator[NDArray[Any]]:
@@ -101,6 +132,8 @@ def _arrays(model: IntegerViT, sizes: dict[str, int], pixels: Tensor) -> Iterato
         yield _number(size)
     yield _array(model.constants, "<i4")
     yield from _linear(model.patches)
+    if model.before is not None:
+        yield from _norm(model.before)
     for block in model.blocks:
         parts: Any = block
         yield from _norm(parts.norm1)
@@ -115,8 +148,12 @@ def _arrays(model: IntegerViT, sizes: dict[str, int], pixels: Tensor) -> Iterato
         yield _array(parts.activation.entries, "<i4")
         yield from _result(parts.activation.output)
         yield from _linear(parts.fc2)
-    yield from _norm(model.norm)
-    yield from _linear(model.classifier)
+    for readout in _readouts(model):
+        if readout.norm is not None:
+            yield from _norm(readout.norm)
+        if readout.read is not None:
+            yield from _result(readout.read)
+        yield from _linear(readout.linear)
     yield _number(len(pixels))
     checks = zip(pixels, model.integer_logits(pixels))
     yield np.concatenate([part for x, y in checks for part in (_array(x, "u1"), _array(y, "<i4").view("u1"))])
@@ -170,6 +207,11 @@ def _counted(array: NDArray[Any]) -> bytes:
     return np.array(len(array), "<u4").tobytes() + array.tobytes()
 
 
+def _braces(value: Any) -> str:
+    """Nested tuples of numbers in C."""
+    return str(value) if isinstance(value, int) else f"{{{', '.join(map(_braces, value))}}}"
+
+
 def _header(model: IntegerViT, sizes: dict[str, int], length: int) -> str:
     inputs = [module.weight.shape[1] for module in model.modules() if isinstance(module, IntegerLinear)]
     constants = {
@@ -193,6 +235,7 @@ def _header(model: IntegerViT, sizes: dict[str, int], length: int) -> str:
         f"#define LOGIT_EXPONENT ({int(model.logit_exponent)})",
         *(f"#define {name} {value}" for name, value in sizes.items()),
         f"#define MODEL_SIZES {', '.join(sizes)}",
+        f"#define READ_TOKENS {_braces(tuple(readout.tokens for readout in _readouts(model)))}",
         *(f"#define {name} {value}" for name, value in constants.items()),
         f"#define MOST_OFFSET ((int64_t)1 << {dyadic.LARGEST_SHIFT - 1})",
         "",

@@ -1,4 +1,4 @@
-"""An IntegerViT as an ONNX model: uint8 pixels in, int32 logits out, and operators on integers between."""
+"""An IntegerViT as an ONNX model: uint8 pixels in, int32 outputs out, and operators on integers between."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fairseq.modules.quantization.integer.dyadic import Requantize
 from fairseq.modules.quantization.integer.normalization import STREAM_BITS
 from fairseq.quantization.export.integer_nodes import MIDDLE, OPSET, IntegerNodes
 from fairseq.quantization.integer_only.block import IntegerBlock
+from fairseq.quantization.integer_only.head import AttentionPooling, Readout
 from fairseq.quantization.integer_only.layers import (
     WIDE,
     IntegerActivation,
@@ -27,11 +28,15 @@ from fairseq.quantization.integer_only.model import PIXELS, IntegerViT
 
 INPUTS = {"uint8": "pixels", "float32": "pixel_values"}
 """What a file takes: the pixels themselves, or what the float model takes, which its first nodes round."""
-OUTPUT = "integer_logits"
 IR_VERSION = 10
 
 Bytes = tuple[str, str, str | None]
 """uint8 integers, their zero point, and the scale of each row, if it has one."""
+
+
+def output_names(model: IntegerViT) -> tuple[str, ...]:
+    """What a file calls the outputs of ``model``."""
+    return tuple(f"integer_{name}" for name in model.head.outputs)
 
 
 def integer_model(model: IntegerViT, pixels: str = "uint8") -> Any:
@@ -57,15 +62,12 @@ class _Graph(IntegerNodes):
         h = self.embed(INPUTS["uint8"])
         for i, block in enumerate(model.blocks):
             h = self.block(h, block, f"blocks.{i}")  # type: ignore[arg-type]
-        self.scope = "norm"
-        first = self.op("Gather", h, self.constant(0), axis=1)
-        logits = self.linear(self.to_bytes(self.norm(first, model.norm, "norm")), model.classifier, "classifier")
-        self.nodes.append(helper.make_node("Cast", [logits], [OUTPUT], name=OUTPUT, to=kinds.INT32))
+        outputs = self.head(h)
         shape = ["batch", len(model.pixel_start), *model.size]
         kind = kinds.UINT8 if pixels == "uint8" else kinds.FLOAT
         graph = helper.make_graph(
             self.nodes, "integers", [helper.make_tensor_value_info(INPUTS[pixels], kind, shape)],
-            [helper.make_tensor_value_info(OUTPUT, kinds.INT32, ["batch", len(model.classifier.weight)])],
+            [helper.make_tensor_value_info(name, kinds.INT32, dimensions) for name, dimensions in outputs],
             list(self.constants.values()),
         )  # fmt: skip
         made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
@@ -73,9 +75,15 @@ class _Graph(IntegerNodes):
         return made
 
     def properties(self) -> dict[str, Any]:
-        """What the integers stand for: a logit is its integer / 2**logit_exponent, a pixel is start + step * p."""
+        """What the integers stand for: a logit is its integer / 2**logit_exponent, a pixel is start + step * p.
+
+        The exponents of other outputs are called by their names, too, such as "pooler_output_exponent".
+        """
         start, step = self.model.pixel_start.tolist(), self.model.pixel_step.tolist()
-        return {"logit_exponent": int(self.model.logit_exponent), "pixel_start": start, "pixel_step": step}
+        exponents = {f"{name}_exponent": int(e) for name, e in self.model.head.exponents().items()}
+        if "logits_exponent" in exponents:
+            exponents = {"logit_exponent": exponents.pop("logits_exponent"), **exponents}
+        return {**exponents, "pixel_start": start, "pixel_step": step}
 
     def round_pixels(self) -> None:
         """The one part with floats: pixel values to "pixels", in float64, rounded half to even."""
@@ -100,7 +108,59 @@ class _Graph(IntegerNodes):
         first = len(model.constants) - rows * columns
         if first:
             embedded = self.op("Pad", embedded, self.constant(np.array([0, first, 0, 0, 0, 0])))
-        return self.saturate(self.op("Add", embedded, self.constant(_numpy(model.constants), "constants")))
+        h = self.saturate(self.op("Add", embedded, self.constant(_numpy(model.constants), "constants")))
+        return h if model.before is None else self.norm(h, model.before, "before")
+
+    def head(self, h: str) -> list[tuple[str, list[Any]]]:
+        """The outputs, each with its dimensions."""
+        found: dict[str, str] = {}
+        sizes: dict[str, list[int]] = {}
+        for name, readout in self.model.head.readouts.items():
+            if isinstance(readout, AttentionPooling):
+                found[name], sizes[name] = self.attention_pooling(h, readout, f"head.readouts.{name}")
+            else:
+                found[name], sizes[name] = self.readout(h, readout, f"head.readouts.{name}")  # type: ignore[arg-type]
+        outputs: list[tuple[str, list[Any]]] = []
+        for output, (name, sources) in zip(output_names(self.model), self.model.head.outputs.items()):
+            self.scope = name
+            total = found[sources[0]]
+            for source in sources[1:]:
+                total = self.op("Add", total, found[source])
+            node = self.onnx.helper.make_node("Cast", [total], [output], name=output, to=self.onnx.TensorProto.INT32)
+            self.nodes.append(node)
+            outputs.append((output, ["batch", *sizes[sources[0]]]))
+        return outputs
+
+    def readout(self, h: str, readout: Readout, name: str) -> tuple[str, list[int]]:
+        tokens, width = self.model.constants.shape
+        norm, ranges = readout.norm, readout.tokens
+        x = h if norm is None or not readout.norm_first else self.norm(h, norm, f"{name}.norm")
+        self.scope, size = name, [tokens, width]
+        if ranges is not None:
+            means = [self.mean(x, start, stop) for start, stop in ranges]
+            x, size = means[0] if len(means) == 1 else self.op("Concat", *means, axis=-1), [width * len(means)]
+        x = x if norm is None or readout.norm_first else self.norm(x, norm, f"{name}.norm")
+        x = x if readout.read is None else self.result(x, readout.read, f"{name}.read")
+        if readout.linear is None:
+            return x, size
+        return self.linear(self.to_bytes(x), readout.linear, f"{name}.linear"), [len(readout.linear.weight)]
+
+    def attention_pooling(self, h: str, pooling: AttentionPooling, name: str) -> tuple[str, list[int]]:
+        read = self.to_bytes(self.norm(h, pooling.norm, f"{name}.norm"))
+        key, value = (self.linear(read, getattr(pooling, role), f"{name}.{role}") for role in ("key", "value"))
+        self.scope = name
+        zeros = self.mul(
+            self.op("Slice", key, *(self.constant(np.array([i])) for i in (0, 1, 1))), 0
+        )  # (batch, 1, columns)
+        query = self.add(zeros, _numpy(pooling.query))
+        attended = self.to_bytes(self.attention(query, key, value, pooling.attention, f"{name}.attention", queries=1))
+        y = self.linear(attended, pooling.output, f"{name}.output")
+        read = self.to_bytes(self.norm(y, pooling.norm2, f"{name}.norm2"))
+        t, width = self.linear(read, pooling.fc1, f"{name}.fc1"), len(pooling.fc1.weight)
+        hidden = self.activation(t, pooling.activation, width, f"{name}.activation", tokens=1)
+        branch = self.linear(self.to_bytes(hidden, unsigned=True), pooling.fc2, f"{name}.fc2")
+        size = len(pooling.fc2.weight)
+        return self.reshape(self.saturate(self.op("Add", y, branch)), -1, size), [size]
 
     def saturate(self, h: str) -> str:
         """To the width of the residual stream."""
@@ -173,27 +233,31 @@ class _Graph(IntegerNodes):
         normalized = self.normalize(h, int(norm.eps), self.model.constants.shape[1])
         return self.result(normalized, norm.output, f"{name}.output")
 
-    def activation(self, t: str, activation: IntegerActivation, width: int, name: str) -> str:
+    def activation(self, t: str, activation: IntegerActivation, width: int, name: str, tokens: int = 0) -> str:
         self.scope = name
-        y = self.piecewise(t, _numpy(activation.entries), len(self.model.constants), width)
+        y = self.piecewise(t, _numpy(activation.entries), tokens or len(self.model.constants), width)
         return self.result(y, activation.output, f"{name}.output")
 
-    def attention(self, query: str, key: str, value: str, attention: IntegerAttention, name: str) -> str:
+    def attention(
+        self, query: str, key: str, value: str, attention: IntegerAttention, name: str, queries: int = 0
+    ) -> str:
         self.scope = name
         heads, tokens = len(attention.multiplier), len(self.model.constants)
-        query, key, value = (self.heads(x, heads, tokens) for x in (query, key, value))
+        queries = queries or tokens
+        query = self.heads(query, heads, queries)
+        key, value = (self.heads(x, heads, tokens) for x in (key, value))
         multiplier, shift = _numpy(attention.multiplier), _numpy(attention.shift)  # (heads, 1, 1)
         if self.dynamic:
             (q, query_m), (k, key_m), (v, value_m) = self.rows(query, -1), self.rows(key, -1), self.rows(value, -2, -1)
             row = self.round_shift(self.mul(query_m, multiplier), ROW_SHIFT)
             s = self.op("Mul", self.scores(q, k), self.op("Transpose", key_m, perm=[0, 1, 3, 2]))
             u = self.round_shift(self.op("Mul", s, row), shift - ROW_SHIFT)
-            mixed = self.op("Mul", self.attend(u, v, heads, tokens, tokens), value_m)
+            mixed = self.op("Mul", self.attend(u, v, heads, queries, tokens), value_m)
         else:
             q, k, v = (self.bytes_of(x) for x in (query, key, value))
             u = self.round_shift(self.mul(self.scores(q, k), multiplier), shift)
-            mixed = self.attend(u, v, heads, tokens, tokens)
-        mixed = self.reshape(self.op("Transpose", mixed, perm=[0, 2, 1, 3]), 0, tokens, -1)
+            mixed = self.attend(u, v, heads, queries, tokens)
+        mixed = self.reshape(self.op("Transpose", mixed, perm=[0, 2, 1, 3]), 0, queries, -1)
         return self.result(mixed, attention.output, f"{name}.output")
 
     def heads(self, x: str, heads: int, tokens: int) -> str:

@@ -195,6 +195,16 @@ class IntegerNodes:
         limit = 127 << attention.MEAN_FRACTION
         return self.clip(self.round_shift(self.op("Mul", product, r), n), -limit, limit)
 
+    def mean(self, x: str, start: int, stop: int) -> str:
+        """:func:`~fairseq.quantization.integer_only.head.mean` of x: (batch, T, C) -> (batch, C)."""
+        if stop == start + 1:
+            return self.op("Gather", x, self.constant(start), axis=1)
+        count, bias = stop - start, 1 << 24
+        part = self.op("Slice", x, *(self.constant(np.array([i])) for i in (start, stop, 1)))
+        total = self.op("ReduceSum", part, self.constant(np.array([1])), keepdims=0)
+        rounded = self.with_constant("Div", self.add(self.mul(total, 2), count + 2 * count * bias), 2 * count)
+        return self.add(rounded, -bias)
+
     def piecewise(self, t: str, entries: NDArray[np.int64], *shape: int) -> str:
         """:func:`~fairseq.modules.quantization.integer.piecewise.piecewise`; t: (batch, *shape)."""
         reach = 1 << piecewise.UNIT_BITS

@@ -39,8 +39,6 @@ HEADROOM = 2.0
 STREAM_HEADROOM = 4.0
 SPREAD_COLUMNS = 16
 SPREAD_GAIN = 2.0
-LOGIT_BITS = 24
-"""So that a float32 holds every one of them."""
 
 
 class Grid(NamedTuple):
@@ -92,6 +90,13 @@ def weight_of(layer: nn.Module, name: str) -> Weight:
         )
     bias = torch.zeros(len(q), dtype=torch.float64) if layer.bias is None else layer.bias.detach().double()
     return Weight(q, matrix.scale.double().expand(len(q)).clone(), bias)
+
+
+def bytes_of(weight: Tensor, bias: Tensor, name: str) -> Weight:
+    """A float64 weight (out, in) as the nearest bytes, a scale a row."""
+    scale, zero_point = observe_weight(weight, 8, "channel", symmetric=True, name=name)
+    q = weight_to_int(weight, scale, zero_point, 8).to(torch.int64) - zero_point.to(torch.int64)[:, None]
+    return Weight(q, scale.double(), bias.double())
 
 
 def linear(weight: Weight, source: Grid, step: Tensor | float, bits: int, name: str) -> IntegerLinear:
@@ -151,10 +156,22 @@ def output_of(grid: Grid, factor: Tensor, offset: Tensor, name: str) -> nn.Modul
     return nn.Sequential(Requantize(factor, offset, WIDE, name), Spread(grid.copies, grid.zero))
 
 
+def gain_of(norm: Norm, size: int) -> tuple[Tensor, Tensor]:
+    """What a LayerNorm multiplies (x - mean) / sqrt(size * (variance + eps)) by and adds: float64 (size,) each."""
+    ones = torch.ones(size, dtype=torch.float64)
+    gain = (ones if norm.weight is None else norm.weight.detach().double()) * math.sqrt(size)
+    return gain, 0 * ones if norm.bias is None else norm.bias.detach().double()
+
+
+def eps_of(norm: Norm, size: int, step: float) -> int:
+    """That of :func:`~fairseq.modules.quantization.integer.normalization.normalize` for integers of ``step``."""
+    return min(max(round(size * norm.epsilon / step**2), 1), 2**60)
+
+
 def factor_of(layers: list[PackedLinear], size: int, name: str) -> Tensor:
     """What the layers multiply their common input by: float64 (size,)."""
     ones = torch.ones(size, dtype=torch.float64)
-    factors = [ones if x.input_factor is None else x.input_factor.double() for x in layers]
+    factors = [ones] if not layers else [ones if x.input_factor is None else x.input_factor.double() for x in layers]
     if any(not torch.equal(factors[0], other) for other in factors):
         raise ValueError(f"{name}: layers that read the same multiply it by different factors")
     return factors[0]
@@ -169,9 +186,12 @@ class Builder:
     """
 
     def __init__(self, dynamic: bool, ranges: Ranges):
-        self.dynamic, self.ranges = dynamic, ranges
+        self.dynamic, self.ranges, self.width = dynamic, ranges, len(ranges["stream"].low)
         self.exponent = power_of_two(STREAM_HEADROOM * max(float(ranges["stream"].reach.max()), 1e-6), STREAM_BITS)
-        self.step = 2.0**-self.exponent
+        self.step = self.embedded_step = 2.0**-self.exponent
+        if "embedded" in ranges:
+            reach = max(float(ranges["embedded"].reach.max()), 1e-6)
+            self.embedded_step = 2.0 ** -power_of_two(STREAM_HEADROOM * reach, STREAM_BITS)
         self.bits = WIDE if dynamic else BYTE
 
     def grid(
@@ -189,13 +209,10 @@ class Builder:
     ) -> tuple[IntegerNorm, Grid]:
         """A LayerNorm and the grid of what it gives, which nothing can exceed if it has 16 bits."""
         factor = factor_of(layers, size, name)
-        ones = torch.ones(size, dtype=torch.float64)
-        gain = (ones if norm.weight is None else norm.weight.detach().double()) * factor * math.sqrt(size)
-        bias = (0 * ones if norm.bias is None else norm.bias.detach().double()) * factor
+        gain, bias = (t * factor for t in gain_of(norm, size))
         grid = self.grid(key, layers, factor, (gain.abs() + bias.abs()).max())
-        eps = min(max(round(size * norm.epsilon / self.step**2), 1), 2**60)
         output = output_of(grid, gain / grid.step / 2**UNIT_BITS, bias / grid.step, name)
-        return IntegerNorm(eps, output), grid
+        return IntegerNorm(eps_of(norm, size, self.step), output), grid
 
     def block(self, i: int, spec: BlockSpec, name: str) -> IntegerBlock:
         """One encoder block."""
@@ -205,20 +222,31 @@ class Builder:
         norm1, source = self.norm(spec.norm("norm1"), spec.width, (i, "query"), reading, f"{name}, norm1")
         projections, attention, attended = self.attention(i, spec, weights, source, name)
         output = self.branch(weights["output"], attended, spec.scale1, f"{name}, output")
-        norm2, source = self.norm(spec.norm("norm2"), spec.width, (i, "fc1"), [layers["fc1"]], f"{name}, norm2")
-        limit = LIMITS[spec.activation]
-        unit = limit / 2**TABLE_BITS
-        fc1 = linear(weights["fc1"], source, unit, INPUT_BITS, f"{name}, fc1")
-        factor = factor_of([layers["fc2"]], spec.mlp, name)
-        entries = activation_table(spec.activation, limit)
-        hidden = self.hidden(i, layers["fc2"], factor, -unit * float(entries[0].min()))
-        requantize = output_of(hidden, unit * factor / hidden.step, 0 * factor, f"{name}, activation")
-        activation = IntegerActivation(entries, requantize)
-        fc2 = self.branch(weights["fc2"], hidden, spec.scale2, f"{name}, fc2")
+        fc1, fc2 = layers["fc1"], layers["fc2"]
+        mlp = self.mlp(i, spec.norm("norm2"), spec.width, fc1, fc2, spec.activation, spec.scale2, name)
         query, key, value = projections
-        return IntegerBlock(self.bits, norm1, query, key, value, attention, output, norm2, fc1, activation, fc2)
+        return IntegerBlock(self.bits, norm1, query, key, value, attention, output, *mlp)
 
-    def hidden(self, i: int, fc2: PackedLinear, factor: Tensor, lowest: float) -> Grid:
+    def mlp(
+        self, i: Any, norm: Norm, width: int, fc1: Any, fc2: Any, activation: str, scale: Tensor | None, name: str
+    ) -> tuple[IntegerNorm, IntegerLinear, IntegerActivation, IntegerLinear]:
+        """A norm of the residual stream, two layers with an activation between, and what adds to the stream."""
+        first, second = weight_of(fc1, f"{name}, fc1"), weight_of(fc2, f"{name}, fc2")
+        normed, source = self.norm(norm, width, (i, "fc1"), [fc1], f"{name}, norm2")
+        limit = LIMITS[activation]
+        unit = limit / 2**TABLE_BITS
+        factor = factor_of([fc2], fc2.in_features, name)
+        entries = activation_table(activation, limit)
+        hidden = self.hidden(i, fc2, factor, -unit * float(entries[0].min()))
+        requantize = output_of(hidden, unit * factor / hidden.step, 0 * factor, f"{name}, activation")
+        return (
+            normed,
+            linear(first, source, unit, INPUT_BITS, f"{name}, fc1"),
+            IntegerActivation(entries, requantize),
+            self.branch(second, hidden, scale, f"{name}, fc2"),
+        )
+
+    def hidden(self, i: Any, fc2: PackedLinear, factor: Tensor, lowest: float) -> Grid:
         """Of what an activation gives, at least -``lowest``: 16 bits without a sign, or 8 with a zero point."""
         grid = self.grid((i, "fc2"), [fc2], factor)
         if not self.dynamic:
@@ -241,18 +269,25 @@ class Builder:
             linear(part, source, step, self.bits, f"{name}, {role}")
             for part, step, role in zip(parts, steps, ("query", "key", "value"))
         ]
-        per_head = [step.reshape(spec.heads, -1)[:, 0] if step.numel() > 1 else step for step in steps[:2]]
-        unit = per_head[0] * per_head[1] * spec.scaling / math.log(2) * ONE / (LARGEST**2 if self.dynamic else 1)
-        multiplier, shift, _ = dyadic(unit.expand(spec.heads))
+        mixing = self.mixing(
+            i, steps, spec.heads, spec.heads * spec.head_size, spec.scaling, [spec.layers["output"]], name
+        )
+        return layers, *mixing
+
+    def mixing(
+        self, i: Any, steps: list[Tensor], heads: int, columns: int, scaling: float, readers: list[Any], name: str
+    ) -> tuple[IntegerAttention, Grid]:
+        """Attention of queries, keys and values of ``steps``, and the grid of what it gives to ``readers``."""
+        per_head = [step.reshape(heads, -1)[:, 0] if step.numel() > 1 else step for step in steps[:2]]
+        unit = per_head[0] * per_head[1] * scaling / math.log(2) * ONE / (LARGEST**2 if self.dynamic else 1)
+        multiplier, shift, _ = dyadic(unit.expand(heads))
         if self.dynamic and bool((shift < ROW_SHIFT).any()):
             raise ValueError(f"{name}: its queries and keys are too large for integer scores")
-        columns = spec.heads * spec.head_size
-        reader: Any = spec.layers["output"]
-        factor = factor_of([reader], columns, name)
-        grid = self.grid((i, "output"), [reader], factor, (steps[2] * (2**15 - 1) * factor).max())
+        factor = factor_of(readers, columns, name)
+        grid = self.grid((i, "output"), readers, factor, (steps[2] * (2**15 - 1) * factor).max())
         value = steps[2].expand(columns) / (LARGEST if self.dynamic else 1) * VALUE_STEP
         output = output_of(grid, value * factor / grid.step, 0 * factor, f"{name}, attention")
-        return layers, IntegerAttention(multiplier[:, None, None], shift[:, None, None], self.dynamic, output), grid
+        return IntegerAttention(multiplier[:, None, None], shift[:, None, None], self.dynamic, output), grid
 
     def projection_step(self, reach: Tensor, heads: int) -> Tensor:
         """Of queries, keys or values: one for 16 bits, or for bytes one a head, (columns,)."""
@@ -267,27 +302,26 @@ class Builder:
             weight = Weight(weight.q, weight.scale * scale.detach().double(), weight.bias * scale.detach().double())
         return linear(weight, source, self.step, STREAM_BITS, name)
 
-    def head(self, norm: Norm, classifier: Any) -> tuple[IntegerNorm, IntegerLinear, int]:
-        """The last norm, the classifier, and the exponent of its logits."""
-        final, source = self.norm(norm, classifier.in_features, ("head", "classifier"), [classifier], "the last norm")
-        reach = max(float(self.ranges[("head", "classifier", "out")].reach.max()), 1e-30)
-        exponent = power_of_two(STREAM_HEADROOM * reach, LOGIT_BITS)
-        return (
-            final,
-            linear(weight_of(classifier, "the classifier"), source, 2.0**-exponent, LOGIT_BITS, "classifier"),
-            exponent,
-        )
-
     def patches(self, convolution: nn.Conv2d, start: Tensor, step: Tensor) -> IntegerLinear:
         """The patch embedding of pixels less 128, at 8 bits; start and step of the pixels are in weight and bias."""
         w = convolution.weight.detach().double()
         folded = (w * step[:, None, None]).flatten(1)
-        scale, zero_point = observe_weight(folded, 8, "channel", symmetric=True, name="the patch embedding")
-        q = weight_to_int(folded, scale, zero_point, 8).to(torch.int64) - zero_point.to(torch.int64)[:, None]
         bias = (w * (start + PIXELS // 2 * step)[:, None, None]).flatten(1).sum(-1)
-        weight = Weight(q, scale.double(), bias)  # the bias of the convolution is in the constants of the tokens
+        weight = bytes_of(folded, bias, "the patch embedding")  # the convolution's bias is in the constants of tokens
         grid = Grid(torch.ones(1, dtype=torch.float64), 0, BYTE)
-        return linear(weight, grid, self.step, STREAM_BITS, "the patch embedding")
+        return linear(weight, grid, self.embedded_step, STREAM_BITS, "the patch embedding")
+
+    def before(self, norm: Norm, size: int) -> IntegerNorm:
+        """The LayerNorm of embedded tokens, which gives the residual stream."""
+        return self.wide_norm(norm, size, self.exponent, STREAM_BITS, "the norm before the blocks", self.embedded_step)
+
+    def wide_norm(
+        self, norm: Norm, size: int, exponent: int, bits: int, name: str, step: float | None = None
+    ) -> IntegerNorm:
+        """A LayerNorm of integers of ``step``, by default the residual stream's, to ``bits`` of 2**-exponent."""
+        gain, bias = gain_of(norm, size)
+        output = Requantize(gain * 2.0 ** (exponent - UNIT_BITS), bias * 2.0**exponent, bits, name)
+        return IntegerNorm(eps_of(norm, size, step or self.step), output)
 
 
 def activation_table(name: str, limit: float) -> Tensor:

@@ -17,10 +17,11 @@ from fairseq.quantization.conversion.convert import convert
 from fairseq.quantization.engine.fuse import check_engine
 from fairseq.quantization.evaluation.report import QuantizationReport
 from fairseq.quantization.integer_only.build import Builder
+from fairseq.quantization.integer_only.build_head import build_head
 from fairseq.quantization.integer_only.model import PIXELS, IntegerViT
 from fairseq.quantization.integer_only.pretrained import as_pretrained
 from fairseq.quantization.integer_only.ranges import observe_ranges
-from fairseq.quantization.integer_only.reading import block_names, read_model
+from fairseq.quantization.integer_only.reading import norm_of, read_model
 
 ARITHMETICS = ("float", "integer")
 CHECKED = 2
@@ -65,7 +66,7 @@ def convert_to_integers(
     The integers of weights are those of :func:`~fairseq.quantization.conversion.convert.convert`, of 8 bits symmetric.
 
     Args:
-        model: a ViT or DeiT for classification.
+        model: a ViT, DeiT, ViT-MSN, DINOv2, or the vision tower of a CLIP or SigLIP, with or without a classifier.
         config: see :func:`check_config`.
         pixels: calibration pictures, float32 (N, C, H, W).
         processor: tells mean and standard deviation of pixels, if they are what the pictures were made with.
@@ -89,12 +90,11 @@ def convert_to_integers(
         packed, report = convert(model, within_bytes(config), pixels, "layers")
         packed.eval()
         parts = read_model(packed, pixels[:CHECKED])
-        names = block_names(packed)
-        ranges = observe_ranges(packed, names, parts.specs, parts.classifier, pixels)
+        ranges = observe_ranges(packed, parts, pixels)
         start, step = pixel_grid(pixels, processor)
         builder = Builder(config.activations == "dynamic", ranges)
-        blocks = [builder.block(i, spec, name) for i, (name, spec) in enumerate(zip(names, parts.specs))]
-        norm, classifier, exponent = builder.head(parts.norm, parts.classifier)
+        blocks = [builder.block(i, spec, name) for i, (name, spec) in enumerate(zip(parts.names, parts.specs))]
+        before = None if parts.before is None else builder.before(norm_of(packed, parts.before), builder.width)
         kernel: Any = parts.patches.kernel_size
         integers = IntegerViT(
             config=None,
@@ -103,11 +103,10 @@ def convert_to_integers(
             bits=builder.bits,
             pixel_grid=(start, step),
             patches=builder.patches(parts.patches, start, step),
-            constants=torch.round(parts.constants / builder.step),
+            constants=torch.round(parts.constants / builder.embedded_step),
             blocks=blocks,
-            norm=norm,
-            classifier=classifier,
-            logit_exponent=exponent,
+            head=build_head(builder, parts.head),
+            before=before,
             output_class=parts.output_class,
         )
         size = sum(tensor.nbytes for tensor in integers.state_dict().values())

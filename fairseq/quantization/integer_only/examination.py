@@ -32,7 +32,8 @@ class Examination:
         multipliers: number of multipliers of requantization, each with a shift and an offset.
         multiplier_bits, offset_bits: of the largest, with its sign.
         shifts: the least and the largest.
-        logit_exponent: a logit is its integer / 2**logit_exponent.
+        logit_exponent: a logit, or a number of the output that stands for all, is its integer / 2**logit_exponent.
+        exponents: those of all outputs, by name.
         bytes: of all constants in memory.
     """
 
@@ -47,6 +48,7 @@ class Examination:
     offset_bits: int
     shifts: tuple[int, int]
     logit_exponent: int
+    exponents: dict[str, int]
     bytes: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +89,7 @@ def examine(model: IntegerViT, seed: int = 0) -> Examination:
         offset_bits=_bits(module.offset for module in requantize if module.offset is not None),
         shifts=(min(int(t.min()) for t in shifts), max(int(t.max()) for t in shifts)),
         logit_exponent=int(model.logit_exponent),
+        exponents={name: int(exponent) for name, exponent in model.head.exponents().items()},
         bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
     )
 

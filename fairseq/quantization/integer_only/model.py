@@ -11,32 +11,36 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.integer.buffers import keep_dtypes
 from fairseq.quantization.integer_only.block import IntegerBlock, add
-from fairseq.quantization.integer_only.layers import IntegerLinear, IntegerNorm, to_bytes
-from fairseq.quantization.integer_only.native import native_logits, native_pixels
+from fairseq.quantization.integer_only.head import IntegerHead
+from fairseq.quantization.integer_only.layers import IntegerLinear, IntegerNorm
+from fairseq.quantization.integer_only.native import native_outputs, native_pixels
 
 PIXELS = 256
+OUTPUTS = ("logits", "image_embeds", "pooler_output", "last_hidden_state")
+"""Of models; the first that there is stands for all."""
 
 
 class IntegerViT(nn.Module):
-    """A Vision Transformer for classification on integers, for inference; see ``docs/integer_only.rst``.
+    """A Vision Transformer on integers, for inference; see ``docs/integer_only.rst``.
 
     Buffers, besides those of its parts, which are integers:
         pixel_start, pixel_step: float64 (channels,): a pixel is start + step * p, p from 0 to 255.
-        constants: int32 (tokens, width): class tokens and position embeddings, in steps of the residual stream.
-        logit_exponent: int32; a logit is its integer / 2**logit_exponent.
+        constants: int32 (tokens, width): class tokens and position embeddings, in steps of the residual stream, or of
+            what ``before`` reads.
 
     Args:
         config: of the model that this was made from.
         size: height and width of pictures.
         patch: height and width of a patch.
         bits: of what layers read, 16 (dynamic) or 8 (static).
-        output_class: what :meth:`forward` returns, a mapping with "logits"; None for the logits alone, as timm's.
+        head: what makes outputs of the residual stream.
+        output_class: what :meth:`forward` returns, a mapping; None for the logits alone, as timm's.
+        before: LayerNorm of embedded tokens, which gives the residual stream; or None.
     """
 
     pixel_start: Tensor
     pixel_step: Tensor
     constants: Tensor
-    logit_exponent: Tensor
     prepared: Any = None  # see native.py
 
     def __init__(
@@ -49,26 +53,34 @@ class IntegerViT(nn.Module):
         patches: IntegerLinear,
         constants: Tensor,
         blocks: Sequence[IntegerBlock],
-        norm: IntegerNorm,
-        classifier: IntegerLinear,
-        logit_exponent: int,
+        head: IntegerHead,
         output_class: Callable[..., Any] | None = None,
+        before: IntegerNorm | None = None,
     ):
         super().__init__()
         self.config, self.size, self.patch, self.bits, self.output_class = config, size, patch, bits, output_class
         for name, values in zip(("pixel_start", "pixel_step"), pixel_grid):
             self.register_buffer(name, values.to(torch.float64))
         self.register_buffer("constants", constants.to(torch.int32))
-        self.register_buffer("logit_exponent", torch.tensor(logit_exponent, dtype=torch.int32))
-        self.patches, self.blocks, self.norm, self.classifier = patches, nn.ModuleList(blocks), norm, classifier
+        self.patches, self.before, self.blocks, self.head = patches, before, nn.ModuleList(blocks), head
         self.eval()
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy or a file: without what the native kernels have made of the parts."""
         return {**self.__dict__, "prepared": None}
 
+    @property
+    def main(self) -> str:
+        """The name of the output that stands for all: "logits", or what a tower is for."""
+        return next(name for name in (*OUTPUTS, *self.head.outputs) if name in self.head.outputs)
+
+    @property
+    def logit_exponent(self) -> Tensor:
+        """int32; a number of the output :attr:`main`, such as a logit, is its integer / 2**logit_exponent."""
+        return self.head.exponents()[self.main]
+
     def forward(self, pixel_values: Tensor, return_dict: bool | None = None, **others: Any) -> Any:
-        """Logits, and the integers that they are.
+        """The outputs of the float model, and the integers that they are.
 
         Args:
             pixel_values: as for the float model, (B, channels, H, W), rounded first; or uint8, the pixels themselves.
@@ -77,7 +89,8 @@ class IntegerViT(nn.Module):
 
         Returns:
             ``logits``: float32 (B, classes), ``integer_logits`` / 2**``logit_exponent``, exact.
-            ``integer_logits``: int32 (B, classes). Both in the mapping or tuple that the float model returns.
+            ``integer_logits``: int32 (B, classes). Both in the mapping or tuple that the float model returns. So for
+            each other output, such as ``pooler_output`` and ``integer_pooler_output``; ``head.exponents()`` has theirs.
 
         Raises:
             TypeError, ValueError: pixel values that are no such tensor, are NaN or Inf or of another size, or another
@@ -86,14 +99,18 @@ class IntegerViT(nn.Module):
         asked = [name for name, value in others.items() if value is not None and value is not False]
         if asked:
             raise ValueError(f"an integer-only model takes pixel_values and return_dict, not {', '.join(asked)}")
-        integers = self.integer_logits(self.round_pixels(pixel_values))
-        logits = integers.to(torch.float32) * math.ldexp(1.0, -int(self.logit_exponent))
+        integers = self.integer_outputs(self.round_pixels(pixel_values))
+        exponents = self.head.exponents()
+        floats = {
+            name: value.to(torch.float32) * math.ldexp(1.0, -int(exponents[name])) for name, value in integers.items()
+        }
         if self.output_class is None:
-            return logits
+            return floats[self.main]
         if return_dict is False or torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return logits, integers
-        output = self.output_class(logits=logits)
-        output["integer_logits"] = integers
+            return *floats.values(), *integers.values()
+        output = self.output_class(**floats)
+        for name, value in integers.items():
+            output[f"integer_{name}"] = value
         return output
 
     def round_pixels(self, pixel_values: Tensor) -> Tensor:
@@ -124,23 +141,27 @@ class IntegerViT(nn.Module):
         start, step = (t[:, None, None] for t in (self.pixel_start, self.pixel_step))
         return ((pixel_values.detach().double() - start) / step).round().clamp(0, PIXELS - 1).to(torch.uint8)
 
-    @torch.no_grad()
     def integer_logits(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, channels, H, W) -> int32 (B, classes). No operation in here is one of floating numbers.
+        """Of :meth:`integer_outputs` the one that stands for all, int32 (B, classes) or of another size."""
+        return self.integer_outputs(pixels)[self.main]
+
+    @torch.no_grad()
+    def integer_outputs(self, pixels: Tensor) -> dict[str, Tensor]:
+        """uint8 (B, channels, H, W) -> int32 by output. No operation in here is one of floating numbers.
 
         The native kernels run where they can; what they give equals the rest of this function.
         """
-        if self._is_plain() and (logits := native_logits(self, pixels)) is not None:
-            return logits
+        if self._is_plain() and (found := native_outputs(self, pixels)) is not None:
+            return found
         h = self.embed(pixels)
         for block in self.blocks:
             h = block(h)
-        return self.head(h)
+        found = self.head(h)
+        return found
 
     def _is_plain(self) -> bool:
-        """Whether :meth:`embed` and :meth:`head` are those of this class, which the kernels compute."""
-        own = {"embed", "head"} & self.__dict__.keys()
-        return not own and type(self).embed is IntegerViT.embed and type(self).head is IntegerViT.head
+        """Whether :meth:`embed` is that of this class, which the kernels compute."""
+        return "embed" not in self.__dict__ and type(self).embed is IntegerViT.embed
 
     def embed(self, pixels: Tensor) -> Tensor:
         """uint8 (B, channels, H, W) -> the residual stream, int64 (B, tokens, width) of 22 bits."""
@@ -151,12 +172,8 @@ class IntegerViT(nn.Module):
         embedded = self.patches(cut.reshape(batch, rows * columns, -1))  # (B, patches, width)
         constants = self.constants.to(torch.int64).expand(batch, -1, -1)
         first = constants.shape[1] - embedded.shape[1]
-        return torch.cat((constants[:, :first], add(constants[:, first:], embedded)), dim=1)
-
-    def head(self, h: Tensor) -> Tensor:
-        """The residual stream, int64 (B, tokens, width) -> int32 (B, classes)."""
-        logits: Tensor = self.classifier(*to_bytes(self.norm(h[:, 0]), self.bits))
-        return logits.to(torch.int32)
+        h = torch.cat((constants[:, :first], add(constants[:, first:], embedded)), dim=1)
+        return h if self.before is None else self.before(h)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerViT:
         """Move as any module does, but keep the grid of pixels in float64."""
@@ -166,14 +183,14 @@ class IntegerViT(nn.Module):
         return self
 
 
-class IntegerLogits(nn.Module):
-    """An IntegerViT as a graph records it: uint8 (B, channels, H, W), or floats to round -> (int32 (B, classes),)."""
+class IntegerOutputs(nn.Module):
+    """An IntegerViT as a graph records it: uint8 (B, channels, H, W), or floats to round -> its integer outputs."""
 
     def __init__(self, model: IntegerViT):
         super().__init__()
         self.model = model
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         if pixels.is_floating_point():
             pixels = self.model.nearest_pixels(pixels)
-        return (self.model.integer_logits(pixels),)
+        return tuple(self.model.integer_outputs(pixels).values())

@@ -1,8 +1,13 @@
-"""An IntegerViT on the native kernels: the integers of its reference, from the pixels to the logits in one call."""
+"""An IntegerViT on the native kernels: the integers of its reference, from the pixels to the logits in one call.
+
+A head other than that of ViT is computed by its own modules on the residual stream that the kernels give; its norms by
+kernels.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -30,6 +35,7 @@ from fairseq.modules.quantization.packed.kernels import (
 )
 from fairseq.modules.quantization.packed.panels import WIDTH, to_panels
 from fairseq.quantization.integer_only.block import IntegerBlock
+from fairseq.quantization.integer_only.head import AttentionPooling, IntegerHead, Readout
 from fairseq.quantization.integer_only.layers import (
     WIDE,
     IntegerActivation,
@@ -45,7 +51,14 @@ KEY_SCALE_BITS = 14
 """Of what stands for a key's scale of 1 where activations are static."""
 HIGH = 32
 """Results are taken from the high halves of products of 64 bits."""
-PARTS = (IntegerBlock, IntegerLinear, IntegerNorm, IntegerActivation, IntegerAttention, Requantize, Spread)
+PARTS = (
+    IntegerBlock, IntegerLinear, IntegerNorm, IntegerActivation, IntegerAttention, Requantize, Spread, IntegerHead,
+    Readout, AttentionPooling, nn.ModuleDict, nn.ModuleList, nn.Sequential,
+)  # fmt: skip
+
+
+SETTINGS = ("bits", "zero", "dynamic", "size", "patch", "tokens", "norm_first", "outputs")
+"""Attributes of parts that decide what they compute, beside parts and buffers."""
 
 
 class NotNative(Exception):
@@ -67,7 +80,10 @@ class NativeViT:
         self.dynamic = model.bits == WIDE
         _check_parts(model)
         _check_shapes(model)
-        layers = [module for module in model.modules() if isinstance(module, IntegerLinear)]
+        self.head: IntegerHead = model.head
+        plain = _plain(model)
+        readers = [model.patches, model.blocks, *([] if plain is None else [plain.linear])]
+        layers = [m for part in readers for m in part.modules() if isinstance(m, IntegerLinear)]
         panels = [to_panels(layer.weight, 8) for layer in layers]
         regions = memory.on_large_pages([p.numel() for p in panels])
         for region, p in zip(regions, panels):
@@ -78,19 +94,41 @@ class NativeViT:
         pointers = (ctypes.POINTER(structures.IntegerBlock) * len(blocks))(*map(ctypes.pointer, blocks))
         self.kept += [blocks, pointers]
         first: Any = model.blocks[0]
-        norm, rows = self._norm(model.norm, "the last norm"), self._rows(model.norm.output)
+        last = None if plain is None else cast(IntegerNorm, plain.norm)
+        ends: Any = (
+            (structures.IntegerNorm(), structures.Rows()) if last is None
+            else (self._norm(last, "the last norm"), self._rows(last.output))
+        )  # fmt: skip
+        before = (
+            None if model.before is None else ctypes.pointer(self._norm(model.before, "the norm before the blocks"))
+        )
+        self.norms = self._norms_of_tokens() if plain is None else {}
         heads = len(first.attention.multiplier)
         tokens, width = model.constants.shape
         self.model = structures.IntegerModel(
             self._linear(model.patches, "the patch embedding", 1),
-            self._linear(model.classifier, "the classifier"),
+            structures.IntegerLinear() if plain is None else self._linear(cast(Any, plain.linear), "the classifier"),
             self._array(model.constants, torch.int32), pointers, len(blocks), len(model.pixel_start), *model.size,
-            *model.patch, tokens, width, heads, len(first.query.weight) // heads, len(first.fc1.weight), norm, rows,
+            *model.patch, tokens, width, heads, len(first.query.weight) // heads, len(first.fc1.weight), *ends, before,
         )  # fmt: skip
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, channels, H, W) on the CPU -> int32 (B, classes)."""
-        return native_calls.integers(self.model, pixels.contiguous(), native.level_number())
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        """uint8 (B, channels, H, W) on the CPU -> int32 by output."""
+        found = native_calls.integers(self.model, pixels.contiguous(), native.level_number())
+        if self.model.classifier.outputs:
+            (name,) = self.head.outputs
+            return {name: found}
+        outputs: dict[str, Tensor] = self.head(found.to(torch.int64), self.norms)
+        return outputs
+
+    def _norms_of_tokens(self) -> dict[str, Any]:
+        """What computes the norms of readouts on kernels, by the name of the readout, but for those with a Spread."""
+        norms = {name: cast(Any, readout).norm for name, readout in self.head.readouts.items()}
+        return {
+            name: functools.partial(_normed, self._norm(norm, f"{name}, norm"))
+            for name, norm in norms.items()
+            if norm is not None and isinstance(norm.output, Requantize)
+        }
 
     def _array(self, values: Tensor, dtype: torch.dtype) -> int:
         array = values.to(dtype).contiguous().clone()
@@ -227,7 +265,7 @@ def _alone(spread: Spread) -> Tensor:
 
 def _check_parts(model: nn.Module) -> None:
     for module in model.modules():
-        if module is not model and type(module) not in (*PARTS, nn.ModuleList, nn.Sequential):
+        if module is not model and type(module) not in PARTS:
             raise NotNative(f"a part is a {type(module).__name__}")
     devices = {t.device.type for t in _tensors(model)}
     if devices - {"cpu"}:
@@ -270,7 +308,7 @@ class Known:
 
 
 def _settings(module: nn.Module) -> list[Any]:
-    return [module.__dict__.get(name) for name in ("bits", "zero", "dynamic", "size", "patch")]
+    return [module.__dict__.get(name) for name in SETTINGS]
 
 
 def _check_shapes(model: Any) -> None:
@@ -306,9 +344,24 @@ def _check_shapes(model: Any) -> None:
         reads(block.activation.output, hidden, block.fc2)
         found += [layer.weight.shape[:1] for layer in (block.key, block.value, block.output, block.fc2)]
         wanted += [(inner,), (inner,), (width,), (width,)]
-    reads(model.norm.output, width, model.classifier)
+    plain = _plain(model)
+    for readout in model.head.readouts.values():
+        if readout.norm is not None:
+            reads(readout.norm.output, width, *([] if plain is None else [cast(IntegerLinear, plain.linear)]))
+    if model.before is not None:
+        reads(model.before.output, width)
     if [tuple(shape) for shape in found] != wanted:
         raise NotNative("its blocks have different numbers of heads or sizes of layers")
+
+
+def _normed(norm: structures.IntegerNorm, h: Tensor) -> Tensor:
+    """As an IntegerNorm, int64 (..., C) of 22 bits -> int64."""
+    return native_calls.integer_norm(norm, h, native.level_number()).to(torch.int64)
+
+
+def _plain(model: Any) -> Readout | None:
+    """The only readout of a head that the kernels compute, too."""
+    return next(iter(model.head.readouts.values())) if model.head.is_plain() else None
 
 
 def _sizes(block: IntegerBlock) -> tuple[int, int, int]:
@@ -324,8 +377,8 @@ def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
     return len(now) == len(before) and all(now.get(name) is value for name, value in before.items())
 
 
-def native_logits(model: Any, pixels: Tensor) -> Tensor | None:
-    """int32 (B, classes) from the native kernels, or None where the reference is to run.
+def native_outputs(model: Any, pixels: Tensor) -> dict[str, Tensor] | None:
+    """int32 by output from the native kernels, or None where the reference is to run.
 
     That is: on another device, without the library, while something records or watches operations, in the mode
     ``checked``, with hooks on a part of the model, or where the kernels cannot compute it: :func:`reason_not_native`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.quantization.architectures.forward import call
-from fairseq.quantization.engine.spec import BlockSpec
+from fairseq.quantization.integer_only.head_spec import AttentionSpec
+from fairseq.quantization.integer_only.reading import ModelParts
 
 BATCH = 8
 
@@ -41,14 +43,15 @@ class Range(NamedTuple):
 Ranges = Mapping[Any, Range]
 
 
-def observe_ranges(
-    model: nn.Module, blocks: list[str], specs: tuple[BlockSpec, ...], head: nn.Module, pixels: Tensor
-) -> Ranges:
-    """By (block, role, "in" or "out") the range of what each layer reads and gives; by "stream" and "logits" of those.
+def observe_ranges(model: nn.Module, parts: ModelParts, pixels: Tensor) -> Ranges:
+    """By (block, role, "in" or "out") the range of what each layer reads and gives; by "stream" and others of those.
+
+    Blocks are numbers. ("head", readout, "in" or "out") are of the layer of a readout; attention pooling is a block
+    called ("head", readout), with a "stream" of its own. "embedded" is what a LayerNorm before the first block reads.
 
     Args:
         model: of float or packed layers, in eval mode; inputs are as the layer gets them, before its ``input_factor``.
-        blocks, specs, head: of it.
+        parts: of it.
         pixels: (N, C, H, W).
     """
     found: dict[Any, Range] = {}
@@ -56,10 +59,10 @@ def observe_ranges(
     def note(key: Any, value: Tensor) -> None:
         found[key] = Range.of(value).joined(found.get(key))
 
-    def layer(i: Any, role: str) -> Callable[..., None]:
+    def layer(*key: Any) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-            note((i, role, "in"), args[0])
-            note((i, role, "out"), output)
+            note((*key, "in"), args[0])
+            note((*key, "out"), output)
 
         return hook
 
@@ -67,8 +70,26 @@ def observe_ranges(
         note("stream", args[0] if args else kwargs["hidden_states"])
         note("stream", output[0] if isinstance(output, tuple) else output)
 
-    handles = [head.register_forward_hook(layer("head", "classifier"))]
-    for i, (name, spec) in enumerate(zip(blocks, specs)):
+    def inside(pooling: Any, key: tuple[str, ...], value: Tensor) -> None:
+        note((pooling, *key), value)
+
+    def last(_: nn.Module, args: Any, output: Any) -> None:
+        h = output[0] if isinstance(output, tuple) else output
+        for name, spec in parts.head.readouts.items():
+            if isinstance(spec, AttentionSpec):
+                spec.attended(h, functools.partial(inside, ("head", name)))
+
+    handles = [model.get_submodule(parts.names[-1]).register_forward_hook(last)]
+    for name, readout in parts.head.readouts.items():
+        if isinstance(readout, AttentionSpec):
+            for role in ("fc1", "fc2"):
+                handles.append(getattr(readout, role).register_forward_hook(layer(("head", name), role)))
+        elif readout.linear is not None:
+            handles.append(readout.linear.register_forward_hook(layer("head", name)))
+    if parts.before is not None:
+        first = model.get_submodule(parts.before)
+        handles.append(first.register_forward_pre_hook(lambda _, args: note("embedded", args[0])))
+    for i, (name, spec) in enumerate(zip(parts.names, parts.specs)):
         handles += [part.register_forward_hook(layer(i, role)) for role, part in spec.layers.items()]
         handles.append(model.get_submodule(name).register_forward_hook(block, with_kwargs=True))
     try:

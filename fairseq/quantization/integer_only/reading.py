@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,16 +11,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.quantization.architectures.blocks import class_of
-from fairseq.quantization.architectures.families import component_of, embedding_kind, family_of
+from fairseq.quantization.architectures.families import component_of, embedding_kind, family_of, tower_of
 from fairseq.quantization.architectures.forward import call
 from fairseq.quantization.architectures.layers import block_of
 from fairseq.quantization.engine.reading import NORM_CLASSES, read
-from fairseq.quantization.engine.reference_block import normalize
-from fairseq.quantization.engine.spec import BlockSpec, Norm, reason_not_plain
+from fairseq.quantization.engine.reference_block import run
+from fairseq.quantization.engine.spec import BlockSpec, Call, Norm, reason_not_plain
+from fairseq.quantization.integer_only.head_spec import HeadSpec, Seen, close, read_head
 
-TOLERANCE = 1e-3
-"""Of what is checked on pictures, as a share of the largest value."""
 LIMITS = {"gelu": 6.0, "gelu_tanh": 6.0, "quick_gelu": 8.0, "silu": 16.0, "relu": 6.0}
 """Of the tables of activations: where below -limit the function is nearly 0, and above it nearly x."""
 
@@ -31,17 +32,18 @@ class ModelParts:
     Attributes:
         patches: the convolution that embeds patches, without padding.
         constants: float64 (tokens, width): what is added to each token; the first tokens are nothing else.
-        specs: of each block.
-        norm: of the first token, after the last block.
-        classifier: the Linear layer that reads it.
+        before: name of the LayerNorm of the tokens before the first block, or None.
+        names, specs: of each block.
+        head: what is behind the last block.
         output_class: of what the model returns, if it is a mapping.
     """
 
     patches: nn.Conv2d
     constants: Tensor
+    before: str | None
+    names: tuple[str, ...]
     specs: tuple[BlockSpec, ...]
-    norm: Norm
-    classifier: nn.Module
+    head: HeadSpec
     output_class: Callable[..., Any] | None
 
 
@@ -71,11 +73,15 @@ def read_model(model: nn.Module, pixels: Tensor) -> ModelParts:
         ValueError: a part that integer arithmetic does not express; the message names it.
     """
     kind = f"{type(model).__name__} cannot become integers alone"
+    family = family_of(model)
     names = block_names(model)
+    if any(tower_of(name, family) == "text" for name in names):
+        raise ValueError(
+            f"{kind}: it has a text tower; its vision tower alone can, such as CLIPVisionModelWithProjection"
+        )
     if not names:
         raise ValueError(f"{kind}: it has no encoder blocks of a known class")
     specs = tuple(_spec(model, name, kind) for name in names)
-    family = family_of(model)
     patches = [m for n, m in model.named_modules() if embedding_kind(n, family) == "patches"]
     if len(patches) != 1 or not isinstance(patches[0], nn.Conv2d):
         raise ValueError(f"{kind}: it has {len(patches)} patch embeddings that are known, and one Conv2d is expected")
@@ -83,22 +89,50 @@ def read_model(model: nn.Module, pixels: Tensor) -> ModelParts:
     plain = convolution.padding in ((0, 0), "valid") and (convolution.dilation, convolution.groups) == ((1, 1), 1)
     if not plain or convolution.stride != convolution.kernel_size:
         raise ValueError(f"{kind}: its patches overlap, are padded or in groups")
-    heads = [m for n, m in model.named_modules() if component_of(n, family) == "classifier" and "pooler" not in n]
-    if len(heads) != 1:
-        raise ValueError(f"{kind}: it has {len(heads)} classifiers, and one is expected")
-    first, last = (model.get_submodule(names[i]) for i in (0, -1))
-    seen = _watch(model, first, last, pixels)
-    constants = _constants(model, convolution, first, pixels, seen.before, kind)
-    norm = _final_norm(model, names, heads[0], seen, kind)
-    return ModelParts(convolution, constants, specs, norm, heads[0], seen.output_class)
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | PackedLinear)]
+    heads = [name for name in layers if component_of(name, family) == "classifier"]
+    seen = _watch(model, names, heads, pixels)
+    for name, spec in zip(names, specs):
+        _check_block(name, spec, *seen.blocks[name], kind)
+    before = next((name for name, (_, after) in seen.norms.items() if close(after, seen.before)), None)
+    constants = _constants(model, convolution, names, before, pixels, seen, kind)
+    norms = (norm_of(model, name) for name, (x, _) in seen.norms.items() if x.shape[-1] == seen.after.shape[-1])
+    count = math.prod(size // patch for size, patch in zip(pixels.shape[-2:], convolution.kernel_size))
+    head = Seen(seen.after, seen.outputs, seen.layers, tuple(norms), count)
+    try:
+        head_spec = read_head(model, head)
+    except ValueError as reason:
+        raise ValueError(f"{kind}: {reason}") from None
+    return ModelParts(convolution, constants, before, tuple(names), specs, head_spec, seen.output_class)
 
 
 @dataclass
 class _Seen:
     before: Tensor
     after: Tensor
-    logits: Tensor
+    blocks: dict[str, tuple[Tensor, Tensor]]
+    norms: dict[str, tuple[Tensor, Tensor]]
+    layers: dict[str, tuple[Tensor, Tensor]]
+    outputs: dict[str, Tensor]
     output_class: Callable[..., Any] | None
+
+
+def norm_of(model: nn.Module, name: str) -> Norm:
+    """The LayerNorm of that name."""
+    layer: Any = model.get_submodule(name)
+    return Norm("layer", layer.weight, layer.bias, layer.eps)
+
+
+def _norm_names(model: nn.Module) -> list[str]:
+    """The LayerNorms outside of blocks."""
+    blocks = block_names(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if NORM_CLASSES.get((type(module).__module__, type(module).__qualname__)) == "layer"
+        and block_of(f"{name}.") not in blocks
+        and len(cast(Any, module).normalized_shape) == 1
+    ]
 
 
 def _spec(model: nn.Module, name: str, kind: str) -> BlockSpec:
@@ -119,59 +153,70 @@ def _hooked(handles: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def _watch(model: nn.Module, first: nn.Module, last: nn.Module, pixels: Tensor) -> _Seen:
-    """What goes into the first block and comes out of the last, and the logits."""
-    found: dict[str, Tensor] = {}
+def _check_block(name: str, spec: BlockSpec, x: Tensor, y: Tensor, kind: str) -> None:
+    """ValueError unless a block computes what its spec says, and so no positions, windows or masks.
 
-    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        found["before"] = args[0] if args else kwargs["hidden_states"]
+    Packed layers, which may round other than for the block itself, are taken as they are.
+    """
+    if all(type(layer) is nn.Linear for layer in spec.layers.values()):
+        images, tokens = x.shape[:2] if x.ndim == 3 else (0, 0)
+        got = run(spec, Call(images, tokens, images * tokens), x.reshape(-1, x.shape[-1])) if tokens else x
+        if not close(got.reshape(y.shape) if got.numel() == y.numel() else got, y):
+            raise ValueError(
+                f"{kind}: in {name} attention is of windows, or has relative or rotary positions, or a mask"
+            )
 
-    def after(_: nn.Module, args: Any, output: Any) -> None:
-        found["after"] = output[0] if isinstance(output, tuple) else output
 
-    with _hooked([first.register_forward_pre_hook(before, with_kwargs=True), last.register_forward_hook(after)]):
+def _watch(model: nn.Module, names: list[str], heads: list[str], pixels: Tensor) -> _Seen:
+    """What goes into blocks, norms and Linear layers outside of them, and comes out; and the outputs."""
+    blocks: dict[str, tuple[Tensor, Tensor]] = {}
+    norms: dict[str, tuple[Tensor, Tensor]] = {}
+    layers: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def block(name: str) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            blocks[name] = x.detach(), (output[0] if isinstance(output, tuple) else output).detach()
+
+        return model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+
+    def watch(name: str, into: dict[str, tuple[Tensor, Tensor]]) -> Any:
+        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
+            into[name] = args[0].detach(), output.detach()
+
+        return model.get_submodule(name).register_forward_hook(hook)
+
+    handles = [block(name) for name in names] + [watch(name, layers) for name in heads]
+    handles += [watch(name, norms) for name in _norm_names(model)]
+    with _hooked(handles):
         output = call(model, {"pixel_values": pixels})
-    if "logits" not in output or output["logits"].ndim != 2:
-        raise ValueError(
-            f"{type(model).__name__} cannot become integers alone: it returns {', '.join(output)}, and logits of "
-            "classes are expected"
-        )
+    outputs = {name: value.detach() for name, value in output.items() if isinstance(value, Tensor)}
     output_class = type(output) if hasattr(output, "to_tuple") else None
-    return _Seen(found["before"].detach(), found["after"].detach(), output["logits"].detach(), output_class)
+    return _Seen(blocks[names[0]][0], blocks[names[-1]][1], blocks, norms, layers, outputs, output_class)
 
 
 def _constants(
-    model: nn.Module, convolution: nn.Conv2d, first: nn.Module, pixels: Tensor, before: Tensor, kind: str
+    model: nn.Module,
+    convolution: nn.Conv2d,
+    names: list[str],
+    before: str | None,
+    pixels: Tensor,
+    seen: _Seen,
+    kind: str,
 ) -> Tensor:
     """What the embedding adds to the patches' products, (tokens, width), seen on a black picture and checked."""
-    last = first
-    seen = _watch(model, first, last, torch.zeros_like(pixels[:1])).before.double()
+
+    def tokens(seen: _Seen) -> Tensor:
+        return (seen.before if before is None else seen.norms[before][0]).double()
+
+    black = tokens(_watch(model, names, [], torch.zeros_like(pixels[:1])))
     bias = 0 if convolution.bias is None else convolution.bias.detach().double()
     embedded = convolution(pixels.to(convolution.weight.dtype)).detach().double().flatten(2).transpose(1, 2) - bias
-    constants = seen[0].clone()  # (tokens, width)
+    constants = black[0].clone()  # (tokens, width)
     start = len(constants) - embedded.shape[1]
     expected = constants.expand(len(pixels), -1, -1).clone()
     if start >= 0:
         expected[:, start:] += embedded
-    if start < 0 or not _close(expected, before.double()):
+    if start < 0 or not close(expected, tokens(seen)):
         raise ValueError(f"{kind}: its embedding does more than to add constants to the patches' products")
     return constants
-
-
-def _final_norm(model: nn.Module, names: list[str], classifier: nn.Module, seen: _Seen, kind: str) -> Norm:
-    """The norm after the last block, checked to be all there is before the classifier."""
-    for name, module in model.named_modules():
-        own, width = type(module), seen.after.shape[-1]
-        if NORM_CLASSES.get((own.__module__, own.__qualname__)) != "layer" or block_of(f"{name}.") in names:
-            continue
-        layer: Any = module
-        norm = Norm("layer", layer.weight, layer.bias, layer.eps)
-        if tuple(layer.normalized_shape) == (width,) and getattr(classifier, "in_features", None) == width:
-            logits = classifier(normalize(norm, seen.after)[:, 0])
-            if logits.shape == seen.logits.shape and _close(logits, seen.logits):
-                return norm
-    raise ValueError(f"{kind}: its head is not a LayerNorm of the first token and one Linear layer")
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())

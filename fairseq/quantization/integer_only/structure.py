@@ -16,7 +16,7 @@ from fairseq.modules.quantization.integer.normalization import STREAM_BITS
 from fairseq.modules.quantization.integer.piecewise import INPUT_BITS, PIECES
 from fairseq.modules.quantization.integer.rows import HALF
 from fairseq.quantization.integer_only.block import IntegerBlock
-from fairseq.quantization.integer_only.build import LOGIT_BITS
+from fairseq.quantization.integer_only.head import LOGIT_BITS, AttentionPooling, IntegerHead, Readout, Tokens
 from fairseq.quantization.integer_only.layers import (
     BYTE,
     WIDE,
@@ -26,7 +26,7 @@ from fairseq.quantization.integer_only.layers import (
     IntegerNorm,
     Spread,
 )
-from fairseq.quantization.integer_only.model import IntegerLogits, IntegerViT
+from fairseq.quantization.integer_only.model import IntegerOutputs, IntegerViT
 
 ACTIVATIONS = {"dynamic": WIDE, "static": BYTE}
 """Kinds of activations, and the bits of what layers read."""
@@ -42,7 +42,8 @@ def structure(model: IntegerViT) -> dict[str, Any]:
 
     ``activations``: "dynamic" or "static". ``size`` and ``patch``: height and width. ``blocks``: how many. ``spread``:
     the byte that stands for 0, of each :class:`~.layers.Spread` by name. ``output``: the class of what the model
-    returns, or None.
+    returns, or None. ``head``: ``outputs``, the readouts of each, and ``readouts``, by name the ``tokens`` that are
+    pooled, or None, and whether the norm is of all of them, ``norm_first``; of attention pooling, null.
     """
     kind = model.output_class
     return {
@@ -52,7 +53,32 @@ def structure(model: IntegerViT) -> dict[str, Any]:
         "blocks": len(model.blocks),
         "spread": {name: module.zero for name, module in model.named_modules() if isinstance(module, Spread)},
         "output": None if kind is None else f"{kind.__module__}.{kind.__qualname__}",
+        "head": {
+            "outputs": {name: list(sources) for name, sources in model.head.outputs.items()},
+            "readouts": {name: _readout_of(readout) for name, readout in model.head.readouts.items()},
+        },
     }
+
+
+def _readout_of(readout: nn.Module) -> dict[str, Any] | None:
+    if not isinstance(readout, Readout):
+        return None
+    tokens = None if readout.tokens is None else [list(part) for part in readout.tokens]
+    return {"tokens": tokens, "norm_first": readout.norm_first}
+
+
+FIRST_HEAD = {"outputs": {"logits": ["logits"]}, "readouts": {"logits": {"tokens": [[0, 1]], "norm_first": False}}}
+"""Of files that say nothing of a head, all of which have this one, and other names for its parts."""
+FIRST_NAMES = {
+    "norm": "head.readouts.logits.norm", "classifier": "head.readouts.logits.linear",
+    "logit_exponent": "head.readouts.logits.exponent",
+}  # fmt: skip
+
+
+def present_name(name: str) -> str:
+    """The name of a tensor or part in a file that says nothing of a head -> what it is now."""
+    first, dot, rest = name.partition(".")
+    return FIRST_NAMES.get(first, first) + dot + rest
 
 
 def empty(description: Mapping[str, Any], shapes: Shapes) -> IntegerViT:
@@ -85,6 +111,7 @@ class _Empty:
         if not isinstance(description["spread"], Mapping):
             raise ValueError(f"spread must map names to bytes, got {description['spread']!r:.80}")
         self.spread, self.output_class = description["spread"], _output_class(description["output"])
+        self.described_head = description.get("head", FIRST_HEAD)
         self.shapes = shapes
 
     def model(self) -> IntegerViT:
@@ -98,11 +125,67 @@ class _Empty:
             patches=self.linear("patches", STREAM_BITS),
             constants=torch.zeros(self.shape("constants", 2)),
             blocks=[self.block(f"blocks.{i}") for i in range(self.blocks)],
-            norm=self.norm("norm"),
-            classifier=self.linear("classifier", LOGIT_BITS),
-            logit_exponent=0,
+            head=self.head(),
             output_class=self.output_class,
+            before=self.wide_norm("before", STREAM_BITS) if "before.eps" in self.shapes else None,
         )
+
+    def head(self) -> IntegerHead:
+        said = self.described_head
+        if not isinstance(said, Mapping) or not all(
+            isinstance(said.get(key), Mapping) for key in ("outputs", "readouts")
+        ):
+            raise ValueError(f"head must have outputs and readouts, got {said!r:.80}")
+        readouts = {name: self.readout(name, entry) for name, entry in said["readouts"].items()}
+        for name, sources in said["outputs"].items():
+            known = isinstance(sources, Sequence) and all(source in readouts for source in sources)
+            if not known or len(sources) not in (1, 2) or not re.fullmatch("[a-z_]+", name):
+                raise ValueError(f"the output {name!r:.80} must be of one or two readouts, got {sources!r:.80}")
+        if not said["outputs"]:
+            raise ValueError("head has no outputs")
+        return IntegerHead(readouts, said["outputs"])
+
+    def readout(self, key: str, said: Any) -> Readout | AttentionPooling:
+        if not re.fullmatch(r"[a-z_0-9]+", key):
+            raise ValueError(f"a readout is called {key!r:.80}")
+        name = f"head.readouts.{key}"
+        if said is None:
+            return self.attention_pooling(name)
+        if not isinstance(said, Mapping) or not isinstance(said.get("norm_first"), bool):
+            raise ValueError(f"the readout {key} must say its tokens and norm_first, got {said!r:.80}")
+        norm = linear = read = None
+        if f"{name}.linear.weight" in self.shapes:
+            linear = self.linear(f"{name}.linear", LOGIT_BITS)
+            multiplier = (f"{name}.read.multiplier", f"{name}.read.0.multiplier")
+            read = self.result(f"{name}.read") if any(m in self.shapes for m in multiplier) else None
+        if f"{name}.norm.eps" in self.shapes:
+            reads = linear is not None and read is None
+            norm = self.norm(f"{name}.norm") if reads else self.wide_norm(f"{name}.norm", LOGIT_BITS)
+        return Readout(self.bits, 0, self.tokens(key, said.get("tokens")), norm, said["norm_first"], read, linear)
+
+    def tokens(self, key: str, said: Any) -> Tokens | None:
+        if said is None:
+            return None
+        count = self.shape("constants", 2)[0]
+        if not isinstance(said, Sequence) or not said or not all(isinstance(p, Sequence) and len(p) == 2 for p in said):
+            raise ValueError(f"the tokens of {key} must be ranges, got {said!r:.80}")
+        starts = [_whole(f"the first token of {key}", start, 0, count - 1) for start, _ in said]
+        return tuple(
+            (a, _whole(f"the token behind those of {key}", b, a + 1, count)) for a, (_, b) in zip(starts, said)
+        )
+
+    def attention_pooling(self, name: str) -> AttentionPooling:
+        multiplier, shift = torch.zeros(2, *self.shape(f"{name}.attention.multiplier", 3), dtype=torch.int64)
+        mixed = self.result(f"{name}.attention.output")
+        parts: dict[str, Any] = {
+            "norm": self.norm(f"{name}.norm"), "norm2": self.norm(f"{name}.norm2"),
+            "attention": IntegerAttention(multiplier, shift.clone(), self.bits == WIDE, mixed),
+            "activation": IntegerActivation(torch.zeros(2, PIECES), self.result(f"{name}.activation.output")),
+        }  # fmt: skip
+        widths = {"key": self.bits, "value": self.bits, "output": STREAM_BITS, "fc1": INPUT_BITS, "fc2": STREAM_BITS}
+        for role, bits in widths.items():
+            parts[role] = self.linear(f"{name}.{role}", bits, role == "fc2" and self.bits == WIDE)
+        return AttentionPooling(self.bits, 0, torch.zeros(self.shape(f"{name}.query", 2)), **parts)
 
     def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
         if name not in self.shapes:
@@ -132,6 +215,10 @@ class _Empty:
 
     def norm(self, name: str) -> IntegerNorm:
         return IntegerNorm(1, self.result(f"{name}.output"))
+
+    def wide_norm(self, name: str, bits: int) -> IntegerNorm:
+        """One whose integers no layer reads as they are."""
+        return IntegerNorm(1, self.requantize(f"{name}.output", bits))
 
     def result(self, name: str) -> nn.Module:
         """Of a norm, an activation or attention: what layers read."""
@@ -163,7 +250,10 @@ def check_loaded(model: IntegerViT) -> None:
         raise ValueError(f"constants are of {len(model.constants)} tokens, and there are {patches} patches")
     limit = 2 ** (STREAM_BITS - 1)
     _within("constants", model.constants, -limit, limit - 1)
-    _within("logit_exponent", model.logit_exponent, -LARGEST_EXPONENT, LARGEST_EXPONENT)
+    for name, sources in model.head.outputs.items():
+        exponents = {int(model.head.readouts[source].get_buffer("exponent")) for source in sources}
+        if len(exponents) > 1:
+            raise ValueError(f"the readouts that {name} is the mean of have different exponents")
     if not bool(torch.isfinite(model.pixel_start).all() & torch.isfinite(model.pixel_step).all()):
         raise ValueError("pixel_start and pixel_step must be finite")
     if not bool((model.pixel_step > 0).all()):
@@ -180,6 +270,8 @@ RANGES: dict[type, dict[str, tuple[int, int]]] = {
         "shift": (0, LARGEST_SHIFT),
         "offset": (-(2 ** (LARGEST_SHIFT - 1)), 2 ** (LARGEST_SHIFT - 1)),
     },
+    Readout: {"exponent": (-LARGEST_EXPONENT, LARGEST_EXPONENT)},
+    AttentionPooling: {"exponent": (-LARGEST_EXPONENT, LARGEST_EXPONENT), "query": (-(2**15), 2**15 - 1)},
     Spread: {"added": (0, 2**WIDE), "shift": (0, WIDE)},
     IntegerNorm: {"eps": (1, 2**60)},
     IntegerAttention: {"multiplier": (-(2**MULTIPLIER_BITS), 2**MULTIPLIER_BITS), "shift": (0, LARGEST_SHIFT)},
@@ -191,7 +283,7 @@ def _run_without_numbers(model: IntegerViT) -> None:
     """One picture through the model, shapes alone."""
     tensors = {f"model.{name}": tensor.to("meta") for name, tensor in model.state_dict().items()}
     pixels = torch.empty(1, len(model.pixel_start), *model.size, dtype=torch.uint8, device="meta")
-    torch.func.functional_call(IntegerLogits(model), tensors, (pixels,))
+    torch.func.functional_call(IntegerOutputs(model), tensors, (pixels,))
 
 
 def _within(name: str, tensor: Tensor, low: int, high: int) -> None:

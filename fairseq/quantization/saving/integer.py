@@ -19,12 +19,16 @@ from fairseq.quantization.integer_only.layers import IntegerLinear
 from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.integer_only.pretrained import as_pretrained
 from fairseq.quantization.integer_only.reading import block_names
-from fairseq.quantization.integer_only.structure import check_loaded, empty, structure
+from fairseq.quantization.integer_only.structure import check_loaded, empty, present_name, structure
 from fairseq.quantization.saving.contents import INTEGER_VERSION, Contents
 
 PREFIX = "integer."
-GUARD = "classifier.weight"
-"""A weight of every float model that one of integers is made from; see ``pretrained.guard_of``."""
+GUARDS = {
+    "cls_logits": ("cls_classifier.weight",), "logits": ("classifier.weight",),
+    "image_embeds": ("visual_projection.weight",),
+    "last_hidden_state": ("layernorm.weight", "vision_model.post_layernorm.weight"),
+}  # fmt: skip
+"""By output, weights of float models that give it, one of which each has; see ``pretrained.guards_of``."""
 NARROW = (2, 3, 4)
 CODES = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
          torch.float64: "F64"}  # fmt: skip
@@ -44,6 +48,12 @@ def description_of(model: IntegerViT, information: Mapping[str, Any] | None = No
     return {
         "format_version": INTEGER_VERSION, "layers": layers, "integer": said, "information": dict(information or {}),
     }  # fmt: skip
+
+
+def guards_of(description: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of float weights that a model of this structure is made from, and has no numbers for."""
+    outputs = description["integer"].get("head", {}).get("outputs", ("logits",))
+    return next((names for output, names in GUARDS.items() if output in outputs), GUARDS["logits"])
 
 
 def bits_of(weight: Tensor) -> int:
@@ -76,7 +86,10 @@ def read(contents: Contents, like: nn.Module | None = None) -> IntegerViT:
     Raises:
         ValueError: what is in the file is no such model, or ``like`` is another one; the message names the tensor.
     """
-    assert contents.integer is not None
+    said = contents.integer
+    assert said is not None
+    if "head" not in said:
+        contents = _with_present_names(contents)
     try:
         widths = _widths(contents)
         tensors = {
@@ -86,7 +99,7 @@ def read(contents: Contents, like: nn.Module | None = None) -> IntegerViT:
         for name, (bits, columns) in widths.items():
             if bits in NARROW:
                 shapes[f"{name}.weight"] = _unpacked_shape(name, shapes, bits, columns)
-        model = empty(contents.integer, shapes)
+        model = empty(said, shapes)
         if linears := _linears(model).keys() ^ widths.keys():
             raise ValueError(f"{PREFIX}{min(linears)} is a layer in one of its descriptions, and not in the other")
         _check_entries(model, widths, contents)
@@ -100,30 +113,50 @@ def read(contents: Contents, like: nn.Module | None = None) -> IntegerViT:
     return model
 
 
+def _with_present_names(contents: Contents) -> Contents:
+    """The same with the names that parts of a head have now."""
+
+    def renamed(entries: Mapping[str, Any]) -> dict[str, Any]:
+        names = {name: PREFIX + present_name(name.removeprefix(PREFIX)) for name in entries if name.startswith(PREFIX)}
+        return {names.get(name, name): entry for name, entry in entries.items()}
+
+    return Contents({**contents.description, "layers": renamed(contents.parts)}, renamed(contents.tensors))
+
+
 def check_like(model: IntegerViT, like: nn.Module) -> None:
     """ValueError unless the float model ``like`` has the sizes of what the integers were made from."""
     family = family_of(like)
     patches = [m for n, m in like.named_modules() if embedding_kind(n, family) == "patches"]
-    heads = [m for n, m in like.named_modules() if component_of(n, family) == "classifier" and "pooler" not in n]
+    poolings = [n for n, m in like.named_modules() if any(isinstance(c, nn.MultiheadAttention) for c in m.children())]
+    apart = ("pooler", *poolings)  # a model that has such a part need not run it
+    names = [n for n, _ in like.named_modules() if component_of(n, family) == "classifier"]
+    heads = [like.get_submodule(n) for n in names if not any(part in n for part in apart)]
+    sizes = _sizes_of_heads(model)
+    if (len(patches), len(heads)) != (1, len(sizes)):
+        raise ValueError(
+            f"it is an integer-only model with {len(sizes)} layers behind its blocks, and {type(like).__name__} has "
+            f"{len(patches)} patch embeddings and {len(heads)} classifiers that are known"
+        )
+    convolution = cast(nn.Conv2d, patches[0])
     here = {
-        "blocks": len(model.blocks), "width": model.constants.shape[1], "classes": model.classifier.weight.shape[0],
+        "blocks": len(model.blocks), "width": model.constants.shape[1], "classes": sizes,
         "patches": "x".join(map(str, model.patch)),
     }  # fmt: skip
-    if (len(patches), len(heads)) != (1, 1):
-        raise ValueError(
-            f"it is an integer-only classifier, and {type(like).__name__} has {len(patches)} patch embeddings and "
-            f"{len(heads)} classifiers that are known, not one each"
-        )
-    convolution, head = cast(nn.Conv2d, patches[0]), cast(nn.Linear, heads[0])
     there = {
-        "blocks": len(block_names(like)), "width": convolution.out_channels, "classes": head.out_features,
+        "blocks": len(block_names(like)), "width": convolution.out_channels,
+        "classes": sorted(cast(nn.Linear, head).out_features for head in heads),
         "patches": "x".join(map(str, convolution.kernel_size)),
     }  # fmt: skip
     for what, number in here.items():
         if there[what] != number:
-            raise ValueError(
-                f"it is an integer-only model with {what}={number}, and {type(like).__name__} has {there[what]}"
-            )
+            known, other = (", ".join(map(str, x)) if isinstance(x, list) else x for x in (number, there[what]))
+            raise ValueError(f"it is an integer-only model with {what}={known}, and {type(like).__name__} has {other}")
+
+
+def _sizes_of_heads(model: IntegerViT) -> list[int]:
+    """The outputs of the layers of readouts, ascending."""
+    layers = [getattr(readout, "linear", None) for readout in model.head.readouts.values()]
+    return sorted(len(layer.weight) for layer in layers if layer is not None)
 
 
 def _linears(model: IntegerViT) -> dict[str, IntegerLinear]:
@@ -171,7 +204,7 @@ def _check_entries(model: IntegerViT, widths: Mapping[str, tuple[int, int]], con
             raise ValueError(
                 f"{PREFIX}{name} must be {CODES[dtype]} of shape {shape}, got {entry.dtype} of shape {entry.shape}"
             )
-    if more := contents.tensors.keys() - {f"{PREFIX}{name}" for name in wanted} - {GUARD}:
+    if more := contents.tensors.keys() - {f"{PREFIX}{name}" for name in wanted} - {*guards_of(contents.description)}:
         raise ValueError(f"an integer-only model has no {min(more)}")
 
 

@@ -143,7 +143,8 @@ def _save_whole(
 ) -> None:
     """config.json, and tensors under their names on disk, with checksums."""
     tensors = checkpoint.tensors_on_disk(model, state)
-    tensors[guard_of(tensors, description)] = torch.empty(0, dtype=torch.uint8)
+    for guard in guards_of(tensors, description):
+        tensors[guard] = torch.empty(0, dtype=torch.uint8)
     description = {**description, "tensors": len(tensors)}
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -169,14 +170,14 @@ def _write_shards(
         (folder / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def guard_of(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
-    """The name on disk of a float weight that the file has no numbers for.
+def guards_of(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> tuple[str, ...]:
+    """The name on disk of a float weight that the file has no numbers for; or several, one of which the model has.
 
     A loader that does not know packed integers stops at its shape, instead of leaving random weights in the layers.
     """
     if "integer" in description:
-        return integer.GUARD
-    return next(f"{name}.weight" for name in description["layers"] if f"{name}.weight_codes" in tensors)
+        return integer.guards_of(description)
+    return (next(f"{name}.weight" for name in description["layers"] if f"{name}.weight_codes" in tensors),)
 
 
 def _upload(folder: Path, settings: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ def empty_of_floats(model: Any) -> None:
     """Take all modules out of a model, in place, and let transformers pass over everything in the files."""
     for name in list(model._modules):
         delattr(model, name)
+    vars(model)["_is_hf_initialized"] = True  # some classes would initialize a head that is not there any more
     every = ["."]
     vars(model)["_keys_to_ignore_on_load_unexpected"] = set(every) if VERSION_5 else every
 

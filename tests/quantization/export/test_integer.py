@@ -27,20 +27,26 @@ def exported(request, tmp_path_factory):
 
 
 def run(path, name, x):
+    return run_all(path, name, x)[0]
+
+
+def run_all(path, name, x):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return torch.from_numpy(onnxruntime.InferenceSession(str(path), options).run(None, {name: x.numpy()})[0])
+    return [torch.from_numpy(y) for y in onnxruntime.InferenceSession(str(path), options).run(None, {name: x.numpy()})]
 
 
 def test_onnx_gives_every_integer_of_the_model(exported):
     model, path, report = exported
     pixels = model.round_pixels(PICTURES)
     for count in (1, 3, 8):
-        assert torch.equal(run(path, "pixels", pixels[:count]), model.integer_logits(pixels[:count]))
-    assert report.outputs == ("integer_logits",)
+        expected = model.integer_outputs(pixels[:count])
+        assert all(map(torch.equal, run_all(path, "pixels", pixels[:count]), expected.values()))
+    assert report.outputs == tuple(f"integer_{name}" for name in expected)
     assert report.max_difference == report.tolerance == report.float_weight_bytes == 0
     assert report.integer_weights == sum(isinstance(m, layers.IntegerLinear) for m in model.modules())
-    assert report.integer_nodes == {"MatMulInteger": report.integer_weights + 2 * len(model.blocks)}
+    attentions = sum(isinstance(m, layers.IntegerAttention) for m in model.modules())
+    assert report.integer_nodes == {"MatMulInteger": report.integer_weights + 2 * attentions}
 
 
 def test_onnx_is_of_integers_and_of_standard_operators(exported):
@@ -49,8 +55,10 @@ def test_onnx_is_of_integers_and_of_standard_operators(exported):
     onnx.checker.check_model(proto, full_check=True)
     assert not_integers(proto) == []
     assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 21)]
+    names = {name: "logit" if name == "logits" else name for name in model.head.outputs}
+    exponents = {f"{names[name]}_exponent": e.item() for name, e in model.head.exponents().items()}
     assert {entry.key: json.loads(entry.value) for entry in proto.metadata_props} == {
-        "logit_exponent": model.logit_exponent.item(),
+        **exponents,
         "pixel_start": model.pixel_start.tolist(),
         "pixel_step": model.pixel_step.tolist(),
     }

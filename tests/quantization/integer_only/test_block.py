@@ -20,6 +20,6 @@ def test_embeddings_saturate():
     patches = IntegerLinear(weight, Requantize(torch.full((2,), 100.0).double(), None, 22))
     constants = torch.tensor([[HIGH, LOW], [HIGH, LOW], [0, 0]])
     grid = torch.zeros(1), torch.ones(1)
-    model = IntegerViT(None, (1, 2), (1, 1), 16, grid, patches, constants, [], torch.nn.Identity(), patches, 0)
+    model = IntegerViT(None, (1, 2), (1, 1), 16, grid, patches, constants, [], torch.nn.Identity())
     h = model.embed(torch.tensor([[[[255, 129]]]], dtype=torch.uint8))
     assert h.tolist() == [[[HIGH, LOW], [HIGH, LOW], [12700, -12700]]]

@@ -12,12 +12,14 @@ PICTURES = families.pictures(40)
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("vit-bare", "0 classifiers"),
-        ("deit-teacher", "2 classifiers"),
+        ("vit-bare", "its pooler_output is not tokens or their mean"),
+        ("vit-mae-encoder", "its embedding does more"),
+        ("swin", "attention is of windows"),
         ("swinv2", "its norms are post1, post2"),
-        ("dinov2", "its head is not a LayerNorm of the first token"),
-        ("dinov3-gated", "its MLP is gated"),
-        ("clip-classifier", "its embedding does more"),
+        ("dinov2-giant", "its MLP is gated"),
+        ("dinov3", "rotary positions"),
+        ("clip", "it has a text tower"),
+        ("siglip2-vision", "one Conv2d is expected"),
     ],
 )
 def test_models(name, reason):

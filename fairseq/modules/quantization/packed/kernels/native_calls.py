@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from fairseq.modules.quantization.packed.kernels import arguments, library, memory
-from fairseq.modules.quantization.packed.kernels.structures import ACTIVATIONS, Block, Call, IntegerModel, Linear
+from fairseq.modules.quantization.packed.kernels.structures import (
+    ACTIVATIONS,
+    Block,
+    Call,
+    IntegerModel,
+    IntegerNorm,
+    Linear,
+)
 
 ATTENTION = "FAIRSEQ_QUANTIZATION_ATTENTION"
 """The precision of attention in native blocks: "bfloat16", or "float32", whose bits are the same on every processor."""
@@ -82,7 +89,7 @@ def run_block(block: Block, x: Tensor, level: int) -> Tensor:
 
 
 def integers(model: IntegerModel, pixels: Tensor, level: int) -> Tensor:
-    """The logits' integers of a model of integers alone.
+    """The logits' integers of a model of integers alone, or its residual stream if it has no classifier.
 
     Args:
         model: see ``fairseq.quantization.integer_only.native``.
@@ -90,14 +97,15 @@ def integers(model: IntegerModel, pixels: Tensor, level: int) -> Tensor:
         level: the number of an instruction set.
 
     Returns:
-        int32 (B, classes).
+        int32 (B, classes); or (B, tokens, width).
 
     Raises:
         ValueError: pixels of another dtype, shape or device, or not contiguous.
     """
     size = (model.channels, model.picture_height, model.picture_width)
     arguments.check("pixels", pixels, torch.uint8, (len(pixels), *size))
-    logits = torch.empty(len(pixels), model.classifier.outputs, dtype=torch.int32, device="cpu")
+    outputs = (model.classifier.outputs,) if model.classifier.outputs else (model.tokens, model.width)
+    logits = torch.empty(len(pixels), *outputs, dtype=torch.int32, device="cpu")
     if len(pixels):
         library.check_memory(
             library.loaded().fairseq_integers(
@@ -106,6 +114,17 @@ def integers(model: IntegerModel, pixels: Tensor, level: int) -> Tensor:
             )
         )  # fmt: skip
     return logits
+
+
+def integer_norm(norm: IntegerNorm, h: Tensor, level: int) -> Tensor:
+    """A LayerNorm of integers over the last dimension: int32 or int64 of 22 bits (..., width) -> int32, the same."""
+    rows = h.to(torch.int32).contiguous()
+    out = torch.empty_like(rows)
+    width = rows.shape[-1]
+    library.loaded().fairseq_integer_norm(
+        level, norm, rows.data_ptr(), rows.numel() // width, width, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
 
 
 def round_pixels(x: Tensor, start: Tensor, step: Tensor, level: int) -> Tensor | None:

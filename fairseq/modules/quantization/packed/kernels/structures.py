@@ -161,7 +161,7 @@ class IntegerModel(Structure):
             "block_count", "channels", "picture_height", "picture_width", "patch_height", "patch_width", "tokens",
             "width", "heads", "head_size", "mlp",
         )),
-        ("norm", IntegerNorm), ("rows", Rows),
+        ("norm", IntegerNorm), ("rows", Rows), ("before", POINTER(IntegerNorm)),
     )  # fmt: skip
 
 
@@ -184,6 +184,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "fairseq_integers": (
         c_int, POINTER(IntegerModel), c_void_p, c_int64, c_void_p, c_int, c_int64, c_int64, POINTER(c_double),
     ),
+    "fairseq_integer_norm": (c_int, POINTER(IntegerNorm), c_void_p, c_int64, c_int64, c_void_p, c_int),
     "fairseq_round_pixels": (
         c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int,
     ),

@@ -129,13 +129,14 @@ struct IntegerBlock {
 };
 
 struct IntegerModel {
-  IntegerLinear patches, classifier;
+  IntegerLinear patches, classifier; // a classifier without outputs: the residual stream is what is wanted
   const int32_t* constants;          // (tokens, width): class token and positions
   const IntegerBlock* const* blocks;
   int64_t block_count, channels, picture_height, picture_width, patch_height, patch_width;
   int64_t tokens, width, heads, head_size, mlp;
   IntegerNorm norm;                  // of the first token
   Rows rows;
+  const IntegerNorm* before;         // of all tokens, before the blocks; or null
 };
 
 // Where the time goes, in seconds of one thread.
@@ -242,6 +243,7 @@ struct Kernels {
   // The model of integers for the images of a chunk, the first of which is `first_image`.
   void (*integers)(const IntegerModel& model, int64_t first_image, const uint8_t* pixels, int32_t* logits,
                    const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t slice);
+  void (*integer_norm)(const IntegerNorm& norm, const int32_t* h, int64_t width, int32_t* to);
   bool (*round_pixels)(const float* x, int64_t count, double start, double step, uint8_t* pixels);
   // Patches of the images of a chunk: out (images, rows, columns, out).
   void (*patches)(const Patches& patches, const float* pixels, float* out, const SharedWorkspace& shared,

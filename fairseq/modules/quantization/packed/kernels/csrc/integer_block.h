@@ -357,9 +357,24 @@ static void integers(const IntegerModel& model, int64_t first_image, const uint8
   lap(own, STAGE_QUANTIZE);
   wait(crew, own);
   run(model.patches, shared, own, crew, 0, shared.tile_count, &model.blocks[0]->query, Embedded{model, shared, model.tokens - patches});
+  const Share mine(shared.images * model.tokens, crew);
+  if (model.before) {
+    for (int64_t row = mine.first; row < mine.last; row++) {
+      int32_t* const h = shared.stream + row * model.width;
+      integer_norm(*model.before, h, model.width, h);
+    }
+    lap(own, STAGE_NORM);
+    wait(crew, own);
+  }
   for (int64_t b = 0; b < model.block_count; b++) {
-    const IntegerLinear* following = b + 1 < model.block_count ? &model.blocks[b + 1]->query : &model.classifier;
+    const IntegerLinear* following = b + 1 < model.block_count ? &model.blocks[b + 1]->query : classes ? &model.classifier : nullptr;
     integer_block(model, *model.blocks[b], following, shared, own, crew, slice);
+  }
+  if (!classes) {
+    int32_t* const to = logits + first_image * model.tokens * model.width;
+    for (int64_t i = mine.first * model.width; i < mine.last * model.width; i++) to[i] = shared.stream[i];
+    wait(crew, own);
+    return;
   }
   SharedWorkspace head = shared;  // the first tokens are the rows of these tiles
   Tile tiles[TILES_AT_ONCE];

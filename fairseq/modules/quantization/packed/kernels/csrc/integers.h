@@ -525,8 +525,14 @@ static inline int64_t total_of(Ints x) {
   return total;
 }
 
-// LayerNorm of a row of the residual stream: integers of 16 bits.
-static void integer_norm(const IntegerNorm& norm, const int32_t* h, int64_t width, int16_t* to) {
+template <typename Left>
+static inline void store_integers(int16_t* to, Ints x, Left left) { store(to, narrow(x), left); }
+template <typename Left>
+static inline void store_integers(int32_t* to, Ints x, Left left) { store(to, x, left); }
+
+// LayerNorm of a row of the residual stream: integers of 16 bits; or of up to 24 bits, which may lie where it lay.
+template <typename To>
+static void integer_norm(const IntegerNorm& norm, const int32_t* h, int64_t width, To* to) {
   const int64_t few = 256 * LANES;  // whose sums, by lane, fit 32 bits
   int64_t total = 0;
   for (int64_t first = 0; first < width; first += few) {
@@ -548,7 +554,7 @@ static void integer_norm(const IntegerNorm& norm, const int32_t* h, int64_t widt
   each(width, [&](int64_t i, auto left) {
     const Ints d = load<Ints>(h + i, left) - mean;
     const Longs even = shift_right(times((Longs)d, r) + half, count), odd = shift_right(times(odd_lanes(d), r) + half, count);
-    store(to + i, narrow(Requantized(norm.output, i).of(even, odd)), left);
+    store_integers(to + i, Requantized(norm.output, i).of(even, odd), left);
   });
 }
 

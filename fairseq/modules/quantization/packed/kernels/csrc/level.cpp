@@ -21,4 +21,4 @@ void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t st
 
 extern const Kernels JOIN(kernels_, LEVEL) = {
     TEXT(LEVEL), Isa::ROWS, Isa::GROUP, Isa::OFFSET, Isa::FAST_HALVES, Isa::enter, Isa::leave, norm, activate, quantize, product, linear,
-    attention_pack, attend, block, integers, round_pixels, patches};
+    attention_pack, attend, block, integers, integer_norm, round_pixels, patches};

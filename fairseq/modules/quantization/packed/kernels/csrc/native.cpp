@@ -450,7 +450,8 @@ EXPORT int fairseq_attention(int level, const Block* block, const Call* call, co
   });
 }
 
-// The logits' integers of a model of integers alone: uint8 (images, channels, height, width) -> int32 (images, classes);
+// The logits' integers of a model of integers alone: uint8 (images, channels, height, width) -> int32 (images, classes),
+// or the residual stream, (images, tokens, width), if it has no classifier;
 // at_once rows in a chunk, `slice` of them at a time in an MLP. 0, or 1 if there is no memory.
 EXPORT int fairseq_integers(int level, const IntegerModel* model, const uint8_t* pixels, int64_t images, int32_t* logits,
                             int threads, int64_t at_once, int64_t slice, double* stages) {
@@ -473,6 +474,14 @@ EXPORT int fairseq_integers(int level, const IntegerModel* model, const uint8_t*
                     [&](int64_t image, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew) {
     kernels.integers(*model, image, pixels, logits, shared, own, crew, slice);
   });
+}
+
+// LayerNorm of rows of integers of 22 bits: int32 (rows, width) -> the same, of up to 24 bits.
+EXPORT void fairseq_integer_norm(int level, const IntegerNorm* norm, const int32_t* h, int64_t rows, int64_t width, int32_t* to,
+                                 int threads) {
+  const Kernels& kernels = kernels_of(level);
+#pragma omp parallel for num_threads(threads_for(threads))
+  for (int64_t row = 0; row < rows; row++) kernels.integer_norm(*norm, h + row * width, width, to + row * width);
 }
 
 // (x - start) / step of each channel as bytes, rounded half to even: float (images, channels, count) -> uint8, the same. 0,
