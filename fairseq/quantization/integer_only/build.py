@@ -37,6 +37,9 @@ from fairseq.quantization.integer_only.reading import LIMITS
 HEADROOM = 2.0
 """How much further than calibration saw 16-bit integers reach."""
 STREAM_HEADROOM = 4.0
+LEAST_REACH = 2.0**-12
+"""Taken for the reach of what reaches less far, as of a channel that is 0 on all pictures: a unit of the tables of
+activations is not much less, and what is finer than that no scale has to tell apart."""
 SPREAD_COLUMNS = 16
 SPREAD_GAIN = 2.0
 LOGIT_BITS = 24
@@ -106,7 +109,7 @@ def linear(weight: Weight, source: Grid, step: Tensor | float, bits: int, name: 
 
 def wide_grid(reach: Tensor | float) -> Grid:
     """16 bits that reach so far."""
-    limit = max(float(torch.as_tensor(reach).max()), 1e-30)
+    limit = max(float(torch.as_tensor(reach).max()), LEAST_REACH)
     return Grid(torch.tensor([limit / (2 ** (WIDE - 1) - 1)], dtype=torch.float64), 0, WIDE)
 
 
@@ -122,13 +125,15 @@ def byte_grid(seen: Range, layers: list[PackedLinear]) -> Grid:
 def spread_grid(seen: Range) -> Grid:
     """The finest 8 bits with which the columns become at most a part in ``SPREAD_COLUMNS`` more bytes."""
     most = len(seen.low) // SPREAD_COLUMNS
-    for reach in seen.reach.unique():  # ascending
-        limit = max(float(reach), 1e-30)
+    largest = max(float(seen.reach.max()), LEAST_REACH)
+    reaches = seen.reach.unique()  # ascending
+    for reach in (*reaches[reaches * (most + 1) > largest], largest):  # a column becomes at most 1 + most bytes
+        limit = float(reach)
         low, high = max(float(seen.low.min()), -limit), min(float(seen.high.max()), limit)
         copies = torch.exp2(torch.log2(torch.maximum(seen.low / min(low, -1e-30), seen.high / max(high, 1e-30))).ceil())
         copies = copies.clamp(min=1).to(torch.int64)
         if int(copies.sum()) - len(copies) <= most:
-            step = max((high - low) / 255, 1e-30)
+            step = max(high - low, LEAST_REACH) / 255
             return Grid(torch.tensor([step], dtype=torch.float64), round(-128 - low / step), BYTE, copies)
     raise AssertionError("one byte each is always enough for the largest reach")
 
@@ -136,11 +141,11 @@ def spread_grid(seen: Range) -> Grid:
 def whole_grid(seen: Range, layers: list[PackedLinear]) -> Grid:
     """One byte a column."""
     known = {(float(x.input_scale), int(x.input_zero_point)) for x in layers if x.input_scale is not None}  # type: ignore[arg-type]
-    if len(known) == 1:
-        ((step, zero),) = known
+    if len(known) == 1 and 255 * (grid := next(iter(known)))[0] >= LEAST_REACH:
+        step, zero = grid
         return Grid(torch.tensor([step], dtype=torch.float64), zero, BYTE)
     low, high = min(float(seen.low.min()), 0.0), max(float(seen.high.max()), 0.0)
-    step = max((high - low) / 255, 1e-30)
+    step = max(high - low, LEAST_REACH) / 255
     return Grid(torch.tensor([step], dtype=torch.float64), round(-128 - low / step), BYTE)
 
 
@@ -220,10 +225,12 @@ class Builder:
 
     def hidden(self, i: int, fc2: PackedLinear, factor: Tensor, lowest: float) -> Grid:
         """Of what an activation gives, at least -``lowest``: 16 bits without a sign, or 8 with a zero point."""
-        grid = self.grid((i, "fc2"), [fc2], factor)
         if not self.dynamic:
-            return grid
-        return grid._replace(zero=math.ceil(lowest * float(factor.max()) / float(grid.step)), unsigned=True)
+            return self.grid((i, "fc2"), [fc2], factor)
+        least = lowest * float(factor.max())
+        reach = (HEADROOM * self.ranges[(i, "fc2", "in")].reach * factor).clamp(min=2 * least)  # half is for the zero
+        grid = self.grid((i, "fc2"), [fc2], factor, reach)
+        return grid._replace(zero=math.ceil(least / float(grid.step)), unsigned=True)
 
     def attention(
         self, i: int, spec: BlockSpec, weights: dict[str, Weight], source: Grid, name: str
@@ -236,7 +243,7 @@ class Builder:
             out = list(out[0].chunk(3))
         steps = [self.projection_step(reach, spec.heads) for reach in out]
         if not self.dynamic:
-            steps[2] = out[2].clamp(min=1e-30) / 127  # a step a channel, which the sums keep apart
+            steps[2] = out[2].clamp(min=LEAST_REACH) / 127  # a step a channel, which the sums keep apart
         layers = [
             linear(part, source, step, self.bits, f"{name}, {role}")
             for part, step, role in zip(parts, steps, ("query", "key", "value"))
@@ -258,7 +265,7 @@ class Builder:
         """Of queries, keys or values: one for 16 bits, or for bytes one a head, (columns,)."""
         if self.dynamic:
             return wide_grid(HEADROOM * reach).step
-        largest = reach.reshape(heads, -1).amax(-1, keepdim=True).clamp(min=1e-30)
+        largest = reach.reshape(heads, -1).amax(-1, keepdim=True).clamp(min=LEAST_REACH)
         return (largest / 127).expand(heads, len(reach) // heads).flatten()
 
     def branch(self, weight: Weight, source: Grid, scale: Tensor | None, name: str) -> IntegerLinear:
@@ -270,7 +277,7 @@ class Builder:
     def head(self, norm: Norm, classifier: Any) -> tuple[IntegerNorm, IntegerLinear, int]:
         """The last norm, the classifier, and the exponent of its logits."""
         final, source = self.norm(norm, classifier.in_features, ("head", "classifier"), [classifier], "the last norm")
-        reach = max(float(self.ranges[("head", "classifier", "out")].reach.max()), 1e-30)
+        reach = max(float(self.ranges[("head", "classifier", "out")].reach.max()), LEAST_REACH)
         exponent = power_of_two(STREAM_HEADROOM * reach, LOGIT_BITS)
         return (
             final,

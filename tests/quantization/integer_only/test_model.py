@@ -11,7 +11,9 @@ import torch
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.integer.checked import checked
 from fairseq.modules.quantization.integer.no_float import FloatingOperation, NoFloat
+from fairseq.quantization.architectures.blocks import layer_paths
 from fairseq.quantization.integer_only import layers
+from fairseq.quantization.integer_only.reading import block_names
 
 PICTURES = families.pictures(40)
 KINDS = ["dynamic", "static"]
@@ -48,6 +50,24 @@ def test_it_is_as_close_to_the_float_model_as_the_float_carried_one(name, activa
         assert type(output) is type(original(PICTURES))
         assert torch.equal(output.logits, output.integer_logits / 2.0 ** integers.logit_exponent.item())
         assert all(map(torch.equal, integers(PICTURES, return_dict=False), output.to_tuple()))
+
+
+@pytest.mark.parametrize("activations", KINDS)
+def test_channels_and_layers_that_are_always_0(activations):
+    original = families.build("vit")
+    first, second = (original.get_submodule(name) for name in block_names(original))
+    norm = next(module for module in first.modules() if isinstance(module, torch.nn.LayerNorm))
+    dead = [norm.weight[3:4], norm.bias[3:4]]
+    for block, rows in ((first, slice(5, 6)), (second, slice(None))):  # a channel, and a whole tensor
+        paths = layer_paths(block)
+        dead += [t[rows] for role in ("value", "fc1") for t in block.get_submodule(paths[role]).parameters()]
+    with torch.no_grad():
+        for values in dead:
+            values.zero_()
+    quantizer = ViTQuantizer(8, "channel", rounding="nearest", activations=activations, arithmetic="integer")
+    integers = quantizer.quantize_model(original, calibration=PICTURES)
+    expected = logits(original(PICTURES))
+    assert (logits(integers(PICTURES)) - expected).square().mean() < 1e-3 * expected.var()
 
 
 def test_no_operation_is_of_floats_and_everything_stays_within_its_width(model):
