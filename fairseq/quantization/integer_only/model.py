@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.integer.buffers import keep_dtypes
+from fairseq.modules.quantization.scalar.modules.fingerprint import readable
 from fairseq.quantization.integer_only.block import IntegerBlock, add
 from fairseq.quantization.integer_only.layers import IntegerLinear, IntegerNorm, to_bytes
 from fairseq.quantization.integer_only.native import native_logits, native_pixels
@@ -87,10 +87,12 @@ class IntegerViT(nn.Module):
         if asked:
             raise ValueError(f"an integer-only model takes pixel_values and return_dict, not {', '.join(asked)}")
         integers = self.integer_logits(self.round_pixels(pixel_values))
-        logits = integers.to(torch.float32) * math.ldexp(1.0, -int(self.logit_exponent))
+        scale = ((1023 - self.logit_exponent.to(torch.int64)) << 52).view(torch.float64)  # 2**-exponent, exact
+        logits = (integers * scale).to(torch.float32)
         if self.output_class is None:
             return logits
-        if return_dict is False or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        if return_dict is False or exporting or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return logits, integers
         output = self.output_class(logits=logits)
         output["integer_logits"] = integers
@@ -99,7 +101,7 @@ class IntegerViT(nn.Module):
     def round_pixels(self, pixel_values: Tensor) -> Tensor:
         """The pixels, uint8 (B, channels, H, W): (x - start) / step rounded half to even; the one step that is float.
 
-        Pixels beyond the range saturate.
+        Pixels beyond the range saturate. While a graph is recorded, or without numbers, nothing is looked at.
         """
         expected = (len(self.pixel_start), *self.size)
         if not isinstance(pixel_values, Tensor):
@@ -115,7 +117,7 @@ class IntegerViT(nn.Module):
             raise TypeError(f"pixel_values must be floating, or uint8 for the pixels themselves; {pixel_values.dtype}")
         if (rounded := native_pixels(pixel_values, self.pixel_start, self.pixel_step)) is not None:
             return rounded
-        if not bool(torch.isfinite(pixel_values).all()):
+        if readable(pixel_values) and not bool(torch.isfinite(pixel_values).all()):
             raise ValueError("pixel_values hold NaN or Inf")
         return self.nearest_pixels(pixel_values)
 

@@ -7,6 +7,7 @@ import pickle
 import families
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.integer.checked import checked
@@ -68,6 +69,18 @@ def test_channels_and_layers_that_are_always_0(activations):
     integers = quantizer.quantize_model(original, calibration=PICTURES)
     expected = logits(original(PICTURES))
     assert (logits(integers(PICTURES)) - expected).square().mean() < 1e-3 * expected.var()
+
+
+def test_graphs_of_the_model_as_it_is_called():
+    integers = quantize()
+    del integers.blocks[1:]
+    expected = integers(PICTURES[:2])
+    exported = torch.export.export(integers, (PICTURES[:2],)).module()
+    assert all(map(torch.equal, exported(PICTURES[:2]), expected.to_tuple()))
+    compiled = torch.compile(integers, backend="eager")(PICTURES[:2])
+    assert all(map(torch.equal, compiled.to_tuple(), expected.to_tuple()))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert integers(mode.from_tensor(PICTURES[:2])).integer_logits.shape == (2, 7)
 
 
 def test_no_operation_is_of_floats_and_everything_stays_within_its_width(model):
