@@ -170,7 +170,7 @@ class Builder:
 
     Args:
         dynamic: whether layers read 16-bit integers, rounded to bytes row by row.
-        ranges: of :func:`~.ranges.observe_ranges`.
+        ranges: of each layer, see :mod:`~.ranges`.
     """
 
     def __init__(self, dynamic: bool, ranges: Ranges):

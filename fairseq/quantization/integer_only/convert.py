@@ -19,8 +19,9 @@ from fairseq.quantization.evaluation.report import QuantizationReport
 from fairseq.quantization.integer_only.build import Builder
 from fairseq.quantization.integer_only.model import PIXELS, IntegerViT
 from fairseq.quantization.integer_only.pretrained import as_pretrained
-from fairseq.quantization.integer_only.ranges import observe_ranges
+from fairseq.quantization.integer_only.ranges import stream_range
 from fairseq.quantization.integer_only.reading import block_names, read_model
+from fairseq.quantization.integer_only.stream import IntegerInputs
 
 ARITHMETICS = ("float", "integer")
 CHECKED = 2
@@ -62,7 +63,8 @@ def convert_to_integers(
 ) -> tuple[IntegerViT, QuantizationReport]:
     """(The integer model, what was done to its layers). ``model`` stays as it is.
 
-    The integers of weights are those of :func:`~fairseq.quantization.conversion.convert.convert`, of 8 bits symmetric.
+    Weights are rounded by :func:`~fairseq.quantization.conversion.convert.convert`, of 8 bits symmetric, each block on
+    what the integer blocks before it make of the pictures; see :class:`~.stream.IntegerInputs`.
 
     Args:
         model: a ViT or DeiT for classification.
@@ -83,35 +85,41 @@ def convert_to_integers(
             "arithmetic='integer' needs calibration=pictures, such as 128 that the model could see: "
             "they give the ranges of pixels, of the residual stream and of attention"
         )
+    config = within_bytes(config)
     with plain_context():
         with evaluating(model):  # what cannot be is refused before anything takes time
-            read_model(model, pixels[:CHECKED])
-        packed, report = convert(model, within_bytes(config), pixels, "layers")
+            parts, names = read_model(model, pixels[:CHECKED]), block_names(model)
+            builder = Builder(config.activations == "dynamic", {"stream": stream_range(model, names, pixels)})
+        start, step = pixel_grid(pixels, processor)
+        embedding: dict[str, Any] = {
+            "config": None, "size": tuple(pixels.shape[-2:]), "patch": parts.patches.kernel_size, "bits": builder.bits,
+            "pixel_grid": (start, step), "patches": builder.patches(parts.patches, start, step),
+            "constants": torch.round(parts.constants / builder.step), "output_class": parts.output_class,
+        }  # fmt: skip
+        entrance = IntegerViT(blocks=[], norm=nn.Identity(), classifier=nn.Identity(), logit_exponent=0, **embedding)  # type: ignore[arg-type]
+        inputs: list[IntegerInputs] = []
+
+        def follow(model: nn.Module, result: nn.Module, pixels: Tensor, blocks: list[str]) -> IntegerInputs:
+            exact = rounds_by_inputs(config)
+            inputs.append(IntegerInputs(model, result, pixels, blocks, entrance, builder, exact))
+            return inputs[0]
+
+        packed, report = convert(model, config, pixels, "layers", follow)
         packed.eval()
         parts = read_model(packed, pixels[:CHECKED])
-        names = block_names(packed)
-        ranges = observe_ranges(packed, names, parts.specs, parts.classifier, pixels)
-        start, step = pixel_grid(pixels, processor)
-        builder = Builder(config.activations == "dynamic", ranges)
-        blocks = [builder.block(i, spec, name) for i, (name, spec) in enumerate(zip(names, parts.specs))]
+        inputs[0].finish(parts.classifier)
         norm, classifier, exponent = builder.head(parts.norm, parts.classifier)
-        kernel: Any = parts.patches.kernel_size
         integers = IntegerViT(
-            config=None,
-            size=tuple(pixels.shape[-2:]),  # type: ignore[arg-type]
-            patch=kernel,
-            bits=builder.bits,
-            pixel_grid=(start, step),
-            patches=builder.patches(parts.patches, start, step),
-            constants=torch.round(parts.constants / builder.step),
-            blocks=blocks,
-            norm=norm,
-            classifier=classifier,
-            logit_exponent=exponent,
-            output_class=parts.output_class,
+            blocks=inputs[0].made, norm=norm, classifier=classifier, logit_exponent=exponent, **embedding
         )
         size = sum(tensor.nbytes for tensor in integers.state_dict().values())
         return as_pretrained(integers, model), replace(report, bytes_after=size)
+
+
+def rounds_by_inputs(config: QuantizationConfig) -> bool:
+    """Whether the integers of any weight depend on what its layer reads."""
+    roundings = {config.rounding, *(settings.get("rounding", "nearest") for settings in config.overrides.values())}
+    return roundings != {"nearest"} or bool(config.bias_correction)
 
 
 def within_bytes(config: QuantizationConfig) -> QuantizationConfig:

@@ -1,15 +1,15 @@
-"""observe_ranges: how far the numbers of each channel reach, over the calibration pictures."""
+"""Ranges: how far the numbers of each channel reach, over the calibration pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fairseq.quantization.architectures.forward import call
-from fairseq.quantization.engine.spec import BlockSpec
 
 BATCH = 8
 
@@ -38,43 +38,54 @@ class Range(NamedTuple):
         return cls(low, high)
 
 
-Ranges = Mapping[Any, Range]
+Ranges = dict[Any, Range]
+"""By (block, role, "in" or "out") the range of what each layer reads and gives; by "stream" that of hidden states."""
 
 
-def observe_ranges(
-    model: nn.Module, blocks: list[str], specs: tuple[BlockSpec, ...], head: nn.Module, pixels: Tensor
-) -> Ranges:
-    """By (block, role, "in" or "out") the range of what each layer reads and gives; by "stream" and "logits" of those.
+def note(ranges: Ranges, key: Any, value: Tensor) -> None:
+    """Widen the range of ``key`` by what ``value`` holds."""
+    ranges[key] = Range.of(value).joined(ranges.get(key))
 
-    Args:
-        model: of float or packed layers, in eval mode; inputs are as the layer gets them, before its ``input_factor``.
-        blocks, specs, head: of it.
-        pixels: (N, C, H, W).
+
+@contextmanager
+def observing(ranges: Ranges, block: Any, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, what ``layers``, by role, read and give widens their ``ranges``.
+
+    Inputs are as the layer gets them, before its ``input_factor``.
     """
-    found: dict[Any, Range] = {}
 
-    def note(key: Any, value: Tensor) -> None:
-        found[key] = Range.of(value).joined(found.get(key))
-
-    def layer(i: Any, role: str) -> Callable[..., None]:
+    def hook_of(role: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-            note((i, role, "in"), args[0])
-            note((i, role, "out"), output)
+            note(ranges, (block, role, "in"), args[0])
+            note(ranges, (block, role, "out"), output)
 
         return hook
 
-    def block(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        note("stream", args[0] if args else kwargs["hidden_states"])
-        note("stream", output[0] if isinstance(output, tuple) else output)
+    handles = [layer.register_forward_hook(hook_of(role)) for role, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
-    handles = [head.register_forward_hook(layer("head", "classifier"))]
-    for i, (name, spec) in enumerate(zip(blocks, specs)):
-        handles += [part.register_forward_hook(layer(i, role)) for role, part in spec.layers.items()]
-        handles.append(model.get_submodule(name).register_forward_hook(block, with_kwargs=True))
+
+def stream_range(model: nn.Module, blocks: list[str], pixels: Tensor) -> Range:
+    """Of the hidden states before, between and behind the ``blocks`` of ``model``, in eval mode.
+
+    Args:
+        pixels: (N, C, H, W).
+    """
+    found: Ranges = {}
+
+    def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        note(found, "stream", args[0] if args else kwargs["hidden_states"])
+        note(found, "stream", output[0] if isinstance(output, tuple) else output)
+
+    handles = [model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name in blocks]
     try:
         for batch in pixels.split(BATCH):
             call(model, {"pixel_values": batch})
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return found["stream"]
