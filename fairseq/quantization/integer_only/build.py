@@ -13,6 +13,7 @@ from fairseq.modules.quantization.integer.dyadic import Requantize, dyadic, powe
 from fairseq.modules.quantization.integer.normalization import STREAM_BITS, UNIT_BITS
 from fairseq.modules.quantization.integer.piecewise import INPUT_BITS, PIECES, table
 from fairseq.modules.quantization.integer.piecewise import UNIT_BITS as TABLE_BITS
+from fairseq.modules.quantization.integer.published import GELUS, gelu_constants
 from fairseq.modules.quantization.integer.rows import LARGEST
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int
@@ -26,6 +27,7 @@ from fairseq.quantization.integer_only.layers import (
     WIDE,
     IntegerActivation,
     IntegerAttention,
+    IntegerGELU,
     IntegerLinear,
     IntegerNorm,
     Spread,
@@ -173,8 +175,8 @@ class Builder:
         ranges: of each layer, see :mod:`~.ranges`.
     """
 
-    def __init__(self, dynamic: bool, ranges: Ranges):
-        self.dynamic, self.ranges = dynamic, ranges
+    def __init__(self, dynamic: bool, ranges: Ranges, functions: str = "default"):
+        self.dynamic, self.ranges, self.functions = dynamic, ranges, functions
         self.exponent = power_of_two(STREAM_HEADROOM * max(float(ranges["stream"].reach.max()), 1e-6), STREAM_BITS)
         self.step = 2.0**-self.exponent
         self.bits = WIDE if dynamic else BYTE
@@ -218,7 +220,14 @@ class Builder:
         entries = activation_table(spec.activation, limit)
         hidden = self.hidden(i, layers["fc2"], factor, -unit * float(entries[0].min()))
         requantize = output_of(hidden, unit * factor / hidden.step, 0 * factor, f"{name}, activation")
-        activation = IntegerActivation(entries, requantize)
+        activation: IntegerActivation | IntegerGELU = IntegerActivation(entries, requantize)
+        if self.functions != "default":
+            if spec.activation not in (known := GELUS[self.functions]):
+                raise ValueError(
+                    f"{name}: its activation is {spec.activation}, and functions={self.functions!r} has none but for "
+                    f"{', '.join(known)}"
+                )
+            activation = IntegerGELU(gelu_constants(self.functions, limit), self.functions, requantize)
         fc2 = self.branch(weights["fc2"], hidden, spec.scale2, f"{name}, fc2")
         query, key, value = projections
         return IntegerBlock(self.bits, norm1, query, key, value, attention, output, norm2, fc1, activation, fc2)
@@ -249,7 +258,8 @@ class Builder:
             for part, step, role in zip(parts, steps, ("query", "key", "value"))
         ]
         per_head = [step.reshape(spec.heads, -1)[:, 0] if step.numel() > 1 else step for step in steps[:2]]
-        unit = per_head[0] * per_head[1] * spec.scaling / math.log(2) * ONE / (LARGEST**2 if self.dynamic else 1)
+        base = 1.0 if self.functions == "ivit" else math.log(2)  # whose exponential is computed
+        unit = per_head[0] * per_head[1] * spec.scaling * ONE / base / (LARGEST**2 if self.dynamic else 1)
         multiplier, shift, _ = dyadic(unit.expand(spec.heads))
         if self.dynamic and bool((shift < ROW_SHIFT).any()):
             raise ValueError(f"{name}: its queries and keys are too large for integer scores")
@@ -259,7 +269,8 @@ class Builder:
         grid = self.grid((i, "output"), [reader], factor, (steps[2] * (2**15 - 1) * factor).max())
         value = steps[2].expand(columns) / (LARGEST if self.dynamic else 1) * VALUE_STEP
         output = output_of(grid, value * factor / grid.step, 0 * factor, f"{name}, attention")
-        return layers, IntegerAttention(multiplier[:, None, None], shift[:, None, None], self.dynamic, output), grid
+        by = multiplier[:, None, None], shift[:, None, None]
+        return layers, IntegerAttention(*by, self.dynamic, output, self.functions), grid
 
     def projection_step(self, reach: Tensor, heads: int) -> Tensor:
         """Of queries, keys or values: one for 16 bits, or for bytes one a head, (columns,)."""

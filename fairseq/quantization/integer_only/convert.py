@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.context import plain_context
+from fairseq.modules.quantization.integer.published import FUNCTIONS
 from fairseq.modules.quantization.packed.config import check_one_of
 from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.config import QuantizationConfig
@@ -36,6 +37,14 @@ def check_arithmetic(arithmetic: str, config: QuantizationConfig) -> str:
     return arithmetic
 
 
+def check_functions(functions: str, arithmetic: str) -> str:
+    """Return ``functions`` if it is one of ``published.FUNCTIONS`` that goes with ``arithmetic``; ValueError if not."""
+    check_one_of("functions", functions, FUNCTIONS)
+    if functions != "default" and arithmetic != "integer":
+        raise ValueError(f"functions={functions!r} needs arithmetic='integer', got {arithmetic!r}")
+    return functions
+
+
 def check_config(config: QuantizationConfig) -> None:
     """ValueError for a setting that does not go with integer arithmetic, with what does."""
     wanted: dict[str, tuple[Any, ...]] = {
@@ -60,6 +69,7 @@ def convert_to_integers(
     pixels: Tensor | None,
     processor: Any = None,
     engine: str = "auto",
+    functions: str = "default",
 ) -> tuple[IntegerViT, QuantizationReport]:
     """(The integer model, what was done to its layers). ``model`` stays as it is.
 
@@ -72,6 +82,7 @@ def convert_to_integers(
         pixels: calibration pictures, float32 (N, C, H, W).
         processor: tells mean and standard deviation of pixels, if they are what the pictures were made with.
         engine: "auto" or "layers"; there is no fused one.
+        functions: of activations and softmax, "default", "ibert" or "ivit".
 
     Raises:
         ValueError: no pictures, a setting that does not fit, or a part of the model; the message names it.
@@ -89,7 +100,9 @@ def convert_to_integers(
     with plain_context():
         with evaluating(model):  # what cannot be is refused before anything takes time
             parts, names = read_model(model, pixels[:CHECKED]), block_names(model)
-            builder = Builder(config.activations == "dynamic", {"stream": stream_range(model, names, pixels)})
+            builder = Builder(
+                config.activations == "dynamic", {"stream": stream_range(model, names, pixels)}, functions
+            )
         start, step = pixel_grid(pixels, processor)
         embedding: dict[str, Any] = {
             "config": None, "size": tuple(pixels.shape[-2:]), "patch": parts.patches.kernel_size, "bits": builder.bits,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,11 +88,15 @@ class IntegerViT(nn.Module):
         if asked:
             raise ValueError(f"an integer-only model takes pixel_values and return_dict, not {', '.join(asked)}")
         integers = self.integer_logits(self.round_pixels(pixel_values))
-        scale = ((1023 - self.logit_exponent.to(torch.int64)) << 52).view(torch.float64)  # 2**-exponent, exact
-        logits = (integers * scale).to(torch.float32)
+        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        scale: Any
+        if exporting:  # no number may be read: the bits of 2**-exponent
+            scale = ((1023 - self.logit_exponent.to(torch.int64)) << 52).view(torch.float64)
+        else:
+            scale = math.ldexp(1.0, -int(self.logit_exponent))
+        logits = (integers.to(torch.float32) * scale).to(torch.float32)
         if self.output_class is None:
             return logits
-        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
         if return_dict is False or exporting or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return logits, integers
         output = self.output_class(logits=logits)

@@ -25,6 +25,7 @@ from fairseq.quantization.integer_only.layers import (
     WIDE,
     IntegerActivation,
     IntegerAttention,
+    IntegerGELU,
     IntegerLinear,
     IntegerNorm,
     Spread,
@@ -56,6 +57,7 @@ class NativeViT:
     def __init__(self, model: Any):
         self.kept: list[Any] = []
         self.dynamic = model.bits == WIDE
+        _check_functions(model)
         _check_parts(model)
         _check_shapes(model)
         layers = [module for module in model.modules() if isinstance(module, IntegerLinear)]
@@ -184,6 +186,12 @@ class NativeViT:
         )  # fmt: skip
 
 
+def _check_functions(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, IntegerAttention | IntegerGELU) and module.functions != "default":
+            raise NotNative(f"its functions are those of {module.functions!r}, which the reference computes")
+
+
 def _check_parts(model: nn.Module) -> None:
     for module in model.modules():
         if module is not model and type(module) not in (*PARTS, nn.ModuleList, nn.Sequential):
@@ -229,7 +237,7 @@ class Known:
 
 
 def _settings(module: nn.Module) -> list[Any]:
-    return [module.__dict__.get(name) for name in ("bits", "zero", "dynamic", "size", "patch")]
+    return [module.__dict__.get(name) for name in ("bits", "zero", "dynamic", "size", "patch", "functions")]
 
 
 def _check_shapes(model: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.integer.dyadic import LARGEST_SHIFT, MULTIPLIER_BITS, Requantize
 from fairseq.modules.quantization.integer.normalization import STREAM_BITS
 from fairseq.modules.quantization.integer.piecewise import INPUT_BITS, PIECES
+from fairseq.modules.quantization.integer.published import FUNCTIONS
 from fairseq.modules.quantization.integer.rows import HALF
 from fairseq.quantization.integer_only.block import IntegerBlock
 from fairseq.quantization.integer_only.build import LOGIT_BITS
@@ -22,6 +23,7 @@ from fairseq.quantization.integer_only.layers import (
     WIDE,
     IntegerActivation,
     IntegerAttention,
+    IntegerGELU,
     IntegerLinear,
     IntegerNorm,
     Spread,
@@ -42,7 +44,7 @@ def structure(model: IntegerViT) -> dict[str, Any]:
 
     ``activations``: "dynamic" or "static". ``size`` and ``patch``: height and width. ``blocks``: how many. ``spread``:
     the byte that stands for 0, of each :class:`~.layers.Spread` by name. ``output``: the class of what the model
-    returns, or None.
+    returns, or None. ``functions``: of :data:`~fairseq.modules.quantization.integer.published.FUNCTIONS`.
     """
     kind = model.output_class
     return {
@@ -52,6 +54,7 @@ def structure(model: IntegerViT) -> dict[str, Any]:
         "blocks": len(model.blocks),
         "spread": {name: module.zero for name, module in model.named_modules() if isinstance(module, Spread)},
         "output": None if kind is None else f"{kind.__module__}.{kind.__qualname__}",
+        "functions": next(iter(model.blocks)).attention.functions,  # type: ignore[union-attr]
     }
 
 
@@ -85,6 +88,9 @@ class _Empty:
         if not isinstance(description["spread"], Mapping):
             raise ValueError(f"spread must map names to bytes, got {description['spread']!r:.80}")
         self.spread, self.output_class = description["spread"], _output_class(description["output"])
+        self.functions = description.get("functions", "default")
+        if self.functions not in FUNCTIONS:
+            raise ValueError(f"functions must be one of {', '.join(FUNCTIONS)}, got {self.functions!r:.80}")
         self.shapes = shapes
 
     def model(self) -> IntegerViT:
@@ -116,8 +122,8 @@ class _Empty:
         multiplier, shift = torch.zeros(2, *self.shape(f"{name}.attention.multiplier", 3), dtype=torch.int64)
         mixed = self.result(f"{name}.attention.output")
         parts: dict[str, Any] = {
-            "attention": IntegerAttention(multiplier, shift.clone(), self.bits == WIDE, mixed),
-            "activation": IntegerActivation(torch.zeros(2, PIECES), self.result(f"{name}.activation.output")),
+            "attention": IntegerAttention(multiplier, shift.clone(), self.bits == WIDE, mixed, self.functions),
+            "activation": self.activation(f"{name}.activation"),
         }
         parts |= {norm: self.norm(f"{name}.{norm}") for norm in ("norm1", "norm2")}
         widths = {"query": self.bits, "key": self.bits, "value": self.bits, "fc1": INPUT_BITS}
@@ -125,6 +131,12 @@ class _Empty:
             unsigned = role == "fc2" and self.bits == WIDE
             parts[role] = self.linear(f"{name}.{role}", widths.get(role, STREAM_BITS), unsigned)
         return IntegerBlock(self.bits, **parts)
+
+    def activation(self, name: str) -> nn.Module:
+        output = self.result(f"{name}.output")
+        if self.functions == "default":
+            return IntegerActivation(torch.zeros(2, PIECES), output)
+        return IntegerGELU(torch.zeros(2, dtype=torch.int64), self.functions, output)
 
     def linear(self, name: str, bits: int, unsigned: bool = False) -> IntegerLinear:
         weight = torch.zeros(self.shape(f"{name}.weight", 2), dtype=torch.int8)
@@ -180,6 +192,7 @@ RANGES: dict[type, dict[str, tuple[int, int]]] = {
         "shift": (0, LARGEST_SHIFT),
         "offset": (-(2 ** (LARGEST_SHIFT - 1)), 2 ** (LARGEST_SHIFT - 1)),
     },
+    IntegerGELU: {"constants": (0, 2**16)},
     Spread: {"added": (0, 2**WIDE), "shift": (0, WIDE)},
     IntegerNorm: {"eps": (1, 2**60)},
     IntegerAttention: {"multiplier": (-(2**MULTIPLIER_BITS), 2**MULTIPLIER_BITS), "shift": (0, LARGEST_SHIFT)},
