@@ -192,6 +192,10 @@ def main() -> int:
         help="integer: no floating operation from the rounded pixels to the logits; needs --calibration",
     )  # fmt: skip
     parser.add_argument(
+        "--functions", choices=["default", "ibert", "ivit"], default="default",
+        help="GELU and softmax with --arithmetic integer: of I-BERT or I-ViT, to compare with",
+    )  # fmt: skip
+    parser.add_argument(
         "--calibration", default=None, metavar="FILE|COUNT|synthetic",
         help="calibrate on the pictures named in this file, one a line, or on so many drawn at random (the same each "
         "time), and leave them out of the evaluation; or on 128 synthetic ones",
@@ -226,6 +230,7 @@ def main() -> int:
         settings = {
             "method": method, "activations": None if args.activations == "none" else args.activations,
             "activation_bits": args.activation_bits, "arithmetic": args.arithmetic,
+            "functions": args.functions,
         }  # fmt: skip
         try:
             if isinstance(bits, int):

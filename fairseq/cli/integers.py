@@ -41,7 +41,7 @@ def text(found: Examination) -> str:
     low, high = found.shifts
     lines = {
         "Operations": f"{found.operations:,} on {found.pictures} pictures of noise, none with a floating number",
-        "Arithmetic": f"integer, {found.activations}",
+        "Arithmetic": f"integer, {found.activations}, {found.functions} functions",
         "Weights": f"{found.layers} layers, {found.weights:,} bytes",
         "Requantize": f"{found.multipliers:,} multipliers of {found.multiplier_bits} bits at most, shifts from {low} "
         f"to {high}, offsets of {found.offset_bits} bits at most",

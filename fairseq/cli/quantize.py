@@ -28,6 +28,9 @@ def quantize(
             metavar="float|integer", help="integer: integers alone (docs/integer_only.rst); needs --calibration."
         ),
     ] = "float",
+    functions: Annotated[
+        str, typer.Option(metavar="default|ibert|ivit", help="GELU and softmax of integers alone; others err more.")
+    ] = "default",
     bits: Annotated[int | None, typer.Option(help="Width of the integers, 2 to 8.  [default: 8]")] = None,
     method: Annotated[str, typer.Option(metavar="tensor|channel|histogram", help="What shares a scale.")] = "tensor",
     p: Annotated[float, typer.Option("--p", help="Share of the layers that is quantized.")] = 1.0,
@@ -85,7 +88,8 @@ def quantize(
     settings = {
         "bits": 8 if bits is None else bits, "method": method, "p": p, "activation_bits": activation_bits,
         "activations": None if activations == "none" else activations, "group_size": group_size, "seed": seed,
-        "arithmetic": arithmetic, "symmetric": symmetric, "rounding": rounding, "equalize": equalize,
+        "arithmetic": arithmetic, "functions": functions, "symmetric": symmetric, "rounding": rounding,
+        "equalize": equalize,
         "bias_correction": parse_bias_correction(bias_correction), "quantize_attention": attention, "quantize_mlp": mlp,
         "towers": towers, "quantize_classifier": classifier, "quantize_embeddings": embeddings,
         "overrides": parse_overrides(override or ()), "exclude": exclude or (),
@@ -122,7 +126,7 @@ def _quantize(
     if average_bits is not None:
         say(f"Choosing widths, {average_bits:g} bits on average")
         with mistakes():
-            assigner = ViTQuantizer(**{**settings, "arithmetic": "float"})  # what it measures
+            assigner = ViTQuantizer(**{**settings, "arithmetic": "float", "functions": "default"})  # what it measures
             chosen = assigner.assign_bits(loaded.model, **given, average_bits=average_bits).overrides
             quantizer = ViTQuantizer(**{**settings, "overrides": chosen})
     say(f"Quantizing {type(loaded.model).__name__}" + (f" with pictures in {calibration}" if calibration else ""))

@@ -34,7 +34,7 @@ from fairseq.quantization.evaluation.compare import (
 from fairseq.quantization.evaluation.report import LayerReport, QuantizationReport
 from fairseq.quantization.export.export import export
 from fairseq.quantization.export.export_report import ExportReport
-from fairseq.quantization.integer_only.convert import check_arithmetic, convert_to_integers
+from fairseq.quantization.integer_only.convert import check_arithmetic, check_functions, convert_to_integers
 from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.saving import checkpoint
 from fairseq.quantization.saving.attach import disable_save_pretrained, enable_save_pretrained
@@ -92,6 +92,8 @@ class ViTQuantizer:
             the integers of the outputs no floating-point operation; needs ``calibration``, and a ViT, DeiT, ViT-MSN,
             DINOv2, or CLIP or SigLIP of one tower. What :meth:`quantize_model` returns then is an
             :class:`~fairseq.quantization.integer_only.model.IntegerViT`.
+        functions: of GELU and softmax where ``arithmetic="integer"``: "default", or the published ones of "ibert" or
+            "ivit", which err more, have no native kernels, and are there to compare with.
         execution: "packed" holds the integers in memory and runs on them, for inference; "emulated" keeps float
             weights that are seen through the same integers, with gradients, for training.
         weight_storage: "packed" or, for more speed below 5 bits and more memory, "unpacked".
@@ -131,6 +133,7 @@ class ViTQuantizer:
         towers: str = "vision",
         quantize_embeddings: bool = False,
         arithmetic: str = "float",
+        functions: str = "default",
         resident: str | None = None,
     ):
         if resident is not None:
@@ -144,10 +147,11 @@ class ViTQuantizer:
             overrides=overrides or {}, exclude=exclude, towers=towers, quantize_embeddings=quantize_embeddings,
         )  # fmt: skip
         self.arithmetic = check_arithmetic(arithmetic, self.config)
+        self.functions = check_functions(functions, arithmetic)
         self.report: QuantizationReport | None = None
 
     def __repr__(self) -> str:
-        integer = ", arithmetic='integer'" if self.arithmetic == "integer" else ""
+        integer = f", arithmetic='integer', functions={self.functions!r}" if self.arithmetic == "integer" else ""
         return f"ViTQuantizer({self.config}{integer})"
 
     def quantize_model(
@@ -189,7 +193,9 @@ class ViTQuantizer:
             if calibration is not None:
                 pixels = pixel_values(calibration, model, processor, images, self.config.seed)
             if self.arithmetic == "integer":
-                quantized, self.report = convert_to_integers(model, self.config, pixels, processor, engine)
+                quantized, self.report = convert_to_integers(
+                    model, self.config, pixels, processor, engine, self.functions
+                )
             else:
                 quantized, self.report = convert(model, self.config, pixels, engine)
         if self.config.execution == "packed":

@@ -64,7 +64,7 @@ def test_each_setting_arrives(cli, models, pictures, tmp_path, monkeypatch):
         "symmetric": True, "rounding": "gptq", "equalize": False, "bias_correction": "add", "overrides": {},
         "quantize_attention": False, "quantize_mlp": True, "quantize_classifier": False, "quantize_embeddings": True,
         "towers": "all", "seed": 3, "images": 33, "engine": "layers", "calibration": pictures,
-        "exclude": ["*embeddings*", "*.1.*"], "arithmetic": "float",
+        "exclude": ["*embeddings*", "*.1.*"], "arithmetic": "float", "functions": "default",
     }  # fmt: skip
     options = ["--activations", "none", "--method", "channel", "--group-size", "32", "--no-mlp"]
     seen.clear()

@@ -70,7 +70,8 @@ class BlockInputs:
     def _stopped(self, name: str) -> Iterator[Arguments]:
         """Run until ``name`` is reached; yield its arguments, batch by batch, which are not to be written."""
         module = self.model.get_submodule(name)
-        if self.stored and name.startswith(f"{self.blocks[self.position]}."):
+        here = f"{self.blocks[self.position]}." if self.position < len(self.blocks) else None
+        if self.stored and here is not None and name.startswith(here):
             block = self.model.get_submodule(self.blocks[self.position])
             runs: Iterator[Callable[[], Any]] = (partial(block, *a, **k) for a, k in map(copied, self.stored))
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -27,13 +27,22 @@ class Calibration:
         plan: of the model.
         pixel_values: (N, C, H, W).
         seed: of the token weights.
+        follow: makes the ``BlockInputs`` of what is being quantized.
     """
 
-    def __init__(self, model: nn.Module, result: nn.Module, plan: ModelPlan, pixel_values: Tensor, seed: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        result: nn.Module,
+        plan: ModelPlan,
+        pixel_values: Tensor,
+        seed: int,
+        follow: Callable[[nn.Module, nn.Module, Tensor, list[str]], BlockInputs] = BlockInputs,
+    ):
         self.plan, blocks = plan, plan.blocks()
         reached = [layer.name for layer in plan.chosen if plan.reaches(layer.name)]
         self.weights = token_weights(model, pixel_values, reached, seed)
-        self.inputs = BlockInputs(model, result, pixel_values, blocks)
+        self.inputs = follow(model, result, pixel_values, blocks)
         gptaq = any(_makes_up_for_drift(layer) for layer in plan.chosen)
         self.exact_inputs = BlockInputs(model, model, pixel_values, blocks) if gptaq else None
 

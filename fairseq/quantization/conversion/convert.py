@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +15,7 @@ from fairseq.modules.quantization.context import plain_context
 from fairseq.quantization.architectures.forward import separate_biases
 from fairseq.quantization.architectures.layers import linear_layers
 from fairseq.quantization.architectures.plan import ModelPlan, check_model, resolve
+from fairseq.quantization.calibration.block_inputs import BlockInputs
 from fairseq.quantization.calibration.calibration import Calibration
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.conversion.embeddings import pack_embeddings
@@ -25,7 +26,11 @@ from fairseq.quantization.evaluation.report import LayerReport, QuantizationRepo
 
 
 def convert(
-    model: nn.Module, config: QuantizationConfig, pixel_values: Tensor | None = None, engine: str = "auto"
+    model: nn.Module,
+    config: QuantizationConfig,
+    pixel_values: Tensor | None = None,
+    engine: str = "auto",
+    follow: Callable[[nn.Module, nn.Module, Tensor, list[str]], BlockInputs] = BlockInputs,
 ) -> tuple[nn.Module, QuantizationReport]:
     """Quantize a deep copy of ``model``: (the copy, what was done). ``model`` stays as it is.
 
@@ -39,6 +44,7 @@ def convert(
         config: what to do.
         pixel_values: calibration images, (N, C, H, W), or None.
         engine: "auto", "fused" or "layers", see :mod:`fairseq.quantization.engine`.
+        follow: makes the :class:`BlockInputs` on which layers are rounded, of the same arguments.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -59,7 +65,7 @@ def convert(
         result = copy.deepcopy(model, _without_weights(model, weightless) if packed else None)
         calibration = None
         if pixel_values is not None:
-            calibration = Calibration(model, result, plan, pixel_values, config.seed)
+            calibration = Calibration(model, result, plan, pixel_values, config.seed, follow)
         finished = Finished()
         with tqdm(total=len(plan.chosen), desc="Quantizing", unit="layer", delay=1, leave=False) as bar:
             for stage in plan.stages():

@@ -169,6 +169,9 @@ def _check(model: nn.Module, path: Path, format: str, external_data: bool | None
         )
     if format == "c" and not isinstance(model, IntegerViT):
         raise ValueError(f"format 'c' is for integer-only models, arithmetic='integer', not {type(model).__name__}")
+    functions = model.blocks[0].attention.functions if isinstance(model, IntegerViT) else "default"  # type: ignore[union-attr]
+    if format in ("onnx", "c") and functions != "default":
+        raise ValueError(f"format {format!r} has no functions={functions!r}; torchscript and torch_export have")
     if format == "onnx":
         for package in ("onnx", *(["onnxscript"] if not isinstance(model, IntegerViT) else []), "onnxruntime"):
             try:

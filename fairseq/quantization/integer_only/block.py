@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.integer.normalization import STREAM_BITS
 from fairseq.quantization.integer_only.layers import (
     IntegerActivation,
     IntegerAttention,
+    IntegerGELU,
     IntegerLinear,
     IntegerNorm,
     to_bytes,
@@ -28,6 +31,8 @@ class IntegerBlock(nn.Module):
         parts: by the names of the attributes.
     """
 
+    activation: Any
+
     def __init__(
         self,
         bits: int,
@@ -39,7 +44,7 @@ class IntegerBlock(nn.Module):
         output: IntegerLinear,
         norm2: IntegerNorm,
         fc1: IntegerLinear,
-        activation: IntegerActivation,
+        activation: IntegerActivation | IntegerGELU,
         fc2: IntegerLinear,
     ):
         super().__init__()

@@ -13,6 +13,7 @@ from fairseq.modules.quantization.integer.dyadic import Requantize, dyadic, powe
 from fairseq.modules.quantization.integer.normalization import STREAM_BITS, UNIT_BITS
 from fairseq.modules.quantization.integer.piecewise import INPUT_BITS, PIECES, table
 from fairseq.modules.quantization.integer.piecewise import UNIT_BITS as TABLE_BITS
+from fairseq.modules.quantization.integer.published import GELUS, gelu_constants
 from fairseq.modules.quantization.integer.rows import LARGEST
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int
@@ -26,6 +27,7 @@ from fairseq.quantization.integer_only.layers import (
     WIDE,
     IntegerActivation,
     IntegerAttention,
+    IntegerGELU,
     IntegerLinear,
     IntegerNorm,
     Spread,
@@ -37,6 +39,9 @@ from fairseq.quantization.integer_only.reading import LIMITS
 HEADROOM = 2.0
 """How much further than calibration saw 16-bit integers reach."""
 STREAM_HEADROOM = 4.0
+LEAST_REACH = 2.0**-12
+"""Taken for the reach of what reaches less far, as of a channel that is 0 on all pictures: a unit of the tables of
+activations is not much less, and what is finer than that no scale has to tell apart."""
 SPREAD_COLUMNS = 16
 SPREAD_GAIN = 2.0
 
@@ -111,7 +116,7 @@ def linear(weight: Weight, source: Grid, step: Tensor | float, bits: int, name: 
 
 def wide_grid(reach: Tensor | float) -> Grid:
     """16 bits that reach so far."""
-    limit = max(float(torch.as_tensor(reach).max()), 1e-30)
+    limit = max(float(torch.as_tensor(reach).max()), LEAST_REACH)
     return Grid(torch.tensor([limit / (2 ** (WIDE - 1) - 1)], dtype=torch.float64), 0, WIDE)
 
 
@@ -127,13 +132,15 @@ def byte_grid(seen: Range, layers: list[PackedLinear]) -> Grid:
 def spread_grid(seen: Range) -> Grid:
     """The finest 8 bits with which the columns become at most a part in ``SPREAD_COLUMNS`` more bytes."""
     most = len(seen.low) // SPREAD_COLUMNS
-    for reach in seen.reach.unique():  # ascending
-        limit = max(float(reach), 1e-30)
+    largest = max(float(seen.reach.max()), LEAST_REACH)
+    reaches = seen.reach.unique()  # ascending
+    for reach in (*reaches[reaches * (most + 1) > largest], largest):  # a column becomes at most 1 + most bytes
+        limit = float(reach)
         low, high = max(float(seen.low.min()), -limit), min(float(seen.high.max()), limit)
         copies = torch.exp2(torch.log2(torch.maximum(seen.low / min(low, -1e-30), seen.high / max(high, 1e-30))).ceil())
         copies = copies.clamp(min=1).to(torch.int64)
         if int(copies.sum()) - len(copies) <= most:
-            step = max((high - low) / 255, 1e-30)
+            step = max(high - low, LEAST_REACH) / 255
             return Grid(torch.tensor([step], dtype=torch.float64), round(-128 - low / step), BYTE, copies)
     raise AssertionError("one byte each is always enough for the largest reach")
 
@@ -141,11 +148,11 @@ def spread_grid(seen: Range) -> Grid:
 def whole_grid(seen: Range, layers: list[PackedLinear]) -> Grid:
     """One byte a column."""
     known = {(float(x.input_scale), int(x.input_zero_point)) for x in layers if x.input_scale is not None}  # type: ignore[arg-type]
-    if len(known) == 1:
-        ((step, zero),) = known
+    if len(known) == 1 and 255 * (grid := next(iter(known)))[0] >= LEAST_REACH:
+        step, zero = grid
         return Grid(torch.tensor([step], dtype=torch.float64), zero, BYTE)
     low, high = min(float(seen.low.min()), 0.0), max(float(seen.high.max()), 0.0)
-    step = max((high - low) / 255, 1e-30)
+    step = max(high - low, LEAST_REACH) / 255
     return Grid(torch.tensor([step], dtype=torch.float64), round(-128 - low / step), BYTE)
 
 
@@ -182,11 +189,12 @@ class Builder:
 
     Args:
         dynamic: whether layers read 16-bit integers, rounded to bytes row by row.
-        ranges: of :func:`~.ranges.observe_ranges`.
+        ranges: of each layer, see :mod:`~.ranges`.
     """
 
-    def __init__(self, dynamic: bool, ranges: Ranges):
-        self.dynamic, self.ranges, self.width = dynamic, ranges, len(ranges["stream"].low)
+    def __init__(self, dynamic: bool, ranges: Ranges, functions: str = "default"):
+        self.dynamic, self.ranges, self.functions = dynamic, ranges, functions
+        self.width = len(ranges["stream"].low)
         self.exponent = power_of_two(STREAM_HEADROOM * max(float(ranges["stream"].reach.max()), 1e-6), STREAM_BITS)
         self.step = self.embedded_step = 2.0**-self.exponent
         if "embedded" in ranges:
@@ -229,7 +237,7 @@ class Builder:
 
     def mlp(
         self, i: Any, norm: Norm, width: int, fc1: Any, fc2: Any, activation: str, scale: Tensor | None, name: str
-    ) -> tuple[IntegerNorm, IntegerLinear, IntegerActivation, IntegerLinear]:
+    ) -> tuple[IntegerNorm, IntegerLinear, IntegerActivation | IntegerGELU, IntegerLinear]:
         """A norm of the residual stream, two layers with an activation between, and what adds to the stream."""
         first, second = weight_of(fc1, f"{name}, fc1"), weight_of(fc2, f"{name}, fc2")
         normed, source = self.norm(norm, width, (i, "fc1"), [fc1], f"{name}, norm2")
@@ -239,19 +247,29 @@ class Builder:
         entries = activation_table(activation, limit)
         hidden = self.hidden(i, fc2, factor, -unit * float(entries[0].min()))
         requantize = output_of(hidden, unit * factor / hidden.step, 0 * factor, f"{name}, activation")
+        function: IntegerActivation | IntegerGELU = IntegerActivation(entries, requantize)
+        if self.functions != "default":
+            if activation not in (known := GELUS[self.functions]):
+                raise ValueError(
+                    f"{name}: its activation is {activation}, and functions={self.functions!r} has none but for "
+                    f"{', '.join(known)}"
+                )
+            function = IntegerGELU(gelu_constants(self.functions, limit), self.functions, requantize)
         return (
             normed,
             linear(first, source, unit, INPUT_BITS, f"{name}, fc1"),
-            IntegerActivation(entries, requantize),
+            function,
             self.branch(second, hidden, scale, f"{name}, fc2"),
         )
 
     def hidden(self, i: Any, fc2: PackedLinear, factor: Tensor, lowest: float) -> Grid:
         """Of what an activation gives, at least -``lowest``: 16 bits without a sign, or 8 with a zero point."""
-        grid = self.grid((i, "fc2"), [fc2], factor)
         if not self.dynamic:
-            return grid
-        return grid._replace(zero=math.ceil(lowest * float(factor.max()) / float(grid.step)), unsigned=True)
+            return self.grid((i, "fc2"), [fc2], factor)
+        least = lowest * float(factor.max())
+        reach = (HEADROOM * self.ranges[(i, "fc2", "in")].reach * factor).clamp(min=2 * least)  # half is for the zero
+        grid = self.grid((i, "fc2"), [fc2], factor, reach)
+        return grid._replace(zero=math.ceil(least / float(grid.step)), unsigned=True)
 
     def attention(
         self, i: int, spec: BlockSpec, weights: dict[str, Weight], source: Grid, name: str
@@ -264,7 +282,7 @@ class Builder:
             out = list(out[0].chunk(3))
         steps = [self.projection_step(reach, spec.heads) for reach in out]
         if not self.dynamic:
-            steps[2] = out[2].clamp(min=1e-30) / 127  # a step a channel, which the sums keep apart
+            steps[2] = out[2].clamp(min=LEAST_REACH) / 127  # a step a channel, which the sums keep apart
         layers = [
             linear(part, source, step, self.bits, f"{name}, {role}")
             for part, step, role in zip(parts, steps, ("query", "key", "value"))
@@ -279,7 +297,8 @@ class Builder:
     ) -> tuple[IntegerAttention, Grid]:
         """Attention of queries, keys and values of ``steps``, and the grid of what it gives to ``readers``."""
         per_head = [step.reshape(heads, -1)[:, 0] if step.numel() > 1 else step for step in steps[:2]]
-        unit = per_head[0] * per_head[1] * scaling / math.log(2) * ONE / (LARGEST**2 if self.dynamic else 1)
+        base = 1.0 if self.functions == "ivit" else math.log(2)  # whose exponential is computed
+        unit = per_head[0] * per_head[1] * scaling * ONE / base / (LARGEST**2 if self.dynamic else 1)
         multiplier, shift, _ = dyadic(unit.expand(heads))
         if self.dynamic and bool((shift < ROW_SHIFT).any()):
             raise ValueError(f"{name}: its queries and keys are too large for integer scores")
@@ -287,13 +306,14 @@ class Builder:
         grid = self.grid((i, "output"), readers, factor, (steps[2] * (2**15 - 1) * factor).max())
         value = steps[2].expand(columns) / (LARGEST if self.dynamic else 1) * VALUE_STEP
         output = output_of(grid, value * factor / grid.step, 0 * factor, f"{name}, attention")
-        return IntegerAttention(multiplier[:, None, None], shift[:, None, None], self.dynamic, output), grid
+        by = multiplier[:, None, None], shift[:, None, None]
+        return IntegerAttention(*by, self.dynamic, output, self.functions), grid
 
     def projection_step(self, reach: Tensor, heads: int) -> Tensor:
         """Of queries, keys or values: one for 16 bits, or for bytes one a head, (columns,)."""
         if self.dynamic:
             return wide_grid(HEADROOM * reach).step
-        largest = reach.reshape(heads, -1).amax(-1, keepdim=True).clamp(min=1e-30)
+        largest = reach.reshape(heads, -1).amax(-1, keepdim=True).clamp(min=LEAST_REACH)
         return (largest / 127).expand(heads, len(reach) // heads).flatten()
 
     def branch(self, weight: Weight, source: Grid, scale: Tensor | None, name: str) -> IntegerLinear:

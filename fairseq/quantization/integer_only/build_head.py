@@ -10,6 +10,7 @@ from torch import Tensor
 from fairseq.modules.quantization.integer.dyadic import power_of_two
 from fairseq.quantization.engine.spec import Norm
 from fairseq.quantization.integer_only.build import (
+    LEAST_REACH,
     STREAM_HEADROOM,
     Builder,
     bytes_of,
@@ -37,7 +38,7 @@ def build_head(builder: Builder, spec: HeadSpec) -> IntegerHead:
         else:
             reach = max(float(builder.ranges[("head", source, "out")].reach.max()) for source in together)
             readouts[name] = _readout(
-                builder, name, readout, power_of_two(STREAM_HEADROOM * max(reach, 1e-30), LOGIT_BITS)
+                builder, name, readout, power_of_two(STREAM_HEADROOM * max(reach, LEAST_REACH), LOGIT_BITS)
             )
     return IntegerHead(readouts, spec.outputs)
 
@@ -53,7 +54,7 @@ def _wide_norm(builder: Builder, name: str, norm: Norm | None) -> tuple[IntegerN
     if norm is None:
         return None, builder.exponent
     gain, bias = gain_of(norm, builder.width)
-    exponent = power_of_two(max(float((gain.abs() + bias.abs()).max()), 1e-30), LOGIT_BITS)
+    exponent = power_of_two(max(float((gain.abs() + bias.abs()).max()), LEAST_REACH), LOGIT_BITS)
     return builder.wide_norm(norm, builder.width, exponent, LOGIT_BITS, f"{name}, norm"), exponent
 
 
@@ -78,13 +79,13 @@ def _pooling(builder: Builder, name: str, spec: AttentionSpec) -> AttentionPooli
     i, ranges = ("head", name), builder.ranges
     y, added = ranges[(i, "stream")], ranges[(i, "fc2", "out")]
     both = Range(y.low + added.low, y.high + added.high)
-    inner = Builder(builder.dynamic, {**ranges, "stream": both.joined(y)})
+    inner = Builder(builder.dynamic, {**ranges, "stream": both.joined(y)}, builder.functions)
     norm, source = builder.norm(spec.norm, builder.width, (i, "key"), [], f"{name}, norm")
     query, heads, out = spec.query().double(), spec.heads, spec.attention.out_proj
     reaches = (query.abs(), *(ranges[(i, role, "out")].reach for role in ("key", "value")))
     steps = [builder.projection_step(reach, heads) for reach in reaches]
     if not builder.dynamic:
-        steps[2] = reaches[2].clamp(min=1e-30) / 127
+        steps[2] = reaches[2].clamp(min=LEAST_REACH) / 127
     half = 2 ** (builder.bits - 1)
     key, value = (
         linear(_bytes(*spec.projection(part), name), source, steps[part], builder.bits, f"{name}, {role}")

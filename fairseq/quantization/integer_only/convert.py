@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.context import plain_context
+from fairseq.modules.quantization.integer.published import FUNCTIONS
 from fairseq.modules.quantization.packed.config import check_one_of
 from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.config import QuantizationConfig
@@ -18,10 +19,12 @@ from fairseq.quantization.engine.fuse import check_engine
 from fairseq.quantization.evaluation.report import QuantizationReport
 from fairseq.quantization.integer_only.build import Builder
 from fairseq.quantization.integer_only.build_head import build_head
+from fairseq.quantization.integer_only.head import IntegerHead
 from fairseq.quantization.integer_only.model import PIXELS, IntegerViT
 from fairseq.quantization.integer_only.pretrained import as_pretrained
-from fairseq.quantization.integer_only.ranges import observe_ranges
+from fairseq.quantization.integer_only.ranges import entrance_ranges
 from fairseq.quantization.integer_only.reading import norm_of, read_model
+from fairseq.quantization.integer_only.stream import IntegerInputs
 
 ARITHMETICS = ("float", "integer")
 CHECKED = 2
@@ -34,6 +37,14 @@ def check_arithmetic(arithmetic: str, config: QuantizationConfig) -> str:
     if arithmetic == "integer":
         check_config(config)
     return arithmetic
+
+
+def check_functions(functions: str, arithmetic: str) -> str:
+    """Return ``functions`` if it is one of ``published.FUNCTIONS`` that goes with ``arithmetic``; ValueError if not."""
+    check_one_of("functions", functions, FUNCTIONS)
+    if functions != "default" and arithmetic != "integer":
+        raise ValueError(f"functions={functions!r} needs arithmetic='integer', got {arithmetic!r}")
+    return functions
 
 
 def check_config(config: QuantizationConfig) -> None:
@@ -60,10 +71,12 @@ def convert_to_integers(
     pixels: Tensor | None,
     processor: Any = None,
     engine: str = "auto",
+    functions: str = "default",
 ) -> tuple[IntegerViT, QuantizationReport]:
     """(The integer model, what was done to its layers). ``model`` stays as it is.
 
-    The integers of weights are those of :func:`~fairseq.quantization.conversion.convert.convert`, of 8 bits symmetric.
+    Weights are rounded by :func:`~fairseq.quantization.conversion.convert.convert`, of 8 bits symmetric, each block on
+    what the integer blocks before it make of the pictures; see :class:`~.stream.IntegerInputs`.
 
     Args:
         model: a ViT, DeiT, ViT-MSN, DINOv2, or the vision tower of a CLIP or SigLIP, with or without a classifier.
@@ -71,6 +84,7 @@ def convert_to_integers(
         pixels: calibration pictures, float32 (N, C, H, W).
         processor: tells mean and standard deviation of pixels, if they are what the pictures were made with.
         engine: "auto" or "layers"; there is no fused one.
+        functions: of activations and softmax, "default", "ibert" or "ivit".
 
     Raises:
         ValueError: no pictures, a setting that does not fit, or a part of the model; the message names it.
@@ -84,33 +98,40 @@ def convert_to_integers(
             "arithmetic='integer' needs calibration=pictures, such as 128 that the model could see: "
             "they give the ranges of pixels, of the residual stream and of attention"
         )
+    config = within_bytes(config)
     with plain_context():
         with evaluating(model):  # what cannot be is refused before anything takes time
-            read_model(model, pixels[:CHECKED])
-        packed, report = convert(model, within_bytes(config), pixels, "layers")
+            parts = read_model(model, pixels[:CHECKED])
+            ranges = entrance_ranges(model, parts.names, parts.before, pixels)
+        builder = Builder(config.activations == "dynamic", ranges, functions)
+        start, step = pixel_grid(pixels, processor)
+        embedding: dict[str, Any] = {
+            "config": None, "size": tuple(pixels.shape[-2:]), "patch": parts.patches.kernel_size, "bits": builder.bits,
+            "pixel_grid": (start, step), "patches": builder.patches(parts.patches, start, step),
+            "constants": torch.round(parts.constants / builder.embedded_step), "output_class": parts.output_class,
+            "before": None if parts.before is None else builder.before(norm_of(model, parts.before), builder.width),
+        }  # fmt: skip
+        entrance = IntegerViT(blocks=[], head=IntegerHead({}, {}), **embedding)
+        inputs: list[IntegerInputs] = []
+
+        def follow(model: nn.Module, result: nn.Module, pixels: Tensor, blocks: list[str]) -> IntegerInputs:
+            exact = rounds_by_inputs(config)
+            inputs.append(IntegerInputs(model, result, pixels, blocks, entrance, builder, exact))
+            return inputs[0]
+
+        packed, report = convert(model, config, pixels, "layers", follow)
         packed.eval()
         parts = read_model(packed, pixels[:CHECKED])
-        ranges = observe_ranges(packed, parts, pixels)
-        start, step = pixel_grid(pixels, processor)
-        builder = Builder(config.activations == "dynamic", ranges)
-        blocks = [builder.block(i, spec, name) for i, (name, spec) in enumerate(zip(parts.names, parts.specs))]
-        before = None if parts.before is None else builder.before(norm_of(packed, parts.before), builder.width)
-        kernel: Any = parts.patches.kernel_size
-        integers = IntegerViT(
-            config=None,
-            size=tuple(pixels.shape[-2:]),  # type: ignore[arg-type]
-            patch=kernel,
-            bits=builder.bits,
-            pixel_grid=(start, step),
-            patches=builder.patches(parts.patches, start, step),
-            constants=torch.round(parts.constants / builder.embedded_step),
-            blocks=blocks,
-            head=build_head(builder, parts.head),
-            before=before,
-            output_class=parts.output_class,
-        )
+        inputs[0].finish(parts.head)
+        integers = IntegerViT(blocks=inputs[0].made, head=build_head(builder, parts.head), **embedding)
         size = sum(tensor.nbytes for tensor in integers.state_dict().values())
         return as_pretrained(integers, model), replace(report, bytes_after=size)
+
+
+def rounds_by_inputs(config: QuantizationConfig) -> bool:
+    """Whether the integers of any weight depend on what its layer reads."""
+    roundings = {config.rounding, *(settings.get("rounding", "nearest") for settings in config.overrides.values())}
+    return roundings != {"nearest"} or bool(config.bias_correction)
 
 
 def within_bytes(config: QuantizationConfig) -> QuantizationConfig:

@@ -25,6 +25,7 @@ class Examination:
 
     Attributes:
         activations: "dynamic" or "static".
+        functions: "default", "ibert" or "ivit".
         pictures: how many it was run on.
         operations: how many operations that took, none of which had a floating number in it.
         widths: of the intermediates by name: bits documented, and bits taken.
@@ -38,6 +39,7 @@ class Examination:
     """
 
     activations: str
+    functions: str
     pictures: int
     operations: int
     widths: Widths
@@ -79,6 +81,7 @@ def examine(model: IntegerViT, seed: int = 0) -> Examination:
     shifts = [module.shift for module in requantize]
     return Examination(
         activations="dynamic" if model.bits == WIDE else "static",
+        functions=model.blocks[0].attention.functions,  # type: ignore[union-attr, arg-type]
         pictures=PICTURES,
         operations=seen.count,
         widths=common,

@@ -12,6 +12,7 @@ from fairseq.quantization.integer_only.block import add
 from fairseq.quantization.integer_only.layers import (
     IntegerActivation,
     IntegerAttention,
+    IntegerGELU,
     IntegerLinear,
     IntegerNorm,
     to_bytes,
@@ -122,7 +123,7 @@ class AttentionPooling(nn.Module):
         output: IntegerLinear,
         norm2: IntegerNorm,
         fc1: IntegerLinear,
-        activation: IntegerActivation,
+        activation: IntegerActivation | IntegerGELU,
         fc2: IntegerLinear,
     ):
         super().__init__()

@@ -10,6 +10,7 @@ from fairseq.modules.quantization.integer.checked import bounded
 from fairseq.modules.quantization.integer.dyadic import Requantize, round_shift
 from fairseq.modules.quantization.integer.normalization import normalize
 from fairseq.modules.quantization.integer.piecewise import piecewise
+from fairseq.modules.quantization.integer.published import attend_published, gelu
 from fairseq.modules.quantization.integer.rows import HALF, quantize_rows, quantize_unsigned_rows
 from fairseq.modules.quantization.packed.kernels import cuda
 from fairseq.modules.quantization.packed.kernels.functional import int_product
@@ -134,21 +135,50 @@ class IntegerActivation(nn.Module):
         return result
 
 
+class IntegerGELU(nn.Module):
+    """GELU by a published function, see :mod:`~fairseq.modules.quantization.integer.published`.
+
+    Buffers:
+        constants: int64 (2,).
+
+    Args:
+        functions: "ibert" or "ivit".
+    """
+
+    constants: Tensor
+
+    def __init__(self, constants: Tensor, functions: str, output: nn.Module):
+        super().__init__()
+        self.register_buffer("constants", constants)
+        self.functions, self.output = functions, output
+
+    def extra_repr(self) -> str:
+        return f"functions={self.functions!r}"
+
+    def forward(self, t: Tensor) -> Tensor:
+        """int64 (..., C) of 24 bits -> int64 (..., C) as ``output`` gives."""
+        result: Tensor = self.output(gelu(t, self.constants, self.functions))
+        return result
+
+
 class IntegerAttention(nn.Module):
     """Attention of all heads. Dynamic: q and k have a scale per token and head, v one per image and head.
 
     Buffers:
         multiplier, shift: int64 (heads, 1, 1), from products of q and k to scores.
+
+    Args:
+        functions: "default", or "ibert" or "ivit" for their softmax.
     """
 
     multiplier: Tensor
     shift: Tensor
 
-    def __init__(self, multiplier: Tensor, shift: Tensor, dynamic: bool, output: nn.Module):
+    def __init__(self, multiplier: Tensor, shift: Tensor, dynamic: bool, output: nn.Module, functions: str = "default"):
         super().__init__()
         self.register_buffer("multiplier", multiplier.to(torch.int64))
         self.register_buffer("shift", shift.to(torch.int64))
-        self.dynamic, self.output = dynamic, output
+        self.dynamic, self.output, self.functions = dynamic, output, functions
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """int64 (B, T, heads * d) each, of 16 bits if dynamic, else of 8 -> the same, as ``output`` gives."""
@@ -160,7 +190,7 @@ class IntegerAttention(nn.Module):
         else:
             q, k, v = (bounded(x, BYTE, "static").to(torch.int8) for x in (query, key, value))
             u, value_m = round_shift(scores(q, k) * self.multiplier, self.shift), torch.ones_like(self.shift)
-        mixed = attend(u, v) * value_m
+        mixed = (attend(u, v) if self.functions == "default" else attend_published(u, v, self.functions)) * value_m
         result: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return result
 

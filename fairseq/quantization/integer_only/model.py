@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.integer.buffers import keep_dtypes
+from fairseq.modules.quantization.scalar.modules.fingerprint import readable
 from fairseq.quantization.integer_only.block import IntegerBlock, add
 from fairseq.quantization.integer_only.head import IntegerHead
 from fairseq.quantization.integer_only.layers import IntegerLinear, IntegerNorm
@@ -101,12 +102,20 @@ class IntegerViT(nn.Module):
             raise ValueError(f"an integer-only model takes pixel_values and return_dict, not {', '.join(asked)}")
         integers = self.integer_outputs(self.round_pixels(pixel_values))
         exponents = self.head.exponents()
+        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+        def scale(exponent: Tensor) -> Any:
+            if exporting:  # no number may be read: the bits of 2**-exponent
+                return ((1023 - exponent.to(torch.int64)) << 52).view(torch.float64)
+            return math.ldexp(1.0, -int(exponent))
+
         floats = {
-            name: value.to(torch.float32) * math.ldexp(1.0, -int(exponents[name])) for name, value in integers.items()
+            name: (value.to(torch.float32) * scale(exponents[name])).to(torch.float32)
+            for name, value in integers.items()
         }
         if self.output_class is None:
             return floats[self.main]
-        if return_dict is False or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        if return_dict is False or exporting or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return *floats.values(), *integers.values()
         output = self.output_class(**floats)
         for name, value in integers.items():
@@ -116,7 +125,7 @@ class IntegerViT(nn.Module):
     def round_pixels(self, pixel_values: Tensor) -> Tensor:
         """The pixels, uint8 (B, channels, H, W): (x - start) / step rounded half to even; the one step that is float.
 
-        Pixels beyond the range saturate.
+        Pixels beyond the range saturate. While a graph is recorded, or without numbers, nothing is looked at.
         """
         expected = (len(self.pixel_start), *self.size)
         if not isinstance(pixel_values, Tensor):
@@ -132,7 +141,7 @@ class IntegerViT(nn.Module):
             raise TypeError(f"pixel_values must be floating, or uint8 for the pixels themselves; {pixel_values.dtype}")
         if (rounded := native_pixels(pixel_values, self.pixel_start, self.pixel_step)) is not None:
             return rounded
-        if not bool(torch.isfinite(pixel_values).all()):
+        if readable(pixel_values) and not bool(torch.isfinite(pixel_values).all()):
             raise ValueError("pixel_values hold NaN or Inf")
         return self.nearest_pixels(pixel_values)
 

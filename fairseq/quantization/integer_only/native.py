@@ -40,6 +40,7 @@ from fairseq.quantization.integer_only.layers import (
     WIDE,
     IntegerActivation,
     IntegerAttention,
+    IntegerGELU,
     IntegerLinear,
     IntegerNorm,
     Spread,
@@ -57,7 +58,7 @@ PARTS = (
 )  # fmt: skip
 
 
-SETTINGS = ("bits", "zero", "dynamic", "size", "patch", "tokens", "norm_first", "outputs")
+SETTINGS = ("bits", "zero", "dynamic", "size", "patch", "tokens", "norm_first", "outputs", "functions")
 """Attributes of parts that decide what they compute, beside parts and buffers."""
 
 
@@ -78,6 +79,7 @@ class NativeViT:
     def __init__(self, model: Any):
         self.kept: list[Any] = []
         self.dynamic = model.bits == WIDE
+        _check_functions(model)
         _check_parts(model)
         _check_shapes(model)
         self.head: IntegerHead = model.head
@@ -261,6 +263,12 @@ def _alone(spread: Spread) -> Tensor:
     begins[1:-1] = (columns[1:] != columns[:-1] + 1) | (whole[1:] != whole[:-1])
     ends = torch.where(begins[1:], places + 1, len(columns)).flip(0).cummin(0).values.flip(0)
     return torch.where(whole, ends - places, 0)
+
+
+def _check_functions(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, IntegerAttention | IntegerGELU) and module.functions != "default":
+            raise NotNative(f"its functions are those of {module.functions!r}, which the reference computes")
 
 
 def _check_parts(model: nn.Module) -> None:

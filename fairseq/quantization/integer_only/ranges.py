@@ -1,17 +1,17 @@
-"""observe_ranges: how far the numbers of each channel reach, over the calibration pictures."""
+"""Ranges: how far the numbers of each channel reach, over the calibration pictures."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fairseq.quantization.architectures.forward import call
-from fairseq.quantization.integer_only.head_spec import AttentionSpec
-from fairseq.quantization.integer_only.reading import ModelParts
+from fairseq.quantization.integer_only.head_spec import AttentionSpec, HeadSpec
 
 BATCH = 8
 
@@ -40,58 +40,89 @@ class Range(NamedTuple):
         return cls(low, high)
 
 
-Ranges = Mapping[Any, Range]
+Ranges = dict[Any, Range]
+"""By (block, role, "in" or "out") the range of what each layer reads and gives; by "stream" that of hidden states."""
 
 
-def observe_ranges(model: nn.Module, parts: ModelParts, pixels: Tensor) -> Ranges:
-    """By (block, role, "in" or "out") the range of what each layer reads and gives; by "stream" and others of those.
+def note(ranges: Ranges, key: Any, value: Tensor) -> None:
+    """Widen the range of ``key`` by what ``value`` holds."""
+    ranges[key] = Range.of(value).joined(ranges.get(key))
 
-    Blocks are numbers. ("head", readout, "in" or "out") are of the layer of a readout; attention pooling is a block
-    called ("head", readout), with a "stream" of its own. "embedded" is what a LayerNorm before the first block reads.
 
-    Args:
-        model: of float or packed layers, in eval mode; inputs are as the layer gets them, before its ``input_factor``.
-        parts: of it.
-        pixels: (N, C, H, W).
+@contextmanager
+def observing(ranges: Ranges, block: Any, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, what ``layers``, by role, read and give widens their ``ranges``.
+
+    Inputs are as the layer gets them, before its ``input_factor``.
     """
-    found: dict[Any, Range] = {}
 
-    def note(key: Any, value: Tensor) -> None:
-        found[key] = Range.of(value).joined(found.get(key))
-
-    def layer(*key: Any) -> Callable[..., None]:
+    def hook_of(role: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-            note((*key, "in"), args[0])
-            note((*key, "out"), output)
+            note(ranges, (block, role, "in"), args[0])
+            note(ranges, (block, role, "out"), output)
 
         return hook
 
-    def block(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        note("stream", args[0] if args else kwargs["hidden_states"])
-        note("stream", output[0] if isinstance(output, tuple) else output)
+    handles = [layer.register_forward_hook(hook_of(role)) for role, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
-    def inside(pooling: Any, key: tuple[str, ...], value: Tensor) -> None:
-        note((pooling, *key), value)
 
-    def last(_: nn.Module, args: Any, output: Any) -> None:
+@contextmanager
+def observing_head(ranges: Ranges, last: nn.Module, head: HeadSpec) -> Iterator[None]:
+    """Inside, what the layers of ``head`` read and give widens their ``ranges``.
+
+    ("head", readout, "in" or "out") are of the layer of a readout; attention pooling is a block called ("head",
+    readout), with a "stream" of its own.
+
+    Args:
+        last: the block that the head reads.
+    """
+    pooling = {("head", name): spec for name, spec in head.readouts.items() if isinstance(spec, AttentionSpec)}
+    layers = {
+        name: spec.linear
+        for name, spec in head.readouts.items()
+        if not isinstance(spec, AttentionSpec) and spec.linear is not None
+    }
+
+    def inside(block: Any, key: tuple[str, ...], value: Tensor) -> None:
+        note(ranges, (block, *key), value)
+
+    def hook(_: nn.Module, args: Any, output: Any) -> None:
         h = output[0] if isinstance(output, tuple) else output
-        for name, spec in parts.head.readouts.items():
-            if isinstance(spec, AttentionSpec):
-                spec.attended(h, functools.partial(inside, ("head", name)))
+        for block, spec in pooling.items():
+            spec.attended(h, functools.partial(inside, block))
 
-    handles = [model.get_submodule(parts.names[-1]).register_forward_hook(last)]
-    for name, readout in parts.head.readouts.items():
-        if isinstance(readout, AttentionSpec):
-            for role in ("fc1", "fc2"):
-                handles.append(getattr(readout, role).register_forward_hook(layer(("head", name), role)))
-        elif readout.linear is not None:
-            handles.append(readout.linear.register_forward_hook(layer("head", name)))
-    if parts.before is not None:
-        first = model.get_submodule(parts.before)
-        handles.append(first.register_forward_pre_hook(lambda _, args: note("embedded", args[0])))
-    for i, (name, spec) in enumerate(zip(parts.names, parts.specs)):
-        handles += [part.register_forward_hook(layer(i, role)) for role, part in spec.layers.items()]
-        handles.append(model.get_submodule(name).register_forward_hook(block, with_kwargs=True))
+    with ExitStack() as stack:
+        handle = last.register_forward_hook(hook)
+        stack.callback(handle.remove)
+        stack.enter_context(observing(ranges, "head", layers))
+        for block, spec in pooling.items():
+            stack.enter_context(observing(ranges, block, {"fc1": spec.fc1, "fc2": spec.fc2}))
+        yield
+
+
+def entrance_ranges(model: nn.Module, blocks: Sequence[str], before: str | None, pixels: Tensor) -> Ranges:
+    """Of the hidden states before, between and behind the ``blocks`` of ``model``, "stream"; of what ``before`` reads.
+
+    The latter is "embedded", of a LayerNorm before the first block, if there is one. ``model`` is in eval mode.
+
+    Args:
+        pixels: (N, C, H, W).
+    """
+    found: Ranges = {}
+
+    def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        note(found, "stream", args[0] if args else kwargs["hidden_states"])
+        note(found, "stream", output[0] if isinstance(output, tuple) else output)
+
+    handles = [model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name in blocks]
+    if before is not None:
+        norm = model.get_submodule(before)
+        handles.append(norm.register_forward_pre_hook(lambda _, args: note(found, "embedded", args[0])))
     try:
         for batch in pixels.split(BATCH):
             call(model, {"pixel_values": batch})

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.integer.dyadic import LARGEST_SHIFT, MULTIPLIER_BITS, Requantize
 from fairseq.modules.quantization.integer.normalization import STREAM_BITS
 from fairseq.modules.quantization.integer.piecewise import INPUT_BITS, PIECES
+from fairseq.modules.quantization.integer.published import FUNCTIONS
 from fairseq.modules.quantization.integer.rows import HALF
 from fairseq.quantization.integer_only.block import IntegerBlock
 from fairseq.quantization.integer_only.head import LOGIT_BITS, AttentionPooling, IntegerHead, Readout, Tokens
@@ -22,6 +23,7 @@ from fairseq.quantization.integer_only.layers import (
     WIDE,
     IntegerActivation,
     IntegerAttention,
+    IntegerGELU,
     IntegerLinear,
     IntegerNorm,
     Spread,
@@ -42,8 +44,9 @@ def structure(model: IntegerViT) -> dict[str, Any]:
 
     ``activations``: "dynamic" or "static". ``size`` and ``patch``: height and width. ``blocks``: how many. ``spread``:
     the byte that stands for 0, of each :class:`~.layers.Spread` by name. ``output``: the class of what the model
-    returns, or None. ``head``: ``outputs``, the readouts of each, and ``readouts``, by name the ``tokens`` that are
-    pooled, or None, and whether the norm is of all of them, ``norm_first``; of attention pooling, null.
+    returns, or None. ``functions``: of :data:`~fairseq.modules.quantization.integer.published.FUNCTIONS`. ``head``:
+    ``outputs``, the readouts of each, and ``readouts``, by name the ``tokens`` that are pooled, or None, and whether
+    the norm is of all of them, ``norm_first``; of attention pooling, null.
     """
     kind = model.output_class
     return {
@@ -57,6 +60,7 @@ def structure(model: IntegerViT) -> dict[str, Any]:
             "outputs": {name: list(sources) for name, sources in model.head.outputs.items()},
             "readouts": {name: _readout_of(readout) for name, readout in model.head.readouts.items()},
         },
+        "functions": next(iter(model.blocks)).attention.functions,  # type: ignore[union-attr]
     }
 
 
@@ -112,6 +116,9 @@ class _Empty:
             raise ValueError(f"spread must map names to bytes, got {description['spread']!r:.80}")
         self.spread, self.output_class = description["spread"], _output_class(description["output"])
         self.described_head = description.get("head", FIRST_HEAD)
+        self.functions = description.get("functions", "default")
+        if self.functions not in FUNCTIONS:
+            raise ValueError(f"functions must be one of {', '.join(FUNCTIONS)}, got {self.functions!r:.80}")
         self.shapes = shapes
 
     def model(self) -> IntegerViT:
@@ -179,8 +186,8 @@ class _Empty:
         mixed = self.result(f"{name}.attention.output")
         parts: dict[str, Any] = {
             "norm": self.norm(f"{name}.norm"), "norm2": self.norm(f"{name}.norm2"),
-            "attention": IntegerAttention(multiplier, shift.clone(), self.bits == WIDE, mixed),
-            "activation": IntegerActivation(torch.zeros(2, PIECES), self.result(f"{name}.activation.output")),
+            "attention": IntegerAttention(multiplier, shift.clone(), self.bits == WIDE, mixed, self.functions),
+            "activation": self.activation(f"{name}.activation"),
         }  # fmt: skip
         widths = {"key": self.bits, "value": self.bits, "output": STREAM_BITS, "fc1": INPUT_BITS, "fc2": STREAM_BITS}
         for role, bits in widths.items():
@@ -199,8 +206,8 @@ class _Empty:
         multiplier, shift = torch.zeros(2, *self.shape(f"{name}.attention.multiplier", 3), dtype=torch.int64)
         mixed = self.result(f"{name}.attention.output")
         parts: dict[str, Any] = {
-            "attention": IntegerAttention(multiplier, shift.clone(), self.bits == WIDE, mixed),
-            "activation": IntegerActivation(torch.zeros(2, PIECES), self.result(f"{name}.activation.output")),
+            "attention": IntegerAttention(multiplier, shift.clone(), self.bits == WIDE, mixed, self.functions),
+            "activation": self.activation(f"{name}.activation"),
         }
         parts |= {norm: self.norm(f"{name}.{norm}") for norm in ("norm1", "norm2")}
         widths = {"query": self.bits, "key": self.bits, "value": self.bits, "fc1": INPUT_BITS}
@@ -208,6 +215,12 @@ class _Empty:
             unsigned = role == "fc2" and self.bits == WIDE
             parts[role] = self.linear(f"{name}.{role}", widths.get(role, STREAM_BITS), unsigned)
         return IntegerBlock(self.bits, **parts)
+
+    def activation(self, name: str) -> nn.Module:
+        output = self.result(f"{name}.output")
+        if self.functions == "default":
+            return IntegerActivation(torch.zeros(2, PIECES), output)
+        return IntegerGELU(torch.zeros(2, dtype=torch.int64), self.functions, output)
 
     def linear(self, name: str, bits: int, unsigned: bool = False) -> IntegerLinear:
         weight = torch.zeros(self.shape(f"{name}.weight", 2), dtype=torch.int8)
@@ -272,6 +285,7 @@ RANGES: dict[type, dict[str, tuple[int, int]]] = {
     },
     Readout: {"exponent": (-LARGEST_EXPONENT, LARGEST_EXPONENT)},
     AttentionPooling: {"exponent": (-LARGEST_EXPONENT, LARGEST_EXPONENT), "query": (-(2**15), 2**15 - 1)},
+    IntegerGELU: {"constants": (0, 2**16)},
     Spread: {"added": (0, 2**WIDE), "shift": (0, WIDE)},
     IntegerNorm: {"eps": (1, 2**60)},
     IntegerAttention: {"multiplier": (-(2**MULTIPLIER_BITS), 2**MULTIPLIER_BITS), "shift": (0, LARGEST_SHIFT)},

@@ -7,11 +7,15 @@ import pickle
 import families
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.integer.checked import checked
 from fairseq.modules.quantization.integer.no_float import FloatingOperation, NoFloat
+from fairseq.quantization.architectures.blocks import layer_paths
 from fairseq.quantization.integer_only import layers
+from fairseq.quantization.integer_only.native import reason_not_native
+from fairseq.quantization.integer_only.reading import block_names
 
 PICTURES = families.pictures(40)
 KINDS = ["dynamic", "static"]
@@ -50,6 +54,36 @@ def test_it_is_as_close_to_the_float_model_as_the_float_carried_one(name, activa
         assert all(map(torch.equal, integers(PICTURES, return_dict=False), output.to_tuple()))
 
 
+@pytest.mark.parametrize("activations", KINDS)
+def test_channels_and_layers_that_are_always_0(activations):
+    original = families.build("vit")
+    first, second = (original.get_submodule(name) for name in block_names(original))
+    norm = next(module for module in first.modules() if isinstance(module, torch.nn.LayerNorm))
+    dead = [norm.weight[3:4], norm.bias[3:4]]
+    for block, rows in ((first, slice(5, 6)), (second, slice(None))):  # a channel, and a whole tensor
+        paths = layer_paths(block)
+        dead += [t[rows] for role in ("value", "fc1") for t in block.get_submodule(paths[role]).parameters()]
+    with torch.no_grad():
+        for values in dead:
+            values.zero_()
+    quantizer = ViTQuantizer(8, "channel", rounding="nearest", activations=activations, arithmetic="integer")
+    integers = quantizer.quantize_model(original, calibration=PICTURES)
+    expected = logits(original(PICTURES))
+    assert (logits(integers(PICTURES)) - expected).square().mean() < 1e-3 * expected.var()
+
+
+def test_graphs_of_the_model_as_it_is_called():
+    integers = quantize()
+    del integers.blocks[1:]
+    expected = integers(PICTURES[:2])
+    exported = torch.export.export(integers, (PICTURES[:2],)).module()
+    assert all(map(torch.equal, exported(PICTURES[:2]), expected.to_tuple()))
+    compiled = torch.compile(integers, backend="eager")(PICTURES[:2])
+    assert all(map(torch.equal, compiled.to_tuple(), expected.to_tuple()))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert integers(mode.from_tensor(PICTURES[:2])).integer_logits.shape == (2, 7)
+
+
 def test_no_operation_is_of_floats_and_everything_stays_within_its_width(model):
     generator = torch.Generator().manual_seed(0)
     extremes = [
@@ -66,6 +100,41 @@ def test_no_operation_is_of_floats_and_everything_stays_within_its_width(model):
         assert seen.count > 200
     floats = {name for name, t in model.state_dict().items() if t.is_floating_point()}
     assert floats == {"pixel_start", "pixel_step"}
+
+
+@pytest.mark.parametrize(("functions", "activations"), [("ibert", "dynamic"), ("ivit", "static")])
+def test_published_functions(functions, activations, tmp_path):
+    integers = quantize(activations=activations, functions=functions)
+    assert f"those of '{functions}', which the reference computes" in reason_not_native(integers)
+    pixels = integers.round_pixels(PICTURES[:8])
+    with checked(), NoFloat():
+        got = integers.integer_logits(pixels)
+    usual = quantize(activations=activations)
+    assert not torch.equal(got, usual.integer_logits(pixels))
+    expected = logits(families.build("vit")(PICTURES[:8]))
+    assert (logits(integers(PICTURES[:8])) - expected).square().mean() < 0.1 * expected.var()
+    ViTQuantizer.save(integers, tmp_path / "model.safetensors")
+    loaded = ViTQuantizer.load(tmp_path / "model.safetensors", families.build("vit"))
+    assert torch.equal(loaded.integer_logits(pixels), got)
+    for format, suffix in (("onnx", "onnx"), ("c", "bin")):
+        with pytest.raises(ValueError, match=f"format '{format}' has no functions='{functions}'"):
+            ViTQuantizer.export(integers, tmp_path / f"model.{suffix}", format=format)
+
+
+def test_functions_that_cannot_be():
+    with pytest.raises(ValueError, match=r"functions must be .*'fqvit'"):
+        ViTQuantizer(arithmetic="integer", functions="fqvit")
+    with pytest.raises(ValueError, match="functions='ivit' needs arithmetic='integer', got 'float'"):
+        ViTQuantizer(functions="ivit")
+    original = families.build("vit")
+    for module in list(original.modules()):
+        if hasattr(module, "activation_fn"):
+            module.activation_fn = torch.nn.ReLU()
+        elif hasattr(module, "intermediate_act_fn"):
+            module.intermediate_act_fn = torch.nn.ReLU()
+    quantizer = ViTQuantizer(8, "channel", rounding="nearest", arithmetic="integer", functions="ibert")
+    with pytest.raises(ValueError, match="its activation is relu, and functions='ibert' has none but for gelu"):
+        quantizer.quantize_model(original, calibration=PICTURES[:4])
 
 
 def test_one_float_operation_is_seen(model, monkeypatch):
