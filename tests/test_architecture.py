@@ -28,7 +28,7 @@ ROOMS = {
     "bit_allocation": ("conversion", "evaluation", "calibration", "rounding", "architectures"),
     "export": ("integer_only", "conversion", "evaluation", "engine", "architectures"),
     "saving": ("integer_only", "conversion", "evaluation", "engine", "architectures"),
-    "integer_only": ("conversion", "evaluation", "engine", "architectures"),
+    "integer_only": ("conversion", "evaluation", "engine", "calibration", "architectures"),
 }
 ALLOWED = {
     "modules/quantization/context.py": (),
