@@ -20,24 +20,16 @@
 /* ---- Numbers ---------------------------------------------------------------------------------------------------- */
 
 static int64_t shift_right(int64_t x, int n) /* floor(x / 2**n): C leaves open what >> does to negative numbers */
-{
-    return x < 0 ? ~(~x >> n) : x >> n;
-}
+{ return x < 0 ? ~(~x >> n) : x >> n; }
 
 static int64_t round_shift(int64_t x, int n) /* floor(x / 2**n + 1/2) */
-{
-    return shift_right(x + (((int64_t)1 << n) >> 1), n);
-}
+{ return shift_right(x + (((int64_t)1 << n) >> 1), n); }
 
 static int64_t floor_div(int64_t a, int64_t b) /* b > 0 */
-{
-    return a / b - (a % b < 0);
-}
+{ return a / b - (a % b < 0); }
 
 static int64_t clamp(int64_t x, int64_t low, int64_t high)
-{
-    return x < low ? low : x > high ? high : x;
-}
+{ return x < low ? low : x > high ? high : x; }
 
 static int64_t clamp_bits(int64_t x, int bits)
 {

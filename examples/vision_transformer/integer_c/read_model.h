@@ -17,17 +17,35 @@
 
 typedef const unsigned char *Bytes; /* integers as they lie in the file, at any address */
 
-typedef struct { Bytes multiplier, shift, offset; int bits; } Requantize;
-typedef struct { Requantize requantize; int inputs, zero; Bytes columns, added, spread; } Result; /* what layers read */
-typedef struct { int inputs, outputs; const int8_t *weight; Requantize output; } Linear;
-typedef struct { int64_t eps; Result output; } Norm;
+typedef struct {
+    Bytes multiplier, shift, offset;
+    int bits;
+} Requantize;
+typedef struct {
+    Requantize requantize;
+    int inputs, zero;
+    Bytes columns, added, spread;
+} Result; /* what layers read */
+typedef struct {
+    int inputs, outputs;
+    const int8_t *weight;
+    Requantize output;
+} Linear;
+typedef struct {
+    int64_t eps;
+    Result output;
+} Norm;
 typedef struct {
     Norm norm1, norm2;
     Linear query, key, value, output, fc1, fc2;
     Bytes multiplier, shift, entries;
     Result attended, activated;
 } Block;
-typedef struct { Norm norm; Result read; Linear linear; } Readout;
+typedef struct {
+    Norm norm;
+    Result read;
+    Linear linear;
+} Readout;
 
 static unsigned char file[FILE_BYTES + 1];
 static size_t at; /* what is read next */
@@ -89,9 +107,7 @@ static Bytes take_within(size_t count, size_t size, int32_t low, int32_t high)
 }
 
 static int take_int(int32_t low, int32_t high)
-{
-    return (int)int32_at(take_within(1, 4, low, high), 0);
-}
+{ return (int)int32_at(take_within(1, 4, low, high), 0); }
 
 static Requantize take_requantize(int count, int bits)
 {
@@ -165,7 +181,8 @@ static void read_model(const char *path)
         crc ^= file[i];
         for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
     }
-    if ((crc ^ UINT32_MAX) != uint32_at(file, 3)) fail("the model is damaged: its checksum is not the one that was written");
+    if ((crc ^ UINT32_MAX) != uint32_at(file, 3))
+        fail("the model is damaged: its checksum is not the one that was written");
     at = 16;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (take_int(INT32_MIN, INT32_MAX) != sizes[i]) fail("the model has other sizes than model.h");

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -157,7 +157,7 @@ class _Graph(IntegerNodes):
         y = self.linear(attended, pooling.output, f"{name}.output")
         read = self.to_bytes(self.norm(y, pooling.norm2, f"{name}.norm2"))
         t, width = self.linear(read, pooling.fc1, f"{name}.fc1"), len(pooling.fc1.weight)
-        hidden = self.activation(t, pooling.activation, width, f"{name}.activation", tokens=1)
+        hidden = self.activation(t, cast(IntegerActivation, pooling.activation), width, f"{name}.activation", tokens=1)
         branch = self.linear(self.to_bytes(hidden, unsigned=True), pooling.fc2, f"{name}.fc2")
         size = len(pooling.fc2.weight)
         return self.reshape(self.saturate(self.op("Add", y, branch)), -1, size), [size]

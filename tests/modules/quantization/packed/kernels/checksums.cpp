@@ -1,6 +1,6 @@
 // Prints a checksum of what each native function gives for inputs that are made here, then the levels that ran, and
-// fails where a level differs from the portable one. The checksums are the same on every processor. Linked with a library
-// that setup.py has built; without Python, so that it runs for a processor that is only emulated.
+// fails where a level differs from the portable one. The checksums are the same on every processor. Linked with a
+// library that setup.py has built; without Python, so that it runs for a processor that is only emulated.
 #include <stdio.h>
 #include <string.h>
 
@@ -15,7 +15,8 @@ const char* fairseq_level_name(int level);
 int fairseq_supports(int level);
 int fairseq_activate(int level, int activation, const float* x, int64_t count, float* y);
 int fairseq_norm(int level, const Norm* norm, const float* x, int64_t rows, int64_t width, float* y);
-int fairseq_quantize(int level, const Linear* grid, const float* x, int64_t rows, int8_t* q, float* scales, int32_t* sums);
+int fairseq_quantize(int level, const Linear* grid, const float* x, int64_t rows, int8_t* q, float* scales,
+                     int32_t* sums);
 int fairseq_product(int level, const Linear* linear, const int8_t* q, int64_t rows, int32_t* out);
 int fairseq_linear(int level, const Linear* linear, const float* x, int64_t rows, int activation, const float* residual,
                    float* out, int threads, double* stages);
@@ -23,10 +24,10 @@ int fairseq_attention(int level, const Block* block, const Call* call, const flo
                       const float* value, int64_t stride, float* out, int threads);
 int fairseq_blocks(int level, const Block* const* blocks, const Call* const* calls, int64_t count, const float* x,
                    float* const* outs, int threads, int64_t at_once, int64_t slice, double* stages);
-int fairseq_integers(int level, const IntegerModel* model, const uint8_t* pixels, int64_t images, int32_t* logits, int threads,
-                     int64_t at_once, int64_t slice, double* stages);
-int fairseq_round_pixels(int level, const float* x, int64_t images, int64_t channels, int64_t count, const double* start,
-                         const double* step, uint8_t* pixels, int threads);
+int fairseq_integers(int level, const IntegerModel* model, const uint8_t* pixels, int64_t images, int32_t* logits,
+                     int threads, int64_t at_once, int64_t slice, double* stages);
+int fairseq_round_pixels(int level, const float* x, int64_t images, int64_t channels, int64_t count,
+                         const double* start, const double* step, uint8_t* pixels, int threads);
 }
 
 namespace {
@@ -172,7 +173,8 @@ void layers(int level, Outcome& outcome) {
 
       Reals x = random.reals(rows * in), y(rows * out), scales(rows);
       const Reals residual = random.reals(rows * out);
-      for (int64_t i = 0; i < in; i++) x[i] *= variant == 3 ? 0.0f : variant == 4 ? 1e-38f : variant == 5 ? 1e37f : 1.0f;
+      for (int64_t i = 0; i < in; i++)
+        x[i] *= variant == 3 ? 0.0f : variant == 4 ? 1e-38f : variant == 5 ? 1e37f : 1.0f;
       if (extreme) {
         layer.linear.input_scale = 0.013f;
         layer.linear.input_zero = -5;
@@ -180,11 +182,13 @@ void layers(int level, Outcome& outcome) {
       outcome.failures += fairseq_quantize(level, &layer.linear, x.data(), rows, q.data(), scales.data(), sums.data());
       outcome.add("quantize", q, scales, sums);
       for (int activation = -1; activation <= RELU; activation++) {
-        outcome.failures += fairseq_linear(level, &layer.linear, x.data(), rows, activation, nullptr, y.data(), 1, nullptr);
+        outcome.failures +=
+            fairseq_linear(level, &layer.linear, x.data(), rows, activation, nullptr, y.data(), 1, nullptr);
         outcome.add(std::string("linear ") + (activation < 0 ? "alone" : ACTIVATIONS[activation]), y);
       }
       x[0] = __builtin_nanf("");  // its row comes out as NaN, the others as they are
-      outcome.failures += fairseq_linear(level, &layer.linear, x.data(), rows, -1, residual.data(), y.data(), 2, nullptr);
+      outcome.failures +=
+          fairseq_linear(level, &layer.linear, x.data(), rows, -1, residual.data(), y.data(), 2, nullptr);
       outcome.add("linear residual", y);
     }
   }
@@ -202,7 +206,8 @@ void weight_only(int level, Outcome& outcome) {
       outcome.failures += fairseq_linear(level, &layer.linear, x.data(), rows, -1, nullptr, y.data(), 1, nullptr);
       outcome.add(variant & 1 ? "weight-only 4-bit" : "weight-only 8-bit", y);
       x[0] = __builtin_nanf("");
-      outcome.failures += fairseq_linear(level, &layer.linear, x.data(), rows, GELU, residual.data(), y.data(), 2, nullptr);
+      outcome.failures +=
+          fairseq_linear(level, &layer.linear, x.data(), rows, GELU, residual.data(), y.data(), 2, nullptr);
       outcome.add("weight-only residual", y);
     }
   }
@@ -243,17 +248,20 @@ struct BlockParts {
   std::vector<Layer> layers;
   Reals weight, bias, small;
   Block block = {};
-  BlockParts(Random& random, int kind) : weight(random.positive(mlp, 0.3f)), bias(random.reals(mlp, 0.2f)), small(random.positive(width, 0.1f)) {
+  BlockParts(Random& random, int kind)
+      : weight(random.positive(mlp, 0.3f)), bias(random.reals(mlp, 0.2f)), small(random.positive(width, 0.1f)) {
     const int64_t inner = heads * size;
     const bool fused = kind == 1, narrow = kind == 2;
     const int64_t sizes[][2] = {{width, fused ? 3 * inner : inner}, {width, inner}, {width, inner}, {inner, width},
-                                {width, fused ? 2 * mlp : mlp}, {width, mlp}, {mlp, width}};
+                                {width, fused ? 2 * mlp : mlp},     {width, mlp},   {mlp, width}};
     for (const auto& [in, out] : sizes) layers.emplace_back(random, in, out, narrow, kind == 0);
-    Linear* const linears[] = {&block.query, &block.key, &block.value, &block.output, &block.fc1, &block.gate, &block.fc2};
+    Linear* const linears[] = {&block.query, &block.key,  &block.value, &block.output,
+                               &block.fc1,   &block.gate, &block.fc2};
     for (int i = 0; i < 7; i++) *linears[i] = layers[i].linear;
     const auto norm = [&](NormKind kind) { return Norm{weight.data(), bias.data(), 1e-5f, kind}; };
     const bool behind = kind == 2;
-    (behind ? block.post1 : block.norm1) = (behind ? block.post2 : block.norm2) = norm(kind == 1 ? NORM_RMS : NORM_LAYER);
+    (behind ? block.post1 : block.norm1) = (behind ? block.post2 : block.norm2) =
+        norm(kind == 1 ? NORM_RMS : NORM_LAYER);
     if (kind == 1) block.query_norm = block.key_norm = block.hidden_norm = norm(NORM_LAYER);
     if (kind == 2) block.query_norm = block.key_norm = {nullptr, nullptr, 1e-12f, NORM_L2};
     if (kind == 2) block.head_scale = weight.data();
@@ -290,7 +298,8 @@ void blocks(int level, Outcome& outcome) {
       float* const outs[] = {between.data(), y.data()};
       if (kind == 2) {  // each image reads what others have written
         outcome.failures += fairseq_blocks(level, both, calls, 1, x.data(), outs, threads, 64, 24, nullptr);
-        outcome.failures += fairseq_blocks(level, both + 1, calls, 1, between.data(), outs + 1, threads, 64, 24, nullptr);
+        outcome.failures +=
+            fairseq_blocks(level, both + 1, calls, 1, between.data(), outs + 1, threads, 64, 24, nullptr);
       } else {
         outcome.failures += fairseq_blocks(level, both, calls, 2, x.data(), outs, threads, 64, 24, nullptr);
       }
@@ -299,7 +308,8 @@ void blocks(int level, Outcome& outcome) {
       sum.add(y);
       uint64_t& kept = outcome.checksums["blocks " + std::to_string(kind)];
       if (threads == 1) kept = sum.value;
-      else if (kept != sum.value) outcome.failures++, fprintf(stderr, "%s: blocks depend on threads\n", fairseq_level_name(level));
+      else if (kept != sum.value)
+        outcome.failures++, fprintf(stderr, "%s: blocks depend on threads\n", fairseq_level_name(level));
     }
   }
 }
@@ -334,7 +344,8 @@ struct IntegerParts {
   std::vector<Layer> layers;
   std::vector<Constants> constants;
   std::vector<int16_t> values, gains;
-  std::vector<int32_t> lines, multiplier32, offset32, shift32, multiplier, shift0, positions, columns, added, shift, alone, multipliers, shifts;
+  std::vector<int32_t> lines, multiplier32, offset32, shift32, multiplier, shift0, positions, columns, added, shift,
+      alone, multipliers, shifts;
   std::vector<int64_t> offset;
   IntegerBlock block = {}, other = {};
   const IntegerBlock* blocks[2] = {&block, &other};
@@ -394,10 +405,14 @@ struct IntegerParts {
       one->output = linear(heads * size, width, dynamic, 18, 22, 0);
       one->fc1 = linear(width, mlp, dynamic, 15, 24, 0);
       one->fc2 = linear(mlp, width, dynamic, 18, 22, dynamic ? 128 : 0);
-      one->attention = {multipliers.data(), shifts.data(), requantize(heads * size, 19, dynamic, narrow - 1, narrow), 10, dynamic};
+      one->attention = {multipliers.data(), shifts.data(), requantize(heads * size, 19, dynamic, narrow - 1, narrow),
+                        10, dynamic};
       one->lines = {lines.data(), values.data(), gains.data()};
-      one->activation = {multiplier.data(), shift0.data(), offset.data(), 0, -(1 << (narrow - 1)), (1 << (narrow - 1)) - 1};
-      if (one == &block) one->activation32 = {multiplier32.data(), offset32.data(), shift32.data(), one->activation.low, one->activation.high};
+      one->activation = {multiplier.data(),    shift0.data(),          offset.data(), 0,
+                         -(1 << (narrow - 1)), (1 << (narrow - 1)) - 1};
+      if (one == &block)
+        one->activation32 = {multiplier32.data(), offset32.data(), shift32.data(), one->activation.low,
+                             one->activation.high};
     }
     model.patches = linear(3 * 16, width, false, 18, 22, 0);
     model.classifier = linear(width, classes, dynamic, 20, 24, 0);
@@ -426,12 +441,14 @@ void integers(int level, Outcome& outcome) {
     for (auto& pixel : pixels) pixel = (uint8_t)random.below(256);
     for (int threads : {1, 3}) {
       std::vector<int32_t> logits(images * IntegerParts::classes);
-      outcome.failures += fairseq_integers(level, &parts.model, pixels.data(), images, logits.data(), threads, 64, 24, nullptr);
+      outcome.failures +=
+          fairseq_integers(level, &parts.model, pixels.data(), images, logits.data(), threads, 64, 24, nullptr);
       Checksum sum;
       sum.add(logits);
       uint64_t& kept = outcome.checksums[dynamic ? "integers, dynamic" : "integers, static"];
       if (threads == 1) kept = sum.value;
-      else if (kept != sum.value) outcome.failures++, fprintf(stderr, "%s: integers depend on threads\n", fairseq_level_name(level));
+      else if (kept != sum.value)
+        outcome.failures++, fprintf(stderr, "%s: integers depend on threads\n", fairseq_level_name(level));
     }
   }
   const Reals x = random.reals(2 * 3 * 101);
@@ -448,7 +465,8 @@ Outcome outcome_of(int level) {
   layers(level, outcome);
   integers(level, outcome);
   const std::string name = fairseq_level_name(level);
-  if (name == "avx512bf16" || name == "amx") return outcome;  // their products of bfloat16 are summed in an order of their own
+  if (name == "avx512bf16" || name == "amx")
+    return outcome;  // their products of bfloat16 are summed in an order of their own
   weight_only(level, outcome);
   attentions(level, outcome);
   blocks(level, outcome);
@@ -470,7 +488,8 @@ int main() {
     const Outcome outcome = outcome_of(level);
     failures += outcome.failures;
     for (const auto& [name, sum] : outcome.checksums)
-      if (sum != expected.checksums.at(name)) failures++, fprintf(stderr, "%s differs in %s\n", fairseq_level_name(level), name.c_str());
+      if (sum != expected.checksums.at(name))
+        failures++, fprintf(stderr, "%s differs in %s\n", fairseq_level_name(level), name.c_str());
   }
   printf("levels%s\n", ran.c_str());
   return failures != 0;

@@ -10,17 +10,17 @@
 // in the low half, output j + 16 in the high half: [panel][k / 4][16][4].
 struct Linear {
   const uint8_t* panels;
-  const int32_t* sums;       // (out,): the sum of each output's codes; null where two share a byte, and are added up anew
-  const float* scale;        // (out,), or (1,) with scale_step 0
-  const uint8_t* zero;       // as scale; the code of 0.0 is zero - zero_offset
-  const float* bias;         // (out,), or null
-  const float* factor;       // (in,): what x is multiplied by before it is rounded, or null
+  const int32_t* sums;  // (out,): the sum of each output's codes; null where two share a byte, and are added up anew
+  const float* scale;   // (out,), or (1,) with scale_step 0
+  const uint8_t* zero;  // as scale; the code of 0.0 is zero - zero_offset
+  const float* bias;    // (out,), or null
+  const float* factor;  // (in,): what x is multiplied by before it is rounded, or null
   int64_t in, out;
-  int32_t narrow;            // whether two codes share a byte
+  int32_t narrow;  // whether two codes share a byte
   int32_t zero_offset, scale_step;
-  float input_scale;         // of a static range; 0 for a scale per row
+  float input_scale;  // of a static range; 0 for a scale per row
   int32_t input_zero;
-  int32_t halves;            // whether x is rounded to bfloat16, not to integers
+  int32_t halves;  // whether x is rounded to bfloat16, not to integers
 };
 
 enum NormKind { NORM_NONE, NORM_LAYER, NORM_RMS, NORM_L2 };
@@ -38,15 +38,16 @@ enum Gating { GATING_NONE, GATING_LAYER, GATING_HALVES };
 // An encoder block:
 //   h = x + scale1 * post1(output(attended_norm(attention(norm1(x)))))
 //   y = h + scale2 * post2(fc2(hidden_norm(hidden)))
-//   hidden = act(fc1(norm2(h))), or act(gate(norm2(h))) * fc1(norm2(h)), or act(g) * u of the halves g, u that fc1 gives
+//   hidden = act(fc1(norm2(h))), or act(gate(norm2(h))) * fc1(norm2(h)), or act(g) * u of the halves g, u that fc1
+//   gives
 struct Block {
-  Linear query, key, value;          // with one projection, query gives all three, each of heads * head_size columns
+  Linear query, key, value;  // with one projection, query gives all three, each of heads * head_size columns
   Linear output, fc1, gate, fc2;
-  Norm norm1, norm2, post1, post2;   // of a row
-  Norm query_norm, key_norm;         // of each head's part of a row, before its rotation
+  Norm norm1, norm2, post1, post2;  // of a row
+  Norm query_norm, key_norm;        // of each head's part of a row, before its rotation
   Norm attended_norm, hidden_norm;
-  const float *scale1, *scale2;      // LayerScale, (width,), or null
-  const float* head_scale;           // (heads,): what products of queries and keys are multiplied by, or null for scaling
+  const float *scale1, *scale2;  // LayerScale, (width,), or null
+  const float* head_scale;       // (heads,): what products of queries and keys are multiplied by, or null for scaling
   float scaling;
   int32_t projections, activation, gating;
   int64_t width, heads, head_size, mlp;  // mlp: the inputs of fc2
@@ -55,16 +56,17 @@ struct Block {
 // What a block is called with, besides the hidden states (row_count, width).
 struct Call {
   int64_t images, tokens, row_count;  // an image is what attends to itself: a window, where there are windows
-  const int32_t* rows;        // (images * tokens,): the row of the hidden states that stands there, -1 for zeros; or null
-  const float *cosines, *sines;       // (tokens, head_size), the rotation of queries and keys, or null
-  const float* bias;          // (heads, tokens, tokens), added to the scaled products, or null
-  const float* mask;          // (masks, tokens, tokens), added, too: image i has mask i % masks; or null
+  const int32_t* rows;  // (images * tokens,): the row of the hidden states that stands there, -1 for zeros; or null
+  const float *cosines, *sines;  // (tokens, head_size), the rotation of queries and keys, or null
+  const float* bias;             // (heads, tokens, tokens), added to the scaled products, or null
+  const float* mask;             // (masks, tokens, tokens), added, too: image i has mask i % masks; or null
   int64_t masks;
-  int32_t neighbours;         // whether a rotation is of columns 2 i and 2 i + 1, not i and i + head_size / 2
-  int32_t exact;              // whether attention is in float, in an order that is the same everywhere
+  int32_t neighbours;  // whether a rotation is of columns 2 i and 2 i + 1, not i and i + head_size / 2
+  int32_t exact;       // whether attention is in float, in an order that is the same everywhere
 };
 
-// A convolution over patches that do not overlap: float (images, channels, height, width) -> (images, rows, columns, out).
+// A convolution over patches that do not overlap: float (images, channels, height, width) -> (images, rows, columns,
+// out).
 struct Patches {
   const uint16_t* panels;  // see patches.h
   const float* bias;       // (out,), or null
@@ -72,11 +74,12 @@ struct Patches {
 };
 
 // Inference on integers alone, see docs/integer_only.rst. Integers of one scale become those of another:
-//   y = clamp((((x << lift) * multiplier [* m] + offset) >> 32) >> shift, low, high), m the scale of x's row, if it has one.
+//   y = clamp((((x << lift) * multiplier [* m] + offset) >> 32) >> shift, low, high), m the scale of x's row, if it has
+//   one.
 // Arrays of columns are filled up to whole panels.
 struct Requantize {
   const int32_t *multiplier, *shift;
-  const int64_t* offset;             // with half a unit, which rounds
+  const int64_t* offset;  // with half a unit, which rounds
   int32_t lift, low, high;
 };
 
@@ -89,13 +92,13 @@ struct Requantize32 {
 // The product of bytes and the codes of `panels`, requantized; `sums` are of the codes.
 struct IntegerLinear : Linear {
   Requantize output;
-  int32_t centre;                    // what the bytes are less: 128 of those that have no sign, or 0
+  int32_t centre;  // what the bytes are less: 128 of those that have no sign, or 0
 };
 
 // LayerNorm of the residual stream.
 struct IntegerNorm {
   Requantize output;
-  int64_t epsilon;                   // columns * eps / scale^2
+  int64_t epsilon;  // columns * eps / scale^2
 };
 
 // How a row of integers becomes bytes.
@@ -109,12 +112,12 @@ struct Rows {
 struct IntegerAttention {
   const int32_t *multiplier, *shift;  // (heads,), of products of queries and keys
   Requantize output;
-  int32_t lift, dynamic;              // dynamic: scales for each token's queries and keys, and each image's values
+  int32_t lift, dynamic;  // dynamic: scales for each token's queries and keys, and each image's values
 };
 
 // An activation at the beginning of each of 256 pieces, and what it gains in it.
 struct Lines {
-  const int32_t* both;               // the one in the lower half, the other in the higher
+  const int32_t* both;  // the one in the lower half, the other in the higher
   const int16_t *values, *gains;
 };
 
@@ -125,26 +128,35 @@ struct IntegerBlock {
   IntegerAttention attention;
   Lines lines;
   Requantize activation;
-  Requantize32 activation32;         // of what `lines` give, which fits 16 bits and begins with 0
+  Requantize32 activation32;  // of what `lines` give, which fits 16 bits and begins with 0
 };
 
 struct IntegerModel {
-  IntegerLinear patches, classifier; // a classifier without outputs: the residual stream is what is wanted
-  const int32_t* constants;          // (tokens, width): class token and positions
+  IntegerLinear patches, classifier;  // a classifier without outputs: the residual stream is what is wanted
+  const int32_t* constants;           // (tokens, width): class token and positions
   const IntegerBlock* const* blocks;
   int64_t block_count, channels, picture_height, picture_width, patch_height, patch_width;
   int64_t tokens, width, heads, head_size, mlp;
-  IntegerNorm norm;                  // of the first token
+  IntegerNorm norm;  // of the first token
   Rows rows;
-  const IntegerNorm* before;         // of all tokens, before the blocks; or null
+  const IntegerNorm* before;  // of all tokens, before the blocks; or null
 };
 
 // Where the time goes, in seconds of one thread.
-enum Stage { STAGE_NORM, STAGE_PRODUCT, STAGE_EPILOGUE, STAGE_ATTENTION, STAGE_QUANTIZE, STAGE_UNPACK, STAGE_WAIT, STAGES };
+enum Stage {
+  STAGE_NORM,
+  STAGE_PRODUCT,
+  STAGE_EPILOGUE,
+  STAGE_ATTENTION,
+  STAGE_QUANTIZE,
+  STAGE_UNPACK,
+  STAGE_WAIT,
+  STAGES
+};
 
-const int64_t PANEL = 32;        // outputs of a panel
-const int64_t PANEL_STEP = 16;   // inputs are filled up to a multiple of it
-const int64_t PATCH_STEP = 32;   // numbers of a patch are filled up to a multiple of it
+const int64_t PANEL = 32;       // outputs of a panel
+const int64_t PANEL_STEP = 16;  // inputs are filled up to a multiple of it
+const int64_t PATCH_STEP = 32;  // numbers of a patch are filled up to a multiple of it
 const int64_t ALIGNMENT = 64;
 const int64_t TILES_AT_ONCE = 16;  // whose sums are kept while a long reduction goes on
 
@@ -184,42 +196,42 @@ extern "C" void fairseq_wait(struct Barrier* barrier, int members);
 // Memory of a crew, for the rows of a chunk.
 struct SharedWorkspace {
   Tile* tiles;
-  Place* places;                // (rows,)
+  Place* places;  // (rows,)
   int64_t tile_count, rows, images, tokens;
-  uint8_t* integers;            // of all rows, in tiles: a group of columns of each row, then the next group; or bfloat16
-  float* scales;                // (rows,): of the integers
-  int32_t* sums;                // (rows,): of the integers
+  uint8_t* integers;  // of all rows, in tiles: a group of columns of each row, then the next group; or bfloat16
+  float* scales;      // (rows,): of the integers
+  int32_t* sums;      // (rows,): of the integers
   void *queries, *keys, *values;  // see attention.h
-  float* projected;             // (rows, 3 * heads * head_size): what is normed or rotated, and what comes with it
-  float* attended;              // (rows, heads * head_size)
-  float* added;                 // (rows, width): what is normed before it is added
-  float* hidden;                // (rows of a slice, outputs of fc1)
+  float* projected;               // (rows, 3 * heads * head_size): what is normed or rotated, and what comes with it
+  float* attended;                // (rows, heads * head_size)
+  float* added;                   // (rows, width): what is normed before it is added
+  float* hidden;                  // (rows of a slice, outputs of fc1)
   // Of integers alone, which have their rows' scales in `sums`:
-  int32_t* stream;              // (rows, width)
-  int16_t *parts, *mixed;       // (rows, 3 * heads * head_size): queries, keys, values; (rows, heads * head_size)
-  int16_t* activated;           // (rows of a slice, mlp)
-  int32_t *query_scales, *key_scales, *key_sums;  // (images, heads, tokens filled up to panels)
+  int32_t* stream;         // (rows, width)
+  int16_t *parts, *mixed;  // (rows, 3 * heads * head_size): queries, keys, values; (rows, heads * head_size)
+  int16_t* activated;      // (rows of a slice, mlp)
+  int32_t *query_scales, *key_scales, *key_sums;     // (images, heads, tokens filled up to panels)
   int32_t *value_scales, *value_means, *value_sums;  // (images, heads), and twice times columns filled up to panels
 };
 
 // Memory of one thread.
 struct ThreadWorkspace {
-  float* row;                   // one row of any layer
-  float* values;                // rows of a tile x PANEL
-  int32_t* accumulators;        // TILES_AT_ONCE buffers of the rows of a tile x PANEL
-  uint8_t* panel[2];            // a panel or a piece of one, a byte or a bfloat16 for each code
-  float* scores;                // rows of a tile x tokens, filled up to panels
-  void* weights;                // rows of a tile x tokens, filled up to groups
-  double* stages;               // STAGES seconds, or null
+  float* row;             // one row of any layer
+  float* values;          // rows of a tile x PANEL
+  int32_t* accumulators;  // TILES_AT_ONCE buffers of the rows of a tile x PANEL
+  uint8_t* panel[2];      // a panel or a piece of one, a byte or a bfloat16 for each code
+  float* scores;          // rows of a tile x tokens, filled up to panels
+  void* weights;          // rows of a tile x tokens, filled up to groups
+  double* stages;         // STAGES seconds, or null
   double started;
 };
 
 // What one instruction set offers. enter() and leave() are called by each thread around everything else.
 struct Kernels {
   const char* name;
-  int64_t tile_rows, group;     // of a tile; bytes of a row that lie together
-  int32_t offset;               // of the bytes that integers become
-  bool fast_halves;             // whether a product of bfloat16 is many times as fast as one of floats
+  int64_t tile_rows, group;  // of a tile; bytes of a row that lie together
+  int32_t offset;            // of the bytes that integers become
+  bool fast_halves;          // whether a product of bfloat16 is many times as fast as one of floats
   void (*enter)();
   void (*leave)();
   void (*norm)(const Norm& norm, const float* x, int64_t width, float* y);

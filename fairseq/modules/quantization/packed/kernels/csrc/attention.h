@@ -34,15 +34,21 @@ struct Heads {
   uint16_t* query(int64_t image, int64_t head, int64_t token) const {
     return queries + ((head * images + image) * tokens + token) * pairs * 2;
   }
-  uint16_t* key(int64_t image, int64_t head) const { return keys + (image * heads + head) * key_panels * pairs * PANEL * 2; }
+  uint16_t* key(int64_t image, int64_t head) const {
+    return keys + (image * heads + head) * key_panels * pairs * PANEL * 2;
+  }
   uint16_t* value(int64_t image, int64_t head) const {
     return values + (image * heads + head) * panels * token_pairs * PANEL * 2;
   }
   float* exact_query(int64_t image, int64_t head, int64_t token) const {
     return exact_queries + ((head * images + image) * tokens + token) * size;
   }
-  float* exact_key(int64_t image, int64_t head) const { return exact_keys + (image * heads + head) * key_panels * size * PANEL; }
-  float* exact_value(int64_t image, int64_t head) const { return exact_values + (image * heads + head) * panels * tokens * PANEL; }
+  float* exact_key(int64_t image, int64_t head) const {
+    return exact_keys + (image * heads + head) * key_panels * size * PANEL;
+  }
+  float* exact_value(int64_t image, int64_t head) const {
+    return exact_values + (image * heads + head) * panels * tokens * PANEL;
+  }
   int64_t tile_rows(int64_t first) const { return least(Isa::ROWS, tokens - first); }
 };
 
@@ -57,8 +63,8 @@ static inline uint16_t* place(Part part, const Heads& heads, const Place& at, in
            HALVES * (token - first) + column % HALVES;
   }
   if (part == KEY)
-    return heads.key(at.image, head) + token / PANEL * heads.pairs * PANEL * 2 + (column / 2 * PANEL + token % PANEL) * 2 +
-           column % 2;
+    return heads.key(at.image, head) + token / PANEL * heads.pairs * PANEL * 2 +
+           (column / 2 * PANEL + token % PANEL) * 2 + column % 2;
   return heads.value(at.image, head) + column / PANEL * heads.token_pairs * PANEL * 2 +
          (token / 2 * PANEL + column % PANEL) * 2 + token % 2;
 }
@@ -67,7 +73,8 @@ static inline uint16_t* place(Part part, const Heads& heads, const Place& at, in
 static inline float* exact_place(Part part, const Heads& heads, const Place& at, int64_t head, int64_t column) {
   const int64_t token = at.token;
   if (part == QUERY) return heads.exact_query(at.image, head, token) + column;
-  if (part == KEY) return heads.exact_key(at.image, head) + (token / PANEL * heads.size + column) * PANEL + token % PANEL;
+  if (part == KEY)
+    return heads.exact_key(at.image, head) + (token / PANEL * heads.size + column) * PANEL + token % PANEL;
   return heads.exact_value(at.image, head) + (column / PANEL * heads.tokens + token) * PANEL + column % PANEL;
 }
 
@@ -79,8 +86,9 @@ struct Placer {
   int64_t first, count, head, column;
   bool whole;  // all lanes are of one head and panel
   Placer(Part part, const Heads& heads, const Place* places, int64_t first, int64_t most_lanes = LANES)
-      : part(part), heads(&heads), places(places), first(first), count(least(heads.heads * heads.size - first, most_lanes)),
-        head(first / heads.size), column(first % heads.size), whole(count == LANES && heads.size % LANES == 0) {}
+      : part(part), heads(&heads), places(places), first(first),
+        count(least(heads.heads * heads.size - first, most_lanes)), head(first / heads.size),
+        column(first % heads.size), whole(count == LANES && heads.size % LANES == 0) {}
 
   void operator()(int64_t row, Floats numbers) const {
     const Place at = places[row];
@@ -185,7 +193,8 @@ static inline void turn(const Norm& norm_of_head, const Call& call, const Heads&
 }
 
 // Rows of floats to where attention reads them.
-static void pack_part(Part part, const Heads& heads, const Place* places, const float* rows, int64_t stride, const Share& share) {
+static void pack_part(Part part, const Heads& heads, const Place* places, const float* rows, int64_t stride,
+                      const Share& share) {
   const int64_t inner = heads.heads * heads.size;
   for (int64_t column = 0; column < inner; column += LANES) {
     const Placer placer(part, heads, places, column);
@@ -194,12 +203,12 @@ static void pack_part(Part part, const Heads& heads, const Place* places, const 
   }
 }
 
-// exp(scores * scaling - the largest) of `at_once` rows from row `row` of a tile on, given to put(row, column, weights),
-// and 1 / their sums. `stride` scores from row to row, of which `groups` are read. Rows beside each other do not wait for
-// each other. Exact ones are right to the float, others to what bfloat16 keeps.
+// exp(scores * scaling - the largest) of `at_once` rows from row `row` of a tile on, given to put(row, column,
+// weights), and 1 / their sums. `stride` scores from row to row, of which `groups` are read. Rows beside each other do
+// not wait for each other. Exact ones are right to the float, others to what bfloat16 keeps.
 template <int at_once, bool exact, typename Put>
-static inline void softmax(const float* scores, int64_t stride, int64_t groups, float scaling, int64_t row, float* inverse,
-                           Put put) {
+static inline void softmax(const float* scores, int64_t stride, int64_t groups, float scaling, int64_t row,
+                           float* inverse, Put put) {
   Floats highest[at_once];
 #pragma GCC unroll 4
   for (int r = 0; r < at_once; r++) highest[r] = load<Floats>(scores + (row + r) * stride);
@@ -247,8 +256,9 @@ static inline void shift(float* scores, int64_t tokens, float scaling, const flo
 
 // Scores of `rows` rows to 1 / the sums of their exponentials, which put() gets; bias and mask are of the first row.
 template <bool exact, typename Put>
-static inline void softmax_rows(float* scores, int64_t rows, int64_t tokens, int64_t stride, int64_t groups, float scaling,
-                                bool shifted, const float* bias, const float* mask, float* inverse, Put put) {
+static inline void softmax_rows(float* scores, int64_t rows, int64_t tokens, int64_t stride, int64_t groups,
+                                float scaling, bool shifted, const float* bias, const float* mask, float* inverse,
+                                Put put) {
   for (int64_t i = 0; i < rows; i++) {
     float* own = scores + i * stride;
     if (shifted) shift(own, tokens, scaling, bias ? bias + i * tokens : nullptr, mask ? mask + i * tokens : nullptr);
@@ -262,7 +272,8 @@ static inline void softmax_rows(float* scores, int64_t rows, int64_t tokens, int
 
 // Products of `rows` rows and a panel of floats, (count, PANEL): each sum in the order of its terms.
 template <int rows>
-static inline void exact_rows(const float* x, int64_t x_stride, const float* panel, int64_t count, float* out, int64_t stride) {
+static inline void exact_rows(const float* x, int64_t x_stride, const float* panel, int64_t count, float* out,
+                              int64_t stride) {
   for (int64_t column = 0; column < PANEL; column += LANES) {
     Floats total[rows] = {};
     for (int64_t k = 0; k < count; k++) {
@@ -278,7 +289,8 @@ static inline void exact_rows(const float* x, int64_t x_stride, const float* pan
 static void exact_product(const float* x, int64_t x_stride, const float* panel, int64_t rows, int64_t count, float* out,
                           int64_t stride) {
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) exact_rows<4>(x + row * x_stride, x_stride, panel, count, out + row * stride, stride);
+  for (; row + 4 <= rows; row += 4)
+    exact_rows<4>(x + row * x_stride, x_stride, panel, count, out + row * stride, stride);
   for (; row < rows; row++) exact_rows<1>(x + row * x_stride, x_stride, panel, count, out + row * stride, stride);
 }
 
@@ -297,32 +309,35 @@ static void attend(const Block& block, const Call& call, int64_t first_image, co
     for (int64_t panel = 0; panel < heads.key_panels; panel++) {
       float* scores = own.scores + panel * PANEL;
       if (heads.exact)
-        exact_product(heads.exact_query(image, head, first), heads.size, heads.exact_key(image, head) + panel * heads.size * PANEL,
-                      rows, heads.size, scores, stride);
+        exact_product(heads.exact_query(image, head, first), heads.size,
+                      heads.exact_key(image, head) + panel * heads.size * PANEL, rows, heads.size, scores, stride);
       else
-        Isa::half_product(heads.query(image, head, first), heads.key(image, head) + panel * heads.pairs * PANEL * 2, rows,
-                          heads.pairs, scores, stride);
+        Isa::half_product(heads.query(image, head, first), heads.key(image, head) + panel * heads.pairs * PANEL * 2,
+                          rows, heads.pairs, scores, stride);
     }
     const float* bias = call.bias ? call.bias + (head * tokens + first) * tokens : nullptr;
-    const float* mask = call.mask ? call.mask + ((first_image + image) % call.masks * tokens + first) * tokens : nullptr;
+    const float* mask =
+        call.mask ? call.mask + ((first_image + image) % call.masks * tokens + first) * tokens : nullptr;
     const float scaling = block.head_scale ? block.head_scale[head] : block.scaling;
     const bool shifted = bias || mask || block.head_scale;
     float inverse[Isa::ROWS];
     if (heads.exact) {
-      softmax_rows<true>(own.scores, rows, tokens, stride, stride, scaling, shifted, bias, mask, inverse,
-                   [&](int64_t row, int64_t column, Floats w) { store(exact_weights + row * stride + column, w); });
+      softmax_rows<true>(
+          own.scores, rows, tokens, stride, stride, scaling, shifted, bias, mask, inverse,
+          [&](int64_t row, int64_t column, Floats w) { store(exact_weights + row * stride + column, w); });
     } else {
       softmax_rows<false>(own.scores, rows, tokens, stride, groups, scaling, shifted, bias, mask, inverse,
-                   [&](int64_t row, int64_t column, Floats w) {
+                          [&](int64_t row, int64_t column, Floats w) {
         store_groups(bfloat16(w), weights + column / HALVES * HALVES * rows + HALVES * row + column % HALVES, rows);
       });
     }
     for (int64_t panel = 0; panel < heads.panels; panel++) {
       if (heads.exact)
-        exact_product(exact_weights, stride, heads.exact_value(image, head) + panel * tokens * PANEL, rows, tokens, own.values, PANEL);
+        exact_product(exact_weights, stride, heads.exact_value(image, head) + panel * tokens * PANEL, rows, tokens,
+                      own.values, PANEL);
       else
-        Isa::half_product(weights, heads.value(image, head) + panel * heads.token_pairs * PANEL * 2, rows, heads.token_pairs,
-                          own.values, PANEL);
+        Isa::half_product(weights, heads.value(image, head) + panel * heads.token_pairs * PANEL * 2, rows,
+                          heads.token_pairs, own.values, PANEL);
       const int64_t column = panel * PANEL, columns = least(heads.size - column, PANEL);
       for (int64_t i = 0; i < rows; i++) {
         float* to = shared.attended + (image * tokens + first + i) * width + head * heads.size + column;
@@ -338,7 +353,8 @@ static void attention_pack(const float* const* qkv, int64_t row_stride, const Bl
   const Heads heads(block, call, shared);
   const Share rows = rows_of_pairs(shared, crew);
   fill_up(heads, shared, rows);
-  for (int part = QUERY; part <= VALUE; part++) pack_part((Part)part, heads, shared.places, qkv[part], row_stride, rows);
+  for (int part = QUERY; part <= VALUE; part++)
+    pack_part((Part)part, heads, shared.places, qkv[part], row_stride, rows);
 }
 
 }  // namespace

@@ -23,8 +23,8 @@ static inline void quantize_rows(const Linear& linear, const SharedWorkspace& sh
     const Tile& tile = shared.tiles[t];
     for (int64_t i = 0; i < tile.rows; i++) {
       const int64_t row = tile.row + i;
-      quantize(give(row, own.row), linear, own.row, shared.integers + tile.row * stride, i, tile.rows, shared.scales + row,
-               shared.sums + row);
+      quantize(give(row, own.row), linear, own.row, shared.integers + tile.row * stride, i, tile.rows,
+               shared.scales + row, shared.sums + row);
     }
   }
 }
@@ -35,13 +35,14 @@ static inline void run(const Linear& layer, const SharedWorkspace& shared, Threa
                        int64_t from, int64_t to, const Linear* coming, const Epilogue& epilogue) {
   const Share panels(panel_count(layer), crew);
   const int64_t first = coming ? Share(panel_count(*coming), crew).first : 0;
-  multiply(layer, rounded_of(shared, layer), {shared.tiles, from, to, panels.first, panels.last}, coming, first, own, epilogue);
+  multiply(layer, rounded_of(shared, layer), {shared.tiles, from, to, panels.first, panels.last}, coming, first, own,
+           epilogue);
 }
 
-
 // Rounds the member's rows of the tiles [from, to): of the hidden states `x` that stand there, normed; zeros for -1.
-static inline void quantize_normed(const Linear& linear, const Norm& before, const float* x, int64_t width, const int32_t* rows,
-                                   const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t from, int64_t to) {
+static inline void quantize_normed(const Linear& linear, const Norm& before, const float* x, int64_t width,
+                                   const int32_t* rows, const SharedWorkspace& shared, ThreadWorkspace& own,
+                                   const Crew& crew, int64_t from, int64_t to) {
   quantize_rows(linear, shared, own, crew, from, to, [&](int64_t row, float* scratch) -> const float* {
     const int64_t at = rows ? rows[row] : row;
     if (at < 0) {
@@ -57,7 +58,8 @@ static inline void quantize_normed(const Linear& linear, const Norm& before, con
 }
 
 // out = residual + scale * norm(added), of one row.
-static inline void add_normed(const Norm& post, const float* scale, int64_t width, const float* added, float* scratch, const float* residual, float* out) {
+static inline void add_normed(const Norm& post, const float* scale, int64_t width, const float* added, float* scratch,
+                              const float* residual, float* out) {
   norm(post, added, width, scratch);
   each(width, [&](int64_t i, auto left) {
     Floats y = load<Floats>(scratch + i, left);
@@ -67,9 +69,9 @@ static inline void add_normed(const Norm& post, const float* scale, int64_t widt
 }
 
 // A branch's last layer for the tiles [from, to): out = residual + scale * post(layer), `rows` says where.
-static void add_branch(const Linear& layer, const Linear* coming, const Norm& post, const float* scale, const float* residual,
-                       float* out, const int32_t* rows, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew,
-                       int64_t from, int64_t to) {
+static void add_branch(const Linear& layer, const Linear* coming, const Norm& post, const float* scale,
+                       const float* residual, float* out, const int32_t* rows, const SharedWorkspace& shared,
+                       ThreadWorkspace& own, const Crew& crew, int64_t from, int64_t to) {
   const int64_t width = layer.out;
   if (post.kind == NORM_NONE) {
     run(layer, shared, own, crew, from, to, coming, Added{residual, scale, out, width, rows});
@@ -82,7 +84,8 @@ static void add_branch(const Linear& layer, const Linear* coming, const Norm& po
   for (int64_t t = from + share.first; t < from + share.last; t++) {
     for (int64_t row = shared.tiles[t].row; row < shared.tiles[t].row + shared.tiles[t].rows; row++) {
       const int64_t at = rows ? rows[row] : row;
-      if (at >= 0) add_normed(post, scale, width, shared.added + row * width, own.row, residual + at * width, out + at * width);
+      if (at >= 0)
+        add_normed(post, scale, width, shared.added + row * width, own.row, residual + at * width, out + at * width);
     }
   }
   lap(own, STAGE_NORM);
@@ -90,22 +93,24 @@ static void add_branch(const Linear& layer, const Linear* coming, const Norm& po
 }
 
 // Queries, keys and values of the normed rows, to where attention reads them.
-static void project(const Block& block, const Call& call, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew) {
+static void project(const Block& block, const Call& call, const SharedWorkspace& shared, ThreadWorkspace& own,
+                    const Crew& crew) {
   const Heads heads(block, call, shared);
   const Linear* linears[] = {&block.query, &block.key, &block.value};
   const int64_t tiles = shared.tile_count, inner = heads.heads * heads.size;
   const bool turned = block.query_norm.kind != NORM_NONE || block.key_norm.kind != NORM_NONE || call.cosines;
   if (turned && block.projections == 1) {
-    run(block.query, shared, own, crew, 0, tiles, &block.output, ToRows<AsItIs>{shared.projected, 3 * inner, 3 * inner, {}});
+    run(block.query, shared, own, crew, 0, tiles, &block.output,
+        ToRows<AsItIs>{shared.projected, 3 * inner, 3 * inner, {}});
   } else if (block.projections == 1) {
     run(block.query, shared, own, crew, 0, tiles, &block.output, Placed{QUERY, true, heads, shared.places});
   } else {
     for (int part = QUERY; part <= VALUE; part++) {
       const Linear* coming = part < VALUE ? linears[part + 1] : &block.output;
       if (turned && part < VALUE)
-        run(*linears[part], shared, own, crew, 0, tiles, coming, ToRows<AsItIs>{shared.projected + part * inner, 3 * inner, inner, {}});
-      else
-        run(*linears[part], shared, own, crew, 0, tiles, coming, Placed{(Part)part, false, heads, shared.places});
+        run(*linears[part], shared, own, crew, 0, tiles, coming,
+            ToRows<AsItIs>{shared.projected + part * inner, 3 * inner, inner, {}});
+      else run(*linears[part], shared, own, crew, 0, tiles, coming, Placed{(Part)part, false, heads, shared.places});
     }
   }
   wait(crew, own);
@@ -132,12 +137,14 @@ static void feed_forward(const Block& block, const Call& call, int64_t first_row
   float* const hidden = shared.hidden - slice_row * stride;  // so that rows count from the first of the chunk
   if (block.gating == GATING_LAYER) {
     with_activation(block.activation, [&](auto activate) {
-      run(block.gate, shared, own, crew, from, to, &block.fc1, ToRows<decltype(activate)>{hidden, stride, stride, activate});
+      run(block.gate, shared, own, crew, from, to, &block.fc1,
+          ToRows<decltype(activate)>{hidden, stride, stride, activate});
     });
     run(block.fc1, shared, own, crew, from, to, &block.fc2, Multiplied{hidden, stride, stride});
   } else {
     with_activation(block.gating == GATING_NONE ? block.activation : -1, [&](auto activate) {
-      run(block.fc1, shared, own, crew, from, to, &block.fc2, ToRows<decltype(activate)>{hidden, stride, stride, activate});
+      run(block.fc1, shared, own, crew, from, to, &block.fc2,
+          ToRows<decltype(activate)>{hidden, stride, stride, activate});
     });
   }
   wait(crew, own);
@@ -170,7 +177,8 @@ static void block(const Block& block, const Call& call, int64_t first_image, con
   attend(block, call, first_image, shared, own, crew);
   lap(own, STAGE_ATTENTION);
   wait(crew, own);
-  quantize_rows(block.output, shared, own, crew, 0, shared.tile_count, [&](int64_t row, float* scratch) -> const float* {
+  quantize_rows(block.output, shared, own, crew, 0, shared.tile_count,
+                [&](int64_t row, float* scratch) -> const float* {
     const float* attended = shared.attended + row * inner;
     if (block.attended_norm.kind == NORM_NONE) return attended;
     norm(block.attended_norm, attended, inner, scratch);
@@ -178,10 +186,12 @@ static void block(const Block& block, const Call& call, int64_t first_image, con
   });
   lap(own, STAGE_QUANTIZE);
   wait(crew, own);
-  add_branch(block.output, &block.fc1, block.post1, block.scale1, from, to, rows, shared, own, crew, 0, shared.tile_count);
+  add_branch(block.output, &block.fc1, block.post1, block.scale1, from, to, rows, shared, own, crew, 0,
+             shared.tile_count);
   const int64_t slices = divide_up(shared.tile_count, most(1, slice / Isa::ROWS));
   for (int64_t s = 0; s < slices; s++)
-    feed_forward(block, call, first_row, shared.tile_count * s / slices, shared.tile_count * (s + 1) / slices, out, shared, own, crew);
+    feed_forward(block, call, first_row, shared.tile_count * s / slices, shared.tile_count * (s + 1) / slices, out,
+                 shared, own, crew);
 }
 
 }  // namespace

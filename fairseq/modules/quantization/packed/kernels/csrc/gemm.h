@@ -49,8 +49,9 @@ struct InTwos<At, std::void_t<decltype(At::IN_TWOS)>> : std::true_type {};
 // `coming_first` on, or null. What is done with one tile's sums runs in the pauses of the next tile's product, if the
 // instruction set has any: tiles multiply by themselves.
 template <typename Arithmetic, typename Epilogue>
-static inline void multiply_in(const typename Arithmetic::Layer& linear, const Rounded& x, const Region& region, const Linear* coming,
-                               int64_t coming_first, ThreadWorkspace& own, const Epilogue& epilogue) {
+static inline void multiply_in(const typename Arithmetic::Layer& linear, const Rounded& x, const Region& region,
+                               const Linear* coming, int64_t coming_first, ThreadWorkspace& own,
+                               const Epilogue& epilogue) {
   typedef decltype(epilogue.at(0)) At;
   typedef typename Arithmetic::Sum Sum;
   struct Pending {
@@ -99,7 +100,9 @@ static inline void multiply_in(const typename Arithmetic::Layer& linear, const R
     const int now = panel % 2;
     const bool more = panel + 1 < region.last;
     const int64_t following = more ? bytes : coming ? panel_bytes(*coming) : 0;
-    const uint8_t* next = more ? linear.panels + (panel + 1) * bytes : coming ? coming->panels + coming_first * panel_bytes(*coming) : nullptr;
+    const uint8_t* next = more     ? linear.panels + (panel + 1) * bytes
+                          : coming ? coming->panels + coming_first * panel_bytes(*coming)
+                                   : nullptr;
     for (int64_t c = 0; c < chunks; c++) {
       const int64_t start = c * chunk, count = least(chunk, steps - start), pauses = Isa::pauses(count);
       if (piece.left) {
@@ -129,7 +132,8 @@ static inline void multiply_in(const typename Arithmetic::Layer& linear, const R
         const uint8_t *fetch = next + following * turn / turns, *const fetched = next + following * (turn + 1) / turns;
         const int64_t lines = divide_up(fetched - fetch, ALIGNMENT * pauses) * ALIGNMENT;
         const auto pause = [&] {
-          for (const uint8_t* stop = least(fetch + lines, fetched); fetch < stop; fetch += ALIGNMENT) __builtin_prefetch(fetch, 0, 2);
+          for (const uint8_t* stop = least(fetch + lines, fetched); fetch < stop; fetch += ALIGNMENT)
+            __builtin_prefetch(fetch, 0, 2);
           if (done < rows) some(share);
           if (piece.left) panels.unpack_some(least(unpacked, piece.left));
         };

@@ -12,8 +12,8 @@
 namespace {  // each instruction set has its own
 
 template <typename Epilogue>
-static inline void run(const IntegerLinear& layer, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew,
-                       int64_t from, int64_t to, const Linear* coming, const Epilogue& epilogue) {
+static inline void run(const IntegerLinear& layer, const SharedWorkspace& shared, ThreadWorkspace& own,
+                       const Crew& crew, int64_t from, int64_t to, const Linear* coming, const Epilogue& epilogue) {
   const Share panels(panel_count(layer), crew);
   const int64_t first = coming ? Share(panel_count(*coming), crew).first : 0;
   const Rounded rows = {shared.integers, row_bytes(layer, Isa::GROUP), nullptr, shared.sums};
@@ -23,8 +23,9 @@ static inline void run(const IntegerLinear& layer, const SharedWorkspace& shared
 
 // Rounds the member's rows of the tiles [from, to) to bytes: give(row, scratch) says which integers.
 template <typename Give>
-static inline void bytes_of_rows(const Linear& layer, const Rows& how, const SharedWorkspace& shared, ThreadWorkspace& own,
-                                 const Crew& crew, int64_t from, int64_t to, Stage stage, Give give) {
+static inline void bytes_of_rows(const Linear& layer, const Rows& how, const SharedWorkspace& shared,
+                                 ThreadWorkspace& own, const Crew& crew, int64_t from, int64_t to, Stage stage,
+                                 Give give) {
   const Share tiles(to - from, crew);
   const int64_t stride = row_bytes(layer, Isa::GROUP);
   for (int64_t t = from + tiles.first; t < from + tiles.last; t++) {
@@ -38,7 +39,8 @@ static inline void bytes_of_rows(const Linear& layer, const Rows& how, const Sha
 }
 
 static inline void normed_bytes(const Linear& layer, const IntegerNorm& norm, const Rows& how, int64_t width,
-                                const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t from, int64_t to) {
+                                const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t from,
+                                int64_t to) {
   bytes_of_rows(layer, how, shared, own, crew, from, to, STAGE_NORM, [&](int64_t row, int16_t* scratch) {
     integer_norm(norm, shared.stream + row * width, width, scratch);
     return scratch;
@@ -65,7 +67,9 @@ struct ByteHeads {
   uint8_t* value(int64_t image, int64_t head) const {
     return (uint8_t*)shared.values + at(image, head) * value_panels * value_steps * PANEL * 4;
   }
-  int32_t* query_scales(int64_t image, int64_t head) const { return shared.query_scales + at(image, head) * padded_tokens; }
+  int32_t* query_scales(int64_t image, int64_t head) const {
+    return shared.query_scales + at(image, head) * padded_tokens;
+  }
   int32_t* key_scales(int64_t image, int64_t head) const { return shared.key_scales + at(image, head) * padded_tokens; }
   int32_t* key_sums(int64_t image, int64_t head) const { return shared.key_sums + at(image, head) * padded_tokens; }
   int32_t& value_scale(int64_t image, int64_t head) const { return shared.value_scales[at(image, head)]; }
@@ -77,8 +81,8 @@ struct ByteHeads {
 const int32_t STATIC_KEY_SCALE = 1 << 14;  // stands for 1
 
 // Bytes of queries and keys of a head, and their scales.
-static inline void pack_queries_and_keys(const IntegerAttention& attention, const ByteHeads& heads, int64_t image, int64_t head,
-                                         const int16_t* parts, int64_t stride) {
+static inline void pack_queries_and_keys(const IntegerAttention& attention, const ByteHeads& heads, int64_t image,
+                                         int64_t head, const int16_t* parts, int64_t stride) {
   const Rows how = {nullptr, nullptr, nullptr, attention.dynamic ? ROWS_SIGNED : ROWS_BYTES, 0, nullptr};
   const int64_t multiplier = attention.multiplier[head], inner = heads.heads * heads.size;
   for (int64_t token = 0; token < heads.tokens; token++, parts += stride) {
@@ -87,16 +91,20 @@ static inline void pack_queries_and_keys(const IntegerAttention& attention, cons
         __builtin_prefetch(parts + 12 * stride + part * inner + column);
     const int64_t first = token / Isa::ROWS * Isa::ROWS, rows = heads.tile_rows(first);
     const int64_t m = integer_row(how, parts, heads.size, heads.query(image, head, first), token - first, rows);
-    heads.query_scales(image, head)[token] = (int32_t)(attention.dynamic ? (m * multiplier + (1 << 15)) >> 16 : multiplier);
+    heads.query_scales(image, head)[token] =
+        (int32_t)(attention.dynamic ? (m * multiplier + (1 << 15)) >> 16 : multiplier);
     uint32_t* const to = (uint32_t*)heads.key(image, head) + token / PANEL * heads.key_steps * PANEL + token % PANEL;
     Pairs16 sums = {};  // of at most 256 columns
-    const int32_t own = integer_row(how, parts + inner, heads.size, [&](int64_t i, Pairs16 bytes) {  // zeros become zeros
+    const int32_t own =
+        integer_row(how, parts + inner, heads.size, [&](int64_t i, Pairs16 bytes) {  // zeros become zeros
       sums += bytes;
       uint32_t fours[2 * LANES / 4];
       store((uint8_t*)fours, low_bytes(bytes), All());
-      for (int64_t step = 0; step < least(2 * LANES / 4, heads.key_steps - i / 4); step++) to[(i / 4 + step) * PANEL] = fours[step];
+      for (int64_t step = 0; step < least(2 * LANES / 4, heads.key_steps - i / 4); step++)
+        to[(i / 4 + step) * PANEL] = fours[step];
     });
-    for (int64_t step = divide_up(heads.size, 2 * LANES) * 2 * LANES / 4; step < heads.key_steps; step++) to[step * PANEL] = 0;
+    for (int64_t step = divide_up(heads.size, 2 * LANES) * 2 * LANES / 4; step < heads.key_steps; step++)
+      to[step * PANEL] = 0;
     heads.key_scales(image, head)[token] = attention.dynamic ? own : STATIC_KEY_SCALE;
     heads.key_sums(image, head)[token] = Isa::OFFSET * sum(sums);
   }
@@ -158,8 +166,8 @@ static inline Ints integer_exp2(Ints d) {
 }
 
 // The scores of a tile, and the largest of each row.
-static inline void integer_scores(const IntegerAttention& attention, const ByteHeads& heads, int64_t image, int64_t head,
-                                  int64_t first, int64_t rows, ThreadWorkspace& own, Ints* highest) {
+static inline void integer_scores(const IntegerAttention& attention, const ByteHeads& heads, int64_t image,
+                                  int64_t head, int64_t first, int64_t rows, ThreadWorkspace& own, Ints* highest) {
   int32_t* const sums = own.accumulators;
   const int64_t stride = heads.padded_tokens;
   const int32_t shift = attention.shift[head], lift = attention.lift;
@@ -170,13 +178,15 @@ static inline void integer_scores(const IntegerAttention& attention, const ByteH
                  heads.key_steps, sums);
     for (int64_t j = 0; j < PANEL; j += LANES) {
       const int64_t token = panel * PANEL + j;
-      const Ints scales = load<Ints>(heads.key_scales(image, head) + token), corrections = load<Ints>(heads.key_sums(image, head) + token);
+      const Ints scales = load<Ints>(heads.key_scales(image, head) + token),
+                 corrections = load<Ints>(heads.key_sums(image, head) + token);
       for (int64_t i = 0; i < rows; i++) {
         const Ints s = (load<Ints>(sums + PANEL * i + j) - corrections) << lift;
         const Ints both = scales * heads.query_scales(image, head)[first + i];
         Ints u = high_halves(times((Longs)s, (Longs)both) + half, times(odd_lanes(s), odd_lanes(both)) + half) >> shift;
         u = between(u, -SCORE_LIMIT, SCORE_LIMIT);
-        if (token + LANES > heads.tokens) u = lane_numbers() < (int32_t)(heads.tokens - token) ? u : ints(-SCORE_LIMIT - 1);
+        if (token + LANES > heads.tokens)
+          u = lane_numbers() < (int32_t)(heads.tokens - token) ? u : ints(-SCORE_LIMIT - 1);
         highest[i] = larger(highest[i], u);
         store((int32_t*)own.scores + i * stride + token, u);
       }
@@ -211,7 +221,8 @@ static inline Exponentials integer_exponentials(const int32_t* scores, int64_t s
 // mixed (rows, heads * size) of the member's share of heads and tiles.
 static void integer_attend(const IntegerAttention& attention, const ByteHeads& heads, const SharedWorkspace& shared,
                            ThreadWorkspace& own, const Crew& crew) {
-  const int64_t tiles = divide_up(heads.tokens, Isa::ROWS), inner = heads.heads * heads.size, stride = heads.padded_tokens;
+  const int64_t tiles = divide_up(heads.tokens, Isa::ROWS), inner = heads.heads * heads.size,
+                stride = heads.padded_tokens;
   const Share share(heads.images * heads.heads * tiles, crew);
   uint8_t* const weights = (uint8_t*)own.weights;
   const int32_t limit = 127 << 12;
@@ -222,14 +233,16 @@ static void integer_attend(const IntegerAttention& attention, const ByteHeads& h
     integer_scores(attention, heads, image, head, first, rows, own, highest);
     int64_t rest[Isa::ROWS], reciprocal[Isa::ROWS];
     for (int64_t i = 0; i < rows; i++) {
-      const Exponentials sums = integer_exponentials((const int32_t*)own.scores + i * stride, stride,
-                                                     round_up(stride, Isa::GROUP), largest(highest[i]), weights, i, rows);
+      const Exponentials sums =
+          integer_exponentials((const int32_t*)own.scores + i * stride, stride, round_up(stride, Isa::GROUP),
+                               largest(highest[i]), weights, i, rows);
       rest[i] = sums.total - (sums.rounded << 15);
       reciprocal[i] = ((int64_t)1 << 53) / sums.total;
     }
     for (int64_t panel = 0; panel < heads.value_panels; panel++) {
       int32_t* const products = own.accumulators;
-      Isa::product(weights, heads.value(image, head) + panel * heads.value_steps * PANEL * 4, rows, heads.value_steps, products);
+      Isa::product(weights, heads.value(image, head) + panel * heads.value_steps * PANEL * 4, rows, heads.value_steps,
+                   products);
       for (int64_t j = 0; j < PANEL; j += LANES) {
         const int64_t column = panel * PANEL + j, left = heads.size - column;
         if (left <= 0) break;
@@ -242,9 +255,11 @@ static void integer_attend(const IntegerAttention& attention, const ByteHeads& h
           const Longs r = longs(reciprocal[i]), taken = longs(rest[i]), unit = longs(1 << 15);
           const auto divided = [&](Longs sums, Longs mean) {
             const Longs p = times(sums, unit) + shift_right(times(mean, taken) + 128, 8);
-            return times_words(p, r) + (Longs)((LongWords)times((Longs)((LongWords)p >> 32), r) << 32) + ((int64_t)1 << 40);
+            return times_words(p, r) + (Longs)((LongWords)times((Longs)((LongWords)p >> 32), r) << 32) +
+                   ((int64_t)1 << 40);
           };
-          const Ints y = between(high_halves(divided((Longs)e, mean_even), divided(odd_lanes(e), mean_odd)) >> 9, -limit, limit);
+          const Ints y =
+              between(high_halves(divided((Longs)e, mean_even), divided(odd_lanes(e), mean_odd)) >> 9, -limit, limit);
           int16_t* const to = shared.mixed + (image * heads.tokens + first + i) * inner + head * heads.size + column;
           store(to, narrow(output(y, heads.value_scale(image, head))), left);
         }
@@ -261,7 +276,8 @@ static void integer_block(const IntegerModel& model, const IntegerBlock& block, 
   normed_bytes(block.query, block.norm1, block.rows1, width, shared, own, crew, 0, tiles);
   const IntegerLinear* const linears[] = {&block.query, &block.key, &block.value, &block.output};
   for (int part = 0; part < 3; part++)
-    run(*linears[part], shared, own, crew, 0, tiles, linears[part + 1], IntegerRows<int16_t>{shared.parts + part * inner, 3 * inner, inner});
+    run(*linears[part], shared, own, crew, 0, tiles, linears[part + 1],
+        IntegerRows<int16_t>{shared.parts + part * inner, 3 * inner, inner});
   const ByteHeads heads(model, shared);
   const Share mine(heads.images * heads.heads, crew);
   for (int64_t item = mine.first; item < mine.last; item++) {
@@ -279,19 +295,25 @@ static void integer_block(const IntegerModel& model, const IntegerBlock& block, 
   const int64_t slices = divide_up(tiles, most(1, slice / Isa::ROWS));
   for (int64_t s = 0; s < slices; s++) {
     const int64_t from = tiles * s / slices, to = tiles * (s + 1) / slices, mlp = model.mlp;
-    int16_t* const activated = shared.activated - shared.tiles[from].row * mlp;  // so that rows count from the first of the chunk
+    int16_t* const activated =
+        shared.activated - shared.tiles[from].row * mlp;  // so that rows count from the first of the chunk
     normed_bytes(block.fc1, block.norm2, block.rows2, width, shared, own, crew, from, to);
-    run(block.fc1, shared, own, crew, from, to, &block.fc2, IntegerActivated{block.lines, block.activation, block.activation32, activated, mlp, mlp});
+    run(block.fc1, shared, own, crew, from, to, &block.fc2,
+        IntegerActivated{block.lines, block.activation, block.activation32, activated, mlp, mlp});
     bytes_of_rows(block.fc2, block.hidden_rows, shared, own, crew, from, to, STAGE_QUANTIZE,
                   [&](int64_t row, int16_t*) { return activated + row * mlp; });
-    run(block.fc2, shared, own, crew, from, to, s + 1 < slices ? &block.fc1 : following, IntegerAdded{shared.stream, width});
+    run(block.fc2, shared, own, crew, from, to, s + 1 < slices ? &block.fc1 : following,
+        IntegerAdded{shared.stream, width});
   }
 }
 
 // Bytes of the patches of the member's rows; the first tokens, which are none, are rows of zeros.
-static inline void cut_patches(const IntegerModel& model, const uint8_t* pixels, const SharedWorkspace& shared, const Crew& crew) {
-  const int64_t columns = model.picture_width / model.patch_width, count = model.picture_height / model.patch_height * columns;
-  const int64_t picture = model.channels * model.picture_height * model.picture_width, stride = row_bytes(model.patches, Isa::GROUP);
+static inline void cut_patches(const IntegerModel& model, const uint8_t* pixels, const SharedWorkspace& shared,
+                               const Crew& crew) {
+  const int64_t columns = model.picture_width / model.patch_width,
+                count = model.picture_height / model.patch_height * columns;
+  const int64_t picture = model.channels * model.picture_height * model.picture_width,
+                stride = row_bytes(model.patches, Isa::GROUP);
   const Share tiles(shared.tile_count, crew);
   for (int64_t t = tiles.first; t < tiles.last; t++) {
     const Tile& tile = shared.tiles[t];
@@ -305,7 +327,8 @@ static inline void cut_patches(const IntegerModel& model, const uint8_t* pixels,
         k++;
       };
       shared.sums[tile.row + i] = 1;
-      const uint8_t* const corner = pixels + at.image * picture + patch / columns * model.patch_height * model.picture_width +
+      const uint8_t* const corner = pixels + at.image * picture +
+                                    patch / columns * model.patch_height * model.picture_width +
                                     patch % columns * model.patch_width;
       for (int64_t c = 0; c < model.channels; c++)
         for (int64_t y = 0; y < model.patch_height; y++)
@@ -334,7 +357,8 @@ struct Embedded {
   At at(int64_t column) const { return {this, column}; }
 };
 
-// (x - start) / step in double, rounded half to even, 0 to 255: the one step that is not of integers. False of NaN or Inf.
+// (x - start) / step in double, rounded half to even, 0 to 255: the one step that is not of integers. False of NaN or
+// Inf.
 static bool round_pixels(const float* x, int64_t count, double start, double step, uint8_t* pixels) {
   const double rounder = 6755399441055744.0, largest = 3.4028234663852886e38;  // 1.5 * 2^52; of float
   int wrong = 0;
@@ -356,7 +380,8 @@ static void integers(const IntegerModel& model, int64_t first_image, const uint8
   cut_patches(model, pixels + first_image * picture, shared, crew);
   lap(own, STAGE_QUANTIZE);
   wait(crew, own);
-  run(model.patches, shared, own, crew, 0, shared.tile_count, &model.blocks[0]->query, Embedded{model, shared, model.tokens - patches});
+  run(model.patches, shared, own, crew, 0, shared.tile_count, &model.blocks[0]->query,
+      Embedded{model, shared, model.tokens - patches});
   const Share mine(shared.images * model.tokens, crew);
   if (model.before) {
     for (int64_t row = mine.first; row < mine.last; row++) {
@@ -367,7 +392,9 @@ static void integers(const IntegerModel& model, int64_t first_image, const uint8
     wait(crew, own);
   }
   for (int64_t b = 0; b < model.block_count; b++) {
-    const IntegerLinear* following = b + 1 < model.block_count ? &model.blocks[b + 1]->query : classes ? &model.classifier : nullptr;
+    const IntegerLinear* following = b + 1 < model.block_count ? &model.blocks[b + 1]->query
+                                     : classes                 ? &model.classifier
+                                                               : nullptr;
     integer_block(model, *model.blocks[b], following, shared, own, crew, slice);
   }
   if (!classes) {
@@ -382,8 +409,10 @@ static void integers(const IntegerModel& model, int64_t first_image, const uint8
     const int64_t rows = least(TILES_AT_ONCE * Isa::ROWS, shared.images - first);
     head.tile_count = divide_up(rows, Isa::ROWS);
     head.tiles = tiles;
-    for (int64_t t = 0; t < head.tile_count; t++) tiles[t] = {(int32_t)(Isa::ROWS * t), (int32_t)least(Isa::ROWS, rows - Isa::ROWS * t)};
-    bytes_of_rows(model.classifier, model.rows, head, own, crew, 0, head.tile_count, STAGE_NORM, [&](int64_t row, int16_t* scratch) {
+    for (int64_t t = 0; t < head.tile_count; t++)
+      tiles[t] = {(int32_t)(Isa::ROWS * t), (int32_t)least(Isa::ROWS, rows - Isa::ROWS * t)};
+    bytes_of_rows(model.classifier, model.rows, head, own, crew, 0, head.tile_count, STAGE_NORM,
+                  [&](int64_t row, int16_t* scratch) {
       integer_norm(model.norm, shared.stream + (first + row) * model.tokens * model.width, model.width, scratch);
       return scratch;
     });

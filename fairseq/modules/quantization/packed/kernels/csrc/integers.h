@@ -1,5 +1,6 @@
-// Integers of 64 bits in vectors, requantization, and what is done to one row: LayerNorm, rounding to bytes, activations.
-// Nothing here or in integer_block.h is a float; fairseq/modules/quantization/integer is the reference, bit by bit.
+// Integers of 64 bits in vectors, requantization, and what is done to one row: LayerNorm, rounding to bytes,
+// activations. Nothing here or in integer_block.h is a float; fairseq/modules/quantization/integer is the reference,
+// bit by bit.
 #pragma once
 
 #include "api.h"
@@ -169,7 +170,8 @@ static inline Pairs16 high_product(Pairs16 a, Pairs16 b) {
 #elif defined(__AVX2__)
   return (Pairs16)_mm256_mulhi_epi16((__m256i)a, (__m256i)b);
 #else
-  return __builtin_convertvector((__builtin_convertvector(a, WidePairs) * __builtin_convertvector(b, WidePairs)) >> 16, Pairs16);
+  return __builtin_convertvector((__builtin_convertvector(a, WidePairs) * __builtin_convertvector(b, WidePairs)) >> 16,
+                                 Pairs16);
 #endif
 }
 
@@ -203,13 +205,14 @@ static inline PairBytes low_bytes(Pairs16 x) {
 }
 static inline void store_fours(Pairs16 first, Pairs16 second, uint8_t* to) {
 #if LANES == 16
-  const Pairs16 low = __builtin_shufflevector(first, second, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9,
-                                              41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
-  const Pairs16 high = __builtin_shufflevector(first, second, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24,
-                                               56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
+  const Pairs16 low = __builtin_shufflevector(first, second, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8,
+                                              40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
+  const Pairs16 high = __builtin_shufflevector(first, second, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54,
+                                               23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
 #elif LANES == 8
   const Pairs16 low = __builtin_shufflevector(first, second, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const Pairs16 high = __builtin_shufflevector(first, second, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const Pairs16 high =
+      __builtin_shufflevector(first, second, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 #else
   const Pairs16 low = __builtin_shufflevector(first, second, 0, 8, 1, 9, 2, 10, 3, 11);
   const Pairs16 high = __builtin_shufflevector(first, second, 4, 12, 5, 13, 6, 14, 7, 15);
@@ -264,7 +267,8 @@ struct Extent {
   }
 };
 
-// The lowest byte of each, plus what makes bytes of them, to a row of a tile, from `to` on; the last group is written whole.
+// The lowest byte of each, plus what makes bytes of them, to a row of a tile, from `to` on; the last group is written
+// whole.
 static inline void put(Pairs16 integers, uint8_t* to, int64_t rows, int64_t column, int64_t count) {
   static_assert(2 * LANES <= Isa::GROUP || Isa::GROUP == 16, "they are whole groups, or within one");
   const PairBytes low = low_bytes(integers + (int16_t)Isa::OFFSET);
@@ -366,8 +370,8 @@ struct InBytes {
   }
 
   template <typename Pause>
-  static inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps,
-                                                            int32_t* sums, bool go_on, Pause pause) {
+  static inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows,
+                                                            int64_t steps, int32_t* sums, bool go_on, Pause pause) {
     Isa::product(tile, panel, rows, steps, sums, go_on, pause);
   }
 };
@@ -413,19 +417,24 @@ const int32_t TABLE_LIMIT = 1 << 15;  // of the input of an activation, within i
 static inline Pairs16 on_lines(const Lines& lines, Pairs16 t) {
   Pairs16 value, gain;
 #if defined(__AVX512F__)
-  const __m512i from_0 = _mm512_xor_si512((__m512i)t, _mm512_set1_epi16((short)0x8000)), which = _mm512_srli_epi16(from_0, 8);
-  const __mmask32 last = _mm512_movepi16_mask(from_0), odd = _mm512_movepi16_mask(_mm512_slli_epi16(from_0, 1));  // of 64
+  const __m512i from_0 = _mm512_xor_si512((__m512i)t, _mm512_set1_epi16((short)0x8000)),
+                which = _mm512_srli_epi16(from_0, 8);
+  const __mmask32 last = _mm512_movepi16_mask(from_0),
+                  odd = _mm512_movepi16_mask(_mm512_slli_epi16(from_0, 1));  // of 64
   const auto taken = [&](const int16_t* table) {
     const auto among = [&](int64_t first) {
-      return _mm512_permutex2var_epi16(_mm512_loadu_si512(table + first), which, _mm512_loadu_si512(table + first + 32));
+      return _mm512_permutex2var_epi16(_mm512_loadu_si512(table + first), which,
+                                       _mm512_loadu_si512(table + first + 32));
     };
-    const __m512i low = _mm512_mask_mov_epi16(among(0), odd, among(64)), high = _mm512_mask_mov_epi16(among(128), odd, among(192));
+    const __m512i low = _mm512_mask_mov_epi16(among(0), odd, among(64)),
+                  high = _mm512_mask_mov_epi16(among(128), odd, among(192));
     return (Pairs16)_mm512_mask_mov_epi16(low, last, high);
   };
   value = taken(lines.values);
   gain = taken(lines.gains);
 #else
-  const Ints even = entries(lines.both, (even_pairs(t) >> 8) + 128), odd = entries(lines.both, (odd_pairs(t) >> 8) + 128);
+  const Ints even = entries(lines.both, (even_pairs(t) >> 8) + 128),
+             odd = entries(lines.both, (odd_pairs(t) >> 8) + 128);
   value = woven(even, odd);
   gain = woven(even >> 16, odd >> 16);
 #endif
@@ -442,8 +451,8 @@ struct Requantized32 {
   Ints operator()(Ints x) const { return smaller(larger((x * multiplier + offset) >> shift, low), high); }
 };
 
-// An activation, piece by piece, and its result at another scale. Where no input is beyond the table, and all of it fits,
-// two vectors are one of 16 bits.
+// An activation, piece by piece, and its result at another scale. Where no input is beyond the table, and all of it
+// fits, two vectors are one of 16 bits.
 struct IntegerActivated {
   const Lines& lines;
   const Requantize& output;
@@ -480,7 +489,8 @@ struct IntegerActivated {
     }
   };
   At at(int64_t column) const {
-    At result = {&lines, &output, output32.multiplier != nullptr, {}, {}, column, out + column, stride, columns - column};
+    At result = {&lines, &output,         output32.multiplier != nullptr, {}, {}, column, out + column,
+                 stride, columns - column};
     if (result.fits) {
       result.even = Requantized32(output32, column);
       result.odd = Requantized32(output32, column + LANES);
@@ -526,9 +536,13 @@ static inline int64_t total_of(Ints x) {
 }
 
 template <typename Left>
-static inline void store_integers(int16_t* to, Ints x, Left left) { store(to, narrow(x), left); }
+static inline void store_integers(int16_t* to, Ints x, Left left) {
+  store(to, narrow(x), left);
+}
 template <typename Left>
-static inline void store_integers(int32_t* to, Ints x, Left left) { store(to, x, left); }
+static inline void store_integers(int32_t* to, Ints x, Left left) {
+  store(to, x, left);
+}
 
 // LayerNorm of a row of the residual stream: integers of 16 bits; or of up to 24 bits, which may lie where it lay.
 template <typename To>
@@ -553,14 +567,15 @@ static void integer_norm(const IntegerNorm& norm, const int32_t* h, int64_t widt
   const Longs r = longs((((int64_t)1 << 61) - 1) / root), half = longs((int64_t)1 << (count - 1));
   each(width, [&](int64_t i, auto left) {
     const Ints d = load<Ints>(h + i, left) - mean;
-    const Longs even = shift_right(times((Longs)d, r) + half, count), odd = shift_right(times(odd_lanes(d), r) + half, count);
+    const Longs even = shift_right(times((Longs)d, r) + half, count),
+                odd = shift_right(times(odd_lanes(d), r) + half, count);
     store_integers(to + i, Requantized(norm.output, i).of(even, odd), left);
   });
 }
 
-// Integers z of 16 bits, of a row whose largest magnitude or number is m, times 127 or 255 by m: bytes, less 128 if they
-// have no sign. With r = (127 << 23) / m, or (255 << 22) / m, and r = 2^16 high + low, low from -2^15 on,
-// (z * r + half) >> bits = (z * high + (z * low >> 16) + (half >> 16)) >> (bits - 16), which fits 16 bits.
+// Integers z of 16 bits, of a row whose largest magnitude or number is m, times 127 or 255 by m: bytes, less 128 if
+// they have no sign. With r = (127 << 23) / m, or (255 << 22) / m, and r = 2^16 high + low, low from -2^15 on, (z * r +
+// half) >> bits = (z * high + (z * low >> 16) + (half >> 16)) >> (bits - 16), which fits 16 bits.
 struct ToBytes {
   Pairs16 high, low, half;
   int shift;
@@ -613,7 +628,8 @@ static inline int32_t integer_row(const Rows& how, const int16_t* z, int64_t cou
 }
 
 // The same to row `row` of a tile of `rows`.
-static inline int32_t integer_row(const Rows& how, const int16_t* z, int64_t count, uint8_t* tile, int64_t row, int64_t rows) {
+static inline int32_t integer_row(const Rows& how, const int16_t* z, int64_t count, uint8_t* tile, int64_t row,
+                                  int64_t rows) {
   uint8_t* const to = tile + Isa::GROUP * row;
   return integer_row(how, z, count, [&](int64_t i, Pairs16 bytes) { put(bytes, to, rows, i, count); });
 }

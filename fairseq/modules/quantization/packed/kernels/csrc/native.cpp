@@ -102,7 +102,8 @@ class Arena {
 };
 static thread_local Arena arena;
 
-// Lays out arrays one after the other, with a gap that belongs to none: in a first pass without memory, to add up sizes.
+// Lays out arrays one after the other, with a gap that belongs to none: in a first pass without memory, to add up
+// sizes.
 struct Layout {
   uint8_t* memory;
   size_t used;
@@ -121,13 +122,13 @@ struct Layout {
 };
 
 struct Sizes {
-  int64_t images, tokens;              // of a chunk
-  int64_t longest;                     // row or reduction of any layer, in numbers or in bytes of what it is rounded to
-  int64_t heads, head_size;            // 0 without attention
-  int64_t projected, added;            // floats of a row, 0 where they are not kept
-  int64_t slice, hidden;               // rows and floats of a row, 0 without an MLP
-  bool exact;                          // whether attention is of floats
-  int64_t stream, mlp;                 // integers of a row, 0 for models of floats
+  int64_t images, tokens;    // of a chunk
+  int64_t longest;           // row or reduction of any layer, in numbers or in bytes of what it is rounded to
+  int64_t heads, head_size;  // 0 without attention
+  int64_t projected, added;  // floats of a row, 0 where they are not kept
+  int64_t slice, hidden;     // rows and floats of a row, 0 without an MLP
+  bool exact;                // whether attention is of floats
+  int64_t stream, mlp;       // integers of a row, 0 for models of floats
   int crews, threads;
 };
 
@@ -167,7 +168,8 @@ static void lay_out(Layout& layout, const Kernels& kernels, const Sizes& sizes, 
 }
 
 static void lay_out(Layout& layout, const Kernels& kernels, const Sizes& sizes, ThreadWorkspace& own) {
-  const int64_t tile = kernels.tile_rows, tokens = sizes.heads ? round_up(round_up(sizes.tokens, PANEL), kernels.group / 2) : 0;
+  const int64_t tile = kernels.tile_rows,
+                tokens = sizes.heads ? round_up(round_up(sizes.tokens, PANEL), kernels.group / 2) : 0;
   layout.take(own.row, sizes.longest + ALIGNMENT);
   layout.take(own.values, tile * PANEL);
   layout.take(own.accumulators, TILES_AT_ONCE * tile * PANEL);
@@ -202,7 +204,8 @@ class Workspaces {
     SharedWorkspace a;
     ThreadWorkspace b;
     for (int crew = 0; crew < sizes.crews; crew++) lay_out(layout, kernels, sizes, layout.memory ? shared[crew] : a);
-    for (int thread = 0; thread < sizes.threads; thread++) lay_out(layout, kernels, sizes, layout.memory ? own[thread] : b);
+    for (int thread = 0; thread < sizes.threads; thread++)
+      lay_out(layout, kernels, sizes, layout.memory ? own[thread] : b);
     if (layout.memory)
       for (int crew = 0; crew < sizes.crews; crew++) new (&barriers[crew]) Barrier;
   }
@@ -241,7 +244,8 @@ static void add_stages(double* stages, const ThreadWorkspace* own, int threads) 
 // chunk; what is left over is shared by crews, an image for each. visit(first image, workspace, thread's, crew) runs on
 // all members of a crew. Whoever computes an image, and with whom, does not change its bits. 0, or 1 without memory.
 template <typename Visit>
-static int for_images(const Kernels& kernels, Sizes sizes, int64_t images, int64_t at_once, int wanted, double* stages, Visit visit) {
+static int for_images(const Kernels& kernels, Sizes sizes, int64_t images, int64_t at_once, int wanted, double* stages,
+                      Visit visit) {
   const int threads = threads_for(wanted);
   sizes.images = most(1, least(at_once, images / threads));
   sizes.threads = sizes.crews = threads;
@@ -289,9 +293,11 @@ EXPORT int fairseq_supports(int level) { return levels[level].supported(); }
 // Whether products of bfloat16 are many times as fast as those of floats.
 EXPORT int fairseq_fast_halves(int level) { return kernels_of(level).fast_halves; }
 
-// The size of struct Linear (0), Block (1), Call (2), Patches (3), IntegerBlock (4) or IntegerModel (5), for a check of their description elsewhere.
+// The size of struct Linear (0), Block (1), Call (2), Patches (3), IntegerBlock (4) or IntegerModel (5), for a check of
+// their description elsewhere.
 EXPORT int fairseq_size(int which) {
-  const size_t sizes[] = {sizeof(Linear), sizeof(Block), sizeof(Call), sizeof(Patches), sizeof(IntegerBlock), sizeof(IntegerModel)};
+  const size_t sizes[] = {sizeof(Linear),  sizeof(Block),        sizeof(Call),
+                          sizeof(Patches), sizeof(IntegerBlock), sizeof(IntegerModel)};
   return (int)sizes[which];
 }
 
@@ -416,8 +422,8 @@ EXPORT int fairseq_linear(int level, const Linear* linear, const float* x, int64
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tile_groups * panel_groups; task++) {
       const int64_t tile = task / panel_groups * tile_group, panel = task % panel_groups * panel_group;
-      kernels.linear(*linear, shared, own, tile, least(tile + tile_group, tiles), panel, least(panel + panel_group, panels),
-                     activation, residual, out);
+      kernels.linear(*linear, shared, own, tile, least(tile + tile_group, tiles), panel,
+                     least(panel + panel_group, panels), activation, residual, out);
     }
     lap(STAGE_WAIT);
     kernels.leave();
@@ -450,11 +456,11 @@ EXPORT int fairseq_attention(int level, const Block* block, const Call* call, co
   });
 }
 
-// The logits' integers of a model of integers alone: uint8 (images, channels, height, width) -> int32 (images, classes),
-// or the residual stream, (images, tokens, width), if it has no classifier;
-// at_once rows in a chunk, `slice` of them at a time in an MLP. 0, or 1 if there is no memory.
-EXPORT int fairseq_integers(int level, const IntegerModel* model, const uint8_t* pixels, int64_t images, int32_t* logits,
-                            int threads, int64_t at_once, int64_t slice, double* stages) {
+// The logits' integers of a model of integers alone: uint8 (images, channels, height, width) -> int32 (images,
+// classes), or the residual stream, (images, tokens, width), if it has no classifier; at_once rows in a chunk, `slice`
+// of them at a time in an MLP. 0, or 1 if there is no memory.
+EXPORT int fairseq_integers(int level, const IntegerModel* model, const uint8_t* pixels, int64_t images,
+                            int32_t* logits, int threads, int64_t at_once, int64_t slice, double* stages) {
   const Kernels& kernels = kernels_of(level);
   Sizes sizes = {};
   sizes.tokens = model->tokens;
@@ -477,17 +483,17 @@ EXPORT int fairseq_integers(int level, const IntegerModel* model, const uint8_t*
 }
 
 // LayerNorm of rows of integers of 22 bits: int32 (rows, width) -> the same, of up to 24 bits.
-EXPORT void fairseq_integer_norm(int level, const IntegerNorm* norm, const int32_t* h, int64_t rows, int64_t width, int32_t* to,
-                                 int threads) {
+EXPORT void fairseq_integer_norm(int level, const IntegerNorm* norm, const int32_t* h, int64_t rows, int64_t width,
+                                 int32_t* to, int threads) {
   const Kernels& kernels = kernels_of(level);
 #pragma omp parallel for num_threads(threads_for(threads))
   for (int64_t row = 0; row < rows; row++) kernels.integer_norm(*norm, h + row * width, width, to + row * width);
 }
 
-// (x - start) / step of each channel as bytes, rounded half to even: float (images, channels, count) -> uint8, the same. 0,
-// or 2 where a number is NaN or Inf.
-EXPORT int fairseq_round_pixels(int level, const float* x, int64_t images, int64_t channels, int64_t count, const double* start,
-                                const double* step, uint8_t* pixels, int threads) {
+// (x - start) / step of each channel as bytes, rounded half to even: float (images, channels, count) -> uint8, the
+// same. 0, or 2 where a number is NaN or Inf.
+EXPORT int fairseq_round_pixels(int level, const float* x, int64_t images, int64_t channels, int64_t count,
+                                const double* start, const double* step, uint8_t* pixels, int threads) {
   const Kernels& kernels = kernels_of(level);
   int wrong = 0;
 #pragma omp parallel for num_threads(threads_for(threads)) reduction(| : wrong)
@@ -499,7 +505,8 @@ EXPORT int fairseq_round_pixels(int level, const float* x, int64_t images, int64
 }
 
 // A convolution over patches that do not overlap, see Patches. 0, or 1 if there is no memory.
-EXPORT int fairseq_patches(int level, const Patches* patches, const float* pixels, int64_t images, float* out, int threads) {
+EXPORT int fairseq_patches(int level, const Patches* patches, const float* pixels, int64_t images, float* out,
+                           int threads) {
   const Kernels& kernels = kernels_of(level);
   const int64_t inputs = patches->channels * patches->patch_height * patches->patch_width;
   Sizes sizes = {};
@@ -512,11 +519,12 @@ EXPORT int fairseq_patches(int level, const Patches* patches, const float* pixel
   });
 }
 
-// Encoder blocks one after the other, for the same images: float (row_count, width) -> the same, the output of each to a
-// place of its own; at_once rows in a chunk, `slice` of them at a time in an MLP. Each block has its call; more than one
-// have no rows of their own. 0, or 1 if there is no memory.
-EXPORT int fairseq_blocks(int level, const Block* const* blocks, const Call* const* calls, int64_t count, const float* x,
-                          float* const* outs, int threads, int64_t at_once, int64_t slice, double* stages) {
+// Encoder blocks one after the other, for the same images: float (row_count, width) -> the same, the output of each to
+// a place of its own; at_once rows in a chunk, `slice` of them at a time in an MLP. Each block has its call; more than
+// one have no rows of their own. 0, or 1 if there is no memory.
+EXPORT int fairseq_blocks(int level, const Block* const* blocks, const Call* const* calls, int64_t count,
+                          const float* x, float* const* outs, int threads, int64_t at_once, int64_t slice,
+                          double* stages) {
   const Kernels& kernels = kernels_of(level);
   const Call& first = *calls[0];
   Sizes sizes = {};
@@ -531,9 +539,9 @@ EXPORT int fairseq_blocks(int level, const Block* const* blocks, const Call* con
     sizes.heads = most(sizes.heads, block.heads);
     sizes.head_size = most(sizes.head_size, block.head_size);
     sizes.longest = most(sizes.longest, most(most(block.width, inner), most(block.mlp, block.head_size)));
-    const Linear* const linears[] = {&block.query, &block.key, &block.value, &block.output, &block.fc1, &block.gate, &block.fc2};
-    for (const Linear* linear : linears)
-      sizes.longest = most(sizes.longest, row_bytes(*linear, kernels.group));
+    const Linear* const linears[] = {&block.query, &block.key,  &block.value, &block.output,
+                                     &block.fc1,   &block.gate, &block.fc2};
+    for (const Linear* linear : linears) sizes.longest = most(sizes.longest, row_bytes(*linear, kernels.group));
     sizes.hidden = most(sizes.hidden, block.fc1.out);
     if (turned) sizes.projected = most(sizes.projected, 3 * inner);
     if (block.post1.kind != NORM_NONE || block.post2.kind != NORM_NONE) sizes.added = most(sizes.added, block.width);

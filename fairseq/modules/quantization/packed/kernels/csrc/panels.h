@@ -56,7 +56,8 @@ const float FROM_BIT_0 = 8388608.0f, FROM_BIT_8 = 32768.0f;  // 2^23, 2^15
 
 // Four codes of each lane, a byte each, less a zero that FROM_BIT_0 and FROM_BIT_8 are added to: exactly, as pairs of
 // bfloat16. `used` are the bits of a byte that are a code, `flipped` those to be flipped before.
-static inline void widen(Words codes, uint32_t used, uint32_t flipped, Floats zero, Floats zero_from_8, Words (&pairs)[2]) {
+static inline void widen(Words codes, uint32_t used, uint32_t flipped, Floats zero, Floats zero_from_8,
+                         Words (&pairs)[2]) {
   const uint32_t low = bits_of(floats(FROM_BIT_0))[0] | flipped, high = bits_of(floats(FROM_BIT_8))[0] | flipped << 8;
 #pragma GCC unroll 2
   for (int two = 0; two < 2; two++, codes >>= 16) {
@@ -71,8 +72,8 @@ struct Zeros {
 };
 
 // Steps of 4 inputs of a panel to bfloat16: [pair of inputs][32][2].
-static __attribute__((noinline)) void unpack_halves(const Linear& linear, const uint8_t* codes, int64_t steps, const Zeros& zeros,
-                                                    uint16_t* panel) {
+static __attribute__((noinline)) void unpack_halves(const Linear& linear, const uint8_t* codes, int64_t steps,
+                                                    const Zeros& zeros, uint16_t* panel) {
   const bool narrow = linear.narrow;
   const uint32_t used = narrow ? 15 : 255, flipped = linear.zero_offset;
   for (const int64_t bytes = step_bytes(linear); steps > 0; steps--, codes += bytes, panel += 4 * PANEL) {
@@ -116,8 +117,8 @@ struct Piece {
   const uint8_t* panel;  // what the product reads
   const uint8_t* codes;  // what is to be unpacked yet
   uint8_t* to;
-  int64_t left;          // steps of 4 inputs
-  int turn;              // which of two buffers it is in
+  int64_t left;  // steps of 4 inputs
+  int turn;      // which of two buffers it is in
 };
 
 // Integers: y = ((sum - zero point's share) * scale) * scale of the row + bias, each operation rounded once. It is the
@@ -175,8 +176,8 @@ struct InIntegers {
   }
 
   template <typename Pause>
-  static inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps,
-                                                            int32_t* sums, bool go_on, Pause pause) {
+  static inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows,
+                                                            int64_t steps, int32_t* sums, bool go_on, Pause pause) {
     Isa::product(tile, panel, rows, steps, sums, go_on, pause);
   }
 };
@@ -203,7 +204,8 @@ struct InHalves {
     piece.turn = 1 - piece.turn;
     piece.panel = piece.to = own.panel[piece.turn];
     piece.left = most(0, least(count / 2, steps_of(linear.in) - start / 2));
-    memset(piece.to + piece.left * 8 * PANEL, 0, (count - 2 * piece.left) * 4 * PANEL);  // there may be less than a group
+    memset(piece.to + piece.left * 8 * PANEL, 0,
+           (count - 2 * piece.left) * 4 * PANEL);  // there may be less than a group
   }
   void unpack_some(int64_t steps) {
     unpack_halves(linear, piece.codes, steps, zeros, (uint16_t*)piece.to);
@@ -224,8 +226,8 @@ struct InHalves {
   }
 
   template <typename Pause>
-  static inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps,
-                                                            float* sums, bool go_on, Pause pause) {
+  static inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows,
+                                                            int64_t steps, float* sums, bool go_on, Pause pause) {
     Isa::half_product((const uint16_t*)tile, (const uint16_t*)panel, rows, steps, sums, go_on, pause);
   }
 };

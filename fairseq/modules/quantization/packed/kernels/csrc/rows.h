@@ -6,9 +6,9 @@
 
 namespace {  // each instruction set has its own
 
-// x * (1 + erf(x / sqrt(2))) / 2 = max(x, 0) - g(|x|), g(u) = u * (1 - Phi(u)). Around each of the integers from 0 to 15,
-// g(t / SCALE) is a polynomial of degree 3, its interpolation at Chebyshev's nodes. Beyond 4.8 it is g(4.8), 3.8e-6. Off
-// by 4e-6 at most, and 0 at 0.
+// x * (1 + erf(x / sqrt(2))) / 2 = max(x, 0) - g(|x|), g(u) = u * (1 - Phi(u)). Around each of the integers from 0 to
+// 15, g(t / SCALE) is a polynomial of degree 3, its interpolation at Chebyshev's nodes. Beyond 4.8 it is
+// g(4.8), 3.8e-6. Off by 4e-6 at most, and 0 at 0.
 static inline Floats gelu_of(Floats x) {
   const float SCALE = 3.2270834f, LARGEST = 4.8f, FIRST = 8388608.0f;  // 15.49 / 4.8; 2^23
   // clang-format off
@@ -37,7 +37,8 @@ static inline Floats gelu_of(Floats x) {
   const Floats shifted = fma(size, SCALE, FIRST);  // t, rounded, in its lowest bits
   const Floats f = fma(size, floats(SCALE), FIRST - shifted);
   const Ints which = bits_of(shifted);
-  const Floats g = fma(fma(fma(entries(g3, which), f, entries(g2, which)), f, entries(g1, which)), f, entries(g0, which));
+  const Floats g =
+      fma(fma(fma(entries(g3, which), f, entries(g2, which)), f, entries(g1, which)), f, entries(g0, which));
   return larger(floats(0.0f), x) - g;
 }
 
@@ -60,7 +61,8 @@ static inline Floats activated(Floats x, Activation activation) {
 }
 
 static void activate(int32_t activation, const float* x, int64_t count, float* y) {
-  each(count, [&](int64_t i, auto left) { store(y + i, activated(load<Floats>(x + i, left), (Activation)activation), left); });
+  each(count,
+       [&](int64_t i, auto left) { store(y + i, activated(load<Floats>(x + i, left), (Activation)activation), left); });
 }
 
 // Zeros in the lanes from `count` on.
@@ -91,7 +93,8 @@ static void norm(const Norm& norm, const float* x, int64_t width, float* y) {
   }
   each(width, [&](int64_t i, auto left) {
     Floats normal = (load<Floats>(x + i, left) - mean) * factor;
-    if (norm.weight && norm.bias) normal = fma(normal, load<Floats>(norm.weight + i, left), load<Floats>(norm.bias + i, left));
+    if (norm.weight && norm.bias)
+      normal = fma(normal, load<Floats>(norm.weight + i, left), load<Floats>(norm.bias + i, left));
     else if (norm.weight) normal = normal * load<Floats>(norm.weight + i, left);
     else if (norm.bias) normal = normal + load<Floats>(norm.bias + i, left);
     store(y + i, normal, left);
@@ -107,12 +110,13 @@ static inline Ints rounded(Floats x, float scale, float inverse) {
   return bits_of(shifted) - bits_of(floats(ROUNDER));
 }
 
-// Rounds `vectors` vectors of a row, from column `i` on, as `rounded` does, and writes them; `bits` are the integers plus
-// those of BYTES_FROM, which has as its lowest byte what integers are written with.
+// Rounds `vectors` vectors of a row, from column `i` on, as `rounded` does, and writes them; `bits` are the integers
+// plus those of BYTES_FROM, which has as its lowest byte what integers are written with.
 const float BYTES_FROM = ROUNDER + Isa::OFFSET;
 
 template <int vectors, typename Left>
-static inline void round_some(const float* x, int64_t i, Left left, float scale, float inverse, uint8_t* to, int64_t rows, Words& bits) {
+static inline void round_some(const float* x, int64_t i, Left left, float scale, float inverse, uint8_t* to,
+                              int64_t rows, Words& bits) {
   Floats shifted[vectors], farthest = {};
 #pragma GCC unroll 8
   for (int v = 0; v < vectors; v++) {
@@ -135,7 +139,8 @@ static inline void round_some(const float* x, int64_t i, Left left, float scale,
 // Writes integers + OFFSET as columns from `column` on of a row that begins at `to`.
 template <typename Left>
 static inline void put(Ints integers, uint8_t* to, int64_t rows, int64_t column, Left left) {
-  store(to + column / Isa::GROUP * Isa::GROUP * rows + column % Isa::GROUP, low_bytes((Words)(integers + Isa::OFFSET)), left);
+  store(to + column / Isa::GROUP * Isa::GROUP * rows + column % Isa::GROUP, low_bytes((Words)(integers + Isa::OFFSET)),
+        left);
 }
 
 static inline Ints keep(Ints vector, All) { return vector; }
@@ -161,7 +166,8 @@ static inline void store_groups(Halves halves, uint16_t* to, int64_t rows) {
   store(to, halves);
 }
 
-// One row, times the factor of a Linear, as bfloat16 to row `row` of a tile of `rows` rows; zeros fill its last group up.
+// One row, times the factor of a Linear, as bfloat16 to row `row` of a tile of `rows` rows; zeros fill its last group
+// up.
 static void quantize_halves(const float* x, const Linear& grid, uint16_t* tile, int64_t row, int64_t rows) {
   uint16_t* const to = tile + HALVES * row;
   for (int64_t i = 0; i < round_up(grid.in, HALVES); i += LANES) {
@@ -174,8 +180,8 @@ static void quantize_halves(const float* x, const Linear& grid, uint16_t* tile, 
   }
 }
 
-// One row onto the grid of a Linear: its own scale, the largest magnitude / 127, or a static one. The integers + OFFSET go
-// to row `row` of a tile of `rows` rows; a NaN makes the scale NaN. `scratch` holds a row, and may be x.
+// One row onto the grid of a Linear: its own scale, the largest magnitude / 127, or a static one. The integers + OFFSET
+// go to row `row` of a tile of `rows` rows; a NaN makes the scale NaN. `scratch` holds a row, and may be x.
 static void quantize(const float* x, const Linear& grid, float* scratch, uint8_t* tile, int64_t row, int64_t rows,
                      float* scale, int32_t* sum_of_row) {
   const int64_t width = grid.in;
@@ -214,7 +220,8 @@ static void quantize(const float* x, const Linear& grid, float* scratch, uint8_t
     const float share = magnitude * (1 / 127.0f), own = share < tiny ? tiny : share, inverse = 1.0f / own;
     const int at_once = 4;
     int64_t i = 0;
-    for (; i + at_once * LANES <= width; i += at_once * LANES) round_some<at_once>(x, i, All(), own, inverse, to, rows, total);
+    for (; i + at_once * LANES <= width; i += at_once * LANES)
+      round_some<at_once>(x, i, All(), own, inverse, to, rows, total);
     for (; i < width; i += LANES) round_some<1>(x, i, width - i, own, inverse, to, rows, total);
     total -= (Words)floats(BYTES_FROM) * (uint32_t)(i / LANES);
     *scale = own;

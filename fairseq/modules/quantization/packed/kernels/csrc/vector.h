@@ -134,7 +134,8 @@ static inline auto reduce(Vector vector, Combine combine) {
   const auto half = vector;
 #endif
 #if LANES >= 8
-  const Four quarter = combine(__builtin_shufflevector(half, half, 0, 1, 2, 3), __builtin_shufflevector(half, half, 4, 5, 6, 7));
+  const Four quarter =
+      combine(__builtin_shufflevector(half, half, 0, 1, 2, 3), __builtin_shufflevector(half, half, 4, 5, 6, 7));
 #else
   const Four quarter = half;
 #endif
@@ -181,7 +182,7 @@ static inline Floats fma(Floats a, Floats b, Floats c) {
   const Doubles error = (product - from_product) + (addend - from_addend);
   const Longs bits = (Longs)sum;
   const Longs between = (error != 0.0) & (error == error) & ((bits & 1) == 0);  // not for Inf and NaN
-  const Longs nearer = ((Longs)error ^ bits) < 0;                                // zero lies on that side
+  const Longs nearer = ((Longs)error ^ bits) < 0;                               // zero lies on that side
   return __builtin_convertvector((Doubles)(bits + (between & (nearer | 1))), Floats);
 #endif
 }
@@ -281,8 +282,8 @@ static inline Floats power_of_two(Floats x) {
   return scaled(fma(fma(high, square, middle), square, low), whole, shifted);
 }
 
-// The same to 7.5e-5 of the value, a fiftieth of what rounding it to bfloat16 costs. 2**f, f in [0, 1], is the polynomial
-// of degree 3 with the smallest relative error.
+// The same to 7.5e-5 of the value, a fiftieth of what rounding it to bfloat16 costs. 2**f, f in [0, 1], is the
+// polynomial of degree 3 with the smallest relative error.
 static inline Floats power_of_two_to_bfloat16(Floats x) {
   const Floats from = larger(floats(-125.0f), x);
 #if defined(__AVX512F__)
@@ -291,7 +292,8 @@ static inline Floats power_of_two_to_bfloat16(Floats x) {
   const Floats nearest = (from + ROUNDER) - ROUNDER, whole = nearest > from ? nearest - 1.0f : nearest;
 #endif
   const Floats f = from - whole;
-  return scaled(fma(fma(fma(f, 7.802452147e-02f, 2.260671556e-01f), f, 6.958335638e-01f), f, 9.999251962e-01f), whole, whole + ROUNDER);
+  return scaled(fma(fma(fma(f, 7.802452147e-02f, 2.260671556e-01f), f, 6.958335638e-01f), f, 9.999251962e-01f), whole,
+                whole + ROUNDER);
 }
 
 const float LOG2_E = 1.44269504f;

@@ -71,19 +71,26 @@ struct Isa {
 
   // The same for sums that may go on, with pauses, as those of integers.
   template <typename Pause>
-  static inline __attribute__((always_inline)) void half_product(const uint16_t* tile, const uint16_t* panel, int64_t rows,
-                                                                 int64_t steps, float* out, bool go_on, Pause pause) {
+  static inline __attribute__((always_inline)) void half_product(const uint16_t* tile, const uint16_t* panel,
+                                                                 int64_t rows, int64_t steps, float* out, bool go_on,
+                                                                 Pause pause) {
     multiply<true, true>((const uint8_t*)tile, (const uint8_t*)panel, rows, steps, out, PANEL, go_on, pause);
   }
 
  private:
-  // A step is 4 bytes of a row: of bytes, or of `halves`. `once`: no other product is to find the rows in the first cache.
+  // A step is 4 bytes of a row: of bytes, or of `halves`. `once`: no other product is to find the rows in the first
+  // cache.
   template <bool halves, bool once, typename Sum, typename Pause>
   static inline __attribute__((always_inline)) void multiply(const uint8_t* tile, const uint8_t* panel, int64_t rows,
-                                                             int64_t steps, Sum* sums, int64_t stride, bool go_on, Pause pause) {
+                                                             int64_t steps, Sum* sums, int64_t stride, bool go_on,
+                                                             Pause pause) {
 // Tiles are named by constants.
-#define LOAD_ROWS(tile, from) if constexpr (once) tile_load_once(tile, from, GROUP); else tile_load(tile, from, GROUP)
-#define ADD_PRODUCTS(sums, rows, weights) if constexpr (halves) tile_halves(sums, rows, weights); else tile_bytes(sums, rows, weights)
+#define LOAD_ROWS(tile, from)                            \
+  if constexpr (once) tile_load_once(tile, from, GROUP); \
+  else tile_load(tile, from, GROUP)
+#define ADD_PRODUCTS(sums, rows, weights)                 \
+  if constexpr (halves) tile_halves(sums, rows, weights); \
+  else tile_bytes(sums, rows, weights)
     const int64_t whole = steps / STEPS, rest = steps % STEPS, parts = whole + (rest != 0), next = rows * GROUP;
     alignas(64) uint8_t last[STEPS * 4 * PANEL];  // the steps of a panel that are no whole tile, filled up
     if (rest) {

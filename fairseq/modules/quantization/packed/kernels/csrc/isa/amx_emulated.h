@@ -28,7 +28,8 @@ static inline TileRegister& tile_register(int tile) {
 static inline void tile_zero(int tile) { memset(&tile_register(tile), 0, sizeof(TileRegister)); }
 
 static inline void tile_load(int tile, const void* from, int64_t stride) {
-  for (int row = 0; row < TILE_ROWS; row++) memcpy(tile_register(tile).bytes[row], (const uint8_t*)from + row * stride, 64);
+  for (int row = 0; row < TILE_ROWS; row++)
+    memcpy(tile_register(tile).bytes[row], (const uint8_t*)from + row * stride, 64);
 }
 
 static inline void tile_load_once(int tile, const void* from, int64_t stride) { tile_load(tile, from, stride); }
@@ -66,7 +67,8 @@ static inline void tile_halves(int sums, int rows, int weights) {
     memcpy(c, tile_register(sums).bytes[m], 64);
     for (int k = 0; k < 16; k++)
       for (int n = 0; n < 16; n++)
-        for (int j = 0; j < 2; j++) c[n] += tile_half(a.bytes[m] + 4 * k + 2 * j) * tile_half(b.bytes[k] + 4 * n + 2 * j);
+        for (int j = 0; j < 2; j++)
+          c[n] += tile_half(a.bytes[m] + 4 * k + 2 * j) * tile_half(b.bytes[k] + 4 * n + 2 * j);
     memcpy(tile_register(sums).bytes[m], c, 64);
   }
 }

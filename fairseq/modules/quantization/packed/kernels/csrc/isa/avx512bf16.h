@@ -16,8 +16,9 @@ inline __attribute__((always_inline)) void add_half_products(const uint16_t (&x)
 
 struct Isa : ByVnni<Isa> {
   template <int... I>
-  static inline __attribute__((always_inline)) void half_rows(const uint16_t* tile, const uint16_t* panel, int64_t steps,
-                                                              float* out, int64_t stride, Numbers<I...>) {
+  static inline __attribute__((always_inline)) void half_rows(const uint16_t* tile, const uint16_t* panel,
+                                                              int64_t steps, float* out, int64_t stride,
+                                                              Numbers<I...>) {
     const int rows = sizeof...(I);
     const int64_t halves = GROUP / 2;
     __m512 left[rows], right[rows];
@@ -26,7 +27,7 @@ struct Isa : ByVnni<Isa> {
 #pragma GCC unroll 4
       for (int64_t two = 0; two < halves; two += 2, panel += 2 * PANEL) {
         const __m512i first = _mm512_loadu_si512(panel), second = _mm512_loadu_si512(panel + 32);
-        (add_half_products(*(const uint16_t(*)[2])(tile + halves * I + two), first, second, left[I], right[I]), ...);
+        (add_half_products(*(const uint16_t (*)[2])(tile + halves * I + two), first, second, left[I], right[I]), ...);
       }
     }
     ((_mm512_storeu_ps(out + stride * I, left[I]), _mm512_storeu_ps(out + stride * I + 16, right[I])), ...);

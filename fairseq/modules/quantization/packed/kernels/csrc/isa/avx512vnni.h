@@ -29,7 +29,7 @@ struct ByVnni : Registers<Own> {
 #pragma GCC unroll 4
       for (int64_t four = 0; four < GROUP; four += 4, panel += 4 * PANEL) {
         const __m512i first = _mm512_loadu_si512(panel), second = _mm512_loadu_si512(panel + 64);
-        (add_products(*(const uint8_t(*)[4])(tile + GROUP * I + four), first, second, left[I], right[I]), ...);
+        (add_products(*(const uint8_t (*)[4])(tile + GROUP * I + four), first, second, left[I], right[I]), ...);
       }
     }
     ((_mm512_storeu_si512(sums + PANEL * I, left[I]), _mm512_storeu_si512(sums + PANEL * I + 16, right[I])), ...);

@@ -9,7 +9,8 @@ struct Isa : ByLanes<Isa> {
   static inline Ints dot4(const uint8_t* x, const uint8_t* weights, Ints sums) {
     int32_t four;
     memcpy(&four, x, 4);
-    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, _mm256_set1_epi32(four), _mm256_loadu_si256((const __m256i*)weights));
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, _mm256_set1_epi32(four),
+                                         _mm256_loadu_si256((const __m256i*)weights));
   }
 };
 

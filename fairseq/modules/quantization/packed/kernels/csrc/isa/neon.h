@@ -6,21 +6,23 @@
 namespace {
 
 struct Isa : Registers<Isa> {
-  static const int64_t ROWS = 12;     // of a tile
-  static const int AT_ONCE = 6;       // rows, whose sums of bytes are 24 of 32 registers, beside 6 of the rows' own
-  static const int32_t OFFSET = 0;    // signed bytes are multiplied as they are
+  static const int64_t ROWS = 12;   // of a tile
+  static const int AT_ONCE = 6;     // rows, whose sums of bytes are 24 of 32 registers, beside 6 of the rows' own
+  static const int32_t OFFSET = 0;  // signed bytes are multiplied as they are
 
   template <int... I>
   static inline __attribute__((always_inline)) void rows(const uint8_t* tile, const uint8_t* panel, int64_t steps,
                                                          int32_t* sums, Numbers<I...>) {
     in_two<sizeof...(I)>([&](auto numbers, int64_t first) {
-      some<sizeof...(I)>((const int8_t*)tile + GROUP * first, (const int8_t*)panel, steps, sums + PANEL * first, numbers);
+      some<sizeof...(I)>((const int8_t*)tile + GROUP * first, (const int8_t*)panel, steps, sums + PANEL * first,
+                         numbers);
     });
   }
 
   template <int... I>
-  static inline __attribute__((always_inline)) void half_rows(const uint16_t* tile, const uint16_t* panel, int64_t steps,
-                                                              float* out, int64_t stride, Numbers<I...>) {
+  static inline __attribute__((always_inline)) void half_rows(const uint16_t* tile, const uint16_t* panel,
+                                                              int64_t steps, float* out, int64_t stride,
+                                                              Numbers<I...>) {
     in_two<sizeof...(I)>([&](auto numbers, int64_t first) {
       some_halves<sizeof...(I)>(tile + GROUP / 2 * first, panel, steps, out + stride * first, stride, numbers);
     });
@@ -51,8 +53,7 @@ struct Isa : Registers<Isa> {
         weights += 16 * PANEL;
       }
 #pragma GCC unroll 4
-      for (int vector = 0; vector < 4; vector++)
-        (store(sums + PANEL * I + column + 4 * vector, total[I][vector]), ...);
+      for (int vector = 0; vector < 4; vector++) (store(sums + PANEL * I + column + 4 * vector, total[I][vector]), ...);
     }
   }
 
@@ -68,8 +69,9 @@ struct Isa : Registers<Isa> {
 
   // The same for bfloat16, 8 outputs at a time: as floats, the even numbers of a group and the odd ones.
   template <int count, int... I>
-  static inline __attribute__((always_inline)) void some_halves(const uint16_t* tile, const uint16_t* panel, int64_t steps,
-                                                                float* out, int64_t stride, Numbers<I...> numbers) {
+  static inline __attribute__((always_inline)) void some_halves(const uint16_t* tile, const uint16_t* panel,
+                                                                int64_t steps, float* out, int64_t stride,
+                                                                Numbers<I...> numbers) {
     for (int64_t column = 0; column < PANEL; column += 8) {
       const uint16_t *x = tile, *weights = panel + 2 * column;
       float32x4_t total[sizeof...(I)][2] = {};
@@ -82,8 +84,7 @@ struct Isa : Registers<Isa> {
         weights += 8 * PANEL;
       }
 #pragma GCC unroll 2
-      for (int vector = 0; vector < 2; vector++)
-        (store(out + stride * I + column + 4 * vector, total[I][vector]), ...);
+      for (int vector = 0; vector < 2; vector++) (store(out + stride * I + column + 4 * vector, total[I][vector]), ...);
     }
   }
 

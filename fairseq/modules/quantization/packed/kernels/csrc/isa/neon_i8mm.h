@@ -18,9 +18,11 @@ struct Isa : Registers<Isa> {
   }
 
   template <int... I>
-  static inline __attribute__((always_inline)) void half_rows(const uint16_t* tile, const uint16_t* panel, int64_t steps,
-                                                              float* out, int64_t stride, Numbers<I...>) {
-    half_pairs<sizeof...(I)>((const uint8_t*)tile, panel, steps, out, stride, typename Count<(sizeof...(I) + 1) / 2>::type());
+  static inline __attribute__((always_inline)) void half_rows(const uint16_t* tile, const uint16_t* panel,
+                                                              int64_t steps, float* out, int64_t stride,
+                                                              Numbers<I...>) {
+    half_pairs<sizeof...(I)>((const uint8_t*)tile, panel, steps, out, stride,
+                             typename Count<(sizeof...(I) + 1) / 2>::type());
   }
 
  private:
@@ -67,15 +69,17 @@ struct Isa : Registers<Isa> {
 
   // The same for bfloat16.
   template <int count, int... P>
-  static inline __attribute__((always_inline)) void half_pairs(const uint8_t* tile, const uint16_t* panel, int64_t steps,
-                                                               float* out, int64_t stride, Numbers<P...>) {
+  static inline __attribute__((always_inline)) void half_pairs(const uint8_t* tile, const uint16_t* panel,
+                                                               int64_t steps, float* out, int64_t stride,
+                                                               Numbers<P...>) {
     for (int64_t column = 0; column < PANEL; column += 8) {
       const uint8_t* x = tile;
       const uint16_t* weights = panel + 2 * column;
       float32x4_t total[sizeof...(P)][2][2] = {};
       for (int64_t step = 0; step < steps; step += 2, x += GROUP * count, weights += 4 * PANEL) {
         const bfloat16x8_t first[] = {load<bfloat16x8_t>(weights), load<bfloat16x8_t>(weights + 8)};
-        const bfloat16x8_t second[] = {load<bfloat16x8_t>(weights + 2 * PANEL), load<bfloat16x8_t>(weights + 2 * PANEL + 8)};
+        const bfloat16x8_t second[] = {load<bfloat16x8_t>(weights + 2 * PANEL),
+                                       load<bfloat16x8_t>(weights + 2 * PANEL + 8)};
         (add_halves<2 * P + 1 < count>((bfloat16x8_t)pair<count, P>(x), first, second, total[P]), ...);
       }
       (store_halves<2 * P + 1 < count>(total[P], out + 2 * stride * P + column, stride), ...);
@@ -83,9 +87,12 @@ struct Isa : Registers<Isa> {
   }
 
   // The numbers of two steps times those of one or two rows, each pair the even one first: the bits of fused
-  // multiply-adds of floats. As assembly, since gcc 12 hands the intrinsics registers that these instructions do not take.
-#define ADD_PAIR(total, codes, x, even, odd)                                                         \
-  asm("bfmlalb %0.4s, %1.8h, %2.h[" #even "]\n\tbfmlalt %0.4s, %1.8h, %2.h[" #odd "]" : "+w"(total) : "w"(codes), "x"(x))
+  // multiply-adds of floats. As assembly, since gcc 12 hands the intrinsics registers that these instructions do not
+  // take.
+#define ADD_PAIR(total, codes, x, even, odd)                                          \
+  asm("bfmlalb %0.4s, %1.8h, %2.h[" #even "]\n\tbfmlalt %0.4s, %1.8h, %2.h[" #odd "]" \
+      : "+w"(total)                                                                   \
+      : "w"(codes), "x"(x))
   template <bool two>
   static inline __attribute__((always_inline)) void add_halves(bfloat16x8_t x, const bfloat16x8_t* first,
                                                                const bfloat16x8_t* second, float32x4_t (*total)[2]) {
@@ -102,7 +109,8 @@ struct Isa : Registers<Isa> {
 #undef ADD_PAIR
 
   template <bool two>
-  static inline __attribute__((always_inline)) void store_halves(const float32x4_t (*total)[2], float* out, int64_t stride) {
+  static inline
+      __attribute__((always_inline)) void store_halves(const float32x4_t (*total)[2], float* out, int64_t stride) {
 #pragma GCC unroll 2
     for (int vector = 0; vector < 2; vector++) {
       store(out + 4 * vector, total[0][vector]);

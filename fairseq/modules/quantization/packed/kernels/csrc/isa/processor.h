@@ -28,7 +28,8 @@ static inline bool has_avxvnni() {  // by number: clang 14 has no name for it
 }
 static inline bool has_avx512vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 static inline bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 
@@ -56,7 +57,8 @@ static inline bool has_neon() {
   return (getauxval(AT_HWCAP) & dot_products) != 0;
 }
 static inline bool has_neon_i8mm() {
-  const unsigned long matrices_of_bytes = 1ul << 13, bfloat16 = 1ul << 14, both = matrices_of_bytes | bfloat16;  // HWCAP2_
+  const unsigned long matrices_of_bytes = 1ul << 13, bfloat16 = 1ul << 14,
+                      both = matrices_of_bytes | bfloat16;  // HWCAP2_
   return has_neon() && (getauxval(AT_HWCAP2) & both) == both;
 }
 #elif defined(__APPLE__)

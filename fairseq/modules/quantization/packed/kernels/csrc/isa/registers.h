@@ -1,4 +1,5 @@
-// Products whose sums stay in registers: a tile of up to 14 rows times a panel, for processors without tiles of their own.
+// Products whose sums stay in registers: a tile of up to 14 rows times a panel, for processors without tiles of their
+// own.
 #pragma once
 
 #include "../api.h"
@@ -20,8 +21,8 @@ struct Count<0, I...> {
 //   half_rows(tile, panel, steps, out, stride, Numbers<0, 1, ...>), those of bfloat16.
 template <typename Own>
 struct Registers {
-  static const int64_t ROWS = 14;   // of a tile: 28 accumulators, 2 weight vectors, 2 spare, of 32 registers
-  static const int64_t GROUP = 16;  // bytes of a row that lie together in a tile
+  static const int64_t ROWS = 14;     // of a tile: 28 accumulators, 2 weight vectors, 2 spare, of 32 registers
+  static const int64_t GROUP = 16;    // bytes of a row that lie together in a tile
   static const int32_t OFFSET = 128;  // what is added to an integer to make it a byte
   static const bool FAST_HALVES = false;
 
@@ -29,7 +30,8 @@ struct Registers {
   static void leave() {}
 
   template <int count>
-  static __attribute__((noinline)) void some_rows(const uint8_t* tile, const uint8_t* panel, int64_t steps, int32_t* sums) {
+  static __attribute__((noinline)) void some_rows(const uint8_t* tile, const uint8_t* panel, int64_t steps,
+                                                  int32_t* sums) {
     Own::rows(tile, panel, steps, sums, typename Count<count>::type());
   }
 
@@ -53,7 +55,8 @@ struct Registers {
 
   // The same for a caller that has something else to do in the pauses of a product: there is one, before it.
   template <typename Pause>
-  static void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums, bool, Pause pause) {
+  static void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums, bool,
+                      Pause pause) {
     pause();
     product(tile, panel, rows, steps, sums);
   }
@@ -83,8 +86,9 @@ struct Registers {
 
   // For processors without instructions for bfloat16: pairs as floats, in the order of the inputs.
   template <int... I>
-  static inline __attribute__((always_inline)) void half_rows(const uint16_t* tile, const uint16_t* panel, int64_t steps,
-                                                              float* out, int64_t stride, Numbers<I...>) {
+  static inline __attribute__((always_inline)) void half_rows(const uint16_t* tile, const uint16_t* panel,
+                                                              int64_t steps, float* out, int64_t stride,
+                                                              Numbers<I...>) {
     const int rows = sizeof...(I);
     const int64_t halves = GROUP / 2;
     for (int64_t column = 0; column < PANEL; column += LANES) {
