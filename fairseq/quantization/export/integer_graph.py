@@ -143,7 +143,7 @@ class _Graph(IntegerNodes):
         x = x if readout.read is None else self.result(x, readout.read, f"{name}.read")
         if readout.linear is None:
             return x, size
-        return self.linear(self.to_bytes(x), readout.linear, f"{name}.linear"), [len(readout.linear.weight)]
+        return self.linear(self.to_bytes(x), readout.linear, f"{name}.linear"), [*size[:-1], len(readout.linear.weight)]
 
     def attention_pooling(self, h: str, pooling: AttentionPooling, name: str) -> tuple[str, list[int]]:
         read = self.to_bytes(self.norm(h, pooling.norm, f"{name}.norm"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,8 +28,10 @@ from fairseq.quantization.integer_only.reading import norm_of, read_model
 from fairseq.quantization.integer_only.stream import IntegerInputs
 
 ARITHMETICS = ("float", "integer")
+EXACT = (torch.float32, torch.float64)
+"""Dtypes that hold the integers of the residual stream; of others a copy in float32 is converted."""
 CHECKED = 2
-"""Pictures on which it is seen what the model computes."""
+"""Of the pictures, on which it is seen what the model computes, and as many of noise."""
 
 
 def check_arithmetic(arithmetic: str, config: QuantizationConfig) -> str:
@@ -98,10 +101,13 @@ def convert_to_integers(
             "arithmetic='integer' needs calibration=pictures, such as 128 that the model could see: "
             "they give the ranges of pixels, of the residual stream and of attention"
         )
-    config = within_bytes(config)
+    config, original = within_bytes(config), model
     with plain_context():
+        if any(p.is_floating_point() and p.dtype not in EXACT for p in model.parameters()):
+            model = copy.deepcopy(model).float()
+        telling = telling_pictures(pixels)
         with evaluating(model):  # what cannot be is refused before anything takes time
-            parts = read_model(model, pixels[:CHECKED])
+            parts = read_model(model, telling)
             ranges = entrance_ranges(model, parts.names, parts.before, pixels)
         builder = Builder(config.activations == "dynamic", ranges, functions)
         start, step = pixel_grid(pixels, processor)
@@ -121,17 +127,31 @@ def convert_to_integers(
 
         packed, report = convert(model, config, pixels, "layers", follow)
         packed.eval()
-        parts = read_model(packed, pixels[:CHECKED])
+        parts = read_model(packed, telling)
         inputs[0].finish(parts.head)
         integers = IntegerViT(blocks=inputs[0].made, head=build_head(builder, parts.head), **embedding)
         size = sum(tensor.nbytes for tensor in integers.state_dict().values())
-        return as_pretrained(integers, model), replace(report, bytes_after=size)
+        return as_pretrained(integers, original), replace(report, bytes_after=size)
+
+
+def telling_pictures(pixels: Tensor) -> Tensor:
+    """The pictures that vary most, and noise over the range of all: (2 * CHECKED, C, H, W) at most.
+
+    What is computed of black pictures, say, tells little of what the model does with others.
+    """
+    variance = pixels.double().flatten(1).var(1, correction=0)
+    chosen = pixels[variance.topk(min(CHECKED, len(pixels))).indices]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(CHECKED, *pixels.shape[1:], generator=generator, dtype=torch.float64)
+    low, high = pixels.min().double(), pixels.max().double()
+    return torch.cat([chosen, (low + (high - low) * noise).to(pixels.dtype)])
 
 
 def rounds_by_inputs(config: QuantizationConfig) -> bool:
     """Whether the integers of any weight depend on what its layer reads."""
     roundings = {config.rounding, *(settings.get("rounding", "nearest") for settings in config.overrides.values())}
-    return roundings != {"nearest"} or bool(config.bias_correction)
+    corrected = [config.bias_correction, *(settings.get("bias_correction") for settings in config.overrides.values())]
+    return roundings != {"nearest"} or any(corrected)
 
 
 def within_bytes(config: QuantizationConfig) -> QuantizationConfig:

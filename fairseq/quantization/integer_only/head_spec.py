@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +18,38 @@ from fairseq.quantization.engine.spec import ACTIVATIONS, Norm
 from fairseq.quantization.integer_only.head import Tokens
 
 TOLERANCE = 1e-3
-"""Of what is checked on pictures, as a share of the largest value."""
+"""Of what is checked on pictures, see :func:`distance`."""
+OUTPUT_NAME = re.compile("[a-z][a-z0-9_]*")
+"""Of outputs and readouts, which are names of modules."""
 Note = Callable[[tuple[str, ...], Tensor], None]
+Candidate = TypeVar("Candidate")
 
 
-def close(a: Tensor, b: Tensor) -> bool:
-    """Whether they are the same but for rounding."""
-    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
+def distance(a: Tensor, b: Tensor, within: Tensor | None = None) -> float:
+    """How far ``a`` is from ``b``, (..., C): the largest difference as a share of its column, which hides no other.
+
+    A hundredth of the largest column is added to each; and 0.004 of those of ``within``, where both were rounded as
+    parts of something that reaches further. Inf of other shapes, or where something is not finite.
+    """
+    if a.shape != b.shape:
+        return math.inf
+    a, b = (t.detach().double().reshape(-1, t.shape[-1]) for t in (a, b))
+    room = b.abs().amax(0) + 1e-2 * b.abs().max()
+    if within is not None:
+        room = room + 4e-3 * within.detach().double().reshape(-1, within.shape[-1]).abs().amax(0)
+    share = ((a - b).abs().amax(0) / room.clamp(min=1e-30)).max()
+    return float(share) if bool(torch.isfinite(share)) else math.inf
+
+
+def close(a: Tensor, b: Tensor, within: Tensor | None = None) -> bool:
+    """Whether they are the same but for rounding, by :func:`distance`."""
+    return distance(a, b, within) <= TOLERANCE
+
+
+def nearest(candidates: Iterable[tuple[Candidate, float]]) -> Candidate | None:
+    """The candidate of the least distance, if that is no more than rounding."""
+    found = min(candidates, key=lambda pair: pair[1], default=None)
+    return None if found is None or found[1] > TOLERANCE else found[0]
 
 
 @dataclass(frozen=True)
@@ -175,28 +202,27 @@ def _same(a: ReadoutSpec | AttentionSpec, b: ReadoutSpec | AttentionSpec) -> boo
 
 
 def _single(model: nn.Module, seen: Seen, value: Tensor) -> ReadoutSpec | AttentionSpec | None:
-    for name, (read, given) in seen.layers.items():
+    found = sorted(seen.layers.items(), key=lambda item: distance(item[1][1], value))
+    for name, (read, given) in found:
         if close(given, value) and (spec := _pooling(seen, read, model.get_submodule(name))) is not None:
             return spec
     return _pooling(seen, value, None) or _attention(model, seen, value)
 
 
 def _mean_of_two(model: nn.Module, seen: Seen, value: Tensor) -> tuple[ReadoutSpec, ReadoutSpec] | None:
-    names = list(seen.layers)
-    for first, second in ((a, b) for i, a in enumerate(names) for b in names[i + 1 :]):
-        (read_a, given_a), (read_b, given_b) = seen.layers[first], seen.layers[second]
-        if given_a.shape == given_b.shape and close((given_a + given_b) / 2, value):
-            a = _pooling(seen, read_a, model.get_submodule(first))
-            b = _pooling(seen, read_b, model.get_submodule(second))
-            if a is not None and b is not None:
-                return a, b
-    return None
+    layers = list(seen.layers.items())
+    pairs = [(a, b) for i, a in enumerate(layers) for b in layers[i + 1 :] if a[1][1].shape == b[1][1].shape]
+    best = nearest((pair, distance((pair[0][1][1] + pair[1][1][1]) / 2, value)) for pair in pairs)
+    if best is None:
+        return None
+    first, second = (_pooling(seen, read, model.get_submodule(name)) for name, (read, _) in best)
+    return None if first is None or second is None else (first, second)
 
 
 def _pooling(seen: Seen, read: Tensor, linear: Any) -> ReadoutSpec | None:
     """What makes ``read`` of the residual stream."""
     specs = (ReadoutSpec(*candidate, linear) for candidate in _candidates(seen, read.ndim))
-    return next((spec for spec in specs if close(spec.pooled(seen.stream), read)), None)
+    return nearest((spec, distance(spec.pooled(seen.stream), read)) for spec in specs)
 
 
 def _candidates(seen: Seen, dimensions: int) -> Iterator[tuple[Tokens | None, Norm | None, bool]]:
@@ -229,20 +255,21 @@ def _attention(model: nn.Module, seen: Seen, value: Tensor) -> AttentionSpec | N
         for b, (_, y) in seen.layers.items()
         if x.shape[-1] == y.shape[-1] == width and a != b
     ]
+    found: list[tuple[AttentionSpec, float]] = []
     for attention in modules:
         if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
             continue
-        for norm in seen.norms:
-            for probe in probes:
-                y = Probing(norm, probe, attention).attended(seen.stream)
-                for fc1, fc2 in pairs:
-                    (read, given), (activated, added) = (_flat(seen.layers[layer]) for layer in (fc1, fc2))
-                    norm2 = next((n for n in seen.norms if close(normalize(n, y), read)), None)
-                    kind = next((k for k in ACTIVATIONS if close(activate(k, given), activated)), None)
-                    if norm2 is not None and kind is not None and close(y + added, value):
-                        first, second = model.get_submodule(fc1), model.get_submodule(fc2)
-                        return AttentionSpec(norm, probe, attention, norm2, first, second, kind)
-    return None
+        for norm, probe in itertools.product(seen.norms, probes):
+            y = Probing(norm, probe, attention).attended(seen.stream)
+            for fc1, fc2 in pairs:
+                (read, given), (activated, added) = (_flat(seen.layers[layer]) for layer in (fc1, fc2))
+                norm2 = nearest((n, distance(normalize(n, y), read)) for n in seen.norms)
+                kind = nearest((k, distance(activate(k, given), activated)) for k in ACTIVATIONS)
+                if norm2 is not None and kind is not None:
+                    first, second = model.get_submodule(fc1), model.get_submodule(fc2)
+                    spec = AttentionSpec(norm, probe, attention, norm2, first, second, kind)
+                    found.append((spec, distance(y + added, value)))
+    return nearest(found)
 
 
 def _flat(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,7 +19,7 @@ from fairseq.quantization.architectures.layers import block_of
 from fairseq.quantization.engine.reading import NORM_CLASSES, read
 from fairseq.quantization.engine.reference_block import run
 from fairseq.quantization.engine.spec import BlockSpec, Call, Norm, reason_not_plain
-from fairseq.quantization.integer_only.head_spec import HeadSpec, Seen, close, read_head
+from fairseq.quantization.integer_only.head_spec import OUTPUT_NAME, HeadSpec, Seen, close, distance, nearest, read_head
 
 LIMITS = {"gelu": 6.0, "gelu_tanh": 6.0, "quick_gelu": 8.0, "silu": 16.0, "relu": 6.0}
 """Of the tables of activations: where below -limit the function is nearly 0, and above it nearly x."""
@@ -89,15 +89,23 @@ def read_model(model: nn.Module, pixels: Tensor) -> ModelParts:
     plain = convolution.padding in ((0, 0), "valid") and (convolution.dilation, convolution.groups) == ((1, 1), 1)
     if not plain or convolution.stride != convolution.kernel_size:
         raise ValueError(f"{kind}: its patches overlap, are padded or in groups")
+    kernel: Any = convolution.kernel_size
+    if any(size % patch for size, patch in zip(pixels.shape[-2:], kernel)):
+        raise ValueError(
+            f"{kind}: its patches of {' x '.join(map(str, kernel))} do not divide pictures of "
+            f"{' x '.join(map(str, pixels.shape[-2:]))}"
+        )
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | PackedLinear)]
     heads = [name for name in layers if component_of(name, family) == "classifier"]
     seen = _watch(model, names, heads, pixels)
     for name, spec in zip(names, specs):
         _check_block(name, spec, *seen.blocks[name], kind)
-    before = next((name for name, (_, after) in seen.norms.items() if close(after, seen.before)), None)
+    before = nearest((name, distance(after, seen.before)) for name, (_, after) in seen.norms.items())
     constants = _constants(model, convolution, names, before, pixels, seen, kind)
     norms = (norm_of(model, name) for name, (x, _) in seen.norms.items() if x.shape[-1] == seen.after.shape[-1])
     count = math.prod(size // patch for size, patch in zip(pixels.shape[-2:], convolution.kernel_size))
+    if reason := _reason_not_outputs(seen):
+        raise ValueError(f"{kind}: it returns {reason}")
     head = Seen(seen.after, seen.outputs, seen.layers, tuple(norms), count)
     try:
         head_spec = read_head(model, head)
@@ -113,8 +121,26 @@ class _Seen:
     blocks: dict[str, tuple[Tensor, Tensor]]
     norms: dict[str, tuple[Tensor, Tensor]]
     layers: dict[str, tuple[Tensor, Tensor]]
-    outputs: dict[str, Tensor]
-    output_class: Callable[..., Any] | None
+    outputs: Mapping[str, Any]
+    returned: type
+
+    @property
+    def output_class(self) -> Callable[..., Any] | None:
+        return None if issubclass(self.returned, Tensor) else self.returned
+
+
+def _reason_not_outputs(seen: _Seen) -> str | None:
+    """What an integer model could not return in the same way, in words; or None."""
+    kind = seen.returned
+    if not issubclass(kind, Tensor) and not (hasattr(kind, "to_tuple") and kind.__module__.startswith("transformers.")):
+        return f"a {kind.__name__}, and a tensor or an output class of transformers is expected"
+    for name, value in seen.outputs.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            given = f"tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            return f"{name}, a {given}, and floating tensors alone are expected"
+        if not OUTPUT_NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
+            return f"an output called {name!r}, which no module can be called"
+    return None if seen.outputs else "no tensor"
 
 
 def norm_of(model: nn.Module, name: str) -> Norm:
@@ -161,7 +187,8 @@ def _check_block(name: str, spec: BlockSpec, x: Tensor, y: Tensor, kind: str) ->
     if all(type(layer) is nn.Linear for layer in spec.layers.values()):
         images, tokens = x.shape[:2] if x.ndim == 3 else (0, 0)
         got = run(spec, Call(images, tokens, images * tokens), x.reshape(-1, x.shape[-1])) if tokens else x
-        if not close(got.reshape(y.shape) if got.numel() == y.numel() else got, y):
+        whole = got.reshape(y.shape) if got.numel() == y.numel() else got
+        if whole.shape != y.shape or not close(whole - x, y - x, y):
             raise ValueError(
                 f"{kind}: in {name} attention is of windows, or has relative or rotary positions, or a mask"
             )
@@ -188,11 +215,12 @@ def _watch(model: nn.Module, names: list[str], heads: list[str], pixels: Tensor)
 
     handles = [block(name) for name in names] + [watch(name, layers) for name in heads]
     handles += [watch(name, norms) for name in _norm_names(model)]
+    returned: list[type] = []
+    handles.append(model.register_forward_hook(lambda module, args, output: returned.append(type(output))))
     with _hooked(handles):
         output = call(model, {"pixel_values": pixels})
-    outputs = {name: value.detach() for name, value in output.items() if isinstance(value, Tensor)}
-    output_class = type(output) if hasattr(output, "to_tuple") else None
-    return _Seen(blocks[names[0]][0], blocks[names[-1]][1], blocks, norms, layers, outputs, output_class)
+    outputs = {n: v.detach() if isinstance(v, Tensor) else v for n, v in output.items() if v is not None}
+    return _Seen(blocks[names[0]][0], blocks[names[-1]][1], blocks, norms, layers, outputs, returned[-1])
 
 
 def _constants(
@@ -217,6 +245,7 @@ def _constants(
     expected = constants.expand(len(pixels), -1, -1).clone()
     if start >= 0:
         expected[:, start:] += embedded
-    if start < 0 or not close(expected, tokens(seen)):
+    got = tokens(seen)
+    if start < 0 or expected.shape != got.shape or not close(expected - constants, got - constants, got):
         raise ValueError(f"{kind}: its embedding does more than to add constants to the patches' products")
     return constants

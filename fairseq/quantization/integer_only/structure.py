@@ -18,6 +18,7 @@ from fairseq.modules.quantization.integer.published import FUNCTIONS
 from fairseq.modules.quantization.integer.rows import HALF
 from fairseq.quantization.integer_only.block import IntegerBlock
 from fairseq.quantization.integer_only.head import LOGIT_BITS, AttentionPooling, IntegerHead, Readout, Tokens
+from fairseq.quantization.integer_only.head_spec import OUTPUT_NAME
 from fairseq.quantization.integer_only.layers import (
     BYTE,
     WIDE,
@@ -105,7 +106,7 @@ class _Empty:
         if missing := KEYS - description.keys():
             raise ValueError(f"the structure has no {min(missing)!r}")
         kind = description["activations"]
-        if kind not in ACTIVATIONS:
+        if not isinstance(kind, str) or kind not in ACTIVATIONS:
             raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {kind!r}")
         self.bits = ACTIVATIONS[kind]
         self.size, self.patch = (_pair(key, description[key]) for key in ("size", "patch"))
@@ -117,7 +118,7 @@ class _Empty:
         self.spread, self.output_class = description["spread"], _output_class(description["output"])
         self.described_head = description.get("head", FIRST_HEAD)
         self.functions = description.get("functions", "default")
-        if self.functions not in FUNCTIONS:
+        if not isinstance(self.functions, str) or self.functions not in FUNCTIONS:
             raise ValueError(f"functions must be one of {', '.join(FUNCTIONS)}, got {self.functions!r:.80}")
         self.shapes = shapes
 
@@ -145,15 +146,15 @@ class _Empty:
             raise ValueError(f"head must have outputs and readouts, got {said!r:.80}")
         readouts = {name: self.readout(name, entry) for name, entry in said["readouts"].items()}
         for name, sources in said["outputs"].items():
-            known = isinstance(sources, Sequence) and all(source in readouts for source in sources)
-            if not known or len(sources) not in (1, 2) or not re.fullmatch("[a-z_]+", name):
+            known = isinstance(sources, list) and all(isinstance(s, str) and s in readouts for s in sources)
+            if not known or len(sources) not in (1, 2) or not OUTPUT_NAME.fullmatch(name):
                 raise ValueError(f"the output {name!r:.80} must be of one or two readouts, got {sources!r:.80}")
         if not said["outputs"]:
             raise ValueError("head has no outputs")
         return IntegerHead(readouts, said["outputs"])
 
     def readout(self, key: str, said: Any) -> Readout | AttentionPooling:
-        if not re.fullmatch(r"[a-z_0-9]+", key):
+        if not OUTPUT_NAME.fullmatch(key) or hasattr(nn.ModuleDict(), key):
             raise ValueError(f"a readout is called {key!r:.80}")
         name = f"head.readouts.{key}"
         if said is None:

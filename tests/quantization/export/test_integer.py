@@ -2,6 +2,7 @@
 
 import json
 
+import families
 import pytest
 import torch
 from families import build, shortened
@@ -78,6 +79,20 @@ def test_onnx_of_the_embedded_model(activations):
     for count in (1, 3, 8, 40):
         (got,) = session.run(None, {"pixels": pixels[:count].numpy()})
         assert torch.equal(torch.from_numpy(got), expected[:count])
+
+
+def test_onnx_of_a_layer_on_every_token(tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    original = timm.create_model("vit_tiny_patch16_224", **families.TIMM, global_pool="").eval()
+    model = ViTQuantizer(arithmetic="integer", rounding="nearest").quantize_model(original, calibration=PICTURES)
+    name = model.main
+    pixels = model.round_pixels(PICTURES[:3])
+    expected = model.integer_outputs(pixels)[name]
+    assert expected.shape == (3, 17, 7)
+    session = onnxruntime.InferenceSession(integer_model(model).SerializeToString())
+    (got,) = session.run([f"integer_{name}"], {"pixels": pixels.numpy()})
+    assert torch.equal(torch.from_numpy(got), expected)
 
 
 def test_rounding_in_front_is_the_only_part_with_floats(tmp_path):

@@ -259,6 +259,8 @@ def test_files_from_before_there_were_other_heads_load():
         ("two heads", lambda h: h["readouts"].update(cls_logits=5), "cls_logits must say its tokens"),
         ("two heads", lambda h: h["readouts"].pop("cls_logits"), "must be of one or two readouts"),
         ("two heads", lambda h: h.clear(), "head must have outputs and readouts"),
+        ("two heads", lambda h: h["outputs"].update(logits=[["cls_logits"]]), "must be of one or two readouts"),
+        ("two heads", lambda h: h["readouts"].update(values=None), "a readout is called 'values'"),
         ("class token and mean", lambda h: h["readouts"]["logits"].update(tokens=[[0, 1], [3, 3]]), "from 4 to 17"),
         ("class token and mean", lambda h: h["readouts"]["logits"].update(tokens=[[0, 1], [1, 18]]), "from 2 to 17"),
         ("class token and mean", lambda h: h["readouts"]["logits"].update(tokens=[[0, 1]]), "do not go together"),
@@ -269,7 +271,7 @@ def test_files_from_before_there_were_other_heads_load():
             "attention.multiplier is missing",
         ),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_another_head_is_refused(tmp_path, kind, change, message):
     path = tmp_path / "vit.safetensors"
