@@ -102,10 +102,10 @@ class IntegerViT(nn.Module):
             raise ValueError(f"an integer-only model takes pixel_values and return_dict, not {', '.join(asked)}")
         integers = self.integer_outputs(self.round_pixels(pixel_values))
         exponents = self.head.exponents()
-        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        exporting = torch.compiler.is_exporting()
 
         def scale(exponent: Tensor) -> Any:
-            if exporting:  # no number may be read: the bits of 2**-exponent
+            if torch.compiler.is_compiling():  # no number may be read: the bits of 2**-exponent
                 return ((1023 - exponent.to(torch.int64)) << 52).view(torch.float64)
             return math.ldexp(1.0, -int(exponent))
 

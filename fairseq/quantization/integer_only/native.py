@@ -50,6 +50,8 @@ LARGEST_SCALE = 2**15
 """Of a row."""
 KEY_SCALE_BITS = 14
 """Of what stands for a key's scale of 1 where activations are static."""
+MOST_COLUMNS = 256
+"""Of a head, whose sums of bytes fit 16 bits in every lane."""
 HIGH = 32
 """Results are taken from the high halves of products of 64 bits."""
 PARTS = (
@@ -209,6 +211,8 @@ class NativeViT:
         kind = structures.ROW_KINDS.index(("unsigned" if unsigned else "signed") if self.dynamic else "bytes")
         if not isinstance(output, nn.Sequential):
             return structures.Rows(kind=kind)
+        if self.dynamic:
+            raise NotNative("columns become several bytes, and activations are dynamic")
         spread = cast(Spread, output[1])
         arrays = (self._array(t, torch.int32) for t in (spread.columns, spread.added, spread.shift))
         alone = self._array(_alone(spread), torch.int32)
@@ -216,6 +220,8 @@ class NativeViT:
 
     def _attention(self, attention: IntegerAttention, size: int, name: str) -> structures.IntegerAttention:
         heads = len(attention.multiplier)
+        if size > MOST_COLUMNS or any(t.shape != (heads, 1, 1) for t in (attention.multiplier, attention.shift)):
+            raise NotNative(f"{name} has heads of more than {MOST_COLUMNS} channels, or more than one scale for each")
         shift = attention.shift.flatten() + (-ROW_SHIFT if self.dynamic else KEY_SCALE_BITS)
         lift = max(HIGH - int(shift.min()), 0)
         large = int(attention.multiplier.abs().max()) >= 2**16

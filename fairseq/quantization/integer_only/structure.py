@@ -183,7 +183,7 @@ class _Empty:
         )
 
     def attention_pooling(self, name: str) -> AttentionPooling:
-        multiplier, shift = torch.zeros(2, *self.shape(f"{name}.attention.multiplier", 3), dtype=torch.int64)
+        multiplier, shift = torch.zeros(2, *self.heads(f"{name}.attention.multiplier"), dtype=torch.int64)
         mixed = self.result(f"{name}.attention.output")
         parts: dict[str, Any] = {
             "norm": self.norm(f"{name}.norm"), "norm2": self.norm(f"{name}.norm2"),
@@ -203,8 +203,13 @@ class _Empty:
             raise ValueError(f"{name} must have {dimensions} dimensions, none of them 0; its shape is {shape}")
         return shape
 
+    def heads(self, name: str) -> tuple[int, ...]:
+        if (shape := self.shape(name, 3))[1:] != (1, 1):
+            raise ValueError(f"{name} must be of shape (heads, 1, 1), not {shape}")
+        return shape
+
     def block(self, name: str) -> IntegerBlock:
-        multiplier, shift = torch.zeros(2, *self.shape(f"{name}.attention.multiplier", 3), dtype=torch.int64)
+        multiplier, shift = torch.zeros(2, *self.heads(f"{name}.attention.multiplier"), dtype=torch.int64)
         mixed = self.result(f"{name}.attention.output")
         parts: dict[str, Any] = {
             "attention": IntegerAttention(multiplier, shift.clone(), self.bits == WIDE, mixed, self.functions),
@@ -238,6 +243,8 @@ class _Empty:
         """Of a norm, an activation or attention: what layers read."""
         if f"{name}.1.columns" not in self.shapes:
             return self.requantize(name, self.bits)
+        if self.bits == WIDE:
+            raise ValueError(f"{name}.1 makes bytes of columns, which dynamic activations do not have")
         zero = _whole(f"the zero of {name}.1", self.spread.get(f"{name}.1"), -128, 127)
         copies = torch.ones(self.shape(f"{name}.1.columns", 1), dtype=torch.int64)
         return nn.Sequential(self.requantize(f"{name}.0", WIDE), Spread(copies, zero))

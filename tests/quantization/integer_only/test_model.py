@@ -78,7 +78,7 @@ def test_graphs_of_the_model_as_it_is_called():
     expected = integers(PICTURES[:2])
     exported = torch.export.export(integers, (PICTURES[:2],)).module()
     assert all(map(torch.equal, exported(PICTURES[:2]), expected.to_tuple()))
-    compiled = torch.compile(integers, backend="eager")(PICTURES[:2])
+    compiled = torch.compile(integers, backend="eager", fullgraph=True)(PICTURES[:2])
     assert all(map(torch.equal, compiled.to_tuple(), expected.to_tuple()))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert integers(mode.from_tensor(PICTURES[:2])).integer_logits.shape == (2, 7)

@@ -13,6 +13,7 @@ from transformers import ViTForImageClassification
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.integer.checked import checked
 from fairseq.modules.quantization.packed.kernels import library, native, native_calls
+from fairseq.quantization.integer_only.layers import Spread
 from fairseq.quantization.integer_only.native import NativeViT, NotNative, _alone, native_outputs, reason_not_native
 
 pytestmark = pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
@@ -271,6 +272,29 @@ def test_hooks_see_what_they_would_see():
     assert len(seen) == 1
     model.register_forward_hook(lambda module, args, output: seen.append(output))  # of the whole: it sees its output
     assert native_logits(model, pixels) is not None
+
+
+@pytest.mark.parametrize("level", native.levels())
+def test_rows_at_the_ends_of_16_bits(level, monkeypatch):
+    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_LEVEL", level)
+    model = build("odd")
+    for block in model.blocks:
+        for part in (block.query, block.key, block.value):
+            part.output.shift -= 3  # most of them saturate, at -2**15, too
+        block.norm1.output.shift -= 3
+    pixels = extremes(model)
+    assert torch.equal(native_logits(model, pixels), reference(model, pixels))
+
+
+def test_what_the_kernels_would_read_otherwise_runs_on_the_reference():
+    model = build("small")
+    output = model.blocks[0].norm1.output
+    model.blocks[0].norm1.output = torch.nn.Sequential(output, Spread(torch.ones(32, dtype=torch.int64), 0))
+    assert reason_not_native(model) == "columns become several bytes, and activations are dynamic"
+    model = build("small")
+    attention = model.blocks[0].attention
+    attention.multiplier = attention.multiplier.expand(-1, 17, 1).clone()
+    assert "more than one scale for each" in reason_not_native(model)
 
 
 def test_what_does_not_fit_runs_on_the_reference():

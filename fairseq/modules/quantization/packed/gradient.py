@@ -32,12 +32,13 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        result = gradient @ _weight(ctx, gradient)
-        return (result * _kept(ctx) if ctx.saved_tensors else result), None
+        result, saved = gradient @ _weight(ctx, gradient), ctx.saved_tensors  # which a checkpoint gives once
+        return (result * _kept(ctx, *saved) if saved else result), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        tangent = tangent * _kept(ctx) if ctx.saved_tensors else tangent
+        saved = ctx.saved_tensors
+        tangent = tangent * _kept(ctx, *saved) if saved else tangent
         return tangent @ _weight(ctx, tangent).T
 
     @staticmethod
@@ -49,8 +50,8 @@ def transformed(input: Tensor) -> bool:
     """Whether torch.func, or differentiation forwards, follows what is done to a layer's input."""
     if forward_ad.unpack_dual(input).tangent is not None:
         return True
-    outermost = torch._C._functorch.peek_interpreter_stack()
-    return outermost is not None and outermost.key() != torch._C._functorch.TransformType.Functionalize
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() != torch._C._functorch.TransformType.Functionalize for level in levels)
 
 
 def _weight(ctx: Any, like: Tensor) -> Tensor:
@@ -58,8 +59,7 @@ def _weight(ctx: Any, like: Tensor) -> Tensor:
     return ctx.layer.dequantize().to(like.dtype)
 
 
-def _kept(ctx: Any) -> Tensor:
+def _kept(ctx: Any, input: Tensor) -> Tensor:
     """Which inputs of a static range did not saturate."""
-    (input,) = ctx.saved_tensors
     factor = ctx.layer.input_factor
     return ctx.layer.input_grid.contains(input if factor is None else input * factor)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
 from fairseq.modules.quantization.packed.kernels import library, native
@@ -88,6 +89,29 @@ def test_transforms_of_functions_follow_it(layout, activations):
     again = torch.func.grad(lambda v: (torch.func.grad(loss)(x, v) * t).sum())(v)
     for got in (forwards, dual, again):
         assert ((got - expected).abs() <= bound).all()
+
+
+@each_layout
+def test_it_is_recomputed_by_a_checkpoint(layout, activations):
+    packed, _ = layers(layout, activations, True)
+    gradients = []
+    for run in (packed, lambda x: checkpoint(packed, x, use_reentrant=False)):
+        leaf = torch.linspace(-2, 2, 48).view(2, 24).requires_grad_()
+        run(leaf).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_transform_around_functionalize_is_refused_not_wrong():
+    packed, _ = layers("rows", "dynamic", False)
+    with pytest.raises(RuntimeError, match="Functionalize"):
+        torch.func.grad(torch.func.functionalize(lambda x: packed(x).sum()))(torch.randn(2, 24))
+
+
+@pytest.mark.parametrize("layout", ["rows", "native"])
+def test_zeros_without_memory(layout):
+    packed, _ = layers(layout, "dynamic", False)
+    assert torch.equal(packed(torch._efficientzerotensor(3, 24)), packed(torch.zeros(3, 24)))
 
 
 def test_transforms_do_not_reach_integers():

@@ -40,7 +40,9 @@ def plain(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    return not observed() and all(type(t) in (Tensor, nn.Parameter) and not t.is_neg() for t in tensors)
+    return not observed() and all(
+        type(t) in (Tensor, nn.Parameter) and not t.is_neg() and not torch._is_zerotensor(t) for t in tensors
+    )
 
 
 def aside(function: Callable[..., Result], *args: Any) -> Result:

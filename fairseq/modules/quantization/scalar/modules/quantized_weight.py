@@ -26,9 +26,9 @@ class QuantizedWeight(nn.Module):
     ``update_step`` forwards; those that gradient checkpointing repeats neither look nor count. A recorded graph
     (traced, exported, compiled) has no look in it.
 
-    ``scale`` (float32) and ``zero_point`` (int32), of shape (1,) or (out,), are buffers: None until observed, which
-    copying does, so that ``AveragedModel``, which pairs buffers by their order, may be made at any time. They keep
-    their dtype in ``.half()``, and what they are is kept with the weight that is saved, copied or moved with them.
+    ``scale`` (float32) and ``zero_point`` (int32), of shape (1,) or (out,), are buffers: None until observed, so that
+    ``AveragedModel``, which pairs buffers by their order, is to be made after the first forward. They keep their dtype
+    in ``.half()``, and what they are is kept with the weight that is saved, copied or moved with them.
     Loading a state dict without them (a float layer's) forgets them.
     """
 
@@ -137,12 +137,6 @@ class QuantizedWeight(nn.Module):
     def _scale_count(self) -> int:
         """Values in ``scale`` once the weight is observed."""
         return len(self.weight) if self.method == "channel" else 1
-
-    def __getstate__(self) -> dict[str, Any]:
-        finite = self.scale is None and readable(self.weight) and bool(torch.isfinite(self.weight).all())
-        if finite:  # a copy from before the first forward has the buffers that this layer has after it
-            self.observe_weight()
-        return self.__dict__
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedWeight:
         kept, lags = self.scale, self._lags()

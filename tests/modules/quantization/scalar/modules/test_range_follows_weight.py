@@ -295,24 +295,6 @@ def test_a_chosen_grid_stays_with_its_weight(journey, kind, tmp_path):
     assert torch.equal(layer(inputs(layer)), anew(layer)(inputs(layer)))
 
 
-@pytest.mark.parametrize("use_buffers", [False, True])
-def test_an_average_from_before_the_first_forward(use_buffers):
-    """It pairs buffers by their order: those of a range that came later would be taken for the next layer's."""
-    torch.manual_seed(0)
-    model = nn.Sequential(IntLinear.from_float(nn.Linear(6, 6), 0.5, 10, 8, "channel"), nn.BatchNorm1d(6)).train()
-    averaged, means = AveragedModel(model, use_buffers=use_buffers), []
-    for _ in range(2):
-        model(torch.randn(9, 6))
-        through_data(model[0], torch.randn(6, 6))
-        averaged.update_parameters(model)
-        means.append(model[1].running_mean.clone())
-    averaged.eval()
-    expected = sum(means) / 2 if use_buffers else means[-1]
-    assert torch.allclose(averaged.module[1].running_mean, expected)
-    layer, x = averaged.module[0], torch.randn(9, 6)
-    assert torch.equal(layer(x), anew(layer)(x))
-
-
 @pytest.mark.parametrize("move", [torch.float16, torch.bfloat16, torch.float64, "device"], ids=str)
 def test_a_chosen_grid_moves_with_its_weight(move, device):
     layer = calibrated("groups")

@@ -262,7 +262,7 @@ struct Extent {
   int32_t highest() const { return largest_without_sign(high); }
   int32_t magnitude() const {  // that of -2^15 is 2^15, without a sign
     typedef uint16_t WordPairs __attribute__((vector_size(4 * LANES)));
-    const WordPairs a = (WordPairs)high, b = (WordPairs)-low;
+    const WordPairs a = (WordPairs)high, b = -(WordPairs)low;
     return largest_without_sign((Pairs16)(a > b ? a : b));
   }
 };
