@@ -12,8 +12,7 @@
     attention       int32 multiplier, uint8 shift (heads); result        and the linear "output"
     norm, linear                                                         norm2 and fc1
     activation      int32 entries (2, 256); result                       and the linear fc2
-    norm, result    what is read of tokens; those that there are         and a linear; once, or twice if the
-                                                                         logits are the mean of two heads
+    norm, result    what is read of tokens; those that there are         and a linear; twice if there are two heads
     checks          their number; uint8 pictures, int32 logits           what a program can compare itself with
 
 A requantize is int32 multipliers, uint8 shifts, int64 offsets. A result is the number of its bytes as int32, a

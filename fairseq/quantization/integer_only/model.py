@@ -26,8 +26,7 @@ class IntegerViT(nn.Module):
 
     Buffers, besides those of its parts, which are integers:
         pixel_start, pixel_step: float64 (channels,): a pixel is start + step * p, p from 0 to 255.
-        constants: int32 (tokens, width): class tokens and position embeddings, in steps of the residual stream, or of
-            what ``before`` reads.
+        constants: int32 (tokens, width): class tokens and position embeddings, in the steps of what they are added to.
 
     Args:
         config: of the model that this was made from.
