@@ -216,7 +216,7 @@ def test_columns_that_become_several_bytes(level, monkeypatch):
     torch.manual_seed(0)
     model = ViTForImageClassification(config).eval()
     for norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)):
-        norm.weight.data[[0, 70]] = torch.tensor([9.0, 30.0])
+        norm.weight.data[70] = 5.0
     quantizer = ViTQuantizer(bits=8, method="channel", arithmetic="integer", activations="static", rounding="nearest")
     integers = quantizer.quantize_model(model, calibration=PICTURES)
     spread = integers.blocks[0].norm1.output[1]
