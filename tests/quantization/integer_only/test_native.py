@@ -211,13 +211,15 @@ def test_activations_beyond_their_table_and_in_64_bits(level, monkeypatch):
 def test_columns_that_become_several_bytes(level, monkeypatch):
     monkeypatch.setenv("FAIRSEQ_QUANTIZATION_LEVEL", level)
     config = vit_config(
-        hidden_size=128, num_attention_heads=4, intermediate_size=96, image_size=16, num_hidden_layers=1
+        hidden_size=256, num_attention_heads=4, intermediate_size=96, image_size=16, num_hidden_layers=1
     )
     torch.manual_seed(0)
     model = ViTForImageClassification(config).eval()
     for norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)):
-        norm.weight.data[70] = 5.0
-    quantizer = ViTQuantizer(bits=8, method="channel", arithmetic="integer", activations="static", rounding="nearest")
+        norm.weight.data[70] = 12.0
+    quantizer = ViTQuantizer(
+        8, "channel", arithmetic="integer", activations="static", rounding="nearest", equalize=False
+    )
     integers = quantizer.quantize_model(model, calibration=PICTURES)
     spread = integers.blocks[0].norm1.output[1]
     copies = spread.columns.unique_consecutive(return_counts=True)[1]
