@@ -101,7 +101,7 @@ class IntegerViT(nn.Module):
             raise ValueError(f"an integer-only model takes pixel_values and return_dict, not {', '.join(asked)}")
         integers = self.integer_outputs(self.round_pixels(pixel_values))
         exponents = self.head.exponents()
-        exporting = torch.compiler.is_exporting()
+        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
         def scale(exponent: Tensor) -> Any:
             if torch.compiler.is_compiling():  # no number may be read: the bits of 2**-exponent

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 Widths = dict[str, tuple[int, int]]
@@ -27,8 +28,8 @@ def checked() -> Iterator[Widths]:
 
 
 def is_checked() -> bool:
-    """Whether intermediates are checked."""
-    return _SEEN.get() is not None
+    """Whether intermediates are checked: not while a compiler records operations, which has no numbers."""
+    return not torch.compiler.is_compiling() and _SEEN.get() is not None
 
 
 def largest(x: Tensor | int) -> int:
@@ -40,7 +41,7 @@ def largest(x: Tensor | int) -> int:
 
 def bounded(x: Tensor, bits: int, name: str) -> Tensor:
     """``x`` as it is; in the mode :func:`checked`, OverflowError unless it fits signed integers of ``bits`` bits."""
-    seen = _SEEN.get()
+    seen = _SEEN.get() if is_checked() else None
     if seen is not None and x.numel():
         low, high = int(x.min()), int(x.max())
         used = max(high, ~low, 0).bit_length() + 1
