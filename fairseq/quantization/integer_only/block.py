@@ -23,6 +23,12 @@ def add(h: Tensor, branch: Tensor) -> Tensor:
     return (h + branch).clamp(-half, half - 1)
 
 
+def add_mlp(block: Any, h: Tensor) -> Tensor:
+    """h + fc2(activation(fc1(norm2(h)))), of the parts of ``block``: int64 (..., C) of 22 bits -> the same."""
+    hidden = block.activation(block.fc1(*to_bytes(block.norm2(h), block.bits)))
+    return add(h, block.fc2(*to_bytes(hidden, block.bits, unsigned=True)))
+
+
 class IntegerBlock(nn.Module):
     """h + output(attention(norm1(h))), then h + fc2(activation(fc1(norm2(h)))).
 
@@ -58,5 +64,4 @@ class IntegerBlock(nn.Module):
         read = to_bytes(self.norm1(h), self.bits)
         attended = self.attention(self.query(*read), self.key(*read), self.value(*read))
         h = add(h, self.output(*to_bytes(attended, self.bits)))
-        hidden = self.activation(self.fc1(*to_bytes(self.norm2(h), self.bits)))
-        return add(h, self.fc2(*to_bytes(hidden, self.bits, unsigned=True)))
+        return add_mlp(self, h)

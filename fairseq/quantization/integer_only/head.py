@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.integer.checked import bounded
-from fairseq.quantization.integer_only.block import add
+from fairseq.quantization.integer_only.block import add_mlp
 from fairseq.quantization.integer_only.layers import (
     IntegerActivation,
     IntegerAttention,
@@ -139,8 +139,7 @@ class AttentionPooling(nn.Module):
         query = self.query.to(torch.int64).expand(h.shape[0], 1, -1)
         attended = self.attention(query, self.key(*read), self.value(*read))[:, 0]
         y = self.output(*to_bytes(attended, self.bits))
-        hidden = self.activation(self.fc1(*to_bytes(self.norm2(y), self.bits)))
-        return add(y, self.fc2(*to_bytes(hidden, self.bits, unsigned=True))).to(torch.int32)
+        return add_mlp(self, y).to(torch.int32)
 
     def is_plain(self) -> bool:
         """See :meth:`Readout.is_plain`."""

@@ -4,6 +4,7 @@ import json
 
 import families
 import pytest
+import timm
 import torch
 from families import build, shortened
 from integer_models import KINDS, PICTURES, embedded, embedded_pictures, quantize
@@ -82,7 +83,6 @@ def test_onnx_of_the_embedded_model(activations):
 
 
 def test_onnx_of_a_layer_on_every_token(tmp_path):
-    timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     original = timm.create_model("vit_tiny_patch16_224", **families.TIMM, global_pool="").eval()
     model = ViTQuantizer(arithmetic="integer", rounding="nearest").quantize_model(original, calibration=PICTURES)

@@ -14,7 +14,8 @@ from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.integer.checked import checked
 from fairseq.modules.quantization.packed.kernels import library, native, native_calls
 from fairseq.quantization.integer_only.layers import Spread
-from fairseq.quantization.integer_only.native import NativeViT, NotNative, _alone, native_outputs, reason_not_native
+from fairseq.quantization.integer_only.native import native_outputs, reason_not_native
+from fairseq.quantization.integer_only.native_model import NativeViT, NotNative, _alone
 
 pytestmark = pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 

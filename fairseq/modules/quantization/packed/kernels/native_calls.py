@@ -92,7 +92,7 @@ def integers(model: IntegerModel, pixels: Tensor, level: int) -> Tensor:
     """The logits' integers of a model of integers alone, or its residual stream if it has no classifier.
 
     Args:
-        model: see ``fairseq.quantization.integer_only.native``.
+        model: see ``fairseq.quantization.integer_only.native_model``.
         pixels: uint8 (B, channels, height, width).
         level: the number of an instruction set.
 
