@@ -197,7 +197,14 @@ def test_activations_beyond_their_table_and_in_64_bits(level, monkeypatch):
     model = build("odd")
     pixels = extremes(model)
     first, second = (block.activation for block in model.blocks)
-    model.blocks[0].fc1.output.shift -= 4  # some inputs are beyond the table, on both sides
+    model.blocks[0].fc1.output.shift -= 9
+    first.output.offset.zero_()  # so that some of what has no sign is below 0
+    inputs = []
+    handle = model.blocks[0].fc1.register_forward_hook(lambda module, args, output: inputs.append(output))
+    reference(model, pixels)
+    handle.remove()
+    assert inputs[0].max() >= 2**15  # beyond the table, on both sides
+    assert inputs[0].min() < -(2**15)
     second.entries[0, 0] = 1  # which must be 0, and is taken for what lies before the table
     kernels = NativeViT(model)
     assert [bool(kernels.model.blocks[i].contents.activation32.multiplier) for i in range(2)] == [True, False]
