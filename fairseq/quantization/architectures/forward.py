@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,20 @@ TEXT = ("input_ids", "decoder_input_ids", "decoder_inputs_embeds", "labels")
 """Inputs one of which a model with a text tower needs for a whole forward pass."""
 
 
+class Pixels(Protocol):
+    """Pixel values of pictures: a tensor (N, C, H, W), or what is read when it is asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(N, C, H, W)."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """Some of them, one after the other."""
+
+
 def picture_inputs(model: nn.Module, pixel_values: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """What ``model`` is called with for pictures (N, C, H, W): tensors of length N, which may be split together.
 
@@ -30,8 +44,18 @@ def picture_inputs(model: nn.Module, pixel_values: Tensor, seed: int = 0) -> dic
         return _in_patches(pixel_values, vision_config(model).patch_size)
     inputs = {"pixel_values": pixel_values}
     if _draws_a_mask(model) and pixel_values.ndim == 4:
-        inputs["noise"] = _noise(model, pixel_values, seed)
+        inputs["noise"] = _noise(model, pixel_values.shape, seed).to(pixel_values.device)
     return inputs
+
+
+def picture_batch(model: nn.Module, pixel_values: Pixels, rows: slice, like: Tensor) -> dict[str, Tensor]:
+    """:func:`picture_inputs` of some of the pictures, as they are among those of all, where a parameter ``like`` is."""
+    inputs = picture_inputs(model, pixel_values[rows])
+    if "noise" in inputs:
+        inputs["noise"] = _noise(model, pixel_values.shape, 0)[rows]
+    return {
+        key: x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device) for key, x in inputs.items()
+    }
 
 
 def call(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -50,7 +74,8 @@ def call(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         if _takes(model, "decoder_input_ids"):
             return _named(model.get_submodule("encoder")(**inputs))
     if _draws_a_mask(model) and inputs.get("noise") is None:
-        inputs = {**inputs, "noise": _noise(model, inputs["pixel_values"], 0)}
+        pictures = inputs["pixel_values"]
+        inputs = {**inputs, "noise": _noise(model, pictures.shape, 0).to(pictures.device)}
     output = _run(model, inputs)
     if isinstance(output, Tensor):
         return {_name_of(model, output): output}
@@ -223,13 +248,12 @@ def _draws_a_mask(model: nn.Module) -> bool:
     return _takes(model, "noise") and hasattr(vision_config(model), "patch_size")
 
 
-def _noise(model: nn.Module, pixel_values: Tensor, seed: int) -> Tensor:
-    """(N, patches), uniform, on the device of ``pixel_values``."""
+def _noise(model: nn.Module, shape: Sequence[int], seed: int) -> Tensor:
+    """(N, patches), uniform, for pictures of the ``shape`` (N, C, H, W)."""
     patch = vision_config(model).patch_size
     height, width = (patch, patch) if isinstance(patch, int) else patch
-    count = (pixel_values.shape[-2] // height) * (pixel_values.shape[-1] // width)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(len(pixel_values), count, generator=generator).to(pixel_values.device)
+    count = (shape[-2] // height) * (shape[-1] // width)
+    return torch.rand(shape[0], count, generator=torch.Generator().manual_seed(seed))
 
 
 def _in_patches(pixel_values: Tensor, size: int) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.context import on_device
 from fairseq.quantization.architectures.blocks import BlockPlan
-from fairseq.quantization.architectures.forward import call, evaluating, picture_inputs, vision_config
+from fairseq.quantization.architectures.forward import Pixels, call, evaluating, picture_inputs, vision_config
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -52,7 +52,7 @@ def observe(
     model: nn.Module,
     layers: Sequence[str],
     blocks: Sequence[str],
-    pixel_values: Tensor | None = None,
+    pixel_values: Pixels | None = None,
     text: bool = False,
 ) -> Observation:
     """Run ``model`` on one picture, in eval mode, and see what its layers and blocks are called with.
@@ -81,7 +81,7 @@ def observe(
 
 
 def _watched(
-    model: nn.Module, layers: Sequence[str], blocks: Sequence[str], pixel_values: Tensor | None, text: bool
+    model: nn.Module, layers: Sequence[str], blocks: Sequence[str], pixel_values: Pixels | None, text: bool
 ) -> Observation:
     watch = _Watch(model, layers, blocks)
     try:
@@ -279,7 +279,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return bool(error <= 16 * torch.finfo(first.dtype).eps * size)
 
 
-def _sample(model: nn.Module, pixel_values: Tensor | None, text: bool) -> dict[str, Any]:
+def _sample(model: nn.Module, pixel_values: Pixels | None, text: bool) -> dict[str, Any]:
     """The inputs of a forward pass for one picture, and a few words."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if pixel_values is None:

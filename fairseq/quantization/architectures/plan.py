@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.modules import QuantizedWeight
@@ -20,6 +20,7 @@ from fairseq.quantization.architectures.families import (
     kept_reason,
     tower_of,
 )
+from fairseq.quantization.architectures.forward import Pixels
 from fairseq.quantization.architectures.layers import block_of, linear_layers, tied_blocks, tied_layers
 from fairseq.quantization.architectures.observe import NOTHING, Observation, observe
 from fairseq.quantization.config import COMPONENTS, LayerConfig, QuantizationConfig
@@ -103,7 +104,7 @@ class ModelPlan:
         return [block for block in dict.fromkeys(names) if block is not None]
 
 
-def resolve(model: nn.Module, config: QuantizationConfig, pixel_values: Tensor | None = None) -> ModelPlan:
+def resolve(model: nn.Module, config: QuantizationConfig, pixel_values: Pixels | None = None) -> ModelPlan:
     """What ``model`` is and what ``config`` makes of it; where something depends on it, seen by running the model once.
 
     Args:

@@ -2,101 +2,210 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fairseq.quantization.architectures.forward import call, evaluating, picture_inputs
+from fairseq.quantization.architectures.forward import Pixels, call, evaluating, picture_batch
 from fairseq.quantization.architectures.observe import Arguments, copied, equal
+from fairseq.quantization.calibration import processes
+from fairseq.quantization.calibration.precision import multiplies_in_half, products, where
+from fairseq.quantization.calibration.statistics import BATCH_SIZE
+from fairseq.quantization.calibration.storage import Storage
 
-BATCH_SIZE = 4
 SAMPLE = 512
 """Tokens on which inputs are equalized."""
+ALIKE = 0.01
+"""Relative error up to which a layer is called with the same; one that reads something else gets something else."""
+
+
+class Stored:
+    """What a block is called with, batch by batch: hidden states on disk, and whatever else in memory.
+
+    Args:
+        what: how errors call the hidden states.
+    """
+
+    def __init__(self, what: str):
+        self.hidden, self.others = Storage(what), []  # type: tuple[Storage, list[Any]]
+
+    def __len__(self) -> int:
+        return len(self.others)
+
+    def __getitem__(self, index: int) -> Arguments:
+        """The arguments of one batch, which are not to be written."""
+        rest, keywords = self.others[index]
+        return (self.hidden[index], *rest), keywords
+
+    def __iter__(self) -> Iterator[Arguments]:
+        return (self[index] for index in range(len(self)))
+
+    def append(self, arguments: Arguments) -> None:
+        """Add a batch; the hidden states, the first argument, are copied: they may be a parameter of the model."""
+        (hidden, *rest), keywords = arguments
+        self.hidden.append(hidden)
+        others = (rest, keywords)
+        self.others.append(self.others[0] if self.others and equal(self.others[0], others) else others)
+
+    def replace(self, index: int, hidden: Tensor) -> None:
+        """Put other hidden states in the place of a batch's."""
+        self.hidden[index] = hidden
 
 
 class BlockInputs:
     """The calibration images on their way through ``model``, at the entrance of one block after the other.
 
     Where every block hands its output to the next (and nothing else changes between them), each block runs on stored
-    hidden states; shapes may differ from block to block. Otherwise, and for layers outside of blocks, the whole model
-    runs up to the layer that is asked for. What was stored is never written: a block gets copies, and may edit those.
+    hidden states; shapes may differ from block to block. Otherwise, and for layers outside of blocks that read more
+    than the last block's output, the whole model runs up to the layer that is asked for. What was stored is never
+    written: a block gets copies, and may edit those. Of several processes each has its own pictures.
 
     Args:
         model: the float model.
         result: its copy that is being quantized, block by block; what lies behind the current block is not run.
         pixel_values: (N, C, H, W).
         blocks: the names of its encoder blocks, in order.
+
+    Attributes:
+        half: whether products are in bfloat16, see :func:`~.precision.multiplies_in_half`.
     """
 
-    def __init__(self, model: nn.Module, result: nn.Module, pixel_values: Tensor, blocks: list[str]):
-        self.model, self.inputs_of_all = result, picture_inputs(model, pixel_values)
+    skips = True
+    """Whether layers behind the blocks may be reached without running these again."""
+
+    def __init__(self, model: nn.Module, result: nn.Module, pixel_values: Pixels, blocks: list[str]):
+        self.model, self.pixel_values = result, pixel_values
         self.blocks, self.position = blocks, 0
-        self.stored: list[Arguments] = []
-        if blocks and self._chained(model):
-            # the first argument is copied: it may be part of the model, such as a parameter
-            self.stored = [((copied(args[0]), *args[1:]), kw) for args, kw in self._stopped(blocks[0])]
+        self.half = self.skips and multiplies_in_half(model)
+        own = processes.share(len(pixel_values))
+        self.batches = [slice(i, min(i + BATCH_SIZE, own.stop)) for i in range(own.start, own.stop, BATCH_SIZE)]
+        self.stored = Stored("hidden states of the calibration images")
+        self.kept: dict[str, Storage] = {}
+        self.chained = bool(blocks) and self._chained(model)
+        if self.chained:
+            for arguments in self._stopped(blocks[0]):
+                self.stored.append(arguments)
 
     def inputs(self, name: str) -> Iterator[Tensor]:
         """What the layer called ``name`` is called with, (tokens, in) for each batch of images."""
+        if name in self.kept:
+            yield from self.kept[name]
+            return
         for args, _ in self._stopped(name):
             yield args[0].detach().flatten(0, -2)
 
     def sample(self, name: str) -> Tensor:
         """Some hundred tokens of these inputs, evenly spaced over all images: (tokens, in), float32."""
-        batches = [x.float() for x in self.inputs(name)]
-        step = max(1, sum(map(len, batches)) // SAMPLE)
-        return torch.cat([x[::step] for x in batches])
+        found: list[Tensor] = []
+        step = 0
+        for x, rows in zip(self.inputs(name), self.batches, strict=True):
+            step = step or max(1, len(x) * len(self.pixel_values) // (rows.stop - rows.start) // SAMPLE)
+            found.append(x[::step].float())
+        whole = processes.concatenated(torch.cat(found) if found else None)
+        assert whole is not None
+        return whole
 
     def advance_to(self, block: str) -> None:
         """Run the stored hidden states up to the entrance of ``block``, through blocks that are final by now."""
-        while self.stored and self.blocks[self.position] != block:
+        while self.chained and self.blocks[self.position] != block:
             self._advance()
+
+    def pass_through(self, block: str, names: Sequence[str]) -> None:
+        """Run the stored hidden states through a final ``block``, and keep what its layers ``names`` are called with.
+
+        ``inputs`` of these gives that until the next call. Nothing happens where blocks are no chain.
+        """
+        self.advance_to(block)
+        if not self.chained:
+            return
+        self.kept = {name: Storage(f"inputs of {name}") for name in names}
+
+        def keep(name: str, module: nn.Module, args: Any) -> None:
+            x = args[0].detach().flatten(0, -2)
+            shorter = x.half() if self.half and x.dtype == torch.float32 else x
+            self.kept[name].append(shorter if torch.isfinite(shorter).all() else x)
+
+        hooks = [self.model.get_submodule(n).register_forward_pre_hook(partial(keep, n)) for n in names]
+        try:
+            self._advance()
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _advance(self) -> None:
         block = self.model.get_submodule(self.blocks[self.position])
-        for index, arguments in enumerate(self.stored):
-            (before, *rest), keywords = arguments
-            args, fresh = copied(arguments)
-            with evaluating(block), torch.no_grad():
-                output = _first(block(*args, **fresh))
-            if output.shape == before.shape and output.dtype == before.dtype:
-                output = before.copy_(output)  # our own memory: new results between others tear the heap
-            self.stored[index] = (output, *rest), keywords
+        for index in range(len(self.stored)):
+            args, keywords = copied(self.stored[index])
+            with evaluating(block), torch.no_grad(), products(self.model, self.half):
+                self.stored.replace(index, _first(block(*args, **keywords)))
         self.position += 1
 
     def _stopped(self, name: str) -> Iterator[Arguments]:
         """Run until ``name`` is reached; yield its arguments, batch by batch, which are not to be written."""
-        module = self.model.get_submodule(name)
         here = f"{self.blocks[self.position]}." if self.position < len(self.blocks) else None
-        if self.stored and here is not None and name.startswith(here):
+        if len(self.stored) and here is not None and name.startswith(here):
             block = self.model.get_submodule(self.blocks[self.position])
             runs: Iterator[Callable[[], Any]] = (partial(block, *a, **k) for a, k in map(copied, self.stored))
         else:
             runs = (partial(call, self.model, batch) for batch in self._pictures(self.model))
+            if len(self.stored) and not name.startswith(tuple(f"{block}." for block in self.blocks)):
+                yield from self._behind(name, runs)
+                return
+        for run in runs:
+            yield self._arguments(name, run)
+
+    def _behind(self, name: str, runs: Iterator[Callable[[], Any]]) -> Iterator[Arguments]:
+        """What a layer outside of blocks is called with: without running these, if it then comes to the same."""
+        skipping = self.skips and name not in self.blocks
+        while skipping and self.position < len(self.blocks):
+            self._advance()
+        for index, run in enumerate(runs):
+            if skipping:
+                (hidden, *_), _ = self.stored[index]
+                with self._answering(hidden):
+                    arguments = self._arguments(name, run)
+                if index or _alike(arguments, self._arguments(name, run)):
+                    yield arguments
+                    continue
+                skipping = False
+            yield self._arguments(name, run)
+
+    @contextmanager
+    def _answering(self, hidden: Tensor) -> Iterator[None]:
+        """Inside, every block returns ``hidden`` at once."""
+        blocks = [self.model.get_submodule(name) for name in self.blocks]
+        answer = (hidden,) if self.tuples else hidden
+        for block in blocks:
+            vars(block)["forward"] = lambda *_, **__: answer
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del vars(block)["forward"]
+
+    def _arguments(self, name: str, run: Callable[[], Any]) -> Arguments:
+        """What the module ``name`` is called with in one run, which ends there."""
 
         def stop(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             raise _Reached(args, keywords)
 
-        for run in runs:
-            hook = module.register_forward_pre_hook(stop, with_kwargs=True)
-            try:
-                with evaluating(self.model), torch.no_grad():
-                    run()
-                raise ValueError(f"{name} is not reached by a forward pass of the model, so it cannot be calibrated")
-            except _Reached as reached:
-                arguments = reached.arguments
-            finally:
-                hook.remove()
-            yield arguments
+        hook = self.model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with evaluating(self.model), torch.no_grad(), products(self.model, self.half):
+                run()
+        except _Reached as reached:
+            return reached.arguments
+        finally:
+            hook.remove()
+        raise ValueError(f"{name} is not reached by a forward pass of the model, so it cannot be calibrated")
 
-    def _pictures(self, model: nn.Module, size: int = BATCH_SIZE) -> Iterator[dict[str, Tensor]]:
-        """The inputs of ``size`` pictures at a time, where the model is."""
-        device, dtype = where(model)
-        for start in range(0, len(self.inputs_of_all["pixel_values"]), size):
-            yield {key: moved(x[start : start + size], device, dtype) for key, x in self.inputs_of_all.items()}
+    def _pictures(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """The inputs of each batch of pictures, where the model is."""
+        return (picture_batch(model, self.pixel_values, rows, where(model)) for rows in self.batches)
 
     def _chained(self, model: nn.Module) -> bool:
         """Whether each block is called with the output of the one before, as it was, and all else stays the same."""
@@ -109,6 +218,8 @@ class BlockInputs:
             calls.append(copied((args[1:], keywords)))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self.tuples = isinstance(output, tuple)
+            self.skips = self.skips and (not self.tuples or len(output) == 1)
             outputs.append((_first(output), copied(_first(output))))
 
         blocks = [model.get_submodule(name) for name in self.blocks]
@@ -116,7 +227,7 @@ class BlockInputs:
         hooks += [block.register_forward_hook(leave) for block in blocks]
         try:
             with evaluating(model), torch.no_grad():
-                call(model, next(self._pictures(model, 1)))
+                call(model, picture_batch(model, self.pixel_values, slice(0, 1), where(model)))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -135,10 +246,7 @@ def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def moved(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return x.to(device, dtype) if x.is_floating_point() else x.to(device)
-
-
-def where(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    parameter = next(p for p in model.parameters() if p.is_floating_point() and p.numel())
-    return parameter.device, parameter.dtype
+def _alike(first: Arguments, second: Arguments) -> bool:
+    """Whether a layer was called with the same input, but for rounding."""
+    a, b = (arguments[0][0].detach().float() for arguments in (first, second))
+    return a.shape == b.shape and bool((a - b).norm() <= ALIKE * b.norm())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
+from fairseq.quantization.architectures.forward import Pixels
 from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan
 from fairseq.quantization.calibration.block_inputs import BlockInputs
+from fairseq.quantization.calibration.progress import Progress
 from fairseq.quantization.calibration.statistics import collect
 from fairseq.quantization.calibration.token_weights import token_weights
 from fairseq.quantization.config import resolve_rounding
@@ -18,8 +21,9 @@ from fairseq.quantization.rounding.gptq import Statistics
 class Calibration:
     """Pictures on their way through a model that is being quantized, and through the float one beside it.
 
-    Memory holds the hidden states of all pictures at one place of each model, and the statistics of the layers that
-    are being rounded. Labels are never needed.
+    Temporary files hold the hidden states of all pictures at one place of each model and what the float model's current
+    block reads, beyond some megabytes; memory holds the statistics of the layers that are being rounded. Labels are
+    never needed.
 
     Args:
         model: the float model.
@@ -27,6 +31,7 @@ class Calibration:
         plan: of the model.
         pixel_values: (N, C, H, W).
         seed: of the token weights.
+        progress: is told what is done.
         follow: makes the ``BlockInputs`` of what is being quantized.
     """
 
@@ -35,23 +40,26 @@ class Calibration:
         model: nn.Module,
         result: nn.Module,
         plan: ModelPlan,
-        pixel_values: Tensor,
+        pixel_values: Pixels,
         seed: int,
-        follow: Callable[[nn.Module, nn.Module, Tensor, list[str]], BlockInputs] = BlockInputs,
+        progress: Progress,
+        follow: Callable[[nn.Module, nn.Module, Any, list[str]], BlockInputs] = BlockInputs,
     ):
-        self.plan, blocks = plan, plan.blocks()
+        self.plan, self.progress, blocks = plan, progress, plan.blocks()
         reached = [layer.name for layer in plan.chosen if plan.reaches(layer.name)]
-        self.weights = token_weights(model, pixel_values, reached, seed)
+        self.weights = token_weights(model, pixel_values, reached, seed, self.progress.weighted)
         self.inputs = follow(model, result, pixel_values, blocks)
         gptaq = any(_makes_up_for_drift(layer) for layer in plan.chosen)
         self.exact_inputs = BlockInputs(model, model, pixel_values, blocks) if gptaq else None
 
-    def enter(self, block: str | None) -> None:
-        """Go to the entrance of a block; those before it are final by now."""
-        if block in self.inputs.blocks:
+    def enter(self, stage: Sequence[LayerPlan]) -> None:
+        """Go to the entrance of a stage's block; those before it are final by now."""
+        block = stage[0].block
+        if block is not None and block in self.inputs.blocks:
             self.inputs.advance_to(block)
             if self.exact_inputs is not None:
-                self.exact_inputs.advance_to(block)
+                sources = {layer.source for layer in stage if self.plan.reaches(layer.name)}
+                self.exact_inputs.pass_through(block, sorted(s for s in sources if s.startswith(f"{block}.")))
 
     def tokens(self, layers: Sequence[LayerPlan]) -> dict[str, Tensor]:
         """By name, a sample of the inputs, (tokens, in), of those layers that are going to round them coarsely."""
@@ -82,10 +90,11 @@ class Calibration:
             inputs = (fake_quantize_tokens(x, first.settings.activation_bits) for x in inputs)
         exact = None
         if self.exact_inputs is not None and any(map(_makes_up_for_drift, layers)):
-            exact = _scaled(self.exact_inputs.inputs(first.name), moved)
+            exact = _scaled(self.exact_inputs.inputs(first.source), moved)
         bits = first.settings.activation_bits if first.settings.activations == "static" else None
         names = [layer.name for layer in layers]
-        return list(collect(inputs, [self.weights[name] for name in names], names, bits, exact))
+        weights = [self.weights[name] for name in names]
+        return list(collect(self.progress.reading(inputs, layers), weights, names, bits, exact, self.inputs.half))
 
 
 def _makes_up_for_drift(layer: LayerPlan) -> bool:

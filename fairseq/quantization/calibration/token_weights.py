@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +12,27 @@ from torch import Tensor, nn
 from fairseq.quantization.architectures.forward import (
     CLASSES,
     OUTPUTS,
+    Pixels,
     class_dimension,
     evaluating,
     output_of,
-    picture_inputs,
+    picture_batch,
 )
-from fairseq.quantization.calibration.block_inputs import moved, where
+from fairseq.quantization.calibration import processes
+from fairseq.quantization.calibration.precision import multiplies_in_half, products, where
 
 UNIFORM_SHARE = 0.1
 """Of a token's weight; the rest follows the gradient. Some tokens would count for nothing without it."""
 BATCH_SIZE = 2
 
 
-def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed: int = 0) -> dict[str, Tensor]:
+def token_weights(
+    model: nn.Module,
+    pixel_values: Pixels,
+    names: list[str],
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda pictures: None,
+) -> dict[str, Tensor]:
     """How much an error at each token of each layer's output changes the model's output.
 
     The squared norm of the gradient of v . output at that token, v ~ N(0, 1): in expectation the squared Frobenius norm
@@ -35,60 +45,73 @@ def token_weights(model: nn.Module, pixel_values: Tensor, names: list[str], seed
         pixel_values: (N, C, H, W).
         names: of Linear layers.
         seed: of v.
+        progress: is called with the number of pictures that are done, batch by batch.
 
     Returns:
         By name, one weight per token, (N * tokens,), mean 1, on the CPU. A layer that was not called once, or whose
-        gradient is zero or not finite, has weight 1 everywhere: an empty tensor.
+        gradient is zero or not finite, has weight 1 everywhere: an empty tensor. Of several processes each gets those
+        of its own pictures; their mean is 1 over all.
     """
     if not names:
         return {}
     if any(parameter.is_inference() for parameter in model.parameters()):
         model = copy.deepcopy(model)  # made in inference mode: autograd refuses its tensors, and takes copies
-    device, dtype = where(model)
+    like, half = where(model), multiplies_in_half(model)
+    own = processes.share(len(pixel_values))
     generator = torch.Generator().manual_seed(seed)
-    inputs = picture_inputs(model, pixel_values)
+    skipped = 0  # pictures whose v was drawn, of other processes
     squares: dict[str, Tensor] = {}  # (N, tokens) each, allocated once: small results between large ones tear the heap
-    for start in range(0, len(pixel_values), BATCH_SIZE):
-        batch = {key: moved(x[start : start + BATCH_SIZE], device, dtype) for key, x in inputs.items()}
+    for start in range(own.start, own.stop, BATCH_SIZE):
+        rows = slice(start, min(start + BATCH_SIZE, own.stop))
+        batch = picture_batch(model, pixel_values, rows, like)
         batch["pixel_values"] = batch["pixel_values"].detach().clone().requires_grad_()
-        count = len(batch["pixel_values"])
+        count = rows.stop - start
         outputs: dict[str, list[Tensor]] = {name: [] for name in names}
         hooks = [
             model.get_submodule(name).register_forward_hook(lambda m, a, y, seen=outputs[name]: seen.append(y))
             for name in names
         ]
         try:
-            with evaluating(model), torch.enable_grad():
+            with evaluating(model), torch.enable_grad(), products(model, half):
                 kind, result = output_of(model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
+        for _ in range(skipped, start, BATCH_SIZE):
+            torch.randn((BATCH_SIZE, *result.shape[1:]), generator=generator)
+        skipped = start + BATCH_SIZE
         probe = torch.randn(result.shape, generator=generator)
         dimension = class_dimension(kind, result, batch["pixel_values"])
         if kind in OUTPUTS and kind not in CLASSES:  # of features: their mean is no part of what a norm lets through
             dimension = -1
         if dimension is not None:
             probe -= probe.mean(dimension, keepdim=True)
-        if not result.requires_grad:  # it depends on no picture
-            continue
         called = [name for name in names if _per_picture(outputs[name], count)]
-        if not called:
-            continue
-        with torch.enable_grad():
-            total = (result.float() * probe.to(device)).sum()
-        gradients = torch.autograd.grad(total, [outputs[name][0] for name in called], allow_unused=True)
-        for name, gradient in zip(called, gradients, strict=True):
-            if gradient is not None:
-                square = gradient.float().square().sum(-1).view(count, -1)
-                if name not in squares:
-                    squares[name] = torch.full((len(pixel_values), square.shape[1]), torch.nan)
-                squares[name][start : start + count] = square.cpu()
+        if result.requires_grad and called:  # else it depends on no picture
+            with torch.enable_grad():
+                total = (result.float() * probe.to(like.device)).sum()
+            gradients = torch.autograd.grad(total, [outputs[name][0] for name in called], allow_unused=True)
+            for name, gradient in zip(called, gradients, strict=True):
+                if gradient is not None:
+                    square = gradient.float().square().sum(-1).view(count, -1)
+                    if name not in squares:
+                        squares[name] = torch.full((len(own), square.shape[1]), torch.nan)
+                    squares[name][start - own.start : rows.stop - own.start] = square.cpu()
+        progress(count)
+    return _normalized(squares, names)
+
+
+def _normalized(squares: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """The weights, of squares (N, tokens) each; their mean is 1 over all pictures of all processes."""
+    parts = processes.gathered({name: x.double().mean(1).tolist() for name, x in squares.items()})
     weights = {}
     for name in names:
-        values = squares[name].flatten() if name in squares else torch.empty(0)
-        mean = values.mean() if len(values) else torch.zeros(())
-        usable = bool(torch.isfinite(mean)) and float(mean) > 0
-        weights[name] = (1 - UNIFORM_SHARE) * values / mean + UNIFORM_SHARE if usable else torch.empty(0)
+        means = [value for part in parts for value in part.get(name, ())]  # of each picture
+        mean = math.fsum(means) / len(means) if means else 0.0
+        if name in squares and math.isfinite(mean) and mean > 0:
+            weights[name] = squares.pop(name).mul_((1 - UNIFORM_SHARE) / mean).add_(UNIFORM_SHARE).flatten()
+        else:
+            weights[name] = torch.empty(0)
     return weights
 
 

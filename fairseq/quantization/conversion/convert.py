@@ -9,14 +9,15 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fairseq.modules.quantization.context import plain_context
-from fairseq.quantization.architectures.forward import separate_biases
+from fairseq.quantization.architectures.forward import Pixels, separate_biases
 from fairseq.quantization.architectures.layers import linear_layers
 from fairseq.quantization.architectures.plan import ModelPlan, check_model, resolve
+from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.block_inputs import BlockInputs
 from fairseq.quantization.calibration.calibration import Calibration
+from fairseq.quantization.calibration.progress import Progress
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.conversion.embeddings import pack_embeddings
 from fairseq.quantization.conversion.quantize_stage import Finished, quantize_stage
@@ -28,15 +29,16 @@ from fairseq.quantization.evaluation.report import LayerReport, QuantizationRepo
 def convert(
     model: nn.Module,
     config: QuantizationConfig,
-    pixel_values: Tensor | None = None,
+    pixel_values: Pixels | None = None,
     engine: str = "auto",
-    follow: Callable[[nn.Module, nn.Module, Tensor, list[str]], BlockInputs] = BlockInputs,
+    follow: Callable[[nn.Module, nn.Module, Any, list[str]], BlockInputs] = BlockInputs,
 ) -> tuple[nn.Module, QuantizationReport]:
     """Quantize a deep copy of ``model``: (the copy, what was done). ``model`` stays as it is.
 
     Block by block: equalize it, see what its layers read, round them, swap them. Float weights that become packed
-    integers are copied for one block at a time: at its peak, memory holds the float model, the quantized one, a block,
-    what rounding one layer takes, and the hidden states of the calibration images. The integers are the same whatever
+    integers are copied for one block at a time: at its peak, memory holds the float model, the quantized one, a block
+    and what rounding one layer takes; the hidden states of the calibration images are in temporary files, see
+    :class:`~fairseq.quantization.calibration.storage.Storage`. The integers are the same whatever
     autocast, default dtype or device, or gradient mode is on around the call.
 
     Args:
@@ -57,22 +59,22 @@ def convert(
     check_model(model)
     with plain_context():
         model = separate_biases(model)
-        if pixel_values is not None and pixel_values.is_inference():
+        if isinstance(pixel_values, Tensor) and pixel_values.is_inference():
             pixel_values = pixel_values.clone()
         plan = resolve(model, config, pixel_values)
         packed = config.execution == "packed"
         weightless = [model.get_submodule(layer.name) for layer in plan.chosen]
         result = copy.deepcopy(model, _without_weights(model, weightless) if packed else None)
-        calibration = None
-        if pixel_values is not None:
-            calibration = Calibration(model, result, plan, pixel_values, config.seed, follow)
         finished = Finished()
-        with tqdm(total=len(plan.chosen), desc="Quantizing", unit="layer", delay=1, leave=False) as bar:
+        with Progress(model, plan, 0 if pixel_values is None else len(processes.share(len(pixel_values)))) as progress:
+            calibration = None
+            if pixel_values is not None:
+                calibration = Calibration(model, result, plan, pixel_values, config.seed, progress, follow)
             for stage in plan.stages():
                 for layer in stage:
                     _materialize(result, model, layer.name)
-                for group in quantize_stage(result, stage, plan, config, finished, calibration):
-                    bar.update(len(group))
+                for done in quantize_stage(result, stage, plan, config, finished, calibration):
+                    progress.rounded(done)
         embeddings = pack_embeddings(result, plan.embeddings, pixel_values)
         reasons = finish(result, engine if packed else "layers")
         report = make_report(result, plan, Sizes.of(model), finished.records, config.execution)

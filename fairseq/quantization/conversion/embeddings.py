@@ -13,8 +13,9 @@ from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding, unfold
 from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedTable, install_table
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
-from fairseq.quantization.calibration.block_inputs import BATCH_SIZE
-from fairseq.quantization.calibration.statistics import collect
+from fairseq.quantization.architectures.forward import Pixels
+from fairseq.quantization.calibration import processes
+from fairseq.quantization.calibration.statistics import BATCH_SIZE, collect
 from fairseq.quantization.config import LayerConfig, resolve_rounding
 from fairseq.quantization.conversion.quantize_layer import quantize_layer
 from fairseq.quantization.evaluation.report import LayerReport
@@ -22,13 +23,13 @@ from fairseq.quantization.rounding.gptq import Statistics
 
 
 def pack_embeddings(
-    model: nn.Module, embeddings: Mapping[str, LayerConfig | str], pixel_values: Tensor | None
+    model: nn.Module, embeddings: Mapping[str, LayerConfig | str], pixel_values: Pixels | None
 ) -> list[LayerReport]:
     """Pack embeddings in place; patches are rounded by GPTQ where there are pictures, (N, C, H, W)."""
     return [_pack(model, name, decision, pixel_values) for name, decision in embeddings.items()]
 
 
-def _pack(model: nn.Module, name: str, decision: LayerConfig | str, pixel_values: Tensor | None) -> LayerReport:
+def _pack(model: nn.Module, name: str, decision: LayerConfig | str, pixel_values: Pixels | None) -> LayerReport:
     owner_name, _, last = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     part = getattr(owner, last)
@@ -58,7 +59,7 @@ def _pack(model: nn.Module, name: str, decision: LayerConfig | str, pixel_values
 
 
 def _patches(
-    conv: nn.Conv2d, weight: Tensor, name: str, settings: LayerConfig, pixel_values: Tensor | None
+    conv: nn.Conv2d, weight: Tensor, name: str, settings: LayerConfig, pixel_values: Pixels | None
 ) -> tuple[PackedPatchEmbedding, dict[str, Any]]:
     """The packed twin of a convolution, and what the report says of it."""
     note = None
@@ -73,12 +74,12 @@ def _patches(
     return PackedPatchEmbedding.from_conv(conv, linear, name), {**done.record, "note": note}
 
 
-def _statistics(conv: nn.Conv2d, name: str, pixel_values: Tensor) -> Statistics:
+def _statistics(conv: nn.Conv2d, name: str, pixel_values: Pixels) -> Statistics:
     """Of the patches, every one with the same weight."""
     size = (conv.kernel_size[0], conv.kernel_size[1])
-    batches = (
-        unfold(x.to(conv.weight.device, conv.weight.dtype), size).flatten(0, -2) for x in pixel_values.split(BATCH_SIZE)
-    )
+    own = processes.share(len(pixel_values))
+    pictures = (pixel_values[i : min(i + BATCH_SIZE, own.stop)] for i in range(own.start, own.stop, BATCH_SIZE))
+    batches = (unfold(x.to(conv.weight.device, conv.weight.dtype), size).flatten(0, -2) for x in pictures)
     return collect(batches, [torch.empty(0)], [name])[0]
 
 

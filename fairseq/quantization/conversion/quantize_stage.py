@@ -72,8 +72,8 @@ def quantize_stage(
     config: QuantizationConfig,
     finished: Finished,
     calibration: Calibration | None = None,
-) -> Iterator[list[LayerPlan]]:
-    """Quantize one stage of ``model`` in place; yields the layers that are done, those together that read one tensor.
+) -> Iterator[LayerPlan]:
+    """Quantize one stage of ``model`` in place; yields each layer that is done.
 
     Args:
         model: its layers of this stage hold their float weights.
@@ -82,9 +82,8 @@ def quantize_stage(
         finished: is added to.
         calibration: of the model, or None to round without pictures.
     """
-    block = stage[0].block
     if calibration is not None:
-        calibration.enter(block)
+        calibration.enter(stage)
     factors = _equalize(model, stage, plan, calibration) if config.equalize else Factors({}, {})
     for group in _groups(stage, factors.own):
         first = group[0].name
@@ -96,7 +95,7 @@ def quantize_stage(
             if calibration is not None and found is None:
                 record["note"] = NOT_REACHED
             finished.records[layer.name] = record
-        yield group
+            yield layer
 
 
 def _groups(stage: Sequence[LayerPlan], own: Mapping[str, Tensor]) -> list[list[LayerPlan]]:

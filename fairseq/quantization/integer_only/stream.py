@@ -41,6 +41,8 @@ class IntegerInputs(BlockInputs):
         stream: int32 (B, T, C) of 22 bits for each batch, what is stored; empty unless ``follows``.
     """
 
+    skips = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -52,7 +54,7 @@ class IntegerInputs(BlockInputs):
         follows: bool = True,
     ):
         super().__init__(model, result, pixel_values, blocks)
-        if not self.stored:
+        if not self.chained:
             raise ValueError(
                 f"{type(model).__name__} cannot become integers alone: its blocks do not hand their outputs to the next"
             )
@@ -74,8 +76,8 @@ class IntegerInputs(BlockInputs):
     def _store(self, stream: list[Tensor]) -> None:
         self.stream = [h.to(torch.int32) for h in stream]
         for i, h in enumerate(stream):
-            (before, *rest), keywords = self.stored[i]
-            self.stored[i] = ((h.double() * self.builder.step).to(before), *rest), keywords
+            (before, *_), _ = self.stored[i]
+            self.stored.replace(i, (h.double() * self.builder.step).to(before))
 
     def _advance(self) -> None:
         name = self.blocks[self.position]
@@ -99,10 +101,10 @@ class IntegerInputs(BlockInputs):
         """Inside, the last block answers each batch with what is stored of it, which is what all blocks make of it."""
         while self.position < len(self.blocks):
             self._advance()
-        stored = itertools.cycle([args[0] for args, _ in self.stored])
+        numbers = itertools.cycle(range(len(self.stored)))
 
         def answer(_: nn.Module, args: Any, output: Any) -> Any:
-            h = next(stored)
+            (h, *_), _ = self.stored[next(numbers)]
             return (h, *output[1:]) if isinstance(output, tuple) else h
 
         handle = self.model.get_submodule(self.blocks[-1]).register_forward_hook(answer)

@@ -1,0 +1,47 @@
+"""ExactSum: a sum of float32 tensors that does not depend on the order, and so not on how many processes share it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fairseq.quantization.calibration import processes
+
+PRECISION = 36
+"""Binary digits to which addends are kept, below the largest number of a row in the first of them."""
+ROWS = 256
+
+
+class ExactSum:
+    """Adds square matrices or vectors of float32, in this process and in the others.
+
+    Addends are rounded to whole multiples of a unit, one for each row, in float64, where sums of such are exact up to
+    2**53 units. That leaves room for 2**17 addends as large as the first; beyond that, sums are rounded as any are.
+
+    Args:
+        unit: (rows, 1) of a matrix or (rows,), the same in all processes: :func:`unit_of` the first addend.
+    """
+
+    def __init__(self, unit: Tensor):
+        rows = len(unit)
+        self._unit = unit
+        self._sum = torch.zeros((rows, rows) if unit.ndim == 2 else (rows,), dtype=torch.float64, device=unit.device)
+
+    def add(self, x: Tensor) -> None:
+        """Add a float32 tensor."""
+        for start in range(0, len(x), ROWS):
+            part = slice(start, start + ROWS)
+            self._sum[part] += x[part].double().div_(self._unit[part]).round_()
+
+    def result(self, divisor: float) -> Tensor:
+        """The sum over all processes, divided: float32. It ends the sum."""
+        total = processes.total(self._sum)
+        return total.mul_(self._unit / divisor).float()
+
+
+def unit_of(x: Tensor) -> Tensor:
+    """Powers of two, float64: (rows, 1) for a matrix, (rows,) for a vector."""
+    largest = x.abs().double()
+    largest = largest.amax(1, keepdim=True) if x.ndim == 2 else largest
+    largest = torch.where(largest > 0, largest, largest.max().clamp(min=torch.finfo(torch.float32).tiny))
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest)[1] - PRECISION)
