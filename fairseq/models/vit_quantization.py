@@ -19,7 +19,8 @@ from fairseq.modules.quantization.context import plain_context
 from fairseq.quantization.architectures.plan import check_model
 from fairseq.quantization.bit_allocation.assignment import BitAssignment, assign_bits, smallest_that_agrees
 from fairseq.quantization.bit_allocation.sensitivity import measure
-from fairseq.quantization.calibration.images import pixel_values
+from fairseq.quantization.calibration import processes
+from fairseq.quantization.calibration.images import pictures
 from fairseq.quantization.config import QuantizationConfig, with_current_names
 from fairseq.quantization.conversion.convert import convert
 from fairseq.quantization.conversion.dequantize import dequantize
@@ -159,8 +160,11 @@ class ViTQuantizer:
         model: Model,
         calibration: Any = None,
         processor: Any = None,
-        images: int = 128,
+        images: int | str = 128,
         engine: str = "auto",
+        *,
+        augment: int = 1,
+        resume: str | os.PathLike[str] | None = None,
     ) -> Model:
         """Return a quantized deep copy of ``model``, with the same call signature; ``model`` itself is not changed.
 
@@ -172,9 +176,17 @@ class ViTQuantizer:
                 tensor of pixel values (N, C, H, W), a list of PIL images or files, a folder, or a DataLoader. They do
                 not reach a text tower, which is rounded as without them.
             processor: the model's image processor, for pictures that are not tensors.
-            images: how many of them are used, drawn with ``seed``.
+            images: how many of them are used, drawn with ``seed``; or "all".
             engine: "fused" runs each encoder block as one native call, "layers" layer by layer, as it would on
                 another device; "auto" fuses what it can.
+            augment: how many views of each picture are used: itself, and random crops of it, half of them flipped.
+                For when there are few pictures; more pictures are better.
+            resume: a folder that what is finished is written to, block by block. The same call again goes on after
+                the last finished block, if it was interrupted, and gives the same integers as an uninterrupted one.
+                The folder is removed at the end.
+
+        Where torch.distributed has a process group, as under ``torchrun``, every process must call this with the same
+        arguments. They share the pictures, and each returns the model that one process alone would.
 
         Raises:
             TypeError: not a module.
@@ -191,17 +203,20 @@ class ViTQuantizer:
         pixels = None
         with plain_context():
             if calibration is not None:
-                pixels = pixel_values(calibration, model, processor, images, self.config.seed)
+                pixels = pictures(calibration, model, processor, images, self.config.seed, augment)
             if self.arithmetic == "integer":
-                quantized, self.report = convert_to_integers(
-                    model, self.config, pixels, processor, engine, self.functions
-                )
+                if resume is not None:
+                    raise ValueError("resume= needs arithmetic='float'; with 'integer' a run starts from the beginning")
+                with processes.alone():
+                    quantized, self.report = convert_to_integers(
+                        model, self.config, None if pixels is None else pixels[:], processor, engine, self.functions
+                    )
             else:
-                quantized, self.report = convert(model, self.config, pixels, engine)
+                quantized, self.report = convert(model, self.config, pixels, engine, resume=resume)
         if self.config.execution == "packed":
             information = {"bytes_before": self.report.bytes_before}
             if pixels is not None:
-                information["calibration_images"] = len(pixels)
+                information["calibration_images"] = len(pixels) // pixels.views
             enable_save_pretrained(quantized, information)
         else:
             enable_save_pretrained(quantized)
@@ -213,7 +228,7 @@ class ViTQuantizer:
         model: nn.Module,
         calibration: Any,
         processor: Any = None,
-        images: int = 128,
+        images: int | str = 128,
         *,
         average_bits: float | None = None,
         max_accuracy_drop: float | None = None,
@@ -243,7 +258,7 @@ class ViTQuantizer:
             )
         check_model(model)
         with plain_context():
-            pixels = pixel_values(calibration, model, processor, images, self.config.seed)
+            pixels = pictures(calibration, model, processor, images, self.config.seed)[:]
             if max_accuracy_drop is not None:
                 return smallest_that_agrees(model, pixels, self.config, max_accuracy_drop)
             errors = measure(model, pixels, self.config)

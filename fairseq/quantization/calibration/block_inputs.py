@@ -71,7 +71,8 @@ class BlockInputs:
         blocks: the names of its encoder blocks, in order.
 
     Attributes:
-        half: whether products are in bfloat16, see :func:`~.precision.multiplies_in_half`.
+        half: whether products are in bfloat16, see :func:`~.precision.multiplies_in_half`: of the float model alone,
+            what is being quantized multiplies integers.
     """
 
     skips = True
@@ -80,7 +81,7 @@ class BlockInputs:
     def __init__(self, model: nn.Module, result: nn.Module, pixel_values: Pixels, blocks: list[str]):
         self.model, self.pixel_values = result, pixel_values
         self.blocks, self.position = blocks, 0
-        self.half = self.skips and multiplies_in_half(model)
+        self.half = result is model and multiplies_in_half(model)
         own = processes.share(len(pixel_values))
         self.batches = [slice(i, min(i + BATCH_SIZE, own.stop)) for i in range(own.start, own.stop, BATCH_SIZE)]
         self.stored = Stored("hidden states of the calibration images")

@@ -11,6 +11,7 @@ from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.quantization.architectures.forward import Pixels
 from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan
 from fairseq.quantization.calibration.block_inputs import BlockInputs
+from fairseq.quantization.calibration.precision import multiplies_in_half
 from fairseq.quantization.calibration.progress import Progress
 from fairseq.quantization.calibration.statistics import collect
 from fairseq.quantization.calibration.token_weights import token_weights
@@ -33,6 +34,7 @@ class Calibration:
         seed: of the token weights.
         progress: is told what is done.
         follow: makes the ``BlockInputs`` of what is being quantized.
+        weights: the token weights, if they are known.
     """
 
     def __init__(
@@ -44,10 +46,16 @@ class Calibration:
         seed: int,
         progress: Progress,
         follow: Callable[[nn.Module, nn.Module, Any, list[str]], BlockInputs] = BlockInputs,
+        weights: dict[str, Tensor] | None = None,
     ):
         self.plan, self.progress, blocks = plan, progress, plan.blocks()
+        self.half = multiplies_in_half(model)
         reached = [layer.name for layer in plan.chosen if plan.reaches(layer.name)]
-        self.weights = token_weights(model, pixel_values, reached, seed, self.progress.weighted)
+        if weights is None:
+            weights = token_weights(model, pixel_values, reached, seed, progress.weighted)
+        else:
+            progress.weighted(progress.pictures)
+        self.weights = weights
         self.inputs = follow(model, result, pixel_values, blocks)
         gptaq = any(_makes_up_for_drift(layer) for layer in plan.chosen)
         self.exact_inputs = BlockInputs(model, model, pixel_values, blocks) if gptaq else None
@@ -94,7 +102,7 @@ class Calibration:
         bits = first.settings.activation_bits if first.settings.activations == "static" else None
         names = [layer.name for layer in layers]
         weights = [self.weights[name] for name in names]
-        return list(collect(self.progress.reading(inputs, layers), weights, names, bits, exact, self.inputs.half))
+        return list(collect(self.progress.reading(inputs, layers), weights, names, bits, exact, self.half))
 
 
 def _makes_up_for_drift(layer: LayerPlan) -> bool:

@@ -8,8 +8,7 @@ from torch import Tensor
 from fairseq.quantization.calibration import processes
 
 PRECISION = 36
-"""Binary digits to which addends are kept, below the largest number of a row in the first of them."""
-ROWS = 256
+"""Binary digits to which addends are kept, below the largest number that a row could have in the first of them."""
 
 
 class ExactSum:
@@ -19,7 +18,7 @@ class ExactSum:
     2**53 units. That leaves room for 2**17 addends as large as the first; beyond that, sums are rounded as any are.
 
     Args:
-        unit: (rows, 1) of a matrix or (rows,), the same in all processes: :func:`unit_of` the first addend.
+        unit: (rows, 1) of a matrix or (rows,), the same in all processes; see :func:`unit_of`.
     """
 
     def __init__(self, unit: Tensor):
@@ -27,11 +26,10 @@ class ExactSum:
         self._unit = unit
         self._sum = torch.zeros((rows, rows) if unit.ndim == 2 else (rows,), dtype=torch.float64, device=unit.device)
 
-    def add(self, x: Tensor) -> None:
-        """Add a float32 tensor."""
-        for start in range(0, len(x), ROWS):
-            part = slice(start, start + ROWS)
-            self._sum[part] += x[part].double().div_(self._unit[part]).round_()
+    def add(self, x: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
+        """Add a float32 tensor, or a part of a matrix."""
+        place = self._sum[rows, columns] if self._sum.ndim == 2 else self._sum[rows]
+        place += x.double().div_(self._unit[rows]).round_()
 
     def result(self, divisor: float) -> Tensor:
         """The sum over all processes, divided: float32. It ends the sum."""
@@ -39,9 +37,8 @@ class ExactSum:
         return total.mul_(self._unit / divisor).float()
 
 
-def unit_of(x: Tensor) -> Tensor:
-    """Powers of two, float64: (rows, 1) for a matrix, (rows,) for a vector."""
-    largest = x.abs().double()
-    largest = largest.amax(1, keepdim=True) if x.ndim == 2 else largest
-    largest = torch.where(largest > 0, largest, largest.max().clamp(min=torch.finfo(torch.float32).tiny))
-    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest)[1] - PRECISION)
+def unit_of(largest: Tensor) -> Tensor:
+    """Powers of two, float64, for rows whose numbers in one addend are at most ``largest``, (rows,)."""
+    bound = largest.double()
+    bound = torch.where(bound > 0, bound, bound.max().clamp(min=torch.finfo(torch.float32).tiny))
+    return torch.ldexp(torch.ones_like(bound), torch.frexp(bound)[1] - PRECISION)

@@ -1,14 +1,15 @@
-"""Calibration images, whatever they come as, to one tensor of pixel values, checked."""
+"""Calibration images, whatever they come as, to pixel values, checked."""
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fairseq.quantization.architectures.families import takes_any_size
 from fairseq.quantization.architectures.forward import vision_config
+from fairseq.quantization.calibration.pictures import Pictures
+from fairseq.quantization.calibration.storage import Storage
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 RECOMMENDED, FEW = 128, 32
@@ -23,13 +26,33 @@ ACCEPTED = (
     "a float tensor (N, C, H, W), a list of float tensors (C, H, W), of PIL images or of paths, a folder of pictures, "
     "a processor's output, or a DataLoader or other iterable of batches"
 )
+WANTED = "calibration needs pictures such as the model will see"
 Picture = tuple[str, Any]  # what messages call it; a Tensor (C, H, W), a PIL image or a Path
 
 
 def pixel_values(
-    images: Any, model: nn.Module, processor: Callable[..., Any] | None = None, limit: int = RECOMMENDED, seed: int = 0
+    images: Any,
+    model: nn.Module,
+    processor: Callable[..., Any] | None = None,
+    limit: int | str = RECOMMENDED,
+    seed: int = 0,
 ) -> Tensor:
-    """At most ``limit`` pictures that ``model`` can be calibrated on: float32, (N, C, H, W), on the CPU, a copy.
+    """:func:`pictures` as one tensor, float32 (N, C, H, W), on the CPU, a copy."""
+    return pictures(images, model, processor, limit, seed)[:]
+
+
+def pictures(
+    images: Any,
+    model: nn.Module,
+    processor: Callable[..., Any] | None = None,
+    limit: int | str = RECOMMENDED,
+    seed: int = 0,
+    augment: int = 1,
+) -> Pictures:
+    """At most ``limit`` pictures that ``model`` can be calibrated on, decoded once and checked.
+
+    They are in memory if they are few, or where ``images`` is a tensor, else in a temporary file, see
+    :class:`~fairseq.quantization.calibration.storage.Storage`.
 
     Args:
         images: a float tensor (N, C, H, W); a list of tensors, (C, H, W) or (1, C, H, W), of PIL images or of paths; a
@@ -42,42 +65,59 @@ def pixel_values(
         processor: makes pixel values of PIL images and files, which are converted to RGB first; the default is the one
             in the local folder that the model was loaded from.
         limit: where there are more pictures, which of them is drawn without repetition, and only those are decoded;
-            they keep their order. Whatever cannot be indexed is read from its start, and no further than needed.
+            they keep their order. Whatever cannot be indexed is read from its start, and no further than needed. "all"
+            takes all there are; an iterable without an end is then read forever.
         seed: of the drawing, and of torch's CPU generator while a DataLoader, dataset or processor runs. A DataLoader's
             dataset, sampler and collate_fn are used, its workers are not. All generators are restored afterwards.
+        augment: how many views of each picture there are: itself, and random crops of it, half of them flipped.
 
     Raises:
         TypeError, ValueError: images are of no such kind, there are none, a file cannot be read, there is no processor,
             or the pictures are of the wrong shape, not finite, all equal or all constant. Other pictures than those
             that are returned are not looked at.
+        OSError: the disk is full.
 
     Warns:
         UserWarning: there are fewer than 32 pictures.
     """
-    if isinstance(limit, bool) or not isinstance(limit, int):
-        raise TypeError(f"limit must be an int of at least 1, got {limit!r}")
-    if limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
+    if limit != "all" and (isinstance(limit, bool) or not isinstance(limit, int)):
+        raise TypeError(f'limit must be "all" or an int of at least 1, got {limit!r}')
+    if isinstance(limit, int) and limit < 1:
+        raise ValueError(f'limit must be "all" or an int of at least 1, got {limit}')
+    if isinstance(augment, bool) or not isinstance(augment, int) or augment < 1:
+        raise ValueError(f"augment must be an int of at least 1, the views of each picture; got {augment!r}")
+    most = limit if isinstance(limit, int) else None
+    if isinstance(images, Mapping):
+        images = _pixels_of("images", images)
+    checks = _Checks(model)
+    source: Tensor | Storage
+    rows: list[int] | None = None
     with _seeded(seed, images):
-        pictures = _draw(images, limit, seed)
-        if not pictures:
-            raise ValueError(f"images holds no picture: got {_describe(images)}, empty or used up")
-        for name, value in pictures:
-            if isinstance(value, Path):
-                _check_file(name, value)
-        if processor is None and not all(isinstance(value, Tensor) for _, value in pictures):
-            processor = _processor_of(model)
-        values = [_processed(name, value, processor).detach().to("cpu", torch.float32) for name, value in pictures]
-    _check_each([name for name, _ in pictures], values, model)
-    result = torch.stack(values)  # (N, C, H, W)
-    _check_together(result)
-    if len(result) < FEW:
+        if isinstance(images, Tensor):
+            keys, _ = cast(Any, _indexed(images))
+            source, rows = images, _drawn(len(keys), most, seed)
+            for i in rows:
+                checks.look(f"images[{i}]", images[i].detach().to("cpu", torch.float32))
+        else:
+            source = Storage("pixel values of the calibration images")
+            for name, value in itertools.islice(_draw(images, most, seed), most):
+                if isinstance(value, Path):
+                    _check_file(name, value)
+                if processor is None and not isinstance(value, Tensor):
+                    processor = _processor_of(model)
+                pixels = _processed(name, value, processor).detach().to("cpu", torch.float32)
+                checks.look(name, pixels)
+                source.append(pixels)
+    if not checks.count:
+        raise ValueError(f"images holds no picture: got {_describe(images)}, empty or used up")
+    checks.look_together()
+    if checks.count < FEW:
         warnings.warn(
-            f"calibrating on {len(result)} picture{'s' * (len(result) > 1)}; {RECOMMENDED} are recommended",
+            f"calibrating on {checks.count} picture{'s' * (checks.count > 1)}; {RECOMMENDED} are recommended",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return result
+    return Pictures(source, rows, augment, seed)
 
 
 @contextmanager
@@ -96,25 +136,24 @@ def _seeded(seed: int, images: Any) -> Iterator[None]:
             generator.set_state(state)
 
 
-def _draw(images: Any, limit: int, seed: int) -> list[Picture]:
-    """The pictures that are used, not decoded yet, in the order they have in ``images``."""
-    if isinstance(images, Mapping):
-        images = _pixels_of("images", images)
+def _draw(images: Any, limit: int | None, seed: int) -> Iterator[Picture]:
+    """The pictures that are used, not decoded yet, in the order they have in ``images``; perhaps a few more."""
     indexed = _indexed(images)
-    pictures: list[Picture] = []
     if indexed is not None:
         keys, fetch = indexed
-        drawn = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed))[:limit]
-        for i in drawn.sort().values.tolist():
-            pictures += fetch(keys[i])
+        for i in _drawn(len(keys), limit, seed):
+            yield from fetch(keys[i])
     elif isinstance(images, Iterable):
         for i, item in enumerate(images):
-            pictures += _split(f"images[{i}]", item)
-            if len(pictures) >= limit:
-                break
+            yield from _split(f"images[{i}]", item)
     else:
         raise TypeError(f"images must be {ACCEPTED}; got {_describe(images)}")
-    return pictures[:limit]
+
+
+def _drawn(count: int, limit: int | None, seed: int) -> list[int]:
+    """The numbers of ``limit`` of so many things, in order."""
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit]
+    return cast(list[int], drawn.sort().values.tolist())
 
 
 def _indexed(images: Any) -> tuple[Sequence[Any], Callable[[Any], list[Picture]]] | None:
@@ -275,29 +314,46 @@ def _rgb(name: str, picture: Any) -> Any:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
 
 
-def _check_each(names: list[str], values: list[Tensor], model: nn.Module) -> None:
-    """ValueError for the first picture that is of another shape than the model's, or not finite."""
-    config = vision_config(model)
-    channels = getattr(config, "num_channels", None)
-    size = None if takes_any_size(config) else getattr(config, "image_size", None)
-    height, width = (size, size) if isinstance(size, int) or size is None else size
-    first = values[0].shape
-    wanted = tuple(first[i] if x is None else x for i, x in enumerate((channels, height, width)))
-    for name, value in zip(names, values):
-        if tuple(value.shape) != wanted:
-            whose = "as the first picture is" if channels is None and size is None else "as the model's config says"
-            raise ValueError(f"{name} must be {wanted}, (C, H, W), {whose}; got {tuple(value.shape)}")
-        if not value.isfinite().all():
+class _Checks:
+    """Looks at each picture, and then at what they are together.
+
+    Args:
+        model: what it expects, by its config.
+    """
+
+    def __init__(self, model: nn.Module):
+        config = vision_config(model)
+        channels = getattr(config, "num_channels", None)
+        size = None if takes_any_size(config) else getattr(config, "image_size", None)
+        height, width = (size, size) if isinstance(size, int) or size is None else size
+        self.wanted = (channels, height, width)
+        self.known = channels is not None or size is not None
+        self.count, self.differ, self.plain = 0, False, True
+        self.first = torch.empty(0)
+
+    def look(self, name: str, pixels: Tensor) -> None:
+        """ValueError for a picture that is of another shape than the model's, or not finite."""
+        if not self.count:
+            self.first = pixels
+        wanted = tuple(found if x is None else x for found, x in zip(self.first.shape, self.wanted))
+        if tuple(pixels.shape) != wanted:
+            whose = "as the model's config says" if self.known else "as the first picture is"
+            raise ValueError(f"{name} must be {wanted}, (C, H, W), {whose}; got {tuple(pixels.shape)}")
+        if not pixels.isfinite().all():
             raise ValueError(f"{name} has NaN or infinite pixel values")
+        self.differ = self.differ or not torch.equal(pixels, self.first)
+        flat = pixels.flatten(1)  # (C, H * W)
+        self.plain = self.plain and bool((flat == flat[:, :1]).all())  # by channel: black, normalised, is no one value
+        self.count += 1
 
-
-def _check_together(pixels: Tensor) -> None:
-    """ValueError where pictures (N, C, H, W) say nothing about what the model will see."""
-    if len(pixels) > 1 and (pixels == pixels[0]).all():
-        raise ValueError(f"all {len(pixels)} pictures are equal: calibration needs pictures such as the model will see")
-    flat = pixels.flatten(2)  # (N, C, H * W)
-    if (flat == flat[..., :1]).all():  # by channel: a black picture, normalised, has another value in each
-        raise ValueError("every picture is of one colour: calibration needs pictures such as the model will see")
+    def look_together(self) -> None:
+        """ValueError where the pictures say nothing about what the model will see."""
+        if self.count > 1 and not self.differ:
+            raise ValueError(
+                f"all {self.count} pictures are equal: calibration needs pictures such as the model will see"
+            )
+        if self.plain:
+            raise ValueError("every picture is of one colour: calibration needs pictures such as the model will see")
 
 
 def _describe(value: Any) -> str:

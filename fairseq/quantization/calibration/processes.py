@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,9 +15,22 @@ SHARE = 16
 """Pictures that one process takes together: of 128 pictures, up to 8 processes have some."""
 
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
 def count() -> int:
     """How many processes work together: those of torch.distributed's default group, 1 if there is none."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return 1 if _alone.get() or not (dist.is_available() and dist.is_initialized()) else dist.get_world_size()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process does everything itself, and so do the others if they do the same."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def rank() -> int:

@@ -62,6 +62,10 @@ class Progress:
         """A layer is done."""
         self.bar.update(self._rounding(layer.name))
 
+    def skipped(self, layer: LayerPlan) -> None:
+        """A layer was done in an earlier run."""
+        self.bar.update(self._reading(layer.name) * self.pictures + self._rounding(layer.name))
+
     def _reading(self, name: str) -> float:
         rows, columns = self.shapes[name]
         return self.tokens * (PASSES * rows * columns + MOMENTS * columns**2)

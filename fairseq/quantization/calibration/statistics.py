@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,13 +16,13 @@ from fairseq.quantization.calibration.exact_sum import ExactSum, unit_of
 from fairseq.quantization.rounding.gptq import Statistics
 from fairseq.quantization.rounding.quality import sqnr
 
-BATCH_SIZE = 8
+BATCH_SIZE = 4
 """Pictures that run through a model together; a share of a process is a whole number of such batches."""
 TOGETHER = processes.SHARE // BATCH_SIZE
 """Batches that are summed in float32 before they are added to the others."""
-RANGE_VALUES = 2**17
+RANGE_VALUES = 2**16
 """Values per batch from which the range of a static activation is taken."""
-TILE = 768
+TILE = 384
 """Rows of a symmetric product that are computed together, from the diagonal on."""
 
 
@@ -49,32 +50,37 @@ def collect(
     Raises:
         ValueError: an input that is not finite.
     """
-    sums = [_Sums() for _ in names]
+    sums = [_Sums(half) for _ in names]
     values: list[Tensor] = []
-    finite, started, at = True, False, 0
+    finite, started, at, device = True, False, 0, torch.empty(0).device
     pairs = zip(inputs, itertools.repeat(None) if exact is None else exact, strict=False)
-    while finite and (group := list(itertools.islice(pairs, TOGETHER))):
-        batches = []
-        for batch, wanted in group:
-            x = batch.float()
-            finite = finite and bool(torch.isfinite(x).all())
-            lost = None if wanted is None else wanted.to(x.device, x.dtype) - x
-            ws = [w[at : at + len(x)].to(x.device) if len(w) else x.new_ones(len(x)) for w in weights]
-            batches.append((x, lost, ws))
-            at += len(x)
-            if bits is not None:
-                flat = x.flatten()
-                values += [flat[:: max(1, len(flat) // RANGE_VALUES)].clone(), torch.stack(torch.aminmax(flat))]
+    group: list[_Batch] = []
+    for batch, wanted in pairs:
+        x, device = batch.float(), batch.device
+        finite = bool(torch.isfinite(x).all())
         if not finite:
             break
+        lost = None if wanted is None else wanted.to(x.device, x.dtype) - x
+        ws = [w[at : at + len(x)].to(device) if len(w) else x.new_ones(len(x)) for w in weights]
+        at += len(x)
+        if bits is not None:
+            flat = x.flatten()
+            values += [flat[:: max(1, len(flat) // RANGE_VALUES)].clone(), torch.stack(torch.aminmax(flat))]
+        for one, w in zip(sums, ws, strict=True):
+            one.look(x, lost, w)
+        group.append(_Batch(x, lost, ws).rounded(half))
+        del batch, wanted, x, lost  # the next batch needs as much
+        if len(group) == TOGETHER:
+            started = started or _start(sums, device)
+            for i, one in enumerate(sums):
+                one.add(group, i)
+            group.clear()
+    if group and finite:
+        started = started or _start(sums, device)
         for i, one in enumerate(sums):
-            one.multiply([(x, lost, ws[i]) for x, lost, ws in batches], half)
-        if not started:
-            started = _start(sums, batches[0][0].device)
-        for one in sums:
-            one.add()
+            one.add(group, i)
     if not started:
-        _start(sums if finite else [], torch.empty(0).device)
+        _start(sums if finite else [], device)
     if not all(processes.gathered(finite)):
         raise ValueError(f"{names[0]}: its input is not finite on the calibration images")
     span = (0.0, 0.0, 0.0)
@@ -87,71 +93,101 @@ def collect(
     return [one.statistics(span) for one in sums]
 
 
+class _Batch(NamedTuple):
+    """What some tokens are: read, (tokens, in); what the float model reads, less that; their weights for each layer."""
+
+    x: Tensor
+    lost: Tensor | None
+    weights: list[Tensor]
+
+    def rounded(self, half: bool) -> _Batch:
+        """In bfloat16 if ``half``."""
+        if not half:
+            return self
+        return _Batch(self.x.bfloat16(), None if self.lost is None else self.lost.bfloat16(), self.weights)
+
+
 class _Sums:
     """Sums over the tokens, of one layer: of x x^T, x, and where it is known how the float model's x* differs, of
     (x* - x) x^T and x* - x; each token with its weight.
+
+    Args:
+        half: matrices are multiplied in bfloat16.
     """
 
-    def __init__(self) -> None:
-        self.group: list[Tensor] = []  # of some batches
-        self.sums: list[ExactSum] = []  # of all batches before
+    def __init__(self, half: bool):
+        self.half = half
+        self.vectors: list[Tensor] = []  # of the batches since the last add: x, x* - x, and the squares of both
+        self.sums: list[ExactSum] = []  # of x, x x^T, x* - x and (x* - x) x^T
         self.weights: list[float] = []
         self.squares: list[float] = []
 
-    def multiply(self, batches: list[tuple[Tensor, Tensor | None, Tensor]], half: bool) -> None:
-        """Sum some batches: what is read, (tokens, in); what the float model reads, less that; weights, (tokens,)."""
-        x, lost, _ = batches[0]
-        size = x.shape[1]
-        if not self.group:
-            shapes = [(size, size), (size,)] * (1 if lost is None else 2)
-            self.group = [x.new_empty(shape) for shape in shapes]
-        for part in self.group:
-            part.zero_()
-        for x, lost, w in batches:
-            weighted = x * w.unsqueeze(1)
-            self.group[1] += weighted.sum(0)
-            self.weights.append(float(w.sum()))
-            self.squares.append(float(w.square().sum()))
-            if half:
-                x, weighted = x.bfloat16(), weighted.bfloat16()
-            for start in range(0, size, TILE):
-                rows = slice(start, start + TILE)
-                _add_product(self.group[0][rows, start:], x[:, rows], weighted[:, start:])
-            if lost is not None:
-                self.group[3].addmv_(lost.T, w)
-                _add_product(self.group[2], lost.bfloat16() if half else lost, weighted)
+    def look(self, x: Tensor, lost: Tensor | None, w: Tensor) -> None:
+        """Take from a batch what needs no product of matrices."""
+        read = [x] if lost is None else [x, lost]
+        vectors = [t.T @ w for t in read] + [torch.einsum("ti,ti,t->i", t, t, w) for t in read]
+        self.vectors = [a + b for a, b in zip(self.vectors, vectors)] if self.vectors else vectors
+        self.weights.append(float(w.sum()))
+        self.squares.append(float(w.square().sum()))
 
-    def add(self) -> None:
-        """Add these batches to all before."""
-        for whole, part in zip(self.sums, self.group, strict=True):
-            whole.add(part)
+    def units(self) -> list[Tensor]:
+        """Of each sum, from the first batches: |sum of w a b|^2 is at most (sum of w a^2) (sum of w b^2)."""
+        half = len(self.vectors) // 2
+        largest = self.vectors[half].amax()
+        units = []
+        for mean, square in zip(self.vectors[:half], self.vectors[half:]):
+            units += [unit_of(mean.abs()), unit_of((square * largest).sqrt()).unsqueeze(1)]
+        return [unit.cpu() for unit in units]
+
+    def add(self, group: list[_Batch], layer: int) -> None:
+        """Add some batches, with the weights that tokens have for this layer."""
+        if not self.sums:  # the first process has none: its pictures cannot be used
+            return
+        weighted = [batch.x * batch.weights[layer].unsqueeze(1).to(batch.x.dtype) for batch in group]
+        mean, moment, *others = self.sums
+        mean.add(self.vectors[0])
+        size = weighted[0].shape[1]
+        for start in range(0, size, TILE):
+            rows = slice(start, min(start + TILE, size))
+            pairs = [(batch.x[:, rows], w[:, start:]) for batch, w in zip(group, weighted, strict=True)]
+            moment.add(_product(pairs), rows, slice(start, None))
+        if others:
+            others[0].add(self.vectors[1])
+            for start in range(0, size, TILE):
+                rows = slice(start, min(start + TILE, size))
+                lost = [cast(Tensor, batch.lost)[:, rows] for batch in group]
+                others[1].add(_product(list(zip(lost, weighted, strict=True))), rows)
+        self.vectors = []
 
     def statistics(self, span: tuple[float, float, float]) -> Statistics:
         """Of all tokens, in all processes; ``span`` is low, high and SQNR of a static range."""
-        self.group.clear()
         total, squares = (
             math.fsum(value for part in processes.gathered(values) for value in part)
             for values in (self.weights, self.squares)
         )
-        moment, mean, *others = (self.sums.pop(0).result(total) for _ in range(len(self.sums)))
+        mean, moment, *others = (self.sums.pop(0).result(total) for _ in range(len(self.sums)))
         for start in range(0, len(moment), TILE):  # below the diagonal it is what is above
             rows, rest = slice(start, start + TILE), slice(start + TILE, None)
             moment[rest, rows] = moment[rows, rest].T
-        drift, drift_mean = others if others else (None, None)
+        drift_mean, drift = others if others else (None, None)
         return Statistics(moment, mean, *span, drift, drift_mean, total**2 / squares)
 
 
 def _start(sums: list[_Sums], device: torch.device) -> bool:
     """Begin sums in the units that the first process takes from its first batches; always True."""
-    units = [[unit_of(part).cpu() for part in one.group] for one in sums] if processes.rank() == 0 else None
+    units = [one.units() for one in sums] if processes.rank() == 0 else None
     for one, found in zip(sums, processes.first(units)):
         one.sums = [ExactSum(unit.to(device)) for unit in found]
     return True
 
 
-def _add_product(result: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left^T right to a float32 ``result``; in bfloat16 the product of a batch is rounded once."""
-    if left.dtype == torch.bfloat16:
-        result += left.T @ right
-    else:
-        result.addmm_(left.T, right)
+def _product(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of left^T right, float32; of bfloat16 each product is rounded once."""
+    left, right = pairs[0]
+    result = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float32)
+    for left, right in pairs:
+        if left.dtype == torch.float32:
+            result.addmm_(left.T, right)
+        else:
+            result += left.T @ right
+    return result

@@ -10,7 +10,7 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-IN_MEMORY = 16 * 2**20
+IN_MEMORY = 4 * 2**20
 """Bytes of one storage that stay in memory."""
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ def token_weights(
             for name in names
         ]
         try:
-            with evaluating(model), torch.enable_grad(), products(model, half):
+            with evaluating(model), torch.enable_grad(), products(model, half), _without_gradients(model, names):
                 kind, result = output_of(model, batch)
         finally:
             for hook in hooks:
@@ -99,6 +100,20 @@ def token_weights(
                     squares[name][start - own.start : rows.stop - own.start] = square.cpu()
         progress(count)
     return _normalized(squares, names)
+
+
+@contextmanager
+def _without_gradients(model: nn.Module, names: list[str]) -> Iterator[None]:
+    """Inside, the weights of some layers take no gradient, for which their inputs would be kept."""
+    weights = [model.get_submodule(name).get_parameter("weight") for name in names]
+    changed = [weight for weight in weights if weight.requires_grad and weight.is_leaf]
+    for weight in changed:
+        weight.requires_grad = False
+    try:
+        yield
+    finally:
+        for weight in changed:
+            weight.requires_grad = True
 
 
 def _normalized(squares: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -20,7 +21,8 @@ from fairseq.quantization.calibration.calibration import Calibration
 from fairseq.quantization.calibration.progress import Progress
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.conversion.embeddings import pack_embeddings
-from fairseq.quantization.conversion.quantize_stage import Finished, quantize_stage
+from fairseq.quantization.conversion.quantize_stage import Finished, quantize_stage, restore_stage
+from fairseq.quantization.conversion.resume import DoneStage, Resume
 from fairseq.quantization.engine import memory
 from fairseq.quantization.engine.fuse import check_engine, fuse
 from fairseq.quantization.evaluation.report import LayerReport, QuantizationReport
@@ -32,6 +34,7 @@ def convert(
     pixel_values: Pixels | None = None,
     engine: str = "auto",
     follow: Callable[[nn.Module, nn.Module, Any, list[str]], BlockInputs] = BlockInputs,
+    resume: str | os.PathLike[str] | None = None,
 ) -> tuple[nn.Module, QuantizationReport]:
     """Quantize a deep copy of ``model``: (the copy, what was done). ``model`` stays as it is.
 
@@ -47,6 +50,7 @@ def convert(
         pixel_values: calibration images, (N, C, H, W), or None.
         engine: "auto", "fused" or "layers", see :mod:`fairseq.quantization.engine`.
         follow: makes the :class:`BlockInputs` on which layers are rounded, of the same arguments.
+        resume: a folder for what is finished, see :class:`~fairseq.quantization.conversion.resume.Resume`.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -66,18 +70,34 @@ def convert(
         weightless = [model.get_submodule(layer.name) for layer in plan.chosen]
         result = copy.deepcopy(model, _without_weights(model, weightless) if packed else None)
         finished = Finished()
+        kept = None if resume is None else Resume(resume, model, config, pixel_values)
         with Progress(model, plan, 0 if pixel_values is None else len(processes.share(len(pixel_values)))) as progress:
+            weights = None if kept is None else kept.token_weights()
             calibration = None
             if pixel_values is not None:
-                calibration = Calibration(model, result, plan, pixel_values, config.seed, progress, follow)
-            for stage in plan.stages():
+                calibration = Calibration(model, result, plan, pixel_values, config.seed, progress, follow, weights)
+                memory.release()
+                if kept is not None and weights is None:
+                    kept.keep_token_weights(calibration.weights)
+            for number, stage in enumerate(plan.stages()):
                 for layer in stage:
                     _materialize(result, model, layer.name)
-                for done in quantize_stage(result, stage, plan, config, finished, calibration):
-                    progress.rounded(done)
+                done = None if kept is None else kept.load(number, stage)
+                if done is not None:
+                    for layer in restore_stage(result, stage, config, finished, done):
+                        progress.skipped(layer)
+                    continue
+                done = None if kept is None else DoneStage()
+                for layer in quantize_stage(result, stage, plan, config, finished, calibration, done):
+                    progress.rounded(layer)
+                memory.release()
+                if kept is not None and done is not None:
+                    kept.save(number, done)
         embeddings = pack_embeddings(result, plan.embeddings, pixel_values)
         reasons = finish(result, engine if packed else "layers")
         report = make_report(result, plan, Sizes.of(model), finished.records, config.execution)
+        if kept is not None:
+            kept.remove()
     return result, replace(with_engine(report, reasons), layers=(*embeddings, *report.layers))
 
 

@@ -20,6 +20,8 @@ from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan
 from fairseq.quantization.calibration.calibration import Calibration
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
 from fairseq.quantization.conversion.quantize_layer import QuantizedLayer, quantize_layer
+from fairseq.quantization.conversion.resume import DoneStage
+from fairseq.quantization.engine import memory
 from fairseq.quantization.rounding.equalization import equalize, input_factor
 from fairseq.quantization.rounding.gptq import Rounded, Statistics
 
@@ -72,6 +74,7 @@ def quantize_stage(
     config: QuantizationConfig,
     finished: Finished,
     calibration: Calibration | None = None,
+    done: DoneStage | None = None,
 ) -> Iterator[LayerPlan]:
     """Quantize one stage of ``model`` in place; yields each layer that is done.
 
@@ -81,21 +84,58 @@ def quantize_stage(
         plan, config: of the model.
         finished: is added to.
         calibration: of the model, or None to round without pictures.
+        done: an empty one, which is filled.
     """
     if calibration is not None:
         calibration.enter(stage)
     factors = _equalize(model, stage, plan, calibration) if config.equalize else Factors({}, {})
+    if done is not None:
+        done.parameters |= _rescaled(model, stage, config.execution)
     for group in _groups(stage, factors.own):
         first = group[0].name
         statistics: list[Statistics | None] = [None] * len(group)
         if calibration is not None:
             statistics = calibration.statistics(group, factors.own.get(first), factors.all.get(first))
+            memory.release()  # what taking them left behind, before rounding takes as much again
         for layer, found in zip(group, statistics, strict=True):
-            record = _swap(model, layer, found, factors.own.get(layer.name), finished, config.execution)
+            factor = factors.own.get(layer.name)
+            rounded = _round(model, layer, found, finished)
             if calibration is not None and found is None:
-                record["note"] = NOT_REACHED
-            finished.records[layer.name] = record
+                rounded.record["note"] = NOT_REACHED
+            _swap(model, layer, rounded, factor, finished, config.execution)
+            if done is not None:
+                done.layers[layer.name] = rounded, factor
             yield layer
+
+
+@torch.no_grad()
+def restore_stage(
+    model: nn.Module, stage: Sequence[LayerPlan], config: QuantizationConfig, finished: Finished, done: DoneStage
+) -> Iterator[LayerPlan]:
+    """Do with one stage what :func:`quantize_stage` did, of which ``done`` is the result; yields each layer."""
+    parameters = dict(model.named_parameters())
+    for name, x in done.parameters.items():
+        parameters[name].copy_(x)
+    for layer in stage:
+        rounded, factor = done.layers[layer.name]
+        place = model.get_submodule(layer.name).get_parameter("weight").device
+        moved = (None if x is None else x.to(place) for x in rounded[:4])
+        _swap(
+            model, layer, QuantizedLayer(*moved, *rounded[4:]), None if factor is None else factor.to(place), finished,  # type: ignore[arg-type]
+            config.execution,
+        )  # fmt: skip
+        yield layer
+
+
+def _rescaled(model: nn.Module, stage: Sequence[LayerPlan], execution: str) -> dict[str, Tensor]:
+    """Copies of the parameters that equalization may change; not of weights that become packed integers."""
+    inside = tuple(f"{name}." for name in ({stage[0].block} - {None} or {layer.name for layer in stage}))
+    left_out = {f"{layer.name}.weight" for layer in stage} if execution == "packed" else set()
+    return {
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if name.startswith(inside) and name not in left_out
+    }
 
 
 def _groups(stage: Sequence[LayerPlan], own: Mapping[str, Tensor]) -> list[list[LayerPlan]]:
@@ -141,30 +181,39 @@ def _equalize(
     return Factors(own, moved)
 
 
+def _round(model: nn.Module, layer: LayerPlan, statistics: Statistics | None, finished: Finished) -> QuantizedLayer:
+    """Round one layer; of a weight that layers share, the integers that there are already."""
+    linear = cast(nn.Linear, model.get_submodule(layer.name))
+    tied = finished.tied.get(_tie(layer)) if layer.tied else None
+    weight = linear.weight.detach() if tied is None else tied.weight
+    return quantize_layer(weight, linear.bias, statistics, layer.settings, layer.name, tied and tied.rounded)
+
+
 def _swap(
     model: nn.Module,
     layer: LayerPlan,
-    statistics: Statistics | None,
+    done: QuantizedLayer,
     factor: Tensor | None,
     finished: Finished,
     execution: str,
-) -> dict[str, Any]:
-    """Round one layer and put its quantized twin in its place, wherever the model has it; returns its record."""
+) -> None:
+    """Put the quantized twin of a layer in its place, wherever the model has it."""
     old = cast(nn.Linear, model.get_submodule(layer.name))
-    key = (layer.tied, _of_the_weight(layer.settings))
-    tied = finished.tied.get(key) if layer.tied else None
-    weight = old.weight.detach() if tied is None else tied.weight
-    done = quantize_layer(weight, old.bias, statistics, layer.settings, layer.name, tied and tied.rounded)
-    if layer.tied and tied is None:
-        weight = weight.clone()
+    tied = finished.tied.get(_tie(layer)) if layer.tied else None
+    weight = old.weight.detach().clone() if layer.tied and tied is None else old.weight
     twin = _packed if execution == "packed" else _emulated
     new = twin(old, done, layer, factor, tied and tied.layer)
     if layer.tied:
-        finished.tied.setdefault(key, Tied(weight, Rounded(*done[:3]), new))
+        finished.tied.setdefault(_tie(layer), Tied(weight, Rounded(*done[:3]), new))
     carry_hooks(old, new)
     for alias in names_of(model, old):
         model.set_submodule(alias, new)
-    return done.record
+    finished.records[layer.name] = done.record
+
+
+def _tie(layer: LayerPlan) -> object:
+    """Names a weight that layers share, and how it is rounded."""
+    return layer.tied, _of_the_weight(layer.settings)
 
 
 def _packed(
