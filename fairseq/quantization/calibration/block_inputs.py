@@ -99,6 +99,27 @@ class BlockInputs:
         for args, _ in self._stopped(name):
             yield args[0].detach().flatten(0, -2)
 
+    def arguments(self, block: str) -> Stored:
+        """What ``block`` is called with, batch by batch, while those before it are final and it is the next."""
+        self.advance_to(block)
+        if self.chained:
+            return self.stored
+        found = Stored(f"inputs of {block}")
+        for arguments in self._stopped(block):
+            found.append(arguments)
+        return found
+
+    def outputs(self, block: str) -> Storage:
+        """What ``block`` gives, batch by batch, as the model is: for a float model, and after :meth:`pass_through`."""
+        if self.chained:
+            self.advance_past(block)
+            return self.stored.hidden
+        found, module = Storage(f"outputs of {block}"), self.model.get_submodule(block)
+        for args, keywords in map(copied, self._stopped(block)):
+            with evaluating(module), torch.no_grad(), products(self.model, self.half):
+                found.append(first(module(*args, **keywords)))
+        return found
+
     def sample(self, name: str) -> Tensor:
         """Some hundred tokens of these inputs, evenly spaced over all images: (tokens, in), float32."""
         found: list[Tensor] = []
@@ -113,6 +134,11 @@ class BlockInputs:
     def advance_to(self, block: str) -> None:
         """Run the stored hidden states up to the entrance of ``block``, through blocks that are final by now."""
         while self.chained and self.blocks[self.position] != block:
+            self._advance()
+
+    def advance_past(self, block: str) -> None:
+        """Run the stored hidden states through ``block``, too, unless they are behind it."""
+        while self.chained and self.position <= self.blocks.index(block):
             self._advance()
 
     def pass_through(self, block: str, names: Sequence[str]) -> None:
@@ -142,7 +168,7 @@ class BlockInputs:
         for index in range(len(self.stored)):
             args, keywords = copied(self.stored[index])
             with evaluating(block), torch.no_grad(), products(self.model, self.half):
-                self.stored.replace(index, _first(block(*args, **keywords)))
+                self.stored.replace(index, first(block(*args, **keywords)))
         self.position += 1
 
     def _stopped(self, name: str) -> Iterator[Arguments]:
@@ -221,7 +247,7 @@ class BlockInputs:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self.tuples = isinstance(output, tuple)
             self.skips = self.skips and (not self.tuples or len(output) == 1)
-            outputs.append((_first(output), copied(_first(output))))
+            outputs.append((first(output), copied(first(output))))
 
         blocks = [model.get_submodule(name) for name in self.blocks]
         hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
@@ -243,7 +269,8 @@ class _Reached(Exception):
         self.arguments = args, keywords
 
 
-def _first(output: Any) -> Any:
+def first(output: Any) -> Any:
+    """What a block hands on: its output, or the first of several."""
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -14,6 +14,7 @@ from fairseq.quantization.calibration.block_inputs import BlockInputs
 from fairseq.quantization.calibration.precision import multiplies_in_half
 from fairseq.quantization.calibration.progress import Progress
 from fairseq.quantization.calibration.statistics import collect
+from fairseq.quantization.calibration.storage import Storage
 from fairseq.quantization.calibration.token_weights import token_weights
 from fairseq.quantization.config import resolve_rounding
 from fairseq.quantization.rounding.gptq import Statistics
@@ -35,6 +36,7 @@ class Calibration:
         progress: is told what is done.
         follow: makes the ``BlockInputs`` of what is being quantized.
         weights: the token weights, if they are known.
+        blocks: also weigh the outputs of the blocks, and follow the float model in any case.
     """
 
     def __init__(
@@ -47,18 +49,20 @@ class Calibration:
         progress: Progress,
         follow: Callable[[nn.Module, nn.Module, Any, list[str]], BlockInputs] = BlockInputs,
         weights: dict[str, Tensor] | None = None,
+        blocks: bool = False,
     ):
-        self.plan, self.progress, blocks = plan, progress, plan.blocks()
+        self.plan, self.progress, names = plan, progress, plan.blocks()
         self.half = multiplies_in_half(model)
         reached = [layer.name for layer in plan.chosen if plan.reaches(layer.name)]
+        reached += names if blocks else []
         if weights is None:
             weights = token_weights(model, pixel_values, reached, seed, progress.weighted)
         else:
             progress.weighted(progress.pictures)
         self.weights = weights
-        self.inputs = follow(model, result, pixel_values, blocks)
-        gptaq = any(_makes_up_for_drift(layer) for layer in plan.chosen)
-        self.exact_inputs = BlockInputs(model, model, pixel_values, blocks) if gptaq else None
+        self.inputs = follow(model, result, pixel_values, names)
+        exact = blocks or any(_makes_up_for_drift(layer) for layer in plan.chosen)
+        self.exact_inputs = BlockInputs(model, model, pixel_values, names) if exact else None
 
     def enter(self, stage: Sequence[LayerPlan]) -> None:
         """Go to the entrance of a stage's block; those before it are final by now."""
@@ -68,6 +72,11 @@ class Calibration:
             if self.exact_inputs is not None:
                 sources = {layer.source for layer in stage if self.plan.reaches(layer.name)}
                 self.exact_inputs.pass_through(block, sorted(s for s in sources if s.startswith(f"{block}.")))
+
+    def exact_outputs(self, block: str) -> Storage:
+        """What the float block gives on the float model's way, batch by batch, after :meth:`enter`."""
+        assert self.exact_inputs is not None
+        return self.exact_inputs.outputs(block)
 
     def tokens(self, layers: Sequence[LayerPlan]) -> dict[str, Tensor]:
         """By name, a sample of the inputs, (tokens, in), of those layers that are going to round them coarsely."""

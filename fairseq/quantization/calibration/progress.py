@@ -62,6 +62,14 @@ class Progress:
         """A layer is done."""
         self.bar.update(self._rounding(layer.name))
 
+    def learns(self, epochs: int) -> None:
+        """All blocks are going to learn so long from the pictures."""
+        self.bar.total += epochs * self.pictures * self.gradients
+
+    def learned(self, share: float) -> None:
+        """So much of what all blocks learn is done, in epochs of all pictures and blocks."""
+        self.bar.update(share * self.pictures * self.gradients)
+
     def skipped(self, layer: LayerPlan) -> None:
         """A layer was done in an earlier run."""
         self.bar.update(self._reading(layer.name) * self.pictures + self._rounding(layer.name))

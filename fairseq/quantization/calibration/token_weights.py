@@ -20,6 +20,7 @@ from fairseq.quantization.architectures.forward import (
     picture_batch,
 )
 from fairseq.quantization.calibration import processes
+from fairseq.quantization.calibration.block_inputs import first
 from fairseq.quantization.calibration.precision import multiplies_in_half, products, where
 
 UNIFORM_SHARE = 0.1
@@ -44,7 +45,7 @@ def token_weights(
     Args:
         model: the float model; it stays as it is.
         pixel_values: (N, C, H, W).
-        names: of Linear layers.
+        names: of Linear layers and of blocks; of a block that returns several tensors the first counts.
         seed: of v.
         progress: is called with the number of pictures that are done, batch by batch.
 
@@ -69,7 +70,7 @@ def token_weights(
         count = rows.stop - start
         outputs: dict[str, list[Tensor]] = {name: [] for name in names}
         hooks = [
-            model.get_submodule(name).register_forward_hook(lambda m, a, y, seen=outputs[name]: seen.append(y))
+            model.get_submodule(name).register_forward_hook(lambda m, a, y, seen=outputs[name]: seen.append(first(y)))
             for name in names
         ]
         try:

@@ -26,6 +26,8 @@ from fairseq.quantization.conversion.resume import DoneStage, Resume
 from fairseq.quantization.engine import memory
 from fairseq.quantization.engine.fuse import check_engine, fuse
 from fairseq.quantization.evaluation.report import LayerReport, QuantizationReport
+from fairseq.quantization.reconstruction.reconstruct import Reconstructor
+from fairseq.quantization.reconstruction.settings import Reconstruction
 
 
 def convert(
@@ -35,6 +37,7 @@ def convert(
     engine: str = "auto",
     follow: Callable[[nn.Module, nn.Module, Any, list[str]], BlockInputs] = BlockInputs,
     resume: str | os.PathLike[str] | None = None,
+    reconstruct: Reconstruction | None = None,
 ) -> tuple[nn.Module, QuantizationReport]:
     """Quantize a deep copy of ``model``: (the copy, what was done). ``model`` stays as it is.
 
@@ -50,6 +53,7 @@ def convert(
         pixel_values: calibration images, (N, C, H, W), or None.
         engine: "auto", "fused" or "layers", see :mod:`fairseq.quantization.engine`.
         follow: makes the :class:`BlockInputs` on which layers are rounded, of the same arguments.
+        reconstruct: learn the integers of each block, see :class:`Reconstructor`; None for not.
         resume: a folder for what is finished, see :class:`~fairseq.quantization.conversion.resume.Resume`.
 
     Raises:
@@ -61,6 +65,10 @@ def convert(
     """
     check_engine(engine, config.execution)
     check_model(model)
+    if reconstruct is not None and pixel_values is None:
+        raise ValueError("reconstruct= learns from images: call quantize_model(model, calibration=images)")
+    if reconstruct is not None and reconstruct.minutes is not None and resume is not None:
+        raise ValueError("resume= needs a Reconstruction of so many epochs: how many fit in minutes changes")
     with plain_context():
         model = separate_biases(model)
         if isinstance(pixel_values, Tensor) and pixel_values.is_inference():
@@ -70,15 +78,21 @@ def convert(
         weightless = [model.get_submodule(layer.name) for layer in plan.chosen]
         result = copy.deepcopy(model, _without_weights(model, weightless) if packed else None)
         finished = Finished()
-        kept = None if resume is None else Resume(resume, model, config, pixel_values)
+        kept = None if resume is None else Resume(resume, model, config, pixel_values, reconstruct)
         with Progress(model, plan, 0 if pixel_values is None else len(processes.share(len(pixel_values)))) as progress:
             weights = None if kept is None else kept.token_weights()
             calibration = None
             if pixel_values is not None:
-                calibration = Calibration(model, result, plan, pixel_values, config.seed, progress, follow, weights)
+                calibration = Calibration(
+                    model, result, plan, pixel_values, config.seed, progress, follow, weights, bool(reconstruct)
+                )
                 memory.release()
                 if kept is not None and weights is None:
                     kept.keep_token_weights(calibration.weights)
+            learner = None
+            if reconstruct is not None:
+                assert calibration is not None
+                learner = Reconstructor(result, plan, calibration, reconstruct, config.seed, config.execution)
             for number, stage in enumerate(plan.stages()):
                 for layer in stage:
                     _materialize(result, model, layer.name)
@@ -87,9 +101,13 @@ def convert(
                     for layer in restore_stage(result, stage, config, finished, done):
                         progress.skipped(layer)
                     continue
-                done = None if kept is None else DoneStage()
-                for layer in quantize_stage(result, stage, plan, config, finished, calibration, done):
+                done = None if kept is None and learner is None else DoneStage()
+                keep_weights = learner is not None
+                for layer in quantize_stage(result, stage, plan, config, finished, calibration, done, keep_weights):
                     progress.rounded(layer)
+                if learner is not None and done is not None:
+                    learner.reconstruct(stage, done)
+                    finished.records.update({name: rounded.record for name, (rounded, _) in done.layers.items()})
                 memory.release()
                 if kept is not None and done is not None:
                     kept.save(number, done)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
+from fairseq.modules.quantization.scalar.tokens import static_qparams
 from fairseq.modules.quantization.scalar.weights import weight_to_real
 from fairseq.quantization.architectures.blocks import BlockPlan, block_plan, class_of
 from fairseq.quantization.architectures.observe import folds
@@ -75,6 +76,7 @@ def quantize_stage(
     finished: Finished,
     calibration: Calibration | None = None,
     done: DoneStage | None = None,
+    keep_weights: bool = False,
 ) -> Iterator[LayerPlan]:
     """Quantize one stage of ``model`` in place; yields each layer that is done.
 
@@ -85,6 +87,7 @@ def quantize_stage(
         finished: is added to.
         calibration: of the model, or None to round without pictures.
         done: an empty one, which is filled.
+        keep_weights: ``done`` gets the float weights that are rounded, too.
     """
     if calibration is not None:
         calibration.enter(stage)
@@ -99,6 +102,9 @@ def quantize_stage(
             memory.release()  # what taking them left behind, before rounding takes as much again
         for layer, found in zip(group, statistics, strict=True):
             factor = factors.own.get(layer.name)
+            if done is not None and keep_weights:
+                weight = cast(nn.Linear, model.get_submodule(layer.name)).weight.detach()
+                done.weights[layer.name] = weight.clone() if config.execution == "emulated" else weight
             rounded = _round(model, layer, found, finished)
             if calibration is not None and found is None:
                 rounded.record["note"] = NOT_REACHED
@@ -211,6 +217,26 @@ def _swap(
     finished.records[layer.name] = done.record
 
 
+def replace_layer(
+    model: nn.Module, layer: LayerPlan, done: QuantizedLayer, factor: Tensor | None, execution: str
+) -> None:
+    """Give a layer that is quantized already, and shares its weight with no other, other integers, scales and bias."""
+    old = model.get_submodule(layer.name)
+    if isinstance(old, EmulatedLinear):
+        assert execution == "emulated"
+        if done.bias is not None and old.bias is not None:
+            old.bias.data.copy_(done.bias)
+        static = static_qparams(done.settings.activations, done.input_range, done.settings.activation_bits, layer.name)
+        for key, value in zip(("input_scale", "input_zero_point"), static, strict=True):
+            old.register_buffer(key, None if value is None else value.to(old.weight.device))
+        _set_integers(old, done)
+        return
+    new = _packed(cast(nn.Linear, old), done, layer, factor, None)
+    carry_hooks(old, new)
+    for alias in names_of(model, old):
+        model.set_submodule(alias, new)
+
+
 def _tie(layer: LayerPlan) -> object:
     """Names a weight that layers share, and how it is rounded."""
     return layer.tied, _of_the_weight(layer.settings)
@@ -243,16 +269,22 @@ def _emulated(
         old, settings.bits, settings.method, settings.group_size, settings.symmetric, settings.activations,
         layer.name, activation_bits=settings.activation_bits, input_range=done.input_range, input_factor=factor,
     )  # fmt: skip
-    new.set_range(done.scale, done.zero_point)
-    if not torch.equal(new.integers(), done.integers):
-        real = weight_to_real(*done[:3], settings.group_size).to(new.weight.dtype)
-        if layer.tied:
-            new.weight = nn.Parameter(real, requires_grad=new.weight.requires_grad)
-        else:
-            with torch.no_grad():
-                new.weight.copy_(real)
-        new.set_range(done.scale, done.zero_point)  # of this weight, too
+    _set_integers(new, done, shared=bool(layer.tied))
     return new
+
+
+def _set_integers(layer: EmulatedLinear, done: QuantizedLayer, shared: bool = False) -> None:
+    """Put a layer on a grid, and its weight, if it is rounded to other integers there, on the points of the grid."""
+    layer.set_range(done.scale, done.zero_point)
+    if torch.equal(layer.integers(), done.integers):
+        return
+    real = weight_to_real(*done[:3], done.settings.group_size).to(layer.weight.dtype)
+    if shared:  # what is not quantized keeps the weight as it was
+        layer.weight = nn.Parameter(real, requires_grad=layer.weight.requires_grad)
+    else:
+        with torch.no_grad():
+            layer.weight.copy_(real)
+    layer.set_range(done.scale, done.zero_point)  # of this weight, too
 
 
 def _of_the_weight(settings: LayerConfig) -> tuple[object, ...]:

@@ -38,10 +38,12 @@ class DoneStage:
     Attributes:
         parameters: what rescaling may have changed, by full name.
         layers: by name, the integers and what belongs to them, and the factor of the layer's input.
+        weights: by name, what was rounded, (out, in), where it is kept; not saved.
     """
 
     parameters: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[str, tuple[QuantizedLayer, Tensor | None]] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Resume:
@@ -50,16 +52,23 @@ class Resume:
     Args:
         folder: of an interrupted run, or one that does not exist or is empty; the one above it exists.
         model: the float model.
-        config, pixel_values: as for :func:`~fairseq.quantization.conversion.convert.convert`.
+        config, pixel_values, reconstruct: as for :func:`~fairseq.quantization.conversion.convert.convert`.
 
     Raises:
         FileNotFoundError: the folder above it does not exist.
         ValueError: the folder holds something else, or a run of another model, other settings or other pictures.
     """
 
-    def __init__(self, folder: Any, model: nn.Module, config: QuantizationConfig, pixel_values: Pixels | None):
+    def __init__(
+        self,
+        folder: Any,
+        model: nn.Module,
+        config: QuantizationConfig,
+        pixel_values: Pixels | None,
+        reconstruct: object = None,
+    ):
         self.folder = Path(folder)
-        failure = self._begin(_description(model, config, pixel_values)) if processes.rank() == 0 else None
+        failure = self._begin(_description(model, config, pixel_values, reconstruct)) if processes.rank() == 0 else None
         if failure := processes.first(failure):
             raise failure
 
@@ -154,7 +163,9 @@ class Resume:
         return self.folder / WEIGHTS.replace("*", f"{processes.rank()}-of-{processes.count()}")
 
 
-def _description(model: nn.Module, config: QuantizationConfig, pixel_values: Pixels | None) -> dict[str, Any]:
+def _description(
+    model: nn.Module, config: QuantizationConfig, pixel_values: Pixels | None, reconstruct: object
+) -> dict[str, Any]:
     """What a run depends on."""
     weights = hashlib.blake2b(digest_size=16)
     for name, x in model.state_dict().items():
@@ -169,6 +180,7 @@ def _description(model: nn.Module, config: QuantizationConfig, pixel_values: Pix
         "model": weights.hexdigest(),
         "pictures": f"{0 if pixel_values is None else len(pixel_values)}, {pictures.hexdigest()}",
         "settings": repr(config),
+        "reconstruction": repr(reconstruct),
     }
 
 

@@ -23,6 +23,8 @@ class LayerReport:
         note: why something was done differently from what was asked.
         weight_sqnr: of the rounded weight, in dB (see :func:`sqnr`).
         output_sqnr: of the output on the calibration images, in dB: what the change of this layer's weight does to it.
+        reconstructed: the share of the error of its block's output that reconstruction left, on pictures that were held
+            back; 1.0 where it did not help and was taken back. ``output_sqnr`` is of the rounding before it.
         clip: see :func:`weight_statistics`.
         outlier_ratio: see :func:`weight_statistics`.
         block: the encoder block that holds it, by name.
@@ -49,3 +51,4 @@ class LayerReport:
     block: str | None = None
     granularity: str | None = None
     range_search: str | None = None
+    reconstructed: float | None = None

@@ -19,7 +19,7 @@ from fairseq.quantization.files import write_file
 
 __all__ = ["LayerReport", "QuantizationReport", "megabytes"]
 
-MEASURES = ("weight_sqnr", "output_sqnr", "clip", "outlier_ratio")
+MEASURES = ("weight_sqnr", "output_sqnr", "clip", "outlier_ratio", "reconstructed")
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,7 @@ COLUMNS: dict[str, tuple[str, Callable[[QuantizationReport, LayerReport], str | 
     "activations": ("<", lambda report, layer: layer.activations),
     "weight SQNR": (">", _number("weight_sqnr", ".1f")),
     "output SQNR": (">", _number("output_sqnr", ".1f")),
+    "error left": (">", _number("reconstructed", ".0%")),
     "clip": (">", _number("clip", ".3f")),
     "outliers": (">", _number("outlier_ratio", ".1f")),
     "size": (">", lambda report, layer: f"{report.share(layer):.1%}"),

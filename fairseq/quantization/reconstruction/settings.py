@@ -1,0 +1,63 @@
+"""Reconstruction: how long and how fast the blocks of a model learn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIN_PICTURES = 16
+"""Fewer tell a block nothing that holds for others."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The settings of block reconstruction, each with a default that was measured; see the guide's page on calibration.
+
+    Attributes:
+        epochs: passes over the calibration pictures for each block, at least 1.
+        minutes: instead of ``epochs``, at most about so many for learning all blocks on this machine, > 0: a few steps
+            are timed, and as many epochs made as fit, one at least. The same integers on another day need ``epochs``.
+        batch_size: pictures a step, at least 1.
+        integer_rate: the step of a weight before it is rounded, in units of its integers; > 0.
+        scale_rate: the step of the logarithm of a scale; 0 leaves the scales.
+        bias_rate: the step of biases, and of the gains and biases of norms; 0 leaves them.
+
+    Raises:
+        TypeError, ValueError: what came and what is accepted.
+    """
+
+    epochs: int = 10
+    minutes: float | None = None
+    batch_size: int = 16
+    integer_rate: float = 2e-2
+    scale_rate: float = 3e-4
+    bias_rate: float = 3e-4
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} of a Reconstruction must be an int of at least 1, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} of a Reconstruction must be at least 1, got {value}")
+        rates = {"minutes": 0.0 if self.minutes is None else self.minutes}
+        rates |= {name: getattr(self, name) for name in ("integer_rate", "scale_rate", "bias_rate")}
+        for name, value in rates.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} of a Reconstruction must be a number, got {value!r}")
+            positive = name == "integer_rate" or (name == "minutes" and self.minutes is not None)
+            if not (value > 0 if positive else value >= 0) or value == float("inf"):
+                raise ValueError(f"{name} of a Reconstruction must be {'more than' if positive else 'at least'} 0 and "
+                                 f"finite, got {value}")  # fmt: skip
+
+
+def resolve_reconstruction(reconstruct: object) -> Reconstruction | None:
+    """What ``quantize_model(reconstruct=...)`` means: None for False, the defaults for True, or what was given.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(reconstruct, Reconstruction):
+        return reconstruct
+    if isinstance(reconstruct, bool):
+        return Reconstruction() if reconstruct else None
+    raise TypeError(f"reconstruct must be True, False or a Reconstruction(...), got {reconstruct!r}")

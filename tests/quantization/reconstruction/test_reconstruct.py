@@ -1,0 +1,159 @@
+"""Blocks that learn come nearer to the float model on other pictures, or stay as they were."""
+
+import copy
+
+import pytest
+import torch
+from families import build
+from torch import nn
+
+from fairseq.models.vit_quantization import Reconstruction, ViTQuantizer, compare_models
+from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.scalar.modules import EmulatedLinear
+from fairseq.quantization.calibration import calibration
+from fairseq.quantization.reconstruction import reconstruct as reconstructing
+
+PICTURES = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+OTHERS = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+FAST = Reconstruction(epochs=40, batch_size=8)
+SETTINGS = {"bits": 2, "method": "channel", "activations": None}
+
+
+def quantize(model, reconstruct=FAST, pictures=PICTURES, resume=None, **changes):
+    quantizer = ViTQuantizer(**{**SETTINGS, **changes})
+    result = quantizer.quantize_model(model, calibration=pictures, reconstruct=reconstruct, resume=resume)
+    return result, quantizer.report
+
+
+def integers(model):
+    return [m.integers() for m in model.modules() if hasattr(m, "integers")]
+
+
+def same(first, second):
+    a, b = first.state_dict(), second.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method": "tensor", "bits": 3}, {"activations": "dynamic", "activation_bits": 3}, {"group_size": 32}],
+    ids=str,
+)
+def test_it_errs_less_on_other_pictures(tiny_vit, changes):
+    before = copy.deepcopy(tiny_vit.state_dict())
+    plain, _ = quantize(tiny_vit, False, **changes)
+    learned, report = quantize(tiny_vit, **changes)
+    assert compare_models(tiny_vit, learned, OTHERS)[0] < compare_models(tiny_vit, plain, OTHERS)[0]
+    shares = [layer.reconstructed for layer in report.quantized if layer.block is not None]
+    assert all(0 < share <= 1 for share in shares)
+    assert min(shares) < 0.97
+    assert any(not torch.equal(a, b) for a, b in zip(integers(plain), integers(learned), strict=True))
+    assert all(torch.equal(before[key], x) for key, x in tiny_vit.state_dict().items())
+    assert "error left" in report.table()
+
+
+def test_what_errs_more_on_pictures_held_back_is_taken_back(tiny_vit):
+    plain, _ = quantize(tiny_vit, False)
+    wild, report = quantize(tiny_vit, Reconstruction(epochs=1, integer_rate=50.0, bias_rate=5.0))
+    assert {layer.reconstructed for layer in report.quantized if layer.block is not None} == {1.0}
+    assert same(plain, wild)
+
+
+def test_what_is_left_behind(tiny_vit):
+    packed, report = quantize(tiny_vit)
+    again, _ = quantize(tiny_vit)
+    emulated, _ = quantize(tiny_vit, execution="emulated")
+    assert same(packed, again)
+    for layer in emulated.modules():  # the range is that of the weight that is there
+        if isinstance(layer, EmulatedLinear):
+            assert not layer._lags()
+    norms = [[x for n, x in m.named_parameters() if "norm" in n] for m in (packed, tiny_vit)]
+    assert any(not torch.equal(a, b) for a, b in zip(*norms, strict=True))
+    for layer in report.quantized:  # of the integers that are there
+        new = packed.get_submodule(layer.name)
+        if layer.block is not None and isinstance(new, PackedLinear):
+            weight = tiny_vit.get_submodule(layer.name).weight
+            error = float((weight - new.dequantize()).square().sum() / weight.square().sum())
+            assert layer.weight_sqnr == pytest.approx(-10 * torch.tensor(error).log10().item(), abs=0.02)
+
+
+@pytest.mark.parametrize("execution", ["packed", "emulated"])
+def test_a_static_range_is_learned(tiny_vit, execution):
+    settings = {"activations": "static", "activation_bits": 8, "bits": 3, "execution": execution}
+    plain, _ = quantize(tiny_vit, False, **settings)
+    learned, report = quantize(tiny_vit, Reconstruction(epochs=40, batch_size=8, scale_rate=5e-3), **settings)
+    static = [x.name for x in report.quantized if x.activations == "static" and (x.reconstructed or 1) < 1]
+    assert static
+    scales = [[m.get_submodule(name).input_scale for name in static] for m in (plain, learned)]
+    assert all(not torch.equal(a, b) for a, b in zip(*scales, strict=True))
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_to_the_same_model(monkeypatch, tiny_vit, tmp_path):
+    expected, report = quantize(tiny_vit)
+    entered = []
+    real = calibration.Calibration.enter
+
+    def enter(self, stage):
+        if len(entered) == 1:
+            raise _Stop
+        entered.append(stage)
+        real(self, stage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration.Calibration, "enter", enter)
+        with pytest.raises(_Stop):
+            quantize(tiny_vit, resume=tmp_path / "run")
+    with pytest.raises(ValueError, match="reconstruction"):
+        quantize(tiny_vit, Reconstruction(epochs=41), resume=tmp_path / "run")
+    resumed, again = quantize(tiny_vit, resume=tmp_path / "run")
+    assert same(expected, resumed)
+    assert again == report
+
+
+def test_minutes_become_epochs_that_fit(monkeypatch, tiny_vit, capsys):
+    epochs = []
+    monkeypatch.setattr(reconstructing._Learner, "learn", lambda self, task, count, generator: epochs.append(count))
+    ticks = iter(range(1000))  # each step takes a second
+    monkeypatch.setattr(reconstructing.time, "perf_counter", lambda: next(ticks))
+    quantize(tiny_vit, Reconstruction(minutes=1))  # 2 blocks, 2 steps an epoch
+    quantize(tiny_vit, Reconstruction(minutes=0.01))
+    assert epochs == [15, 15, 1, 1]
+    said = capsys.readouterr().err
+    assert "2 blocks, 15 epochs of 2 steps each, about 60 s on this machine" in said
+    assert "2 blocks, 1 epoch of 2 steps each" in said
+
+
+@pytest.mark.parametrize("name", ["swin", "beit", "dinov2", "timm-vit"])
+def test_other_families(name):
+    model = build(name).eval()
+    config = getattr(model, "config", None)
+    size = getattr(config, "image_size", None) or model.patch_embed.img_size[0]
+    pictures, others = (torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(n)) for n in (40, 64))
+    plain, _ = quantize(model, False, pictures)
+    learned, report = quantize(model, FAST, pictures)
+    shares = [layer.reconstructed for layer in report.quantized if layer.component != "classifier"]
+    assert None not in shares
+    assert min(shares) < 0.99
+    assert compare_models(model, learned, others)[0] < compare_models(model, plain, others)[0]
+
+
+def test_half_precision(tiny_vit):
+    model = copy.deepcopy(tiny_vit).bfloat16()
+    learned, report = quantize(model)
+    assert min(layer.reconstructed for layer in report.quantized if layer.block is not None) < 1
+    assert {p.dtype for p in learned.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(learned(OTHERS[:2].bfloat16()).logits).all()
+
+
+def test_blocks_that_share_parameters_are_left_and_said(tiny_vit):
+    blocks = [m for m in tiny_vit.modules() if isinstance(m, nn.ModuleList) and len(m) == 2][0]
+    norm = next(n for n, m in blocks[0].named_children() if isinstance(m, nn.LayerNorm))
+    setattr(blocks[1], norm, getattr(blocks[0], norm))
+    _, report = quantize(tiny_vit)
+    notes = [layer.note for layer in report.quantized if layer.block is not None]
+    assert all("shares parameters with another" in note for note in notes)
+    assert all(layer.reconstructed is None for layer in report.quantized)

@@ -1,0 +1,52 @@
+"""What a Reconstruction accepts, and what reconstruct= means."""
+
+import pytest
+
+from fairseq.models.vit_quantization import Reconstruction, ViTQuantizer
+from fairseq.quantization.reconstruction.settings import resolve_reconstruction
+
+
+def test_what_reconstruct_means():
+    own = Reconstruction(epochs=3)
+    assert resolve_reconstruction(False) is None
+    assert resolve_reconstruction(True) == Reconstruction()
+    assert resolve_reconstruction(own) is own
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"epochs": 0}, ValueError, "epochs of a Reconstruction must be at least 1, got 0"),
+        ({"epochs": 2.5}, TypeError, "epochs of a Reconstruction must be an int of at least 1, got 2.5"),
+        ({"batch_size": True}, TypeError, "batch_size"),
+        ({"minutes": 0}, ValueError, "minutes of a Reconstruction must be more than 0 and finite, got 0"),
+        ({"minutes": "5"}, TypeError, "minutes of a Reconstruction must be a number, got '5'"),
+        ({"integer_rate": 0.0}, ValueError, "integer_rate of a Reconstruction must be more than 0"),
+        ({"scale_rate": -1e-3}, ValueError, "scale_rate of a Reconstruction must be at least 0"),
+        (
+            {"bias_rate": float("nan")},
+            ValueError,
+            "bias_rate of a Reconstruction must be at least 0 and finite, got nan",
+        ),
+    ],
+)
+def test_what_is_no_setting_is_said(settings, kind, message):
+    with pytest.raises(kind, match=message):
+        Reconstruction(**settings)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "call", "kind", "message"),
+    [
+        ({}, {"reconstruct": 3}, TypeError, "reconstruct must be True, False or a Reconstruction"),
+        ({}, {"reconstruct": True, "calibration": None}, ValueError, "learns from images"),
+        ({}, {"reconstruct": True, "images": 12}, ValueError, "needs at least 16; got 12"),
+        ({}, {"reconstruct": Reconstruction(minutes=1), "resume": "run"}, ValueError, "of so many epochs"),
+        ({"arithmetic": "integer"}, {"reconstruct": True}, ValueError, "needs arithmetic='float'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:calibrating on 12 pictures")
+def test_where_nothing_can_be_learned_is_said(tiny_vit, pixels, quantizer, call, kind, message):
+    pictures = pixels.repeat(20, 1, 1, 1)[:20] + 0.1 * (0.5 + pixels.new_tensor(range(20))).view(-1, 1, 1, 1)
+    with pytest.raises(kind, match=message):
+        ViTQuantizer(bits=4, **quantizer).quantize_model(tiny_vit, **{"calibration": pictures, **call})
