@@ -44,7 +44,8 @@ from fairseq.quantization.saving.huggingface import FairseqViTConfig
 
 __all__ = [
     "BitAssignment", "EmbeddingComparison", "ExportReport", "FairseqViTConfig", "LayerReport", "ModelComparison",
-    "QuantizationReport", "Reconstruction", "ViTQuantizer", "compare_embeddings", "compare_models", "zero_shot_agreement",
+    "QuantizationReport", "Reconstruction", "ViTQuantizer", "compare_embeddings", "compare_models",
+    "zero_shot_agreement",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)

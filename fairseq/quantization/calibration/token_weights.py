@@ -105,8 +105,9 @@ def token_weights(
 
 @contextmanager
 def _without_gradients(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """Inside, the weights of some layers take no gradient, for which their inputs would be kept."""
-    weights = [model.get_submodule(name).get_parameter("weight") for name in names]
+    """Inside, the weights of the Linear layers among ``names`` take no gradient, for which inputs would be kept."""
+    modules = [model.get_submodule(name) for name in names]
+    weights = [module.weight for module in modules if isinstance(module, nn.Linear)]
     changed = [weight for weight in weights if weight.requires_grad and weight.is_leaf]
     for weight in changed:
         weight.requires_grad = False

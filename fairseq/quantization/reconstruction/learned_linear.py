@@ -39,8 +39,8 @@ class LearnedLinear(nn.Module):
     """The float twin of a quantized layer, with the same integers and scale to begin with, and gradients for both.
 
     The weight is scale * (clamp(round(latent), 0, 2**bits - 1) - zero_point), with a straight-through gradient to
-    ``latent`` where that rounds to the grid and the true one to the logarithm of the scale: Chen et al., EfficientQAT (2024,
-    https://arxiv.org/abs/2407.11062), in units of the integers. The input is rounded as by the layer where that is
+    ``latent`` where that rounds to the grid, and the true one to the logarithm of the scale: Chen et al., EfficientQAT
+    (2024, https://arxiv.org/abs/2407.11062), in units of the integers. The input is rounded as by the layer where that is
     felt, below 8 bits or on one fixed grid, whose scale is learned, too (Esser et al., LSQ, 2020,
     https://arxiv.org/abs/1902.08153); rounding to 8 bits per token is left out here.
 
@@ -99,7 +99,7 @@ class LearnedLinear(nn.Module):
         own = layer.scale
         assert own is not None
         scale = (self.scale * self.log_scale.exp()).reshape(own.shape).to(own.dtype)
-        bias = None if self.bias is None else self.bias.detach().to(layer.bias.dtype)
+        bias = None if self.bias is None or layer.bias is None else self.bias.detach().to(layer.bias.dtype)
         stretch = 1.0 if self.log_stretch is None else float(self.log_stretch.exp())
         return Learned(self.integers(), scale, bias, stretch)
 

@@ -79,7 +79,7 @@ class Reconstructor:
                 f"reconstruct=True learns from calibration pictures and needs at least {MIN_PICTURES}; got {pictures}"
             )
         self.model, self.plan, self.calibration, self.settings = model, plan, calibration, settings
-        self.execution, self.half = execution, calibration.inputs.half
+        self.execution, self.half = execution, calibration.half
         self.seed = seed
         self.epochs: int | None = None if settings.minutes is not None else settings.epochs
         self.timed = False
@@ -301,7 +301,7 @@ class _Learner(nn.Module):
 
 def _vectors(block: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
     """The one-dimensional parameters of what is no Linear in a block, by name: of norms and LayerScale."""
-    found = {}
+    found: dict[str, nn.Parameter] = {}
     for name, module in block.named_modules(prefix=prefix[:-1]):
         if not isinstance(module, nn.Linear | LearnedLinear):
             found |= {f"{name}.{key}": p for key, p in module.named_parameters(recurse=False) if p.ndim == 1}
