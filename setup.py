@@ -21,7 +21,10 @@ REQUIREMENTS = [
 
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 PLOT = ["matplotlib>=3.9"]
-TEST = ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "timm>=1.0", "accelerate>=1.1", *ONNX, *PLOT]
+TEST = [
+    "pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "pytest-xdist>=3.6", "timm>=1.0", "accelerate>=1.1",
+    *ONNX, *PLOT,
+]  # fmt: skip
 DOCS = ["sphinx>=8", "furo>=2024.8", "sphinx-copybutton>=0.5"]
 LINT = ["ruff>=0.12", "mypy>=1.16", "pre-commit>=4", "clang-format==23.1.5", "setuptools>=77"]
 # clang-format: each version formats in its own way; setuptools: .ci/sanitize

@@ -63,7 +63,8 @@ def pytest_collection_finish(session):
     """What was imported stays: the garbage collector need not look through it again and again."""
     gc.collect()
     gc.freeze()
-    if not session.config.option.collectonly:
+    alone = not hasattr(session.config, "workerinput")  # of several workers, each begins what its own tests wait for
+    if alone and not session.config.option.collectonly:
         beside.begin(session.items)
 
 
