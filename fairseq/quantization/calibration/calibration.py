@@ -12,7 +12,7 @@ from fairseq.quantization.calibration.block_inputs import BlockInputs
 from fairseq.quantization.calibration.statistics import collect
 from fairseq.quantization.calibration.token_weights import token_weights
 from fairseq.quantization.config import resolve_rounding
-from fairseq.quantization.rounding.gptq import Statistics
+from fairseq.quantization.rounding.statistics import Statistics
 
 
 class Calibration:

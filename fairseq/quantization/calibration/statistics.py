@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fairseq.modules.quantization.scalar.ops import fake_quantize, histogram_range, range_to_qparams
-from fairseq.quantization.rounding.gptq import Statistics
 from fairseq.quantization.rounding.quality import sqnr
+from fairseq.quantization.rounding.statistics import Statistics
 
 RANGE_VALUES = 2**16
 """Values per batch from which the range of a static activation is taken."""

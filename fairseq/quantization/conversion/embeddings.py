@@ -18,7 +18,7 @@ from fairseq.quantization.calibration.statistics import collect
 from fairseq.quantization.config import LayerConfig, resolve_rounding
 from fairseq.quantization.conversion.quantize_layer import quantize_layer
 from fairseq.quantization.evaluation.report import LayerReport
-from fairseq.quantization.rounding.gptq import Statistics
+from fairseq.quantization.rounding.statistics import Statistics
 
 
 def pack_embeddings(

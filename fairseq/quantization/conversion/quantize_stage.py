@@ -21,7 +21,7 @@ from fairseq.quantization.calibration.calibration import Calibration
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
 from fairseq.quantization.conversion.quantize_layer import QuantizedLayer, quantize_layer
 from fairseq.quantization.rounding.equalization import equalize, input_factor
-from fairseq.quantization.rounding.gptq import Rounded, Statistics
+from fairseq.quantization.rounding.statistics import Rounded, Statistics
 
 NOT_REACHED = "not calibrated: pictures do not reach it"
 
