@@ -20,16 +20,20 @@ def gptaq(weight: Tensor, statistics: Statistics | None, config: LinearConfig) -
     return gptq(drift_corrected(weight, statistics), statistics, config)
 
 
-def drift_corrected(weight: Tensor, statistics: Statistics) -> Tensor:
+def drift_corrected(weight: Tensor, statistics: Statistics, correction: float = CORRECTION) -> Tensor:
     """The weight, (out, in), whose product with the inputs x comes near that of ``weight`` with the float model's x*.
 
     The layers before have changed x. E|V x - W x*|^2 is least for V = W + W E[(x* - x) x^T] H^-1 (the aim of Li et al.,
     GPTAQ, 2025; here in closed form before rounding). What some hundred pictures tell of it holds for others in part:
-    H is damped by the number of inputs over that of the samples, and the result shrunk to :data:`CORRECTION` of it.
+    H is damped by the number of inputs over that of the samples, and the result shrunk to ``correction`` of it.
     """
     assert statistics.drift is not None
-    wide = torch.promote_types(weight.dtype, statistics.drift.dtype)
-    wanted = weight.to(wide) @ statistics.drift.to(wide)
-    factor = cholesky(damped(statistics.second_moment, weight, weight.shape[1] / statistics.samples))
-    correction = torch.cholesky_solve(wanted.T.to(factor.dtype), factor).T
-    return (weight.to(factor.dtype) + CORRECTION * correction).to(weight.dtype)
+    h = damped(statistics.second_moment, weight, weight.shape[1] / statistics.samples)
+    return (weight.to(h.dtype) + correction * drift_change(weight, statistics.drift, h)).to(weight.dtype)
+
+
+def drift_change(weight: Tensor, drift: Tensor, h: Tensor) -> Tensor:
+    """W E[(x* - x) x^T] H^-1 for the second moment ``h``, damped already: float64 (out, in)."""
+    wide = torch.promote_types(weight.dtype, drift.dtype)
+    wanted = weight.to(wide) @ drift.to(wide)
+    return torch.cholesky_solve(wanted.T.to(h.dtype), cholesky(h)).T

@@ -28,16 +28,29 @@ def gptq(weight: Tensor, statistics: Statistics | None, config: LinearConfig) ->
     clipped range, which it starts from.
     """
     assert statistics is not None
+    return compensated(weight, damped(statistics.second_moment, weight), config)
+
+
+def compensated(weight: Tensor, h: Tensor, config: LinearConfig, first: Tensor | None = None) -> Rounded:
+    """What :func:`gptq` does under a second moment that is damped already.
+
+    Args:
+        weight: (out, in).
+        h: positive definite, float64 (in, in).
+        config: bits, method, group_size, symmetric.
+        first: (out, in); what is rounded in the place of ``weight`` in the column that :func:`importance` puts first.
+            The others make up for that column's distance from ``weight`` all the same.
+    """
     if config.method == "channel":
         config = dataclasses.replace(config, method="histogram")  # the same granularity, and the range is searched
     start = nearest(weight, None, config)
-    h = damped(statistics.second_moment, weight)
-    order = torch.argsort(h.diagonal(), descending=True, stable=True)
+    order = importance(h)
     h = h[order[:, None], order].float()
     factor = inverse_factor(h).float()
     w = weight.float().T[order]  # (in, out), the inputs by importance and contiguous, as all below
-    scale, zero_point = (_per_weight(p, weight.shape, config.group_size).T[order] for p in start[1:])
+    scale, zero_point = (per_weight(p, weight.shape, config.group_size).T[order] for p in start[1:])
     top = quantized_range(config.bits)[1]
+    head = w[0] if first is None else first.float()[:, order[0]]
 
     def error(q: Tensor, clip: Tensor) -> Tensor:
         d = (q - zero_point) * (scale * clip) - w
@@ -49,17 +62,22 @@ def gptq(weight: Tensor, statistics: Statistics | None, config: LinearConfig) ->
     least = error(q, clip)
     for candidate in CLIPS:
         tried = torch.full_like(clip, candidate)
-        rounded = _compensate(w, factor, scale * tried, zero_point, top)
+        rounded = _compensate(w, head, factor, scale * tried, zero_point, top)
         got = error(rounded, tried)
         better = got < least
         q, clip, least = torch.where(better, rounded, q), torch.where(better, tried, clip), torch.minimum(got, least)
-    q = _descend(w, q, h, scale * clip, zero_point, top)
+    q = descend(w, q, h, scale * clip, zero_point, top)
     integers = torch.empty_like(q).index_copy_(0, order, q).T.contiguous()
     final = start.scale * (clip[:1] if start.scale.numel() == 1 else clip.view(-1, *[1] * (start.scale.ndim - 1)))
     return Rounded(integers.to(torch.uint8), final, start.zero_point)
 
 
-def _per_weight(parameter: Tensor, shape: torch.Size, group_size: int | None) -> Tensor:
+def importance(h: Tensor) -> Tensor:
+    """The order of the columns, int64 (in,): by falling H_jj."""
+    return torch.argsort(h.diagonal(), descending=True, stable=True)
+
+
+def per_weight(parameter: Tensor, shape: torch.Size, group_size: int | None) -> Tensor:
     """A scale or zero point of any of the three shapes as one number per weight, float32 (out, in)."""
     per_row = parameter.float().reshape(-1, 1) if parameter.ndim == 1 else parameter.float()
     if group_size is not None:
@@ -67,15 +85,16 @@ def _per_weight(parameter: Tensor, shape: torch.Size, group_size: int | None) ->
     return per_row.expand(shape)
 
 
-def _compensate(w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:
-    """GPTQ's pass over the inputs: integers as floats, (in, out)."""
+def _compensate(w: Tensor, first: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:
+    """GPTQ's pass over the inputs: integers as floats, (in, out); of the first one, ``first``, (out,), is rounded."""
     w, q = w.clone(), torch.empty_like(w)
     for start in range(0, len(w), BLOCK):
         stop = min(start + BLOCK, len(w))
         block = w[start:stop]
         errors = torch.empty_like(block)
         for j, (s, z) in enumerate(zip(scale[start:stop], zero_point[start:stop], strict=True)):
-            integer = (block[j] / s + z).round_().clamp_(0, top)
+            wanted = block[j] if start + j else first
+            integer = (wanted / s + z).round_().clamp_(0, top)
             q[start + j] = integer
             row = factor[start + j, start + j : stop]
             errors[j] = (block[j] - (integer - z) * s) / row[0]
@@ -84,7 +103,7 @@ def _compensate(w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, to
     return q
 
 
-def _descend(w: Tensor, q: Tensor, h: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:
+def descend(w: Tensor, q: Tensor, h: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:
     """Coordinate descent: each integer to its best value while the others stay, :data:`SWEEPS` times over them all."""
     q = q.clone()
     gradient = h @ ((q - zero_point) * scale - w)  # half of it, (in, out)

@@ -13,15 +13,19 @@ from torch import Tensor
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.scalar.ops import check_tensor
 from fairseq.quantization.config import resolve_rounding
+from fairseq.quantization.rounding.coordinate import coordinate
 from fairseq.quantization.rounding.gptaq import gptaq
 from fairseq.quantization.rounding.gptq import gptq
 from fairseq.quantization.rounding.nearest import nearest
+from fairseq.quantization.rounding.qronos import qronos
 from fairseq.quantization.rounding.statistics import Rounded, Statistics
 
 ROUNDINGS: dict[str, Callable[[Tensor, Statistics | None, LinearConfig], Rounded]] = {
     "nearest": nearest,
     "gptq": gptq,
     "gptaq": gptaq,
+    "qronos": qronos,
+    "coordinate": coordinate,
 }
 
 
@@ -34,14 +38,15 @@ def round_weight(
         weight: (out, in), finite.
         statistics: of its inputs, or None.
         config: bits, method, group_size, symmetric.
-        rounding: "nearest", "gptq", "gptaq", or "auto": gptaq if there are statistics, else nearest.
+        rounding: a key of :data:`ROUNDINGS`, or "auto": if there are statistics coordinate up to 3 bits and gptaq
+            above, else nearest.
         name: how errors call the weight.
 
     Raises:
         ValueError: the weight is not finite, an unknown rounding, or one that needs statistics without them, or with
             ones of another shape or with NaN.
     """
-    chosen = resolve_rounding(rounding, statistics is not None)
+    chosen = resolve_rounding(rounding, statistics is not None, config.bits)
     check_tensor(weight, name)
     if statistics is not None:
         expected = (weight.shape[1], weight.shape[1])
@@ -50,9 +55,11 @@ def round_weight(
                 f"{name}: the second moment must be of shape {expected}, got {tuple(statistics.second_moment.shape)}"
             )
         check_tensor(statistics.second_moment, f"{name}: the second moment of its inputs")
-        if chosen == "gptaq" and statistics.drift is None:
+        if chosen in ("gptaq", "qronos") and statistics.drift is None:
             if rounding != "auto":
-                raise ValueError(f"{name}: rounding='gptaq' needs statistics with the drift of its inputs; got none")
+                raise ValueError(
+                    f"{name}: rounding={rounding!r} needs statistics with the drift of its inputs; got none"
+                )
             chosen = "gptq"
     elif chosen != "nearest":
         raise ValueError(f"{name}: rounding={rounding!r} needs calibration images; without them there is 'nearest'")
@@ -64,7 +71,7 @@ def grid_used(config: LinearConfig, rounding: str) -> dict[str, str]:
 
     Args:
         config: method and group_size.
-        rounding: "nearest", "gptq" or "gptaq", as it was done.
+        rounding: a key of :data:`ROUNDINGS`, as it was done.
 
     Returns:
         granularity: what has a scale of its own, "tensor", "channel" or "group".

@@ -49,15 +49,14 @@ def test_without_a_drift_gptaq_is_gptq():
         assert torch.equal(round_weight(w, data, config, rounding).integers, expected)
 
 
-def test_the_correction_is_least_squares_and_shrinks_with_the_samples(monkeypatch):
+def test_the_correction_is_least_squares_and_shrinks_with_the_samples():
     w, exact = layer(6, 40, 2000)
     x = noisy(exact, 0.1)
     data = drifted(x.double(), exact.double())
-    monkeypatch.setattr("fairseq.quantization.rounding.gptaq.CORRECTION", 1.0)
     expected = torch.linalg.lstsq(x.double(), exact.double() @ w.double().T).solution.T
     moves = []
     for samples in (1e12, 1000.0, 10.0, 0.1):
-        got = drift_corrected(w.double(), data._replace(samples=samples))
+        got = drift_corrected(w.double(), data._replace(samples=samples), 1.0)
         moves.append((got - w).norm().item())
         if samples == 1e12:
             h = data.second_moment  # with D added to H, its inverse changes by |D| / |H's least eigenvalue|

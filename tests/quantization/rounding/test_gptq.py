@@ -17,7 +17,7 @@ from fairseq.quantization.rounding.statistics import Statistics
 def test_gptq_errs_less_at_the_output_and_more_in_the_weight(settings, bits):
     config = LinearConfig(bits=bits, **settings)
     w, x = layer()
-    got, plain = (real(round_weight(w, s, config), config) for s in (statistics(x), None))
+    got, plain = (real(round_weight(w, statistics(x), config, rounding), config) for rounding in ("gptq", "nearest"))
     output = [(x @ (r - w).T).square().sum().item() for r in (got, plain)]
     weight = [(r - w).square().sum().item() for r in (got, plain)]
     assert output[0] < 0.7 * output[1]
@@ -29,7 +29,7 @@ def test_gptq_errs_less_at_the_output_and_more_in_the_weight(settings, bits):
 def test_no_single_step_lowers_the_error(settings):
     config = LinearConfig(bits=3, **settings)
     w, x = layer(6, 64)
-    rounded = round_weight(w, statistics(x), config)
+    rounded = round_weight(w, statistics(x), config, "gptq")
     h = damped(statistics(x).second_moment, w)
 
     def error(q):
@@ -62,7 +62,7 @@ def test_never_worse_than_nearest_whatever_the_inputs(kind, method):
     else:
         h = torch.eye(40)
     config = LinearConfig(bits=4, method=method)
-    got = round_weight(w, Statistics(h, x.mean(0)), config)
+    got = round_weight(w, Statistics(h, x.mean(0)), config, "gptq")
     searched = LinearConfig(bits=4, method="histogram" if method == "channel" else method)
     plain = round_weight(w, None, searched)
     matrix = damped(h, w)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from layer_inputs import SETTINGS, layer, statistics
+from layer_inputs import SETTINGS, drifted, layer, statistics
 
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int
 from fairseq.quantization.config import resolve_rounding
-from fairseq.quantization.rounding.round_weight import grid_used, round_weight
+from fairseq.quantization.rounding.round_weight import ROUNDINGS, grid_used, round_weight
 from fairseq.quantization.rounding.statistics import Statistics
 
 
@@ -16,8 +16,9 @@ def test_shapes_and_ranges_are_those_of_observe_weight(settings):
     config = LinearConfig(bits=4, **settings)
     w, x = layer()
     scale, zero_point = observe_weight(w, 4, config.method, config.group_size, config.symmetric)
-    for data in (None, statistics(x)):
-        rounded = round_weight(w, data, config)
+    seen = drifted(x, x + 0.1)
+    for rounding in ROUNDINGS:
+        rounded = round_weight(w, None if rounding == "nearest" else seen, config, rounding)
         assert rounded.integers.shape == w.shape
         assert rounded.integers.dtype == torch.uint8
         assert int(rounded.integers.max()) <= 15
@@ -63,20 +64,27 @@ def test_the_same_input_gives_the_same_integers_and_nothing_is_written():
     assert torch.equal(data.second_moment, moment)
 
 
-def test_auto_takes_what_the_data_allow():
-    assert (resolve_rounding("auto", True), resolve_rounding("auto", False), resolve_rounding("nearest", True)) == (
-        "gptaq",
-        "nearest",
-        "nearest",
-    )
+def test_auto_takes_what_the_data_allow_and_the_width_wants():
+    names = [resolve_rounding("auto", calibrated, bits) for calibrated in (True, False) for bits in (2, 3, 4, 8)]
+    assert names == ["coordinate", "coordinate", "gptaq", "gptaq", *["nearest"] * 4]
+    assert resolve_rounding("gptq", True, 2) == "gptq"
 
 
 @pytest.mark.parametrize(
     ("rounding", "data", "message"),
     [
-        ("best", None, "rounding must be one of 'auto', 'nearest', 'gptq', 'gptaq'; got 'best'"),
+        (
+            "best",
+            None,
+            "rounding must be one of 'auto', 'nearest', 'gptq', 'gptaq', 'qronos', .*; got 'best'",
+        ),
         ("gptq", None, "fc1: rounding='gptq' needs calibration images"),
         ("gptaq", statistics(torch.ones(2, 80)), "fc1: rounding='gptaq' needs statistics with the drift of its inputs"),
+        (
+            "qronos",
+            statistics(torch.ones(2, 80)),
+            "fc1: rounding='qronos' needs statistics with the drift",
+        ),
         ("auto", Statistics(torch.eye(3), torch.zeros(3)), r"fc1: the second moment must be of shape \(80, 80\)"),
         ("auto", Statistics(torch.full((80, 80), torch.nan), torch.zeros(80)), "fc1: the second moment of its inputs"),
     ],
