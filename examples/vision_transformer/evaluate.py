@@ -50,6 +50,7 @@ from transformers import AutoTokenizer
 from fairseq.cli import measure
 from fairseq.models.vit_quantization import ViTQuantizer, zero_shot_agreement
 from fairseq.quantization.calibration.synthetic import synthetic_images
+from fairseq.quantization.config import ROUNDINGS
 from fairseq.quantization.evaluation.compare import compare_vectors, embeddings
 
 
@@ -187,6 +188,11 @@ def main() -> int:
         help="dynamic: a scale per token (default); static: one, from calibration; none: only weights are quantized",
     )  # fmt: skip
     parser.add_argument("--activation-bits", type=int, default=8, metavar="BITS", help="2 to 8, default 8")
+    parser.add_argument("--group-size", type=int, default=None, metavar="INPUTS", help="that share a scale; 32 to 128")
+    parser.add_argument(
+        "--rounding", choices=["auto", *ROUNDINGS], default="auto",
+        help="auto: with --calibration coordinate up to 3 bits and gptaq above, else nearest",
+    )  # fmt: skip
     parser.add_argument(
         "--arithmetic", choices=["float", "integer"], default="float",
         help="integer: no floating operation from the rounded pixels to the logits; needs --calibration",
@@ -230,7 +236,7 @@ def main() -> int:
         settings = {
             "method": method, "activations": None if args.activations == "none" else args.activations,
             "activation_bits": args.activation_bits, "arithmetic": args.arithmetic,
-            "functions": args.functions,
+            "functions": args.functions, "rounding": args.rounding, "group_size": args.group_size,
         }  # fmt: skip
         try:
             if isinstance(bits, int):
@@ -255,6 +261,8 @@ def main() -> int:
     print(
         f"{name}, {len(images)} pictures, {what} quantized, activations: {args.activations}"
         f"{'' if args.activation_bits == 8 else f' {args.activation_bits} bits'}, "
+        f"{'' if args.rounding == 'auto' else f'rounding: {args.rounding}, '}"
+        f"{'' if args.group_size is None else f'groups of {args.group_size}, '}"
         f"{'integers alone, ' if args.arithmetic == 'integer' else ''}"
         f"{'without calibration' if calibration is None else f'calibrated on {len(calibration)} {kind}'}, on {device}\n"
     )

@@ -41,7 +41,11 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="Input channels that share a scale, 32 to 128.")] = None,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Zero point in the middle of the grid.")] = False,
     rounding: Annotated[
-        str, typer.Option(metavar="auto|nearest|gptq|gptaq", help="auto: gptaq with --calibration, else nearest.")
+        str,
+        typer.Option(
+            metavar="auto|nearest|gptq|gptaq|qronos|coordinate",
+            help="auto: with --calibration coordinate up to 3 bits, gptaq above; else nearest.",
+        ),
     ] = "auto",
     equalize: Annotated[bool, typer.Option("--equalize/--no-equalize", help="Even out input channels first.")] = True,
     bias_correction: Annotated[

@@ -77,8 +77,10 @@ class ViTQuantizer:
     How weights are rounded:
         group_size: input channels that share a scale, 32 to 128 in steps of 8; None for all of an output channel.
         symmetric: put the weights' zero point in the middle of the grid.
-        rounding: "nearest"; with calibration images also "gptq", by the error at each layer's output, or "gptaq", which
-            makes up for the error of the layers before, too, and takes longer; or "auto": gptaq if there are images.
+        rounding: "nearest"; with calibration images also "gptq", by the error at each layer's output, "gptaq", which
+            makes up for the error of the layers before, too, and takes longer, "qronos", which does so in full and for
+            which some hundred images are few, or "coordinate", which fits the scales to the integers as well, for 2 and
+            3 bits; or "auto": with images coordinate up to 3 bits and gptaq above, else nearest.
         equalize: even out the ranges of input channels first, which changes nothing before rounding, where one scale
             serves a whole weight (method "tensor") or input (static activations).
         bias_correction: True adds each layer's mean output error on the calibration images to its bias, "add" also to

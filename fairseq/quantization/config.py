@@ -15,7 +15,11 @@ from fairseq.modules.quantization.packed.config import LinearConfig, check_flag,
 COMPONENTS = ("attention", "mlp", "classifier")
 EXECUTIONS = ("packed", "emulated")
 TOWERS = ("vision", "text", "all")
-ROUNDINGS = ("nearest", "gptq", "gptaq")
+ROUNDINGS = ("nearest", "gptq", "gptaq", "qronos", "coordinate")
+MAKE_UP_FOR_DRIFT = ("gptaq", "qronos", "coordinate")
+"""Those that look at what the float model's layers read, too."""
+COARSE_BITS = 3
+"""Up to it "auto" is "coordinate", above it "gptaq": docs/results.rst has the figures."""
 FORMER_NAMES = {"resident": "weight_storage"}
 SKIPPED = "skipped by an override"
 
@@ -26,7 +30,8 @@ class LayerConfig(LinearConfig):
 
     Attributes:
         skip: leave it in float.
-        rounding: "nearest", "gptq", "gptaq", or "auto", which takes gptaq where there are calibration images.
+        rounding: "nearest", "gptq", "gptaq", "qronos", "coordinate", or "auto": where there are calibration images
+            coordinate up to 3 bits and gptaq above, else nearest.
         bias_correction: True adds the mean error of the layer's output on the calibration images to its bias, "add"
             also to layers that have none and get one for it.
     """
@@ -38,7 +43,7 @@ class LayerConfig(LinearConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flag("skip", self.skip)
-        resolve_rounding(self.rounding, calibrated=True)
+        resolve_rounding(self.rounding, True, self.bits)
         if not isinstance(self.bias_correction, bool) and self.bias_correction != "add":
             raise ValueError(f"bias_correction must be True, False or 'add'; got {self.bias_correction!r}")
 
@@ -186,14 +191,14 @@ class QuantizationConfig(LayerConfig):
             raise type(error)(f"override {pattern!r}: {error}") from None
 
 
-def resolve_rounding(rounding: str, calibrated: bool) -> str:
+def resolve_rounding(rounding: str, calibrated: bool, bits: int) -> str:
     """The rounding that "auto" stands for; any other name as it is.
 
     Raises:
         ValueError: an unknown name.
     """
     if rounding == "auto":
-        return "gptaq" if calibrated else "nearest"
+        return "nearest" if not calibrated else "coordinate" if bits <= COARSE_BITS else "gptaq"
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of 'auto', {', '.join(map(repr, ROUNDINGS))}; got {rounding!r}")
     return rounding

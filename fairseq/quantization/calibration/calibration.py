@@ -16,8 +16,8 @@ from fairseq.quantization.calibration.progress import Progress
 from fairseq.quantization.calibration.statistics import collect
 from fairseq.quantization.calibration.storage import Storage
 from fairseq.quantization.calibration.token_weights import token_weights
-from fairseq.quantization.config import resolve_rounding
-from fairseq.quantization.rounding.gptq import Statistics
+from fairseq.quantization.config import MAKE_UP_FOR_DRIFT, resolve_rounding
+from fairseq.quantization.rounding.statistics import Statistics
 
 
 class Calibration:
@@ -115,7 +115,7 @@ class Calibration:
 
 
 def _makes_up_for_drift(layer: LayerPlan) -> bool:
-    return resolve_rounding(layer.settings.rounding, calibrated=True) == "gptaq"
+    return resolve_rounding(layer.settings.rounding, True, layer.settings.bits) in MAKE_UP_FOR_DRIFT
 
 
 def _scaled(inputs: Iterator[Tensor], factor: Tensor | None) -> Iterator[Tensor]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from fairseq.modules.quantization.scalar.ops import fake_quantize, histogram_range, range_to_qparams
 from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.exact_sum import ExactSum, unit_of
-from fairseq.quantization.rounding.gptq import Statistics
 from fairseq.quantization.rounding.quality import sqnr
+from fairseq.quantization.rounding.statistics import Statistics
 
 BATCH_SIZE = 4
 """Pictures that run through a model together; a share of a process is a whole number of such batches."""

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fairseq.modules.quantization.scalar.weights import weight_to_real
 from fairseq.quantization.config import LayerConfig, resolve_rounding
-from fairseq.quantization.rounding.gptq import Rounded, Statistics, grid_used, round_weight
 from fairseq.quantization.rounding.quality import decibels, weight_statistics
+from fairseq.quantization.rounding.round_weight import grid_used, round_weight
+from fairseq.quantization.rounding.statistics import Rounded, Statistics
 
 MIN_STATIC_SQNR = 28.0
 """Below it, in dB, one range for all tokens is too coarse (8 bits reach 38 on a Gaussian): the layer stays dynamic."""
@@ -63,7 +64,7 @@ def quantize_layer(
         rounded: integers that are decided already, as of a weight that another layer shares; None to round.
 
     Raises:
-        ValueError: as :func:`~fairseq.quantization.rounding.gptq.round_weight`.
+        ValueError: as :func:`~fairseq.quantization.rounding.round_weight.round_weight`.
     """
     weight, note = weight.detach(), None
     if statistics is not None and settings.activations == "static" and statistics.static_sqnr < MIN_STATIC_SQNR:
@@ -71,7 +72,7 @@ def quantize_layer(
         note = f"dynamic instead of static: below {MIN_STATIC_SQNR:.0f} dB with one range for all tokens"
     if rounded is None:
         rounded = round_weight(weight, statistics, settings, settings.rounding, f"{name}.weight")
-    rounding = resolve_rounding(settings.rounding, statistics is not None)
+    rounding = resolve_rounding(settings.rounding, statistics is not None, settings.bits)
     record: dict[str, Any] = {"rounding": rounding, "activations": settings.activations, "note": note}
     record |= grid_used(settings, rounding)
     span = None

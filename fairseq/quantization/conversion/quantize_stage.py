@@ -24,7 +24,7 @@ from fairseq.quantization.conversion.quantize_layer import QuantizedLayer, quant
 from fairseq.quantization.conversion.resume import DoneStage
 from fairseq.quantization.engine import memory
 from fairseq.quantization.rounding.equalization import equalize, input_factor
-from fairseq.quantization.rounding.gptq import Rounded, Statistics
+from fairseq.quantization.rounding.statistics import Rounded, Statistics
 
 NOT_REACHED = "not calibrated: pictures do not reach it"
 

@@ -18,7 +18,7 @@ class LayerReport:
         bytes_before, bytes_after: what it takes in memory.
         bits, method: of its weight, as they were asked for.
         skipped: why it was left in float.
-        rounding: how the integers were chosen, "nearest", "gptq" or "gptaq".
+        rounding: how the integers were chosen, "nearest", "gptq", "gptaq", "qronos" or "coordinate".
         activations: "dynamic" or "static", if its input is rounded too.
         note: why something was done differently from what was asked.
         weight_sqnr: of the rounded weight, in dB (see :func:`sqnr`).

@@ -18,7 +18,7 @@ from fairseq.quantization.architectures.layers import linear_layers
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.conversion.convert import convert, finish
 from fairseq.quantization.conversion.dequantize import dequantize
-from fairseq.quantization.rounding.gptq import round_weight
+from fairseq.quantization.rounding.round_weight import round_weight
 
 
 def quantized_names(model):

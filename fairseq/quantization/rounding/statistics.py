@@ -1,0 +1,38 @@
+"""Statistics, what a layer's inputs were, and Rounded, what became of its weight."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Statistics(NamedTuple):
+    """What a layer's inputs x were on the calibration images, each token with its weight.
+
+    Attributes:
+        second_moment: E[x x^T], float32 or float64 (in, in).
+        mean: E[x], (in,).
+        low, high: the range for one static grid over all x.
+        static_sqnr: the signal over the error of x on that grid, in dB.
+        drift: E[(x* - x) x^T], (in, in), x* what the layer reads in the float model; None where that is not known.
+        drift_mean: E[x* - x], (in,), likewise.
+        samples: how many tokens of equal weight tell as much: (sum of the weights)^2 / (sum of their squares).
+    """
+
+    second_moment: Tensor
+    mean: Tensor
+    low: float = 0.0
+    high: float = 0.0
+    static_sqnr: float = 0.0
+    drift: Tensor | None = None
+    drift_mean: Tensor | None = None
+    samples: float = 1.0
+
+
+class Rounded(NamedTuple):
+    """real = scale * (integers - zero_point); the shapes of ``weights.observe_weight`` and ``weight_to_int``."""
+
+    integers: Tensor
+    scale: Tensor
+    zero_point: Tensor
