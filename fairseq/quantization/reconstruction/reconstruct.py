@@ -43,12 +43,12 @@ class Reconstructor:
     """Block reconstruction of a model that is being quantized, block by block.
 
     With its layers rounded, a block of the quantized model gets what it reads, and has to come near what the float
-    block gives for what *that* reads. Learned are the integers (see :class:`LearnedLinear`), scales, biases, and the
-    one-dimensional parameters of what stays in float: gains and biases of norms, LayerScale. The loss is the squared
-    error of the block's output, each token weighted by how much an error there changes the model's output. What was
-    learned stays only if it lowers that error on pictures that were held back. The block runs as before: nothing is
-    added to it. Li et al., BRECQ (2021, https://arxiv.org/abs/2102.05426) and, for learning all of a block's
-    weights at once, Chen et al., EfficientQAT (2024, https://arxiv.org/abs/2407.11062).
+    block gives for what *that* reads. Learned are the integers (see :class:`~.learned_linear.LearnedLinear`), scales,
+    biases, and the one-dimensional parameters of what stays in float: gains and biases of norms, LayerScale. The loss
+    is the squared error of the block's output, each token weighted by how much an error there changes the model's
+    output. What was learned stays only if it lowers that error on pictures that were held back. The block runs as
+    before: nothing is added to it. Li et al., BRECQ (2021, https://arxiv.org/abs/2102.05426) and, for learning all of a
+    block's weights at once, Chen et al., EfficientQAT (2024, https://arxiv.org/abs/2407.11062).
 
     Args:
         model: the quantized one, which is changed.
