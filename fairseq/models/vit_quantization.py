@@ -300,7 +300,7 @@ class ViTQuantizer:
             ValueError: no layer of ``student`` is emulated, a weight is NaN or Inf, or as :meth:`quantize_model` says
                 of the engine.
         """
-        return cast(Model, pack(student, engine, weight_storage))
+        return pack(student, engine, weight_storage)
 
     @staticmethod
     def save(model: nn.Module, path: str | os.PathLike[str], information: Mapping[str, Any] | None = None) -> None:
