@@ -26,6 +26,7 @@ ROOMS = {
     "engine": ("architectures",),
     "conversion": ("evaluation", "engine", "calibration", "rounding", "architectures"),
     "bit_allocation": ("conversion", "evaluation", "calibration", "rounding", "architectures"),
+    "training": ("saving", "conversion", "engine", "calibration", "architectures"),
     "export": ("integer_only", "conversion", "evaluation", "engine", "architectures"),
     "saving": ("integer_only", "conversion", "evaluation", "engine", "architectures"),
     "integer_only": ("conversion", "evaluation", "engine", "calibration", "architectures"),

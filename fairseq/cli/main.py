@@ -9,12 +9,20 @@ from typing import Annotated, Any
 import typer
 
 import fairseq
-from fairseq.cli import check, files, quantize
+from fairseq.cli import check, distill, files, quantize
 from fairseq.cli.output import UserError, first_line
 
 FINE, MISTAKE, STOPPED = 0, 2, 130
 COMMAND_LINE_ERROR: Any = typer.BadParameter.__mro__[2]  # click's own base class, wherever this typer has it
-COMMANDS = (quantize.quantize, check.compare, check.evaluate, check.benchmark, files.export, files.inspect)
+COMMANDS = (
+    quantize.quantize,
+    distill.distill,
+    check.compare,
+    check.evaluate,
+    check.benchmark,
+    files.export,
+    files.inspect,
+)
 
 app = typer.Typer(
     rich_markup_mode=None,  # plain text: the same on a terminal and in a pipe

@@ -41,6 +41,7 @@ from fairseq.quantization.reconstruction.settings import Reconstruction, resolve
 from fairseq.quantization.saving import checkpoint
 from fairseq.quantization.saving.attach import disable_save_pretrained, enable_save_pretrained
 from fairseq.quantization.saving.huggingface import FairseqViTConfig
+from fairseq.quantization.training.pack import pack
 
 __all__ = [
     "BitAssignment", "EmbeddingComparison", "ExportReport", "FairseqViTConfig", "LayerReport", "ModelComparison",
@@ -100,7 +101,8 @@ class ViTQuantizer:
         functions: of GELU and softmax where ``arithmetic="integer"``: "default", or the published ones of "ibert" or
             "ivit", which err more, have no native kernels, and are there to compare with.
         execution: "packed" holds the integers in memory and runs on them, for inference; "emulated" keeps float
-            weights that are seen through the same integers, with gradients, for training.
+            weights that are seen through the same integers, with gradients, for training; :meth:`pack_model` then
+            packs the integers that were trained.
         weight_storage: "packed" or, for more speed below 5 bits and more memory, "unpacked".
         backend: "auto", or the kernels that must run: "reference", "cpu", "cuda", "triton", "native".
         resident: the former name of ``weight_storage``; deprecated.
@@ -308,6 +310,25 @@ class ViTQuantizer:
         result = dequantize(model)
         disable_save_pretrained(result)
         return cast(Model, result)
+
+    @staticmethod
+    def pack_model(student: Model, engine: str = "auto", weight_storage: str = "packed") -> Model:
+        """Return the packed model of an emulated one, with the very integers and grids that it has, trained or not.
+
+        ``student`` is not changed; the packed model is in eval mode, and fused, saved and loaded as any other.
+
+        Args:
+            student: what :meth:`quantize_model` returned with ``execution="emulated"``.
+            engine: as for :meth:`quantize_model`.
+            weight_storage: "packed" or "unpacked", as for :class:`ViTQuantizer`.
+
+        Raises:
+            TypeError: not a module.
+            RuntimeError: ``engine="fused"``, and the native kernels were not built.
+            ValueError: no layer of ``student`` is emulated, a weight is NaN or Inf, or as :meth:`quantize_model` says
+                of the engine.
+        """
+        return pack(student, engine, weight_storage)
 
     @staticmethod
     def save(model: nn.Module, path: str | os.PathLike[str], information: Mapping[str, Any] | None = None) -> None:

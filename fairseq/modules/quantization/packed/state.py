@@ -122,6 +122,31 @@ class PackedState(nn.Module):
             return InputGrid(bits)
         return InputGrid(bits, self.input_scale, self.input_zero_point, self.input_correction)
 
+    @plain_context()
+    def set_input_grid(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Round the input on this very grid, of a layer with static activations.
+
+        Args:
+            scale: float32 (1,), finite and above 0.
+            zero_point: integers (1,), in [-2**(activation_bits - 1), 2**(activation_bits - 1) - 1].
+
+        Raises:
+            ValueError: the layer has no static activations, or the grid is none.
+        """
+        half = 2 ** (self.config.activation_bits - 1)
+        if self.input_scale is None:
+            raise ValueError(f"{self.name} has activations={self.config.activations!r}; only static ones have a grid")
+        right = scale.shape == zero_point.shape == (1,) and bool(torch.isfinite(scale) & (scale > 0))
+        if not right or not -half <= int(zero_point) < half:
+            raise ValueError(
+                f"the input of {self.name} needs a scale above 0 and a zero point from {-half} to {half - 1}, of shape "
+                f"(1,) each; got {scale.tolist()} and {zero_point.tolist()}"
+            )
+        place = self.input_scale.device
+        self.input_scale = scale.detach().to(place, torch.float32, copy=True)
+        self.input_zero_point = zero_point.detach().to(place, torch.int32, copy=True)
+        self._derive()
+
     def prepared(self) -> arguments.Prepared:
         """What the native kernels take for this layer as it is now, on the CPU after :meth:`use_native`."""
         parts = self.parts()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.scalar.grid import QParams
-from fairseq.modules.quantization.scalar.modules.replace import moved
+from fairseq.modules.quantization.scalar.modules.learned import become_parameter, positive, scales_kept
 from fairseq.modules.quantization.scalar.modules.straight_through import fake_quantize_ste
 from fairseq.modules.quantization.scalar.modules.weight import IntLinear
 from fairseq.modules.quantization.scalar.ops import check_bits
@@ -50,7 +50,7 @@ class EmulatedLinear(IntLinear):
 
     Attributes:
         input_scale: float32 (1,), and input_zero_point, int32 (1,): buffers, None unless static. They are those of a
-            PackedLinear, and the scale keeps its dtype in ``.half()``.
+            PackedLinear, and the scale keeps its dtype in ``.half()``. After :meth:`learn_scale` it is a parameter.
 
     Raises:
         TypeError, ValueError: settings that do not exist or do not go together, a range that is missing, not used, or
@@ -138,6 +138,17 @@ class EmulatedLinear(IntLinear):
         rows = split_groups(self.weight, self.group_size)
         return join_groups(fake_quantize_ste(rows, scale.flatten(), zero_point.flatten(), self.bits), self.weight.shape)
 
+    def grid(self) -> QParams:
+        """Scale and zero point of the weight as it is now, a learned scale above 0: shapes as ``scale``."""
+        return self._grid()
+
+    def input_grid(self) -> QParams | None:
+        """Scale and zero point of the input, a learned scale above 0; None unless static."""
+        if self.input_scale is None or self.input_zero_point is None:
+            return None
+        scale = positive(self.input_scale) if "input_scale" in self._parameters else self.input_scale
+        return scale, self.input_zero_point
+
     def integers(self) -> Tensor:
         """The weight's integers, uint8 of shape (out_features, in_features)."""
         return weight_to_int(self.weight, *self._grid(), self.bits, self.group_size)
@@ -147,16 +158,21 @@ class EmulatedLinear(IntLinear):
             input = input * self.input_factor.to(input.dtype)
         if self.activations == "dynamic":
             input = fake_quantize_tokens(input, self.activation_bits)
-        elif self.input_scale is not None and self.input_zero_point is not None:
-            zero_point = self.input_zero_point + static_offset(self.activation_bits)
-            input = fake_quantize_ste(input, self.input_scale, zero_point, self.activation_bits)
+        elif (grid := self.input_grid()) is not None:
+            zero_point = grid[1] + static_offset(self.activation_bits)
+            sharing = input.numel() // max(len(input), 1)  # of one picture
+            input = fake_quantize_ste(input, grid[0], zero_point, self.activation_bits, sharing=sharing)
         return F.linear(input, self.noisy_weight(), self.bias)
 
+    def learn_scale(self) -> None:
+        """Make parameters of ``scale`` and, where there is one, of ``input_scale``; see :class:`QuantizedWeight`."""
+        super().learn_scale()
+        if self.input_scale is not None:
+            become_parameter(self, "input_scale")
+
     def _apply(self, fn: Any, recurse: bool = True) -> EmulatedLinear:
-        kept = self.input_scale
-        super()._apply(fn, recurse)
-        if kept is not None and self.input_scale is not None:
-            self.input_scale = moved(kept, self.input_scale.device)
+        with scales_kept(self, "input_scale"):
+            super()._apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.scalar import ops
 from fairseq.modules.quantization.scalar.modules.fingerprint import fingerprint, in_backward, readable
-from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, moved, reason_not_quantizable
+from fairseq.modules.quantization.scalar.modules.learned import become_parameter, positive, scales_kept
+from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, reason_not_quantizable
 from fairseq.modules.quantization.scalar.modules.straight_through import check_noise, fake_quantize_ste, quant_noise
 
 
@@ -30,6 +31,9 @@ class QuantizedWeight(nn.Module):
     ``AveragedModel``, which pairs buffers by their order, is to be made after the first forward. They keep their dtype
     in ``.half()``, and what they are is kept with the weight that is saved, copied or moved with them.
     Loading a state dict without them (a float layer's) forgets them.
+
+    After :meth:`learn_scale` the scale is a parameter of the same name, which an optimizer moves: nothing observes the
+    weight any more, and a state dict has the same entries as before.
     """
 
     weight: Tensor
@@ -90,11 +94,32 @@ class QuantizedWeight(nn.Module):
                 f"a {type(self).__name__} has {count} and zero point for method={self.method!r}, got "
                 f"{tuple(scale.shape)} and {tuple(zero_point.shape)}"
             )
-        self.scale, self.zero_point = scale, zero_point
+        if self.learns_scale:
+            with torch.no_grad():
+                self.scale.copy_(scale)  # type: ignore[union-attr]
+        else:
+            self.scale = scale
+        self.zero_point = zero_point
         self._range_of = fingerprint(self.weight) if readable(self.weight) else None
 
+    @property
+    def learns_scale(self) -> bool:
+        """Whether the scale is a parameter."""
+        return "scale" in self._parameters
+
+    def learn_scale(self) -> None:
+        """Make a parameter of ``scale``, from the grid of the weight as it is now; the zero point stays as it is.
+
+        The grid does not follow the weight from now on: the gradient moves it, see :func:`~.straight_through
+        .fake_quantize_ste`. A scale that an optimizer takes to 0 or below counts as the smallest positive number.
+        """
+        self.update_range()
+        become_parameter(self, "scale")
+
     def update_range(self) -> None:
-        """Observe the weight, unless it is the one that the range belongs to."""
+        """Observe the weight, unless it is the one that the range belongs to, or its scale is learned."""
+        if self.learns_scale:
+            return
         if self.scale is None or self.zero_point is None or self._lags():
             self.observe_weight()
 
@@ -118,7 +143,7 @@ class QuantizedWeight(nn.Module):
             self.update_range()
         assert self.scale is not None
         assert self.zero_point is not None
-        return self.scale, self.zero_point
+        return positive(self.scale) if self.learns_scale else self.scale, self.zero_point
 
     def _observed(self) -> ops.QParams:
         """The scale and zero point of the weight as it is now."""
@@ -127,7 +152,7 @@ class QuantizedWeight(nn.Module):
 
     def _lags(self) -> bool:
         """Whether the range was that of another weight than the one that is there."""
-        if self.scale is None or in_backward() or not readable(self.weight):
+        if self.scale is None or self.learns_scale or in_backward() or not readable(self.weight):
             return False
         now = fingerprint(self.weight)
         if self._range_of is None:
@@ -139,10 +164,9 @@ class QuantizedWeight(nn.Module):
         return len(self.weight) if self.method == "channel" else 1
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedWeight:
-        kept, lags = self.scale, self._lags()
-        super()._apply(fn, recurse)
-        if kept is not None and self.scale is not None:
-            self.scale = moved(kept, self.scale.device)
+        lags = self._lags()
+        with scales_kept(self, "scale"):
+            super()._apply(fn, recurse)
         if not lags:  # a weight that is moved or rounded to another dtype stays the one that the range belongs to
             self._range_of = fingerprint(self.weight) if readable(self.weight) else None
         return self
@@ -170,7 +194,7 @@ class QuantizedWeight(nn.Module):
                 f"{prefix}scale and {prefix}zero_point were saved by a layer with other settings than this one's "
                 f"bits={self.bits}, method={self.method!r}"
             )
-        if any(prefix + name in state_dict for name in ("weight", "scale", "zero_point")):
+        if not self.learns_scale and any(prefix + name in state_dict for name in ("weight", "scale", "zero_point")):
             for name in ("scale", "zero_point"):
                 saved = state_dict.get(prefix + name)
                 setattr(self, name, None if saved is None else torch.empty_like(saved, device=self.weight.device))

@@ -1,4 +1,4 @@
-"""Fake quantization with a straight-through gradient, and Quant-Noise on top of it."""
+"""Fake quantization with a straight-through gradient, also to a learned scale, and Quant-Noise on top of it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,55 @@ class _StraightThrough(torch.autograd.Function):
         return grad_outputs[0] * inside, None, None, None, None
 
 
-def fake_quantize_ste(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int = 0) -> Tensor:
+class _LearnedScale(torch.autograd.Function):
+    """The same, with the gradient of the scale; see :func:`fake_quantize_ste`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int, sharing: int) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.bits, ctx.axis, ctx.sharing = bits, axis, sharing
+        return ops.fake_quantize(x, scale, zero_point, bits, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        x, scale, zero_point = ctx.saved_tensors
+        step, zero = ops.broadcast_qparams(scale, zero_point, x, ctx.axis)
+        low, high = ops.representable_range(step, zero, ctx.bits)
+        inside = (x >= low) & (x <= high)
+        steps = x.to(step.dtype) / step
+        qmin, qmax = ops.quantized_range(ctx.bits)
+        slope = torch.where(inside, steps.round() - steps, torch.where(x < low, qmin - zero, qmax - zero))
+        gradient = (grad_outputs[0].to(step.dtype) * slope).sum_to_size(step.shape).reshape(scale.shape)
+        return grad_outputs[0] * inside, gradient * scale_gradient_factor(ctx.sharing, ctx.bits), None, None, None, None
+
+
+def scale_gradient_factor(sharing: int, bits: int) -> float:
+    """1 / sqrt(sharing * (2**(bits - 1) - 1)): what the gradient of a scale is multiplied by, so that it moves as a
+    share of itself about as much as the weights do. Esser et al., 2020, section 2.2."""
+    return float((max(sharing, 1) * (2 ** (bits - 1) - 1)) ** -0.5)
+
+
+def fake_quantize_ste(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int = 0, sharing: int | None = None
+) -> Tensor:
     """:func:`ops.fake_quantize <fairseq.modules.quantization.scalar.ops.fake_quantize>` that lets gradients through.
 
     The gradient is that of clamp(x, low, high), low and high being the ends of the grid: the piecewise-linear
     function that the staircase follows. Bengio et al., 2013, https://arxiv.org/abs/1308.3432.
+
+    A scale that requires a gradient gets that of learned step size quantization (LSQ): with v = x / scale it is
+    round(v) - v inside the grid and the integer at its end, less the zero point, outside; summed, and multiplied by
+    :func:`scale_gradient_factor`. Esser et al., 2020, https://arxiv.org/abs/1902.08153, equations 3 and 5.
+
+    Args:
+        x: any shape, floating.
+        scale, zero_point, bits, axis: as for ``ops.fake_quantize``.
+        sharing: how many elements share a scale, for that factor; None for all of ``x`` by the number of scales.
     """
+    if torch.is_grad_enabled() and scale.requires_grad:
+        count = x.numel() // scale.numel() if sharing is None else sharing
+        learned: Tensor = _LearnedScale.apply(x, scale, zero_point, bits, axis, count)
+        return learned
     if not (torch.is_grad_enabled() and x.requires_grad):
         return ops.fake_quantize(x, scale, zero_point, bits, axis)
     result: Tensor = _StraightThrough.apply(x, scale, zero_point, bits, axis)

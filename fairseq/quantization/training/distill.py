@@ -1,0 +1,103 @@
+"""distill: train an emulated model towards its teacher on unlabelled pictures, in one call."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fairseq.quantization.training.losses import Losses
+from fairseq.quantization.training.pictures import Pictures
+from fairseq.quantization.training.progress import Progress
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def distill(
+    student: Model,
+    teacher: nn.Module,
+    data: Any,
+    processor: Callable[..., Any] | None = None,
+    *,
+    epochs: float = 1,
+    batch_size: int = 32,
+    learning_rate: float = 1e-4,
+    scale_learning_rate: float = 1e-3,
+    losses: Losses | None = None,
+    scales: bool = True,
+    augment: bool = False,
+    seed: int = 0,
+    output_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    callbacks: Sequence[Any] = (),
+    **arguments: Any,
+) -> Model:
+    """Train ``student`` in place until it gives what ``teacher`` gives, and return it in eval mode.
+
+    ``ViTQuantizer.pack_model(student)`` is then the packed model with the integers that were trained. Under
+    ``torchrun`` or ``accelerate launch`` each process calls this alike, and they train together.
+
+    Args:
+        student: what ``ViTQuantizer(execution="emulated").quantize_model(model)`` returned, in float32.
+        teacher: the float model, or another with the same outputs and, unless ``losses`` go without, blocks.
+        data: pictures like those that the model will see, without labels: see :class:`~.pictures.Pictures`.
+        processor: the model's image processor, for pictures that are not tensors.
+        epochs: how often each picture is seen.
+        batch_size: pictures in a step, of each process.
+        learning_rate: of weights, biases and norms, with AdamW; it falls to 0 along half a cosine.
+        scale_learning_rate: of scales, as a share of themselves.
+        losses: outputs and features, 1 each, unless they say otherwise.
+        scales: learn them; see :func:`~.student.learn_scales`.
+        augment: another crop and perhaps a flip of each picture each time.
+        seed: of the order of pictures and of ``augment``.
+        output_dir: where checkpoints go, one at the end of each epoch, the last one kept; None for no checkpoints.
+        resume: go on from the last whole checkpoint in ``output_dir``, if there is one.
+        progress: called every ``logging_steps`` (10) steps; None for transformers' bar and lines.
+        callbacks: of transformers' ``Trainer``.
+        arguments: further ``TrainingArguments``: ``bf16=True``, ``gradient_accumulation_steps=4``,
+            ``report_to="tensorboard"``, ``max_steps=1000``, ...
+
+    Raises:
+        ImportError: accelerate is missing.
+        TypeError, ValueError: the student is not an emulated model or has half-precision weights; there are no
+            pictures, or fewer than processes; the teacher's outputs or blocks are others; or as
+            :class:`~.pictures.Pictures` says.
+    """
+    from transformers import TrainingArguments
+
+    from fairseq.quantization.training.trainer import DistillationTrainer, Report, check_student, last_checkpoint
+
+    check_student(student)
+    if resume and output_dir is None:
+        raise ValueError("resume=True needs the output_dir in which the checkpoints are")
+    pictures = Pictures(data, processor, augment)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory()) if output_dir is None else os.fspath(output_dir)
+        settings = {
+            "output_dir": folder, "num_train_epochs": epochs, "per_device_train_batch_size": batch_size,
+            "learning_rate": learning_rate, "lr_scheduler_type": "cosine", "seed": seed,
+            "save_strategy": "no" if output_dir is None else "epoch", "save_total_limit": 1, "report_to": "none",
+            "use_cpu": all(p.device.type == "cpu" for p in student.parameters()), "dataloader_pin_memory": False,
+            "logging_steps": 10, "disable_tqdm": progress is not None,
+        } | arguments  # fmt: skip
+        args = TrainingArguments(**settings)
+        needed = args.world_size * batch_size
+        if args.world_size > 1 and len(pictures) < needed:
+            raise ValueError(
+                f"{args.world_size} processes with batch_size={batch_size} need {needed} pictures for one step, and "
+                f"there are {len(pictures)}"
+            )
+        trainer = DistillationTrainer(
+            student, args, teacher=teacher, losses=losses, scales=scales, scale_learning_rate=scale_learning_rate,
+            train_dataset=pictures, callbacks=list(callbacks),
+        )  # fmt: skip
+        if progress is not None:
+            Report(progress).instead_of_lines(trainer)
+        whole = last_checkpoint(folder) if resume else None
+        trainer.train(resume_from_checkpoint=None if whole is None else str(whole))
+    return student.eval()
