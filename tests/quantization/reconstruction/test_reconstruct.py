@@ -11,12 +11,14 @@ from fairseq.models.vit_quantization import Reconstruction, ViTQuantizer, compar
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.quantization.calibration import calibration
+from fairseq.quantization.calibration.block_inputs import Stored
+from fairseq.quantization.calibration.storage import Storage
 from fairseq.quantization.reconstruction import reconstruct as reconstructing
 
 PICTURES = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 OTHERS = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(4))
 FAST = Reconstruction(epochs=40, batch_size=8)
-SETTINGS = {"bits": 2, "method": "channel", "activations": None}
+SETTINGS = {"bits": 2, "method": "channel", "activations": None, "rounding": "nearest"}
 
 
 def quantize(model, reconstruct=FAST, pictures=PICTURES, resume=None, **changes):
@@ -72,7 +74,7 @@ def test_what_is_left_behind(tiny_vit):
     for layer in report.quantized:  # of the integers that are there
         new = packed.get_submodule(layer.name)
         if layer.block is not None and isinstance(new, PackedLinear):
-            weight = tiny_vit.get_submodule(layer.name).weight
+            weight = tiny_vit.get_submodule(layer.name).weight.detach()
             error = float((weight - new.dequantize()).square().sum() / weight.square().sum())
             assert layer.weight_sqnr == pytest.approx(-10 * torch.tensor(error).log10().item(), abs=0.02)
 
@@ -137,6 +139,24 @@ def test_other_families(name):
     shares = [layer.reconstructed for layer in report.quantized if layer.component != "classifier"]
     assert None not in shares
     assert min(shares) < 0.95
+
+
+def test_the_loss_counts_each_token_by_its_weight_and_leaves_pictures_out():
+    inputs, outputs = Stored("inputs"), Storage("outputs")
+    x, y = torch.randn(2, 20, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(x, y, strict=True):
+        inputs.append(((a,), {}))
+        outputs.append(b)
+    weights = torch.rand(20 * 12, generator=torch.Generator().manual_seed(1))
+    parts = reconstructing._token_weights(weights, outputs)
+    task = reconstructing._Task(inputs, outputs, parts, nn.Linear(1, 1), half=False)
+    expected = [((a - b).square().mean(-1).flatten() * w).mean() for a, b, w in zip(x, y, parts, strict=True)]
+    assert [float(task.loss(nn.Identity(), i)) for i in range(20)] == pytest.approx(list(map(float, expected)))
+    assert task.held_back == [7, 15]
+    assert task.error(nn.Identity(), [7, 15]) == pytest.approx(float(expected[7] + expected[15]) / 2)
+    epoch = [i for step in task.shuffled(8, torch.Generator().manual_seed(2)) for i in step]
+    assert sorted(epoch) == [i for i in range(20) if i not in (7, 15)]
+    assert epoch != sorted(epoch)
 
 
 def test_half_precision(tiny_vit):
