@@ -48,7 +48,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from fairseq.cli import measure
-from fairseq.models.vit_quantization import ViTQuantizer, zero_shot_agreement
+from fairseq.models.vit_quantization import Reconstruction, ViTQuantizer, zero_shot_agreement
 from fairseq.quantization.calibration.synthetic import synthetic_images
 from fairseq.quantization.config import ROUNDINGS
 from fairseq.quantization.evaluation.compare import compare_vectors, embeddings
@@ -194,6 +194,10 @@ def main() -> int:
         help="auto: with --calibration coordinate up to 3 bits and gptaq above, else nearest",
     )  # fmt: skip
     parser.add_argument(
+        "--reconstruct", type=positive, default=None, metavar="EPOCHS",
+        help="learn the integers of each block on the calibration pictures, for so many passes over them",
+    )  # fmt: skip
+    parser.add_argument(
         "--arithmetic", choices=["float", "integer"], default="float",
         help="integer: no floating operation from the rounded pixels to the logits; needs --calibration",
     )  # fmt: skip
@@ -250,7 +254,11 @@ def main() -> int:
                 quantizer = ViTQuantizer(overrides=chosen_bits.overrides, **settings)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
-        pictures = {} if calibration is None else {"calibration": calibration, "processor": processor}
+        pictures: dict[str, Any] = {}
+        if calibration is not None:
+            pictures = {"calibration": calibration, "processor": processor, "images": "all"}
+        if args.reconstruct is not None:
+            pictures["reconstruct"] = Reconstruction(epochs=args.reconstruct)
         models[key] = quantize(quantizer, model, **pictures)
         seconds[key] = time.perf_counter() - started
 
@@ -263,6 +271,7 @@ def main() -> int:
         f"{'' if args.activation_bits == 8 else f' {args.activation_bits} bits'}, "
         f"{'' if args.rounding == 'auto' else f'rounding: {args.rounding}, '}"
         f"{'' if args.group_size is None else f'groups of {args.group_size}, '}"
+        f"{'' if args.reconstruct is None else f'blocks reconstructed ({args.reconstruct} epochs), '}"
         f"{'integers alone, ' if args.arithmetic == 'integer' else ''}"
         f"{'without calibration' if calibration is None else f'calibrated on {len(calibration)} {kind}'}, on {device}\n"
     )

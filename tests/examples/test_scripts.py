@@ -251,6 +251,8 @@ def test_evaluate_calibrates_on_pictures_it_leaves_out(script, model, pictures, 
         (["--calibration", 0], "of 12 pictures, 1 to 11 can serve"),
         (["--calibration", "gone.txt"], "gone.txt"),
         (["--configs", "4.5:channel"], "4.5:channel: choosing widths by layer needs pictures; pass --calibration"),
+        (["--reconstruct", 2], "reconstruct= learns from images"),
+        (["--reconstruct", 2, "--calibration", 5], "needs at least 16; got 5"),
     ],
 )
 def test_evaluate_calibration_mistakes(script, model, pictures, tmp_path, arguments, message):

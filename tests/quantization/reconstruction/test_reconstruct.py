@@ -62,10 +62,17 @@ def test_what_errs_more_on_pictures_held_back_is_taken_back(tiny_vit):
 
 
 def test_what_is_left_behind(tiny_vit):
+    called = []
+    tiny_vit.get_submodule(next(n for n, _ in tiny_vit.named_modules() if n.endswith("fc1"))).register_forward_hook(
+        lambda *_: called.append(1)
+    )
     packed, report = quantize(tiny_vit)
     again, _ = quantize(tiny_vit)
     emulated, _ = quantize(tiny_vit, execution="emulated")
     assert same(packed, again)
+    called.clear()
+    packed(OTHERS[:1])
+    assert called == [1]
     for layer in emulated.modules():  # the range is that of the weight that is there
         if isinstance(layer, EmulatedLinear):
             assert not layer._lags()
