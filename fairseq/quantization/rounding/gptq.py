@@ -129,7 +129,7 @@ def gptq(weight: Tensor, statistics: Statistics | None, config: LinearConfig) ->
     start = nearest(weight, None, config)
     h = damped(statistics.second_moment, weight)
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
-    h = h[order[:, None], order].float()
+    h = h.float()[order[:, None], order]
     factor = inverse_factor(h).float()
     w = weight.float().T[order]  # (in, out), the inputs by importance and contiguous, as all below
     scale, zero_point = (_per_weight(p, weight.shape, config.group_size).T[order] for p in start[1:])
@@ -202,8 +202,8 @@ def inverse_factor(h: Tensor) -> Tensor:
 
     Holds two such matrices at a time: for the widest layers they are what memory peaks with.
     """
-    inverse = torch.cholesky_inverse(_cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True)
+    lower = _cholesky(h)
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower, out=lower), upper=True)
 
 
 def _cholesky(h: Tensor) -> Tensor:
