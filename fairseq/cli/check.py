@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fairseq.cli.distributed import processes_together, speaks
 from fairseq.cli.options import BatchSize, Device, Images, Json, Model, Quiet, parse_batches
 from fairseq.cli.output import UserError, finish, table, with_examples, working
 
@@ -83,8 +84,11 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Measure the top-1 and top-5 accuracy of a classifier over labelled pictures."""
-    with working(quiet) as say:
+    """Measure the top-1 and top-5 accuracy of a classifier over labelled pictures.
+
+    Under torchrun or accelerate launch the processes share the pictures, and the first prints.
+    """
+    with working(quiet or not speaks()) as say, processes_together():
         from fairseq.cli import measure
 
         models = measure.load_named(model, reference, device, say)
@@ -98,9 +102,12 @@ def evaluate(
         for name, score in scores.items()
     ]
     passed = at_least is None or result["top1"] >= at_least
+    code = 0 if passed else 1
+    if not speaks():
+        return code
     text = f"{result['count']} pictures\n" + table(["model", *percent], rows)
     text += "" if passed else f"\ntop-1 {result['top1']:.4g} is below {at_least:g}"
-    return finish({**result, "passed": passed}, text, as_json, 0 if passed else 1)
+    return finish({**result, "passed": passed}, text, as_json, code)
 
 
 @with_examples(

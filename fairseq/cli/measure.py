@@ -16,6 +16,7 @@ from fairseq.cli.output import Say, UserError, mistakes
 from fairseq.cli.pictures import batches, labelled_images, noise, pictures_in
 from fairseq.models.vit_quantization import compare_embeddings, compare_models
 from fairseq.quantization.architectures.forward import call, picture_inputs
+from fairseq.quantization.calibration import processes
 
 PAUSE = 0.1  # seconds in which idle threads of the turn before stop spinning
 NEIGHBOURS = 5
@@ -37,6 +38,14 @@ class Score:
         self.squared_error += float((got - expected).double().square().sum())
         self.values += got.numel()
         self.count += len(labels)
+
+    def joined(self) -> Score:
+        """That of all processes together."""
+        whole = Score()
+        for part in processes.gathered(vars(self)):
+            for key, value in part.items():
+                setattr(whole, key, getattr(whole, key) + value)
+        return whole
 
 
 def load_two(original: str, quantized: str, device: str, say: Say) -> tuple[Loaded, Loaded]:
@@ -84,7 +93,10 @@ def difference(
 def accuracy(
     models: dict[str, Loaded], folder: Path, labels: Path, limit: int | None, batch_size: int
 ) -> dict[str, Any]:
-    """Top-1 and top-5 of the model, and of the reference with the share of equal classes and the logits' error."""
+    """Top-1 and top-5 of the model, and of the reference with the share of equal classes and the logits' error.
+
+    Of several processes each takes some of the pictures, and all get the sums.
+    """
     for loaded in models.values():
         if "ForImageClassification" not in type(loaded.model).__name__:
             raise UserError(f"{loaded.name} is a {type(loaded.model).__name__}: labels need an image classifier")
@@ -94,13 +106,17 @@ def accuracy(
     processor = needs_processor(models["model"], "--images")
     images, truth = labelled_images(folder, labels, min(counts.values()))
     images, truth = images[:limit], truth[:limit]
+    own = processes.share(len(images))
+    images, truth = images[own.start : own.stop], truth[own.start : own.stop]
     scores = {name: Score() for name in models}
-    with tqdm(total=len(images), desc="Evaluating", unit="image", delay=1) as bar, mistakes():
+    hidden = processes.rank() != 0 or None
+    with tqdm(total=len(images), desc="Evaluating", unit="image", delay=1, disable=hidden) as bar, mistakes():
         for pixels, expected in zip(batches(images, processor, batch_size), truth.split(batch_size), strict=True):
             logits = {name: _logits(loaded.model, pixels) for name, loaded in models.items()}
             for name, got in logits.items():
                 scores[name].add(got, logits.get("reference", got), expected)
             bar.update(len(pixels))
+    scores = {name: score.joined() for name, score in scores.items()}
     shares = {name: {"top1": s.top1 / s.count, "top5": s.top5 / s.count} for name, s in scores.items()}
     score = scores["model"]
     result: dict[str, Any] = {"count": score.count, **shares["model"]}

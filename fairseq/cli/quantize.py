@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fairseq.cli.distributed import processes_together, speaks
 from fairseq.cli.options import Device, Json, Model, Quiet, parse_bias_correction, parse_overrides
 from fairseq.cli.output import Say, UserError, finish, mistakes, with_examples, working
 from fairseq.cli.saving import check_output, whole_folder
@@ -72,7 +73,13 @@ def quantize(
     calibration: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Pictures like those that the model will see, no labels.")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="How many of them are used.")] = 128,
+    images: Annotated[str, typer.Option(metavar="N|all", help="How many of them are used.")] = "128",
+    augment: Annotated[
+        int, typer.Option(min=1, help="Views of each picture: itself, and random crops, half of them flipped.")
+    ] = 1,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep finished blocks here, and go on if it was interrupted.")
+    ] = None,
     engine: Annotated[
         str, typer.Option(metavar="auto|fused|layers", help="fused: an error if no encoder block can be fused.")
     ] = "auto",
@@ -100,48 +107,57 @@ def quantize(
     }  # fmt: skip
     if calibration is not None and not calibration.is_dir():
         raise UserError(f"--calibration {calibration}: no such folder")
-    check_output(output, model, force)
-    with working(quiet) as say:
-        pictures = (calibration, images, average_bits)
-        result, text = _quantize(model, output, settings, pictures, engine, device, say)
-    return finish(result, text, as_json)
+    if images != "all" and not (images.isdecimal() and int(images)):
+        raise UserError(f"--images {images}: must be a whole number of at least 1, or all")
+    if speaks():
+        check_output(output, model, force)
+    with working(quiet or not speaks()) as say, processes_together():
+        count = images if images == "all" else int(images)
+        pictures = {"calibration": calibration, "images": count, "augment": augment}
+        result, text = _quantize(model, output, settings, pictures, average_bits, engine, resume, device, say)
+    return finish(result, text, as_json) if speaks() else 0
 
 
 def _quantize(
     source: str,
     output: Path,
     settings: dict[str, Any],
-    pictures: tuple[Path | None, int, float | None],
+    pictures: dict[str, Any],
+    average_bits: float | None,
     engine: str,
+    resume: Path | None,
     device: str,
     say: Say,
 ) -> tuple[dict[str, Any], str]:
     from fairseq.cli.loading import load, needs_processor, tokenizer_of
     from fairseq.models.vit_quantization import ViTQuantizer
 
-    calibration, images, average_bits = pictures
+    calibration = pictures["calibration"]
     with mistakes(TypeError, ValueError):
         quantizer = ViTQuantizer(**settings)
     say(f"Loading {source}")
     loaded = load(source, device)
     given: dict[str, Any] = {}
     if calibration is not None:
-        given = {"calibration": calibration, "processor": needs_processor(loaded, "--calibration"), "images": images}
+        given = {**pictures, "processor": needs_processor(loaded, "--calibration")}
     if average_bits is not None:
         say(f"Choosing widths, {average_bits:g} bits on average")
         with mistakes():
             assigner = ViTQuantizer(**{**settings, "arithmetic": "float", "functions": "default"})  # what it measures
-            chosen = assigner.assign_bits(loaded.model, **given, average_bits=average_bits).overrides
+            shown = {name: value for name, value in given.items() if name != "augment"}
+            chosen = assigner.assign_bits(loaded.model, **shown, average_bits=average_bits).overrides
             quantizer = ViTQuantizer(**{**settings, "overrides": chosen})
     say(f"Quantizing {type(loaded.model).__name__}" + (f" with pictures in {calibration}" if calibration else ""))
     started = time.perf_counter()
     with mistakes(ValueError, OSError, *([RuntimeError] if engine == "fused" else [])):
-        quantized: Any = quantizer.quantize_model(loaded.model, **given, engine=engine)
+        quantized: Any = quantizer.quantize_model(loaded.model, **given, engine=engine, resume=resume)
     seconds = time.perf_counter() - started
     report = quantizer.report
     assert report is not None
     if not report.quantized:
         raise UserError("no layer was quantized, so there is nothing to save: see --p", code=1)
+    if not speaks():
+        return {}, ""
     say(f"Saving {output}")
     with whole_folder(output) as folder:
         quantized.save_pretrained(folder)

@@ -1,16 +1,22 @@
 """compare, evaluate and benchmark, against the library's own figures."""
 
 import csv
+import io
 import json
+import os
+from contextlib import redirect_stdout
 
 import pytest
 import torch
+import torch.distributed as dist
 from bounds import sum_error
 from PIL import Image
+from processes import together
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from fairseq.cli import measure
 from fairseq.cli.loading import load
+from fairseq.cli.main import main
 from fairseq.cli.pictures import noise
 from fairseq.models.vit_quantization import compare_embeddings, compare_models
 
@@ -172,3 +178,24 @@ def test_benchmark_alone(cli, models):
     assert result.code == 0
     assert "speed" not in result.out
     assert "images/s" in result.out
+
+
+def evaluated(models, pictures):
+    """What one process of a group prints, and its exit code."""
+    out = io.StringIO()
+    words = ["evaluate", models / "packed", "--images", pictures, "--labels", pictures.parent / "labels.csv"]
+    os.environ["RANK"] = str(dist.get_rank())
+    with redirect_stdout(out):
+        code = main([str(word) for word in [*words, "--reference", models / "vit", "--json"]])
+    return code, out.getvalue()
+
+
+def test_two_processes_count_what_one_counts(cli, models, pictures):
+    one = cli("evaluate", models / "packed", "--images", pictures, "--labels", pictures.parent / "labels.csv",
+              "--reference", models / "vit", "--json")  # fmt: skip
+    (code, out), (other_code, silent) = together(evaluated, models, pictures)
+    assert (code, other_code, silent) == (0, 0, "")
+    expected, found = json.loads(one.out), json.loads(out)
+    assert found.pop("mse_loss") == pytest.approx(expected.pop("mse_loss"), rel=1e-6)
+    assert found == expected
+    assert found["count"] == 36

@@ -54,9 +54,19 @@ def test_each_setting_arrives(cli, models, pictures, tmp_path, monkeypatch):
     options = (
         "--bits 5 --method channel --p 0.5 --activations static --activation-bits 7 --symmetric --rounding gptq "
         "--no-equalize --bias-correction add --no-attention --no-classifier --embeddings --towers all --seed 3 "
-        "--images 33 --engine layers --exclude *embeddings* --exclude *.1.*"
+        "--images 33 --augment 2 --engine layers --exclude *embeddings* --exclude *.1.*"
     )
-    result = cli("quantize", models / "vit", "-o", tmp_path / "x", *options.split(), "--calibration", pictures)
+    result = cli(
+        "quantize",
+        models / "vit",
+        "-o",
+        tmp_path / "x",
+        *options.split(),
+        "--calibration",
+        pictures,
+        "--resume",
+        tmp_path / "run",
+    )
     assert result.code == 0, result.err
     seen.pop("processor")
     assert seen == {
@@ -64,7 +74,8 @@ def test_each_setting_arrives(cli, models, pictures, tmp_path, monkeypatch):
         "symmetric": True, "rounding": "gptq", "equalize": False, "bias_correction": "add", "overrides": {},
         "quantize_attention": False, "quantize_mlp": True, "quantize_classifier": False, "quantize_embeddings": True,
         "towers": "all", "seed": 3, "images": 33, "engine": "layers", "calibration": pictures,
-        "exclude": ["*embeddings*", "*.1.*"], "arithmetic": "float", "functions": "default",
+        "exclude": ["*embeddings*", "*.1.*"], "arithmetic": "float", "functions": "default", "augment": 2,
+        "resume": tmp_path / "run",
     }  # fmt: skip
     options = ["--activations", "none", "--method", "channel", "--group-size", "32", "--no-mlp"]
     seen.clear()

@@ -12,29 +12,27 @@ PRECISION = 36
 
 
 class ExactSum:
-    """Adds square matrices or vectors of float32, in this process and in the others.
+    """Adds matrices or vectors of float32, always of one shape, in this process and in the others.
 
     Addends are rounded to whole multiples of a unit, one for each row, in float64, where sums of such are exact up to
     2**53 units. That leaves room for 2**17 addends as large as the first; beyond that, sums are rounded as any are.
 
     Args:
         unit: (rows, 1) of a matrix or (rows,), the same in all processes; see :func:`unit_of`.
+        columns: of a matrix.
     """
 
-    def __init__(self, unit: Tensor):
-        rows = len(unit)
-        self._unit = unit
-        self._sum = torch.zeros((rows, rows) if unit.ndim == 2 else (rows,), dtype=torch.float64, device=unit.device)
+    def __init__(self, unit: Tensor, columns: int | None = None):
+        shape = (len(unit),) if columns is None else (len(unit), columns)
+        self._unit, self._sum = unit, torch.zeros(shape, dtype=torch.float64, device=unit.device)
 
-    def add(self, x: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
-        """Add a float32 tensor, or a part of a matrix."""
-        place = self._sum[rows, columns] if self._sum.ndim == 2 else self._sum[rows]
-        place += x.double().div_(self._unit[rows]).round_()
+    def add(self, x: Tensor) -> None:
+        """Add a float32 tensor."""
+        self._sum += x.double().div_(self._unit).round_()
 
     def result(self, divisor: float) -> Tensor:
         """The sum over all processes, divided: float32. It ends the sum."""
-        total = processes.total(self._sum)
-        return total.mul_(self._unit / divisor).float()
+        return processes.total(self._sum).mul_(self._unit / divisor).float()
 
 
 def unit_of(largest: Tensor) -> Tensor:

@@ -118,7 +118,8 @@ class _Sums:
     def __init__(self, half: bool):
         self.half = half
         self.vectors: list[Tensor] = []  # of the batches since the last add: x, x* - x, and the squares of both
-        self.sums: list[ExactSum] = []  # of x, x x^T, x* - x and (x* - x) x^T
+        self.means: list[ExactSum] = []  # of x and x* - x
+        self.moments: list[list[ExactSum]] = []  # of both times x, rows by rows
         self.weights: list[float] = []
         self.squares: list[float] = []
 
@@ -131,32 +132,30 @@ class _Sums:
         self.squares.append(float(w.square().sum()))
 
     def units(self) -> list[Tensor]:
-        """Of each sum, from the first batches: |sum of w a b|^2 is at most (sum of w a^2) (sum of w b^2)."""
-        half = len(self.vectors) // 2
-        largest = self.vectors[half].amax()
-        units = []
-        for mean, square in zip(self.vectors[:half], self.vectors[half:]):
-            units += [unit_of(mean.abs()), unit_of((square * largest).sqrt()).unsqueeze(1)]
-        return [unit.cpu() for unit in units]
+        """Of x, x* - x and both times x, from the first batches; |sum of a b|^2 <= (sum of a^2) (sum of b^2)."""
+        means, squares = self.vectors[: len(self.vectors) // 2], self.vectors[len(self.vectors) // 2 :]
+        products = [(square * squares[0].max()).sqrt() for square in squares]
+        return [unit_of(x.abs()).cpu() for x in (*means, *products)]
+
+    def start(self, units: list[Tensor]) -> None:
+        """Begin in these units."""
+        kinds = len(units) // 2
+        self.means = [ExactSum(unit) for unit in units[:kinds]]
+        for kind, unit in enumerate(units[kinds:]):
+            widths = (len(unit) if kind else len(unit) - at for at in range(0, len(unit), TILE))
+            self.moments.append([ExactSum(u[:, None], n) for u, n in zip(unit.split(TILE), widths, strict=True)])
 
     def add(self, group: list[_Batch], layer: int) -> None:
         """Add some batches, with the weights that tokens have for this layer."""
-        if not self.sums:  # the first process has none: its pictures cannot be used
-            return
         weighted = [batch.x * batch.weights[layer].unsqueeze(1).to(batch.x.dtype) for batch in group]
-        mean, moment, *others = self.sums
-        mean.add(self.vectors[0])
-        size = weighted[0].shape[1]
-        for start in range(0, size, TILE):
-            rows = slice(start, min(start + TILE, size))
-            pairs = [(batch.x[:, rows], w[:, start:]) for batch, w in zip(group, weighted, strict=True)]
-            moment.add(_product(pairs), rows, slice(start, None))
-        if others:
-            others[0].add(self.vectors[1])
-            for start in range(0, size, TILE):
-                rows = slice(start, min(start + TILE, size))
-                lost = [cast(Tensor, batch.lost)[:, rows] for batch in group]
-                others[1].add(_product(list(zip(lost, weighted, strict=True))), rows)
+        for mean, vector in zip(self.means, self.vectors):
+            mean.add(vector)
+        for kind, tiles in enumerate(self.moments):
+            left = [batch.x if kind == 0 else cast(Tensor, batch.lost) for batch in group]
+            for number, tile in enumerate(tiles):
+                rows = slice(number * TILE, (number + 1) * TILE)
+                after = slice(None) if kind else slice(number * TILE, None)  # below the diagonal x x^T is as above
+                tile.add(_product([(a[:, rows], b[:, after]) for a, b in zip(left, weighted, strict=True)]))
         self.vectors = []
 
     def statistics(self, span: tuple[float, float, float]) -> Statistics:
@@ -165,19 +164,27 @@ class _Sums:
             math.fsum(value for part in processes.gathered(values) for value in part)
             for values in (self.weights, self.squares)
         )
-        mean, moment, *others = (self.sums.pop(0).result(total) for _ in range(len(self.sums)))
-        for start in range(0, len(moment), TILE):  # below the diagonal it is what is above
+        means = [mean.result(total) for mean in self.means]
+        matrices = []
+        for tiles in self.moments:
+            matrix = means[0].new_empty(len(means[0]), len(means[0]))
+            for start in range(0, len(matrix), TILE):
+                found = tiles.pop(0).result(total)
+                matrix[start : start + TILE, -found.shape[1] :] = found
+            matrices.append(matrix)
+        moment = matrices[0]
+        for start in range(0, len(moment), TILE):
             rows, rest = slice(start, start + TILE), slice(start + TILE, None)
             moment[rest, rows] = moment[rows, rest].T
-        drift_mean, drift = others if others else (None, None)
-        return Statistics(moment, mean, *span, drift, drift_mean, total**2 / squares)
+        drift, drift_mean = (matrices[1], means[1]) if len(means) > 1 else (None, None)
+        return Statistics(moment, means[0], *span, drift, drift_mean, total**2 / squares)
 
 
 def _start(sums: list[_Sums], device: torch.device) -> bool:
     """Begin sums in the units that the first process takes from its first batches; always True."""
     units = [one.units() for one in sums] if processes.rank() == 0 else None
     for one, found in zip(sums, processes.first(units)):
-        one.sums = [ExactSum(unit.to(device)) for unit in found]
+        one.start([unit.to(device) for unit in found])
     return True
 
 

@@ -127,7 +127,7 @@ def restore_stage(
         place = model.get_submodule(layer.name).get_parameter("weight").device
         moved = (None if x is None else x.to(place) for x in rounded[:4])
         _swap(
-            model, layer, QuantizedLayer(*moved, *rounded[4:]), None if factor is None else factor.to(place), finished,  # type: ignore[arg-type]
+            model, layer, QuantizedLayer(*moved, *rounded[4:]), None if factor is None else factor.to(place), finished,  # type: ignore[arg-type, call-arg]
             config.execution,
         )  # fmt: skip
         yield layer

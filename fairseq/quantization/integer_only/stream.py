@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.architectures.forward import call, evaluating
 from fairseq.quantization.architectures.observe import Arguments
-from fairseq.quantization.calibration.block_inputs import BATCH_SIZE, BlockInputs
+from fairseq.quantization.calibration.block_inputs import BlockInputs
+from fairseq.quantization.calibration.statistics import BATCH_SIZE
 from fairseq.quantization.engine.reading import read
 from fairseq.quantization.engine.spec import BlockSpec
 from fairseq.quantization.integer_only.block import IntegerBlock
@@ -104,7 +105,7 @@ class IntegerInputs(BlockInputs):
         numbers = itertools.cycle(range(len(self.stored)))
 
         def answer(_: nn.Module, args: Any, output: Any) -> Any:
-            (h, *_), _ = self.stored[next(numbers)]
+            h = self.stored[next(numbers)][0][0]
             return (h, *output[1:]) if isinstance(output, tuple) else h
 
         handle = self.model.get_submodule(self.blocks[-1]).register_forward_hook(answer)

@@ -45,7 +45,7 @@ def compensated(weight: Tensor, h: Tensor, config: LinearConfig, first: Tensor |
         config = dataclasses.replace(config, method="histogram")  # the same granularity, and the range is searched
     start = nearest(weight, None, config)
     order = importance(h)
-    h = h[order[:, None], order].float()
+    h = h.float()[order[:, None], order]
     factor = inverse_factor(h).float()
     w = weight.float().T[order]  # (in, out), the inputs by importance and contiguous, as all below
     scale, zero_point = (per_weight(p, weight.shape, config.group_size).T[order] for p in start[1:])

@@ -30,8 +30,8 @@ def inverse_factor(h: Tensor) -> Tensor:
 
     Holds two such matrices at a time: for the widest layers they are what memory peaks with.
     """
-    inverse = torch.cholesky_inverse(cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True)
+    lower = cholesky(h)
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower, out=lower), upper=True)
 
 
 def cholesky(h: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler
 from transformers import BatchFeature, ViTImageProcessor
 
+from fairseq.quantization.calibration.images import pictures as pictures_of
 from fairseq.quantization.calibration.images import pixel_values
+from fairseq.quantization.calibration.pictures import random_view
 
 N = 40
 
@@ -392,6 +394,38 @@ def test_what_the_config_says(tiny_vit):
     assert torch.equal(pixel_values(X[:, :1], bare), X[:, :1])
     with pytest.raises(ValueError, match=r"images\[1\] must be .* as the first picture is; got \(3, 8, 16\)"):
         pixel_values([X[0], X[1, :, :8]], bare)
+
+
+def test_all_of_them(tiny_vit, expected, folder):
+    many = torch.cat([expected] * 4) + torch.arange(160)[:, None, None, None]
+    assert len(pixel_values(many, tiny_vit)) == 128
+    assert torch.equal(pixel_values(many, tiny_vit, limit="all"), many)
+    assert torch.equal(pixel_values(folder, tiny_vit, Processor(), limit="all"), expected)
+
+
+def test_views(tiny_vit, expected):
+    found = pictures_of(expected, tiny_vit, limit=33, seed=2, augment=3)
+    plain = pixel_values(expected, tiny_vit, limit=33, seed=2)
+    assert found.shape == (99, 3, 16, 16)
+    views = found[:].unflatten(0, (33, 3))
+    assert torch.equal(views[:, 0], plain)
+    assert torch.equal(found[20:30], found[:][20:30])  # a view is the same whenever it is asked for
+    assert torch.equal(found[:], pictures_of(expected, tiny_vit, limit=33, seed=2, augment=3)[:])
+    assert not torch.equal(found[:], pictures_of(expected, tiny_vit, limit=33, seed=3, augment=3)[:])
+    for view in (views[:, 1], views[:, 2]):
+        assert all(not torch.equal(one, whole) for one, whole in zip(view, plain))
+        assert view.amax() <= plain.amax() + 1e-5
+        assert view.amin() >= plain.amin() - 1e-5
+    with pytest.raises(ValueError, match="augment must be an int of at least 1, the views of each picture; got 0"):
+        pictures_of(expected, tiny_vit, augment=0)
+
+
+def test_a_random_view_is_a_part_of_the_picture():
+    """Of a ramp, which any part of is a ramp again: rising from left to right, or flipped; less steep."""
+    ramp = torch.arange(16.0).expand(3, 16, 16)
+    slopes = [random_view(ramp, seed).diff(dim=-1)[..., 4:-4].mean().item() for seed in range(40)]
+    assert 10 <= sum(slope > 0 for slope in slopes) <= 30
+    assert all(0.4 < abs(slope) < 1.01 for slope in slopes)
 
 
 @pytest.mark.parametrize("limit", [0, -1, True, 1.5, "4", None])

@@ -106,9 +106,9 @@ def test_a_process_that_is_killed(tiny_vit, tmp_path):
 def test_a_folder_of_another_run_is_refused(monkeypatch, tiny_vit, tmp_path):
     folder = tmp_path / "run"
     interrupted(monkeypatch, tiny_vit, folder)
-    with pytest.raises(ValueError, match="holds a run of another kind: settings .*bits=4.*now .*bits=5"):
+    with pytest.raises(ValueError, match=r"holds a run of another kind: settings .*bits=4.*now .*bits=5"):
         quantize(tiny_vit, folder, bits=5)
-    with pytest.raises(ValueError, match="another kind: pictures '40, .*now '39, "):
+    with pytest.raises(ValueError, match=r"another kind: pictures '40, .*now '39, "):
         quantize(tiny_vit, folder, PICTURES[1:])
     with torch.no_grad():
         tiny_vit.classifier.bias[0] += 1
@@ -130,8 +130,8 @@ def test_other_folders_are_refused_and_left(monkeypatch, tiny_vit, tmp_path):
     stage = folder / "stage-000.safetensors"
     content = stage.read_bytes()
     stage.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="stage-000.safetensors is damaged"):
+    with pytest.raises(ValueError, match=r"stage-000.safetensors is damaged"):
         quantize(tiny_vit, folder)
     (folder / "run.json").write_text(json.dumps([]))
-    with pytest.raises(ValueError, match="run.json is damaged"):
+    with pytest.raises(ValueError, match=r"run.json is damaged"):
         quantize(tiny_vit, folder)
