@@ -23,6 +23,7 @@ from fairseq.quantization.conversion.quantize_stage import Finished, quantize_st
 from fairseq.quantization.engine import memory
 from fairseq.quantization.engine.fuse import check_engine, fuse
 from fairseq.quantization.evaluation.report import LayerReport, QuantizationReport
+from fairseq.quantization.rounding.rotation import rotated
 
 
 def convert(
@@ -59,6 +60,8 @@ def convert(
         model = separate_biases(model)
         if pixel_values is not None and pixel_values.is_inference():
             pixel_values = pixel_values.clone()
+        if config.rotate:
+            model = rotated(model, config.seed)
         plan = resolve(model, config, pixel_values)
         packed = config.execution == "packed"
         weightless = [model.get_submodule(layer.name) for layer in plan.chosen]
