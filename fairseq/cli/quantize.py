@@ -49,6 +49,7 @@ def quantize(
         ),
     ] = "auto",
     equalize: Annotated[bool, typer.Option("--equalize/--no-equalize", help="Even out input channels first.")] = True,
+    rotate: Annotated[bool, typer.Option("--rotate", help="Turn the hidden states first: ViT and DeiT.")] = False,
     bias_correction: Annotated[
         str, typer.Option(metavar="no|yes|add", help="Take the mean output error off biases; add: make them for it.")
     ] = "no",
@@ -100,7 +101,7 @@ def quantize(
         "bits": 8 if bits is None else bits, "method": method, "p": p, "activation_bits": activation_bits,
         "activations": None if activations == "none" else activations, "group_size": group_size, "seed": seed,
         "arithmetic": arithmetic, "functions": functions, "symmetric": symmetric, "rounding": rounding,
-        "equalize": equalize,
+        "equalize": equalize, "rotate": rotate,
         "bias_correction": parse_bias_correction(bias_correction), "quantize_attention": attention, "quantize_mlp": mlp,
         "towers": towers, "quantize_classifier": classifier, "quantize_embeddings": embeddings,
         "overrides": parse_overrides(override or ()), "exclude": exclude or (),

@@ -84,6 +84,9 @@ class ViTQuantizer:
             3 bits; or "auto": with images coordinate up to 3 bits and gptaq above, else nearest.
         equalize: even out the ranges of input channels first, which changes nothing before rounding, where one scale
             serves a whole weight (method "tensor") or input (static activations).
+        rotate: turn the hidden states by an orthogonal matrix first, so that no channel has a larger range than others,
+            which changes no logit before rounding; for ViT, DeiT and ViT-MSN with a classifier. The hidden states that
+            the model returns on request are turned, too.
         bias_correction: True adds each layer's mean output error on the calibration images to its bias, "add" also to
             layers without a bias.
 
@@ -134,6 +137,7 @@ class ViTQuantizer:
         symmetric: bool = False,
         rounding: str = "auto",
         equalize: bool = True,
+        rotate: bool = False,
         bias_correction: bool | str = False,
         weight_storage: str = "packed",
         backend: str = "auto",
@@ -148,7 +152,7 @@ class ViTQuantizer:
             weight_storage = with_current_names(former)["weight_storage"]
         self.config = QuantizationConfig(
             bits=bits, method=method, activations=activations, activation_bits=activation_bits, group_size=group_size,
-            symmetric=symmetric, rounding=rounding, equalize=equalize, bias_correction=bias_correction,
+            symmetric=symmetric, rounding=rounding, equalize=equalize, bias_correction=bias_correction, rotate=rotate,
             weight_storage=weight_storage, backend=backend, p=p, quantize_attention=quantize_attention,
             quantize_mlp=quantize_mlp, quantize_classifier=quantize_classifier, seed=seed, execution=execution,
             overrides=overrides or {}, exclude=exclude, towers=towers, quantize_embeddings=quantize_embeddings,

@@ -65,6 +65,8 @@ class QuantizationConfig(LayerConfig):
             integers, for training).
         equalize: even out the ranges of input channels first, exactly (see ``equalization``), where one scale serves
             the weight (method "tensor") or the input (static activations).
+        rotate: turn the hidden states by a random orthogonal matrix of ``seed`` first, exactly (see ``rotation``), so
+            that no channel has a larger range than others; for plain ViTs with a classifier.
         overrides: glob of layer names -> ``skip`` or any of a layer's settings; the first glob that matches a layer
             replaces those settings for it.
         exclude: globs of names of layers that stay in float, whatever the overrides say.
@@ -83,6 +85,7 @@ class QuantizationConfig(LayerConfig):
     seed: int = 0
     execution: str = "packed"
     equalize: bool = True
+    rotate: bool = False
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     exclude: Sequence[str] = ()
     towers: str = "vision"
@@ -93,6 +96,7 @@ class QuantizationConfig(LayerConfig):
         check_one_of("execution", self.execution, EXECUTIONS)
         self._check_emulated(self)
         check_flag("equalize", self.equalize)
+        check_flag("rotate", self.rotate)
         if isinstance(self.p, bool) or not isinstance(self.p, int | float):
             raise TypeError(f"p must be a number from 0 to 1, got {self.p!r}")
         if not 0 <= self.p <= 1:

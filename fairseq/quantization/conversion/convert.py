@@ -28,6 +28,7 @@ from fairseq.quantization.engine.fuse import check_engine, fuse
 from fairseq.quantization.evaluation.report import LayerReport, QuantizationReport
 from fairseq.quantization.reconstruction.reconstruct import Reconstructor
 from fairseq.quantization.reconstruction.settings import Reconstruction
+from fairseq.quantization.rounding.rotation import rotated
 
 
 def convert(
@@ -73,6 +74,8 @@ def convert(
         model = separate_biases(model)
         if isinstance(pixel_values, Tensor) and pixel_values.is_inference():
             pixel_values = pixel_values.clone()
+        if config.rotate:
+            model = rotated(model, config.seed)
         plan = resolve(model, config, pixel_values)
         packed = config.execution == "packed"
         weightless = [model.get_submodule(layer.name) for layer in plan.chosen]

@@ -37,6 +37,8 @@ class WhileLoading:
             raise ValueError(
                 f"a model is quantized while it is loaded for execution='packed', got {config.execution!r}"
             )
+        if config.rotate:
+            raise ValueError("rotate=True needs all weights at once; load the float model and pass it to ViTQuantizer")
         self.model, self.config, self.engine = model, config, engine
         self.before = Sizes.of(model)
         with plain_context():

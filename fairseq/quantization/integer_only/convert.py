@@ -56,7 +56,7 @@ def check_config(config: QuantizationConfig) -> None:
         "activations": ("dynamic", "static"), "activation_bits": (8,), "group_size": (None,), "execution": ("packed",),
         "p": (1.0,), "quantize_attention": (True,), "quantize_mlp": (True,), "quantize_classifier": (True,),
         "exclude": ((),), "weight_storage": ("packed",), "backend": ("auto",), "towers": ("vision",),
-        "quantize_embeddings": (False,),
+        "quantize_embeddings": (False,), "rotate": (False,),
     }  # fmt: skip
     for name, accepted in wanted.items():
         value = getattr(config, name)

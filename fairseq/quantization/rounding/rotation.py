@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fairseq.quantization.architectures.blocks import block_plan, class_of
+from fairseq.quantization.architectures.forward import call, evaluating
 
 _MODELS = "transformers.models"
 
@@ -45,16 +45,16 @@ ROTATABLE = {
 
 
 @torch.no_grad()
-def rotated(model: nn.Module, blocks: Iterable[str], seed: int = 0) -> nn.Module:
+def rotated(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of ``model`` with the same logits, up to the rounding of its dtype, and other hidden states.
 
     Args:
         model: in float; it stays as it is.
-        blocks: the names of its encoder blocks.
         seed: of the rotation.
 
     Raises:
-        ValueError: another architecture than the plain ViTs of :data:`ROTATABLE`, or a part of it that was exchanged.
+        ValueError: another architecture than the plain ViTs of :data:`ROTATABLE`, a part of it that was exchanged, or
+            logits that do not stay, as where a hook reads hidden states.
     """
     kind = type(model)
     name = f"{kind.__module__}.{kind.__qualname__}"
@@ -65,15 +65,14 @@ def rotated(model: nn.Module, blocks: Iterable[str], seed: int = 0) -> nn.Module
     result = copy.deepcopy(model)
     base: Any = getattr(result, stream.base)
     writers: list[nn.Module] = [base.embeddings.patch_embeddings.projection]
-    readers = [(f"{stream.base}.layernorm", base.layernorm, [getattr(result, head) for head in stream.heads])]
-    for name in blocks:
-        block = result.get_submodule(name)
+    readers = [("the last norm", base.layernorm, [getattr(result, head) for head in stream.heads])]
+    for place, block in enumerate(base.layers if hasattr(base, "layers") else base.encoder.layer):
         plan = block_plan(block, class_of(type(block)))
         if plan is None:
-            raise ValueError(f"rotate=True needs the blocks of a plain ViT; {name} is a {type(block)}")
+            raise ValueError(f"rotate=True needs the blocks of a plain ViT; block {place} is a {type(block)}")
         layers = {role: block.get_submodule(path) for role, path in plan.layers.items()}
         readers += [
-            (f"{name}.{path}", cast(nn.LayerNorm, block.get_submodule(path)), [layers[role] for role in roles])
+            (f"block {place}: {path}", cast(nn.LayerNorm, block.get_submodule(path)), [layers[role] for role in roles])
             for path, roles in plan.norms.items()
         ]
         writers += [layers["output"], layers["fc2"]]
@@ -95,7 +94,27 @@ def rotated(model: nn.Module, blocks: Iterable[str], seed: int = 0) -> nn.Module
     for table in stream.tables:
         parameter = getattr(base.embeddings, table)
         parameter.copy_(parameter.double() @ rotation.T.to(parameter.device))
+    _check_same(model, result)
     return result
+
+
+def _check_same(model: nn.Module, result: nn.Module) -> None:
+    """ValueError unless both give the same logits for noise: a hook or a module of another kind may do otherwise."""
+    config: Any = model.config
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, config.num_channels, *_pair(config.image_size), generator=generator, device="cpu")
+    outputs = []
+    for each in (model, result):
+        with evaluating(each):
+            outputs.append(call(each, {"pixel_values": noise.to(parameter.device, parameter.dtype)}).logits.double())
+    off = float(torch.linalg.vector_norm(outputs[1] - outputs[0]) / torch.linalg.vector_norm(outputs[0]))
+    if not off <= min(1000 * torch.finfo(parameter.dtype).eps, 0.25):
+        raise ValueError(f"rotate=True: the logits of {type(model)} change by {off:.2g} of their norm")
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def rotation_of(size: int, seed: int = 0) -> Tensor:

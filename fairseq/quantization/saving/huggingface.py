@@ -92,7 +92,7 @@ class FairseqViTConfig(QuantizationConfigMixin):
         settings["resident"] = settings.pop("weight_storage")  # as earlier versions call it
         settings["exclude"] = list(settings["exclude"])
         settings["modules_to_not_convert"] = self.modules_to_not_convert
-        new = ("exclude", "modules_to_not_convert")  # that they do not know
+        new = ("exclude", "modules_to_not_convert", "rotate")  # that they do not know
         kept = {key: value for key, value in settings.items() if value or key not in new}
         return {"quant_method": FORMAT, "engine": self.engine, **kept}
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, ViTConfig, ViTForImageClassification
 
-from fairseq.quantization.architectures.plan import resolve
-from fairseq.quantization.config import QuantizationConfig
+from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.quantization.rounding.rotation import rotated, rotation_of
 
 SIZES = {
@@ -23,10 +22,6 @@ def model_of(kind, config):
     return model
 
 
-def names_of(model):
-    return resolve(model, QuantizationConfig()).blocks()
-
-
 @pytest.mark.parametrize(
     ("kind", "config"),
     [(ViTForImageClassification, ViTConfig), (DeiTForImageClassificationWithTeacher, DeiTConfig)],
@@ -34,7 +29,7 @@ def names_of(model):
 def test_the_logits_stay_and_the_hidden_states_turn(kind, config):
     model = model_of(kind, config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    turned = rotated(model, names_of(model), seed=1)
+    turned = rotated(model, seed=1)
     pixels = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         expected, got = (m(pixels, output_hidden_states=True) for m in (model, turned))
@@ -59,7 +54,34 @@ def test_what_it_is_not_for_is_refused():
         pass
 
     with pytest.raises(ValueError, match=r"rotate=True is for ViTForImageClassification, .*Own"):
-        rotated(Own(ViTConfig(**SIZES)), [])
+        rotated(Own(ViTConfig(**SIZES)))
     model = ViTForImageClassification(ViTConfig(**SIZES, qkv_bias=False))
     with pytest.raises(ValueError, match=r"layernorm_before is read by Linear.*bias=False"):
-        rotated(model, names_of(model))
+        rotated(model)
+
+
+def test_a_hook_that_reads_hidden_states_is_noticed():
+    model = model_of(ViTForImageClassification, ViTConfig)
+    model.vit.layernorm.register_forward_hook(lambda module, args, output: output * torch.arange(48).double())
+    with pytest.raises(ValueError, match=r"the logits of .* change by"):
+        rotated(model)
+
+
+def test_a_rotated_model_is_quantized_saved_and_loaded(tmp_path):
+    """A channel with outliers makes one scale for a layer coarse; after a rotation all channels share them."""
+    model = model_of(ViTForImageClassification, ViTConfig).float()
+    with torch.no_grad():
+        for layer in (layer for name, layer in model.named_modules() if name.endswith((".o_proj", ".output.dense"))):
+            layer.weight[5] *= 30
+    results, ratios = [], []
+    for rotate in (True, False):
+        quantizer = ViTQuantizer(bits=4, method="tensor", equalize=False, rotate=rotate)
+        results.append(quantizer.quantize_model(model))
+        layers = [layer for layer in quantizer.report.layers if layer.name.endswith((".o_proj", ".output.dense"))]
+        ratios.append([layer.outlier_ratio for layer in layers])
+    assert all(turned < 0.8 * plain for turned, plain in zip(*ratios, strict=True))
+    pixels = torch.randn(4, 3, 32, 32)
+    results[0].save_pretrained(tmp_path)
+    loaded = ViTForImageClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels).logits, results[0](pixels).logits)
