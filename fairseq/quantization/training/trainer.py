@@ -221,6 +221,11 @@ class DistillationTrainer(Trainer):
         self.student.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
+def training_arguments(**settings: Any) -> TrainingArguments:
+    """Of transformers; TypeError for one that its version does not have."""
+    return TrainingArguments(**settings)
+
+
 def check_student(model: nn.Module) -> None:
     """TypeError or ValueError unless ``model`` can be trained: it has emulated layers, and none in half precision."""
     for name, layer in emulated_layers(model).items():
