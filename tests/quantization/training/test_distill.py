@@ -110,6 +110,10 @@ def test_save_model_writes_the_packed_model(student, tiny_vit, data, pixels, tmp
     dataset = [{"pixel_values": x} for x in data]
     trainer = DistillationTrainer(student, args, teacher=tiny_vit, train_dataset=dataset, losses=Losses(attention=1))
     trainer.train()
+    batch = {"pixel_values": data[:8]}
+    with torch.no_grad():
+        expected = float(trainer.compute_loss(student.eval(), batch))
+    assert trainer.evaluate(dataset[:8])["eval_loss"] == pytest.approx(expected, rel=1e-4)
     trainer.save_model(tmp_path / "packed")
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "packed")
     with torch.no_grad():
