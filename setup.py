@@ -1,4 +1,4 @@
-"""The distribution: `pip install .` for the library, with the extras onnx, plot, test, docs and dev.
+"""The distribution: `pip install .` for the library, with the extras onnx, plot, training, lora, test, docs and dev.
 
 The native kernels are compiled if there is a C++ compiler; without one everything runs on PyTorch's own operations.
 """
@@ -21,13 +21,19 @@ REQUIREMENTS = [
 
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 PLOT = ["matplotlib>=3.9"]
+TRAINING = ["accelerate>=1.1"]
+LORA = ["peft>=0.17"]
 TEST = [
-    "pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "pytest-xdist>=3.6", "timm>=1.0", "accelerate>=1.1",
-    *ONNX, *PLOT,
+    "pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "pytest-xdist>=3.6", "timm>=1.0",
+    *TRAINING, *LORA, *ONNX, *PLOT,
 ]  # fmt: skip
 DOCS = ["sphinx>=8", "furo>=2024.8", "sphinx-copybutton>=0.5"]
 LINT = ["ruff>=0.12", "mypy>=1.16", "pre-commit>=4", "clang-format==23.1.5", "setuptools>=77"]
 # clang-format: each version formats in its own way; setuptools: .ci/sanitize
+EXTRAS = {
+    "onnx": ONNX, "plot": PLOT, "training": TRAINING, "lora": LORA, "test": TEST, "docs": DOCS,
+    "dev": [*TEST, *DOCS, *LINT],
+}  # fmt: skip
 
 KERNELS = Path("fairseq", "modules", "quantization", "packed", "kernels")
 COMPILE = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi"]
@@ -119,7 +125,7 @@ setup(
     ext_modules=[NATIVE],
     cmdclass={"build_ext": BuildNative},
     install_requires=REQUIREMENTS,
-    extras_require={"onnx": ONNX, "plot": PLOT, "test": TEST, "docs": DOCS, "dev": [*TEST, *DOCS, *LINT]},
+    extras_require=EXTRAS,
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

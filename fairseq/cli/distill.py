@@ -95,7 +95,11 @@ def distill(
         if main:
             check_output(output, model, force)
             _begin(checkpoints, run, resume)
-        result, text = _distill(run, images, output, checkpoints, save_every, device, main, say)
+        try:
+            result, text = _distill(run, images, output, checkpoints, save_every, device, main, say)
+        finally:
+            if main and not any(checkpoints.glob("checkpoint-*")):  # nothing to go on from
+                shutil.rmtree(checkpoints, ignore_errors=True)
     return finish(result, text, as_json) if main else 0
 
 
@@ -107,7 +111,7 @@ def _begin(folder: Path, run: dict[str, Any], resume: bool) -> None:
             before = json.loads(file.read_text(encoding="utf-8"))
         for name, old, new in _differences(before, json.loads(json.dumps(run))):
             raise UserError(f"--resume: the run in {folder} has {name} {old!r}, and this one {new!r}")
-    elif folder.exists():
+    elif any(folder.glob("checkpoint-*")):
         raise UserError(f"{folder}: holds the checkpoints of another run; --resume goes on with it, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")

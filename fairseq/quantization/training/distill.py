@@ -68,11 +68,9 @@ def distill(
             pictures, or fewer than processes; the teacher's outputs or blocks are others; or as
             :class:`~.pictures.Pictures` says.
     """
-    from transformers import TrainingArguments
+    from fairseq.quantization.training import trainer as on_transformers
 
-    from fairseq.quantization.training.trainer import DistillationTrainer, Report, check_student, last_checkpoint
-
-    check_student(student)
+    on_transformers.check_student(student)
     if resume and output_dir is None:
         raise ValueError("resume=True needs the output_dir in which the checkpoints are")
     pictures = Pictures(data, processor, augment)
@@ -85,19 +83,19 @@ def distill(
             "use_cpu": all(p.device.type == "cpu" for p in student.parameters()), "dataloader_pin_memory": False,
             "logging_steps": 10, "disable_tqdm": progress is not None,
         } | arguments  # fmt: skip
-        args = TrainingArguments(**settings)
+        args = on_transformers.training_arguments(**settings)
         needed = args.world_size * batch_size
         if args.world_size > 1 and len(pictures) < needed:
             raise ValueError(
                 f"{args.world_size} processes with batch_size={batch_size} need {needed} pictures for one step, and "
                 f"there are {len(pictures)}"
             )
-        trainer = DistillationTrainer(
+        trainer = on_transformers.DistillationTrainer(
             student, args, teacher=teacher, losses=losses, scales=scales, scale_learning_rate=scale_learning_rate,
             train_dataset=pictures, callbacks=list(callbacks),
         )  # fmt: skip
         if progress is not None:
-            Report(progress).instead_of_lines(trainer)
-        whole = last_checkpoint(folder) if resume else None
+            on_transformers.Report(progress).instead_of_lines(trainer)
+        whole = on_transformers.last_checkpoint(folder) if resume else None
         trainer.train(resume_from_checkpoint=None if whole is None else str(whole))
     return student.eval()

@@ -30,7 +30,7 @@ class Anatomy(NamedTuple):
 
     Attributes:
         blocks: names of the encoder blocks of the vision tower, in order.
-        attention: of each block its query and key, and how many heads; empty if a block has none that are known.
+        attention: query and key, and how many heads, of each of them that is known to have these.
     """
 
     blocks: tuple[str, ...]
@@ -38,7 +38,7 @@ class Anatomy(NamedTuple):
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """The encoder blocks of a float or emulated model, and their attention where all of them are of a known kind."""
+    """The encoder blocks of a float or emulated model, and their attention where it is of a known kind."""
     family = family_of(model)
     names = (
         block_of(name)
@@ -46,8 +46,8 @@ def anatomy(model: nn.Module) -> Anatomy:
         if tower_of(name, family) == "vision" and component_of(name, family) in ("attention", "mlp")
     )
     blocks = tuple(block for block in dict.fromkeys(names) if block is not None)
-    found = [_attention(model, block) for block in blocks]
-    return Anatomy(blocks, tuple(one for one in found if one is not None) if all(found) else ())
+    found = (_attention(model, block) for block in blocks)
+    return Anatomy(blocks, tuple(one for one in found if one is not None))
 
 
 def _attention(model: nn.Module, block: str) -> tuple[Projection, Projection, int] | None:

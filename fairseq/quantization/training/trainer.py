@@ -118,6 +118,14 @@ class DistillationTrainer(Trainer):
             self._count += 1
         return (loss, {"logits": got}) if return_outputs else loss
 
+    def prediction_step(
+        self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        """The loss of a batch of ``eval_dataset``, which has no labels either, and the student's outputs."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(dict(inputs)), return_outputs=True)
+        return loss.detach(), None if prediction_loss_only else outputs["logits"], None
+
     def _parts(self, name: str, got: Tensor, expected: Tensor, pixels: Tensor) -> dict[str, Tensor]:
         losses, (of_student, of_teacher) = self.losses, self._recorders
         if got.shape != expected.shape:
@@ -219,6 +227,11 @@ class DistillationTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         self.student.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+
+
+def training_arguments(**settings: Any) -> TrainingArguments:
+    """Of transformers; TypeError for one that its version does not have."""
+    return TrainingArguments(**settings)
 
 
 def check_student(model: nn.Module) -> None:

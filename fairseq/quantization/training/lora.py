@@ -1,0 +1,97 @@
+"""LoRA on packed layers with PEFT: adapters beside integers, which get no gradient and stay as they are."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from fairseq.modules.quantization.packed import PackedLinear
+
+INSTALL = 'adapters need peft; install it with: pip install "fairseq[lora]"'
+
+
+def add_lora(model: nn.Module, config: Any, adapter_name: str = "default") -> Any:
+    """Put PEFT's LoRA adapters beside the packed (and plain) layers of a model, in place; the PeftModel.
+
+    The gradient goes through the integers to what comes before, by the rounded weight, as that of the emulated model
+    does; only adapters, and modules that ``config.modules_to_save`` names, are trained. A head that is to be trained
+    has to be in float: quantize with ``exclude=["*classifier"]``. Blocks with adapters run layer by layer. Adapters
+    cannot be merged into integers. Hu et al., 2021, https://arxiv.org/abs/2106.09685; on a quantized model Dettmers et
+    al., 2023, https://arxiv.org/abs/2305.14314.
+
+    Args:
+        model: what ``quantize_model``, ``pack_model`` or ``from_pretrained`` returned, with packed layers.
+        config: a ``peft.LoraConfig``; its ``target_modules`` name the layers. DoRA and initializations that look at
+            the weight are not for integers.
+        adapter_name: of the adapter.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: nothing in ``model`` is packed, or as peft: no layer of such a name, a config of another method.
+    """
+    peft = _peft()
+    with _known_to_peft(model, config):
+        return peft.get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def load_lora(model: nn.Module, folder: str | os.PathLike[str], trainable: bool = False) -> Any:
+    """The packed model with the adapters that ``PeftModel.save_pretrained`` wrote to a folder; ``model`` is changed.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: nothing in ``model`` is packed, or there are no adapters in the folder.
+    """
+    peft = _peft()
+    config = peft.PeftConfig.from_pretrained(os.fspath(folder))
+    config.inference_mode = not trainable
+    with _known_to_peft(model, config):
+        return peft.PeftModel.from_pretrained(model, os.fspath(folder), config=config, is_trainable=trainable)
+
+
+@contextmanager
+def _known_to_peft(model: nn.Module, config: Any) -> Iterator[None]:
+    """Inside, peft takes packed layers: it asks each for a tensor, and ``config`` what stands in for it."""
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    if not layers:
+        raise ValueError("nothing in the model is packed; peft itself adds adapters to a float or emulated model")
+    if not hasattr(config, "_register_custom_module"):
+        raise ValueError(f"config must be a peft.LoraConfig, got {type(config).__name__}")
+    if getattr(config, "use_dora", False):
+        raise ValueError("use_dora=True scales the weight by its columns, and integers have none to scale")
+    config._register_custom_module({PackedLinear: _lora_class()})
+    for layer in layers:
+        vars(layer)["qweight"] = layer.scale  # for its device and dtype, which adapters get
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unsupported layer type .*PackedLinear")
+            yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("qweight")
+
+
+def _peft() -> Any:
+    try:
+        return importlib.import_module("peft")
+    except ImportError:
+        raise ImportError(INSTALL) from None
+
+
+@functools.cache
+def _lora_class() -> Any:
+    base: Any = importlib.import_module("peft.tuners.lora.layer").Linear
+
+    class LoraPackedLinear(base):
+        """A packed layer and its adapters: base_layer(x) + B A x * scaling."""
+
+        def merge(self, *arguments: Any, **keywords: Any) -> None:
+            raise ValueError(f"an adapter cannot be merged into the integers of {self.get_base_layer().name}")
+
+    return LoraPackedLinear

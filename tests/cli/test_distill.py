@@ -1,0 +1,70 @@
+"""distill: an ordinary packed folder, or nothing; and the same run goes on."""
+
+import json
+
+import pytest
+from transformers import AutoModelForImageClassification
+
+from fairseq.cli import distill
+from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.quantization.training import trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:calibrating on")
+SETTINGS = ("--bits", 3, "--batch-size", 8, "--calibration", 36, "--override", "*classifier=bits:8", "--epochs", 2)
+
+
+def test_the_folder_is_a_packed_model_with_its_processor(cli, models, pictures, tmp_path):
+    out = tmp_path / "out"
+    found = cli("distill", models / "vit", "--images", pictures, *SETTINGS, "--augment", "-o", out, "--json")
+    assert found.code == 0, found.err
+    result = json.loads(found.out)
+    assert (result["steps"], result["pictures"]) == (10, 36)
+    assert result["losses_last"].keys() == {"loss", "loss_outputs", "loss_features"}
+    assert "step 10 of 10, epoch 2.00: loss" in found.err
+    assert {file.name for file in out.iterdir()} >= {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    layers = [m for m in AutoModelForImageClassification.from_pretrained(out).modules() if type(m) is PackedLinear]
+    assert sorted({layer.config.bits for layer in layers}) == [3, 8]
+
+
+def test_a_run_that_was_stopped_leaves_checkpoints_alone_and_goes_on(cli, models, pictures, tmp_path, monkeypatch):
+    out, words = tmp_path / "out", ("distill", models / "vit", "--images", pictures, *SETTINGS)
+
+    class Stopped(trainer.Report):
+        def on_epoch_begin(self, args, state, control, **more):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "Report", Stopped)
+        assert cli(*words, "-o", out).code == 130
+    folder = tmp_path / "out.checkpoints"
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-5", distill.RUN]
+    again = cli(*words, "-o", out)
+    assert (again.code, again.err.count("--resume goes on with it, or remove it")) == (2, 1)
+    other = cli(*words, "--features", 0, "-o", out, "--resume")
+    assert other.code == 2
+    assert f"--resume: the run in {folder} has features 1.0, and this one 0.0" in other.err
+    resumed = cli(*words, "-o", out, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "step 10 of 10" in resumed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("vit", "--images", "nowhere"), "--images nowhere: no such folder"),
+        (("vit", "--temperature", 0), "outputs and temperature must be above 0"),
+        (("packed",), "the model is quantized already"),
+        (("vit", "--bits", 9), "bits must be from 2 to 8, got 9"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_a_line(cli, models, pictures, tmp_path, words, message):
+    given = words if "--images" in words else (*words, "--images", pictures)
+    found = cli("distill", models / given[0], *given[1:], "-o", tmp_path / "out")
+    assert (found.code, found.out) == (2, "")
+    assert message in found.err
+    assert not (tmp_path / "out").exists()
