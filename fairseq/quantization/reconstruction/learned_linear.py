@@ -40,8 +40,8 @@ class LearnedLinear(nn.Module):
 
     The weight is scale * (clamp(round(latent), 0, 2**bits - 1) - zero_point), with a straight-through gradient to
     ``latent`` where that rounds to the grid, and the true one to the logarithm of the scale: Chen et al., EfficientQAT
-    (2024, https://arxiv.org/abs/2407.11062), in units of the integers. The input is rounded as by the layer where that is
-    felt, below 8 bits or on one fixed grid, whose scale is learned, too (Esser et al., LSQ, 2020,
+    (2024, https://arxiv.org/abs/2407.11062), in units of the integers. The input is rounded as by the layer where that
+    is felt, below 8 bits or on one fixed grid, whose scale is learned, too (Esser et al., LSQ, 2020,
     https://arxiv.org/abs/1902.08153); rounding to 8 bits per token is left out here.
 
     Args:
