@@ -28,7 +28,7 @@ class Reconstruction:
     epochs: int = 10
     minutes: float | None = None
     batch_size: int = 16
-    integer_rate: float = 2e-2
+    integer_rate: float = 1e-2
     scale_rate: float = 3e-4
     bias_rate: float = 3e-4
 

@@ -107,7 +107,8 @@ def _check_same(model: nn.Module, result: nn.Module) -> None:
     outputs = []
     for each in (model, result):
         with evaluating(each):
-            outputs.append(call(each, {"pixel_values": noise.to(parameter.device, parameter.dtype)})["logits"].double())
+            seen: Any = call(each, {"pixel_values": noise.to(parameter.device, parameter.dtype)})
+        outputs.append(seen.logits.double())
     off = float(torch.linalg.vector_norm(outputs[1] - outputs[0]) / torch.linalg.vector_norm(outputs[0]))
     if not off <= min(1000 * torch.finfo(parameter.dtype).eps, 0.25):
         raise ValueError(f"rotate=True: the logits of {type(model)} change by {off:.2g} of their norm")
