@@ -78,6 +78,15 @@ def quantize(
     augment: Annotated[
         int, typer.Option(min=1, help="Views of each picture: itself, and random crops, half of them flipped.")
     ] = 1,
+    reconstruct: Annotated[
+        bool, typer.Option("--reconstruct", help="Learn each block's integers on the pictures: minutes to hours.")
+    ] = False,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the pictures with --reconstruct.  [default: 10]")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Instead of --epochs: as many as fit into so many minutes.")
+    ] = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep finished blocks here, and go on if it was interrupted.")
     ] = None,
@@ -110,12 +119,17 @@ def quantize(
         raise UserError(f"--calibration {calibration}: no such folder")
     if images != "all" and not (images.isdecimal() and int(images)):
         raise UserError(f"--images {images}: must be a whole number of at least 1, or all")
+    if not reconstruct and (epochs, minutes) != (None, None):
+        raise UserError("--epochs and --minutes are for --reconstruct")
+    if epochs is not None and minutes is not None:
+        raise UserError("--epochs and --minutes exclude each other")
     if speaks():
         check_output(output, model, force)
     with working(quiet or not speaks()) as say, processes_together():
         count = images if images == "all" else int(images)
         pictures = {"calibration": calibration, "images": count, "augment": augment}
-        result, text = _quantize(model, output, settings, pictures, average_bits, engine, resume, device, say)
+        learning = (epochs, minutes) if reconstruct else None
+        result, text = _quantize(model, output, settings, pictures, average_bits, engine, resume, learning, device, say)
     return finish(result, text, as_json) if speaks() else 0
 
 
@@ -127,15 +141,20 @@ def _quantize(
     average_bits: float | None,
     engine: str,
     resume: Path | None,
+    learning: tuple[int | None, float | None] | None,
     device: str,
     say: Say,
 ) -> tuple[dict[str, Any], str]:
     from fairseq.cli.loading import load, needs_processor, tokenizer_of
-    from fairseq.models.vit_quantization import ViTQuantizer
+    from fairseq.models.vit_quantization import Reconstruction, ViTQuantizer
 
     calibration = pictures["calibration"]
+    reconstruct: bool | Reconstruction = learning is not None
     with mistakes(TypeError, ValueError):
         quantizer = ViTQuantizer(**settings)
+        if learning is not None and learning != (None, None):
+            epochs, minutes = learning
+            reconstruct = Reconstruction(minutes=minutes) if epochs is None else Reconstruction(epochs=epochs)
     say(f"Loading {source}")
     loaded = load(source, device)
     given: dict[str, Any] = {}
@@ -151,7 +170,9 @@ def _quantize(
     say(f"Quantizing {type(loaded.model).__name__}" + (f" with pictures in {calibration}" if calibration else ""))
     started = time.perf_counter()
     with mistakes(ValueError, OSError, *([RuntimeError] if engine == "fused" else [])):
-        quantized: Any = quantizer.quantize_model(loaded.model, **given, engine=engine, resume=resume)
+        quantized: Any = quantizer.quantize_model(
+            loaded.model, **given, engine=engine, reconstruct=reconstruct, resume=resume
+        )
     seconds = time.perf_counter() - started
     report = quantizer.report
     assert report is not None

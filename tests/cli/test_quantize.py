@@ -14,7 +14,7 @@ from families import build
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor, pipeline
 
-from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.models.vit_quantization import Reconstruction, ViTQuantizer
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.quantization.saving import contents
 
@@ -54,7 +54,7 @@ def test_each_setting_arrives(cli, models, pictures, tmp_path, monkeypatch):
     options = (
         "--bits 5 --method channel --p 0.5 --activations static --activation-bits 7 --symmetric --rounding gptq "
         "--no-equalize --bias-correction add --no-attention --no-classifier --embeddings --towers all --seed 3 "
-        "--images 33 --augment 2 --engine layers --exclude *embeddings* --exclude *.1.*"
+        "--images 33 --augment 2 --reconstruct --epochs 1 --engine layers --exclude *embeddings* --exclude *.1.*"
     )
     result = cli(
         "quantize",
@@ -75,7 +75,7 @@ def test_each_setting_arrives(cli, models, pictures, tmp_path, monkeypatch):
         "quantize_attention": False, "quantize_mlp": True, "quantize_classifier": False, "quantize_embeddings": True,
         "towers": "all", "seed": 3, "images": 33, "engine": "layers", "calibration": pictures,
         "exclude": ["*embeddings*", "*.1.*"], "arithmetic": "float", "functions": "default", "augment": 2,
-        "resume": tmp_path / "run",
+        "resume": tmp_path / "run", "rotate": False, "reconstruct": Reconstruction(epochs=1),
     }  # fmt: skip
     options = ["--activations", "none", "--method", "channel", "--group-size", "32", "--no-mlp"]
     seen.clear()
@@ -147,6 +147,10 @@ def test_stderr_has_progress_and_quiet_has_none(cli, models, tmp_path):
         (["--engine", "fast"], "engine"),
         (["--device", "tpu"], "auto, cpu, cuda"),
         (["--bias-correction", "maybe"], "no, yes, add"),
+        (["--reconstruct"], "reconstruct= learns from images"),
+        (["--epochs", 3], "--epochs and --minutes are for --reconstruct"),
+        (["--reconstruct", "--epochs", 3, "--minutes", 1], "exclude each other"),
+        (["--reconstruct", "--minutes", 0], "minutes of a Reconstruction must be more than 0"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(cli, models, tmp_path, options, said):

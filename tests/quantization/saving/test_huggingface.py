@@ -293,7 +293,7 @@ def test_settings_that_cannot_be_are_refused(float_folder, settings, message):
         (["vit.layernorm"], lambda name: False),
         ([], lambda name: False),
     ],
-    ids=str,
+    ids=range(6),
 )
 def test_modules_to_not_convert(float_folder, tmp_path, names, kept):
     known = [name for name, _ in ViTForImageClassification.from_pretrained(float_folder).named_modules()]

@@ -67,7 +67,7 @@ def test_a_crop_is_one_of_the_picture_with_its_border_reflected():
         ([Image.new("RGB", (4, 4))], ValueError, "picture 0 is a Image, which needs the model's image processor"),
         ([torch.full((3, 4, 4), torch.nan)], ValueError, "picture 0 has NaN or infinite pixel values"),
     ],
-    ids=str,
+    ids=range(8),
 )
 def test_what_is_no_picture(images, error, message):
     with pytest.raises(error, match=message):
