@@ -25,6 +25,7 @@ ROOMS = {
     "evaluation": ("architectures",),
     "engine": ("architectures",),
     "conversion": ("evaluation", "engine", "calibration", "rounding", "architectures"),
+    "reconstruction": ("conversion", "calibration", "rounding", "architectures"),
     "bit_allocation": ("conversion", "evaluation", "calibration", "rounding", "architectures"),
     "training": ("saving", "conversion", "engine", "calibration", "architectures"),
     "export": ("integer_only", "conversion", "evaluation", "engine", "architectures"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.context import plain_context
 from fairseq.quantization.architectures.forward import Pixels, separate_biases
 from fairseq.quantization.architectures.layers import linear_layers
-from fairseq.quantization.architectures.plan import ModelPlan, check_model, resolve
+from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan, check_model, resolve
 from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.block_inputs import BlockInputs
 from fairseq.quantization.calibration.calibration import Calibration
@@ -26,9 +26,27 @@ from fairseq.quantization.conversion.resume import DoneStage, Resume
 from fairseq.quantization.engine import memory
 from fairseq.quantization.engine.fuse import check_engine, fuse
 from fairseq.quantization.evaluation.report import LayerReport, QuantizationReport
-from fairseq.quantization.reconstruction.reconstruct import Reconstructor
-from fairseq.quantization.reconstruction.settings import Reconstruction
 from fairseq.quantization.rounding.rotation import rotated
+
+
+class Learner(Protocol):
+    """Learns the blocks of one model."""
+
+    def reconstruct(self, stage: Sequence[LayerPlan], done: DoneStage) -> None:
+        """Change one block, whose layers are quantized by now, and ``done`` as well."""
+
+
+class Learning(Protocol):
+    """How blocks are learned after they are rounded; its repr says all of it."""
+
+    @property
+    def minutes(self) -> float | None:
+        """How long it may take, if not so many epochs."""
+
+    def learner(
+        self, model: nn.Module, plan: ModelPlan, calibration: Calibration, config: QuantizationConfig
+    ) -> Learner:
+        """What learns the blocks of ``model``."""
 
 
 def convert(
@@ -38,7 +56,7 @@ def convert(
     engine: str = "auto",
     follow: Callable[[nn.Module, nn.Module, Any, list[str]], BlockInputs] = BlockInputs,
     resume: str | os.PathLike[str] | None = None,
-    reconstruct: Reconstruction | None = None,
+    reconstruct: Learning | None = None,
 ) -> tuple[nn.Module, QuantizationReport]:
     """Quantize a deep copy of ``model``: (the copy, what was done). ``model`` stays as it is.
 
@@ -54,7 +72,8 @@ def convert(
         pixel_values: calibration images, (N, C, H, W), or None.
         engine: "auto", "fused" or "layers", see :mod:`fairseq.quantization.engine`.
         follow: makes the :class:`BlockInputs` on which layers are rounded, of the same arguments.
-        reconstruct: learn the integers of each block, see :class:`Reconstructor`; None for not.
+        reconstruct: how the integers of each block are learned, a
+            :class:`~fairseq.quantization.reconstruction.settings.Reconstruction`; None for not.
         resume: a folder for what is finished, see :class:`~fairseq.quantization.conversion.resume.Resume`.
 
     Raises:
@@ -95,7 +114,7 @@ def convert(
             learner = None
             if reconstruct is not None:
                 assert calibration is not None
-                learner = Reconstructor(result, plan, calibration, reconstruct, config.seed, config.execution)
+                learner = reconstruct.learner(result, plan, calibration, config)
             for number, stage in enumerate(plan.stages()):
                 for layer in stage:
                     _materialize(result, model, layer.name)

@@ -16,7 +16,7 @@ from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, nam
 from fairseq.quantization.architectures.forward import Pixels
 from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.statistics import BATCH_SIZE, collect
-from fairseq.quantization.config import LayerConfig, resolve_rounding
+from fairseq.quantization.config import MAKE_UP_FOR_DRIFT, LayerConfig, resolve_rounding
 from fairseq.quantization.conversion.quantize_layer import quantize_layer
 from fairseq.quantization.evaluation.report import LayerReport
 from fairseq.quantization.rounding.statistics import Statistics
@@ -67,7 +67,7 @@ def _patches(
         settings = replace(settings, activations="dynamic")
         note = "dynamic instead of static: patches are rounded one by one"
     statistics = None if pixel_values is None else _statistics(conv, name, pixel_values)
-    if resolve_rounding(settings.rounding, statistics is not None, settings.bits) in ("gptaq", "qronos"):
+    if resolve_rounding(settings.rounding, statistics is not None, settings.bits) in MAKE_UP_FOR_DRIFT:
         settings = replace(settings, rounding="gptq")  # no layer comes before that could err
     done = quantize_layer(weight, conv.bias, statistics, settings, name)
     linear = PackedLinear.from_integers(*done[:4], done.settings, f"{name}.linear").train(conv.training)

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fairseq.quantization.architectures.plan import ModelPlan
+from fairseq.quantization.calibration.calibration import Calibration
+from fairseq.quantization.config import QuantizationConfig
+
+if TYPE_CHECKING:
+    from fairseq.quantization.reconstruction.reconstruct import Reconstructor
 
 MIN_PICTURES = 16
 """Fewer tell a block nothing that holds for others."""
@@ -10,7 +20,7 @@ MIN_PICTURES = 16
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The settings of block reconstruction, each with a default that was measured; see the guide's page on calibration.
+    """The settings of block reconstruction; the guide has a page on it.
 
     Attributes:
         epochs: passes over the calibration pictures for each block, at least 1.
@@ -48,6 +58,18 @@ class Reconstruction:
             if not (value > 0 if positive else value >= 0) or value == float("inf"):
                 raise ValueError(f"{name} of a Reconstruction must be {'more than' if positive else 'at least'} 0 and "
                                  f"finite, got {value}")  # fmt: skip
+
+    def learner(
+        self, model: nn.Module, plan: ModelPlan, calibration: Calibration, config: QuantizationConfig
+    ) -> Reconstructor:
+        """What learns the blocks of ``model``, which is being quantized.
+
+        Raises:
+            ValueError: fewer pictures than 16, or several processes.
+        """
+        from fairseq.quantization.reconstruction.reconstruct import Reconstructor
+
+        return Reconstructor(model, plan, calibration, self, config.seed, config.execution)
 
 
 def resolve_reconstruction(reconstruct: object) -> Reconstruction | None:
