@@ -214,6 +214,8 @@ class ViTQuantizer:
         quantized: nn.Module
         if calibration is None and processor is not None:
             raise ValueError("a processor was given but no pictures; pass calibration=images, too")
+        if calibration is None and augment != 1:
+            raise ValueError(f"augment={augment!r} was given but no pictures; pass calibration=images, too")
         learning = resolve_reconstruction(reconstruct)
         pixels = None
         with plain_context():

@@ -39,14 +39,19 @@ class Stored:
     def __getitem__(self, index: int) -> Arguments:
         """The arguments of one batch, which are not to be written."""
         rest, keywords = self.others[index]
-        return (self.hidden[index], *rest), keywords
+        return ((), keywords) if rest is None else ((self.hidden[index], *rest), keywords)
 
     def __iter__(self) -> Iterator[Arguments]:
         return (self[index] for index in range(len(self)))
 
     def append(self, arguments: Arguments) -> None:
         """Add a batch; the hidden states, the first argument, are copied: they may be a parameter of the model."""
-        (hidden, *rest), keywords = arguments
+        args, keywords = arguments
+        if not args:  # hidden states by name stay in memory
+            self.hidden.append(torch.empty(0))
+            self.others.append((None, copied(((), keywords))[1]))
+            return
+        hidden, *rest = args
         self.hidden.append(hidden)
         others = (rest, keywords)
         self.others.append(self.others[0] if self.others and equal(self.others[0], others) else others)

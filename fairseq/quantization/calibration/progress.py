@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
@@ -62,7 +63,12 @@ class Progress:
         """A layer is done."""
         self.bar.update(self._rounding(layer.name))
 
-    def learns(self, epochs: int) -> None:
+    def say(self, text: str) -> None:
+        """A line above the bar, where that is shown."""
+        if not self.bar.disable:
+            self.bar.write(text, file=sys.stderr)
+
+    def learns(self, epochs: float) -> None:
         """All blocks are going to learn so long from the pictures."""
         self.bar.total += epochs * self.pictures * self.gradients
 

@@ -39,9 +39,8 @@ class Learner(Protocol):
 class Learning(Protocol):
     """How blocks are learned after they are rounded; its repr says all of it."""
 
-    @property
-    def minutes(self) -> float | None:
-        """How long it may take, if not so many epochs."""
+    def check(self, pictures: int, resumable: bool) -> None:
+        """ValueError if so many pictures are too few, or if it cannot be resumed and should be."""
 
     def learner(
         self, model: nn.Module, plan: ModelPlan, calibration: Calibration, config: QuantizationConfig
@@ -85,10 +84,10 @@ def convert(
     """
     check_engine(engine, config.execution)
     check_model(model)
-    if reconstruct is not None and pixel_values is None:
-        raise ValueError("reconstruct= learns from images: call quantize_model(model, calibration=images)")
-    if reconstruct is not None and reconstruct.minutes is not None and resume is not None:
-        raise ValueError("resume= needs a Reconstruction of so many epochs: how many fit in minutes changes")
+    if reconstruct is not None:
+        if pixel_values is None:
+            raise ValueError("reconstruct= learns from images: call quantize_model(model, calibration=images)")
+        reconstruct.check(len(pixel_values) // getattr(pixel_values, "views", 1), resume is not None)
     with plain_context():
         model = separate_biases(model)
         if isinstance(pixel_values, Tensor) and pixel_values.is_inference():

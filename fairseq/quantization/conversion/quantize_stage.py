@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -218,20 +219,31 @@ def _swap(
 
 
 def replace_layer(
-    model: nn.Module, layer: LayerPlan, done: QuantizedLayer, factor: Tensor | None, execution: str
+    model: nn.Module, layer: LayerPlan, done: QuantizedLayer, factor: Tensor | None, real: Tensor | None = None
 ) -> None:
-    """Give a layer that is quantized already, and shares its weight with no other, other integers, scales and bias."""
+    """Put another layer with other integers, scales and bias in the place of one that is quantized already.
+
+    Args:
+        model: whose layer it is.
+        layer: shares its weight with no other.
+        done, factor: of the new one.
+        real: the weight before it is rounded, (out, in), which an emulated layer holds if it gives these integers.
+    """
     old = model.get_submodule(layer.name)
+    new: PackedLinear | EmulatedLinear
     if isinstance(old, EmulatedLinear):
-        assert execution == "emulated"
-        if done.bias is not None and old.bias is not None:
-            old.bias.data.copy_(done.bias)
+        new = copy.deepcopy(old)
+        with torch.no_grad():
+            if done.bias is not None and new.bias is not None:
+                new.bias.copy_(done.bias)
+            if real is not None:
+                new.weight.copy_(real)
         static = static_qparams(done.settings.activations, done.input_range, done.settings.activation_bits, layer.name)
         for key, value in zip(("input_scale", "input_zero_point"), static, strict=True):
-            old.register_buffer(key, None if value is None else value.to(old.weight.device))
-        _set_integers(old, done)
-        return
-    new = _packed(cast(nn.Linear, old), done, layer, factor, None)
+            new.register_buffer(key, None if value is None else value.to(new.weight.device))
+        _set_integers(new, done)
+    else:
+        new = _packed(cast(nn.Linear, old), done, layer, factor, None)
     carry_hooks(old, new)
     for alias in names_of(model, old):
         model.set_submodule(alias, new)

@@ -141,7 +141,12 @@ class Resume:
         """Those of this process's pictures, if each process has kept its own."""
         path = self._weights()
         kept = path.is_file()
-        return load_tensors(path.read_bytes()) if all(processes.gathered(kept)) else None
+        if not all(processes.gathered(kept)):
+            return None
+        try:
+            return load_tensors(path.read_bytes())
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it to weigh the tokens again") from error
 
     def keep_token_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Write them."""

@@ -26,12 +26,14 @@ class Learned(NamedTuple):
         integers: uint8 (out, in).
         scale: in the shape and dtype of the layer's.
         bias: (out,) in the dtype of the layer's, or None.
+        real: the weight before it is rounded, on the same grid, (out, in), in the dtype in which it was learned.
         stretch: by which the fixed range of the input is multiplied; 1.0 unless there is one.
     """
 
     integers: Tensor
     scale: Tensor
     bias: Tensor | None
+    real: Tensor
     stretch: float = 1.0
 
 
@@ -47,9 +49,10 @@ class LearnedLinear(nn.Module):
     Args:
         layer: it stays as it is.
         weight: what its integers were rounded from, (out, in), or None if that is not known.
+        dtype: in which it learns, float32 or float64.
     """
 
-    def __init__(self, layer: QuantizedLinear, weight: Tensor | None = None):
+    def __init__(self, layer: QuantizedLinear, weight: Tensor | None = None, dtype: torch.dtype = torch.float32):
         super().__init__()
         if isinstance(layer, PackedLinear):
             config: Any = layer.config
@@ -60,25 +63,25 @@ class LearnedLinear(nn.Module):
         self.top, self.group_size = quantized_range(config.bits)[1], config.group_size
         self.activations, self.activation_bits = config.activations, config.activation_bits
         self.kept = layer
-        integers = layer.integers().float()
+        integers = layer.integers().to(dtype)
         self.in_features = integers.shape[1]
-        self.scale, self.zero_point = scale.detach().float(), self._per_weight(zero_point.float())
+        self.scale, self.zero_point = scale.detach().to(dtype), self._per_weight(zero_point.to(dtype))
         start = integers
         if weight is not None:
-            wanted = weight.detach().float() / self._per_weight(self.scale) + self.zero_point
+            wanted = weight.detach().to(dtype) / self._per_weight(self.scale) + self.zero_point
             start = integers + (wanted - integers).clamp_(-MARGIN, MARGIN)
         self.latent = nn.Parameter(start)
         self.log_scale = nn.Parameter(torch.zeros_like(self.scale))
         static = layer.input_scale
         self.log_stretch = None if static is None else nn.Parameter(torch.zeros_like(static))
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float().clone())
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(dtype, copy=True))
 
     def integers(self) -> Tensor:
         """What ``latent`` is rounded to: uint8 (out, in)."""
         return self.latent.detach().round().clamp_(0, self.top).to(torch.uint8)
 
     def weight(self) -> Tensor:
-        """(out, in), float32."""
+        """(out, in), in the dtype in which it learns."""
         rounded = _rounded(self.latent, 0.0, float(self.top))
         return (rounded - self.zero_point) * self._per_weight(self.scale * self.log_scale.exp())
 
@@ -94,14 +97,15 @@ class LearnedLinear(nn.Module):
 
     @torch.no_grad()
     def learned(self) -> Learned:
-        """What it is now, for :meth:`put`."""
+        """What it is now."""
         layer = self.kept
         own = layer.scale
         assert own is not None
         scale = (self.scale * self.log_scale.exp()).reshape(own.shape).to(own.dtype)
         bias = None if self.bias is None or layer.bias is None else self.bias.detach().to(layer.bias.dtype)
         stretch = 1.0 if self.log_stretch is None else float(self.log_stretch.exp())
-        return Learned(self.integers(), scale, bias, stretch)
+        real = (self.latent - self.zero_point) * self._per_weight(self.scale * self.log_scale.exp())
+        return Learned(self.integers(), scale, bias, real, stretch)
 
     def _on_fixed_grid(self, input: Tensor) -> Tensor:
         """The input rounded with the layer's static scale, stretched as learned."""
@@ -112,7 +116,8 @@ class LearnedLinear(nn.Module):
         zero_point = layer.input_zero_point + static_offset(self.activation_bits)
         scale = layer.input_scale * self.log_stretch.exp()
         low, high = (float(end - zero_point) for end in quantized_range(self.activation_bits))
-        return (_rounded(input.float() / scale, low, high) * scale).to(input.dtype)
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        return (_rounded(wide / scale, low, high) * scale).to(input.dtype)
 
     def _per_weight(self, parameter: Tensor) -> Tensor:
         """A scale or zero point of any of the three shapes against a weight: (1, 1), (out, 1) or (out, in)."""

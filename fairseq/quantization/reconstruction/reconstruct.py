@@ -5,20 +5,18 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
 from fairseq.modules.quantization.scalar.weights import weight_to_real
 from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.architectures.observe import Arguments, copied
 from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan
-from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.block_inputs import Stored, first
 from fairseq.quantization.calibration.calibration import Calibration
 from fairseq.quantization.calibration.precision import products
@@ -27,7 +25,7 @@ from fairseq.quantization.calibration.storage import Storage
 from fairseq.quantization.conversion.quantize_stage import replace_layer
 from fairseq.quantization.conversion.resume import DoneStage
 from fairseq.quantization.reconstruction.learned_linear import LearnedLinear, QuantizedLinear
-from fairseq.quantization.reconstruction.settings import MIN_PICTURES, Reconstruction
+from fairseq.quantization.reconstruction.settings import Reconstruction
 from fairseq.quantization.rounding.quality import weight_statistics
 
 logger = logging.getLogger(__name__)
@@ -36,6 +34,7 @@ HELD_BACK = 8
 """Every eighth batch is not learned from; it decides whether what was learned stays."""
 TIMED = 3
 """Steps that are timed before the first block, the first of them not counted."""
+UNREACHED = "not reconstructed: pictures do not reach its block"
 TIED = "not reconstructed: its block shares parameters with another"
 
 
@@ -56,10 +55,6 @@ class Reconstructor:
         calibration: whose pictures are used.
         settings: how long and how fast.
         seed: of the order of the pictures.
-        execution: "packed" or "emulated".
-
-    Raises:
-        ValueError: fewer pictures than 16, or several processes.
     """
 
     def __init__(
@@ -69,17 +64,10 @@ class Reconstructor:
         calibration: Calibration,
         settings: Reconstruction,
         seed: int,
-        execution: str,
     ):
-        if processes.count() > 1:
-            raise ValueError(f"reconstruct=True runs in one process; there are {processes.count()}")
-        pictures = len(calibration.inputs.pixel_values)
-        if pictures < MIN_PICTURES:
-            raise ValueError(
-                f"reconstruct=True learns from calibration pictures and needs at least {MIN_PICTURES}; got {pictures}"
-            )
         self.model, self.plan, self.calibration, self.settings = model, plan, calibration, settings
-        self.execution, self.half = execution, calibration.half
+        self.half = calibration.half
+        self.views = getattr(calibration.inputs.pixel_values, "views", 1)
         self.seed = seed
         self.epochs: int | None = None if settings.minutes is not None else settings.epochs
         self.timed = False
@@ -98,28 +86,30 @@ class Reconstructor:
             done: what became of them; it is brought up to date, as the model is.
         """
         name = stage[0].block
-        if name in self.plan.tied_blocks:
+        if name is None:
+            return
+        if name not in self.blocks():
+            why = TIED if name in self.plan.tied_blocks else UNREACHED
             for layer in stage:
                 record = done.layers[layer.name][0].record
-                record["note"] = "; ".join(filter(None, (record["note"], TIED)))
-        if name is None or name not in self.blocks():
+                record["note"] = "; ".join(filter(None, (record["note"], why)))
             return
         learning = [layer for layer in stage if not layer.tied]
         inputs, outputs = self.calibration.inputs.arguments(name), self.calibration.exact_outputs(name)
-        task = _Task(
-            inputs, outputs, _token_weights(self.calibration.weights.get(name), outputs), self.model, self.half
-        )
+        weights = _token_weights(self.calibration.weights.get(name), outputs)
+        task = _Task(inputs, outputs, weights, self.model, self.half, self.views)
         block = self.model.get_submodule(name)
         with torch.enable_grad():
             learner = _Learner(block, name, learning, done, self.settings)
             if not self.timed:
-                self._announce(learner, task)
+                self._announce(name, learner, task)
             assert self.epochs is not None
             before = task.error(block, task.held_back)
             number = self.calibration.inputs.blocks.index(name)  # a resumed run makes the same steps
             learner.learn(task, self.epochs, torch.Generator().manual_seed(self.seed + number))
             self.calibration.progress.learned(self.epochs / len(self.blocks()))
         kept = copy.copy(done.layers), {key: x.clone() for key, x in self._parameters(name).items()}
+        modules = {layer.name: self.model.get_submodule(layer.name) for layer in learning}
         self._put(learner, name, learning, done)
         after = task.error(self.model.get_submodule(name), task.held_back)
         share = after / before if before > 0 else 1.0
@@ -130,7 +120,8 @@ class Reconstructor:
                 for key, x in self._parameters(name).items():
                     x.copy_(kept[1][key])
             for layer in learning:
-                replace_layer(self.model, layer, *done.layers[layer.name], self.execution)
+                for alias in names_of(self.model, self.model.get_submodule(layer.name)):
+                    self.model.set_submodule(alias, modules[layer.name])
         done.parameters |= {key: x.detach().clone() for key, x in self._parameters(name).items()}
         for layer in learning:
             done.layers[layer.name][0].record["reconstructed"] = share
@@ -145,22 +136,22 @@ class Reconstructor:
         for layer in learning:
             twin = learner.layers[layer.name]
             rounded, factor = done.layers[layer.name]
-            integers, scale, bias, stretch = twin.learned()
+            integers, scale, bias, real, stretch = twin.learned()
             record = dict(rounded.record)
             weight = done.weights.get(layer.name)
             if weight is not None:
-                real = weight_to_real(integers, scale, rounded.zero_point, rounded.settings.group_size, scale.dtype)
-                record |= weight_statistics(weight, real, per_tensor=rounded.settings.method == "tensor")
+                on_grid = weight_to_real(integers, scale, rounded.zero_point, rounded.settings.group_size, scale.dtype)
+                record |= weight_statistics(weight, on_grid, per_tensor=rounded.settings.method == "tensor")
             span = rounded.input_range and (stretch * rounded.input_range[0], stretch * rounded.input_range[1])
             new = rounded._replace(integers=integers, scale=scale, bias=bias, input_range=span, record=record)
             done.layers[layer.name] = new, factor
-            replace_layer(self.model, layer, new, factor, self.execution)
+            replace_layer(self.model, layer, new, factor, real)
 
     def _parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The vectors of a block that are learned, by their names in the model."""
         return _vectors(self.model.get_submodule(name), f"{name}.")
 
-    def _announce(self, learner: _Learner, task: _Task) -> None:
+    def _announce(self, first: str, learner: _Learner, task: _Task) -> None:
         """Time some steps, settle the number of epochs, and say how long it is going to take."""
         self.timed = True
         trial = copy.deepcopy(learner)
@@ -171,16 +162,18 @@ class Reconstructor:
             started = time.perf_counter()
             trial.step(task, next(task.shuffled(self.settings.batch_size, generator)))
             seconds.append(time.perf_counter() - started)
-        epoch = min(seconds[1:]) * steps * len(self.blocks())
+        left = len(self.blocks()) - self.blocks().index(first)  # a resumed run has done some
+        epoch = min(seconds[1:]) * steps * left
         if self.epochs is None:
             assert self.settings.minutes is not None
             self.epochs = max(1, int(60 * self.settings.minutes / epoch))
-        self.calibration.progress.learns(self.epochs)
-        tqdm.write(
-            f"Reconstruction: {len(self.blocks())} blocks, {self.epochs} epoch{'s'[: self.epochs > 1]} of {steps} "
-            f"steps each, about {_duration(epoch * self.epochs)} on this machine",
-            file=sys.stderr,
+        self.calibration.progress.learns(self.epochs * left / len(self.blocks()))
+        text = (
+            f"Reconstruction: {left} block{'s'[: left > 1]}, {self.epochs} epoch{'s'[: self.epochs > 1]} of {steps} "
+            f"steps each, about {_duration(epoch * self.epochs)} on this machine"
         )
+        logger.info("%s", text)
+        self.calibration.progress.say(text)
 
 
 class _Task:
@@ -192,12 +185,23 @@ class _Task:
         weights: one per token, (tokens,) for each batch; None for 1 everywhere.
         model: where hidden states go.
         half: whether products are in bfloat16.
+        views: of each picture, which follow one another; they are held back together.
     """
 
-    def __init__(self, inputs: Stored, outputs: Storage, weights: list[Tensor] | None, model: nn.Module, half: bool):
+    def __init__(
+        self,
+        inputs: Stored,
+        outputs: Storage,
+        weights: list[Tensor] | None,
+        model: nn.Module,
+        half: bool,
+        views: int = 1,
+    ):
         self.inputs, self.outputs, self.weights, self.model, self.half = inputs, outputs, weights, model, half
-        count = len(inputs)
-        self.held_back = list(range(HELD_BACK - 1, count, HELD_BACK)) or [count - 1]
+        count, size = len(inputs), math.lcm(BATCH_SIZE, views) // BATCH_SIZE
+        parts = [range(start, min(start + size, count)) for start in range(0, count, size)]  # whole pictures each
+        held = parts[HELD_BACK - 1 :: HELD_BACK] or parts[-2:-1]  # the last may be short
+        self.held_back = [batch for part in held for batch in part]
         self.learned_from = [i for i in range(count) if i not in self.held_back]
 
     def steps(self, batch_size: int) -> int:
@@ -244,14 +248,16 @@ class _Learner(nn.Module):
     ):
         super().__init__()
         self.block = copy.deepcopy(block).eval().requires_grad_(False)
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.block.parameters()):
-            self.block.float()
+        double = any(p.dtype == torch.float64 for p in self.block.parameters())
+        dtype = torch.float64 if double else torch.float32
+        self.block.to(dtype)
         self.batch_size = settings.batch_size
         self.layers: dict[str, LearnedLinear] = {}
         for layer in layers:
             inner = layer.name.removeprefix(f"{name}.")
             own = cast(QuantizedLinear, block.get_submodule(inner))
-            twin = LearnedLinear(own, done.weights.get(layer.name))
+            twin = LearnedLinear(own, done.weights.get(layer.name), dtype)
+            carry_hooks(own, twin)
             self.block.set_submodule(inner, twin)
             self.layers[layer.name] = twin
         self.vectors = _vectors(self.block, f"{name}.")
@@ -271,9 +277,9 @@ class _Learner(nn.Module):
         self.optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.99))
 
     def learn(self, task: _Task, epochs: int, generator: torch.Generator) -> None:
-        """All epochs, the rates falling along half a cosine; in the end, it is what it was after the best of them."""
+        """All epochs, the rates falling along half a cosine; what stays is the best that there was, at first included."""
         steps, at = epochs * task.steps(self.batch_size), 0
-        least, best = math.inf, None
+        least, best = task.error(self.block, task.held_back), [p.detach().clone() for p in self.learned()]
         for _ in range(epochs):
             for batches in task.shuffled(self.batch_size, generator):
                 share = 0.5 * (1 + math.cos(math.pi * at / steps))
@@ -284,7 +290,7 @@ class _Learner(nn.Module):
             error = task.error(self.block, task.held_back)
             if error < least:
                 least, best = error, [p.detach().clone() for p in self.learned()]
-        for parameter, value in zip(self.learned(), best or [], strict=False):
+        for parameter, value in zip(self.learned(), best, strict=True):
             parameter.data.copy_(value)
 
     def learned(self) -> list[nn.Parameter]:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fairseq.quantization.architectures.plan import ModelPlan
+from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.calibration import Calibration
+from fairseq.quantization.calibration.statistics import BATCH_SIZE
 from fairseq.quantization.config import QuantizationConfig
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ class Reconstruction:
         epochs: passes over the calibration pictures for each block, at least 1.
         minutes: instead of ``epochs``, at most about so many for learning all blocks on this machine, > 0: a few steps
             are timed, and as many epochs made as fit, one at least. The same integers on another day need ``epochs``.
-        batch_size: pictures a step, at least 1.
+        batch_size: pictures a step, a multiple of 4.
         integer_rate: the step of a weight before it is rounded, in units of its integers; > 0.
         scale_rate: the step of the logarithm of a scale; 0 leaves the scales.
         bias_rate: the step of biases, and of the gains and biases of norms; 0 leaves them.
@@ -49,6 +51,10 @@ class Reconstruction:
                 raise TypeError(f"{name} of a Reconstruction must be an int of at least 1, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} of a Reconstruction must be at least 1, got {value}")
+        if self.batch_size % BATCH_SIZE:
+            raise ValueError(
+                f"batch_size of a Reconstruction must be a multiple of {BATCH_SIZE}, got {self.batch_size}"
+            )
         rates = {"minutes": 0.0 if self.minutes is None else self.minutes}
         rates |= {name: getattr(self, name) for name in ("integer_rate", "scale_rate", "bias_rate")}
         for name, value in rates.items():
@@ -59,17 +65,32 @@ class Reconstruction:
                 raise ValueError(f"{name} of a Reconstruction must be {'more than' if positive else 'at least'} 0 and "
                                  f"finite, got {value}")  # fmt: skip
 
+    def check(self, pictures: int, resumable: bool) -> None:
+        """See whether blocks can be learned.
+
+        Args:
+            pictures: how many there are, each counted once.
+            resumable: an interrupted run is to go on to the same integers.
+
+        Raises:
+            ValueError: fewer pictures than 16, several processes, or minutes where epochs are needed.
+        """
+        if processes.count() > 1:
+            raise ValueError(f"reconstruct=True runs in one process; there are {processes.count()}")
+        if pictures < MIN_PICTURES:
+            raise ValueError(
+                f"reconstruct=True learns from calibration pictures and needs at least {MIN_PICTURES}; got {pictures}"
+            )
+        if resumable and self.minutes is not None:
+            raise ValueError("resume= needs a Reconstruction of so many epochs: how many fit in minutes changes")
+
     def learner(
         self, model: nn.Module, plan: ModelPlan, calibration: Calibration, config: QuantizationConfig
     ) -> Reconstructor:
-        """What learns the blocks of ``model``, which is being quantized.
-
-        Raises:
-            ValueError: fewer pictures than 16, or several processes.
-        """
+        """What learns the blocks of ``model``, which is being quantized."""
         from fairseq.quantization.reconstruction.reconstruct import Reconstructor
 
-        return Reconstructor(model, plan, calibration, self, config.seed, config.execution)
+        return Reconstructor(model, plan, calibration, self, config.seed)
 
 
 def resolve_reconstruction(reconstruct: object) -> Reconstruction | None:

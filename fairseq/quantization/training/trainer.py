@@ -80,6 +80,11 @@ class DistillationTrainer(Trainer):
             learn_scales(model)
         args.remove_unused_columns = False
         args._n_gpu = min(args.n_gpu, 1)  # torchrun makes processes; threads in one would mix up what blocks give
+        if args.world_size > 1 and hasattr(model, "get_image_features"):
+            raise ValueError(
+                f"a {type(model).__name__} has two towers and trains in one process; there are {args.world_size}. "
+                "Pass the vision tower to train it in several"
+            )
         if args.world_size > 1:
             args.dataloader_drop_last = True  # or the sampler would fill the last batches up with the first ones
         super().__init__(model, args, **keywords)

@@ -26,7 +26,7 @@ def test_it_begins_as_the_layer(bits, activations, grid, symmetric):
     layer = emulated(bits, "tensor" if grid == "tensor" else "channel", kind, width, 32 if grid == "group" else None,
                      symmetric)  # fmt: skip
     twin = LearnedLinear(layer, float_linear().weight)
-    integers, scale, bias, stretch = twin.learned()
+    integers, scale, bias, _, stretch = twin.learned()
     assert torch.equal(integers, layer.integers())
     assert torch.equal(scale, layer.scale)
     assert torch.equal(bias, layer.bias)
@@ -92,7 +92,7 @@ def test_steps_change_integers_scale_and_bias(bits):
         twin.latent += 0.8
         twin.log_scale += 0.1
         twin.bias += 1
-    integers, scale, bias, _ = twin.learned()
+    integers, scale, bias, *_ = twin.learned()
     assert torch.equal(integers, (layer.integers().int() + 1).clamp(max=2**bits - 1).to(torch.uint8))
     assert torch.allclose(scale, layer.scale * torch.tensor(0.1).exp())
     assert torch.allclose(bias, layer.bias + 1)

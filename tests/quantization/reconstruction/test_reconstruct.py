@@ -11,9 +11,10 @@ from fairseq.models.vit_quantization import Reconstruction, ViTQuantizer, compar
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.quantization.calibration import calibration
-from fairseq.quantization.calibration.block_inputs import Stored
+from fairseq.quantization.calibration.block_inputs import Stored, first
 from fairseq.quantization.calibration.storage import Storage
 from fairseq.quantization.reconstruction import reconstruct as reconstructing
+from fairseq.quantization.reconstruction.learned_linear import LearnedLinear
 
 PICTURES = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 OTHERS = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(4))
@@ -54,9 +55,29 @@ def test_it_errs_less_on_other_pictures(tiny_vit, changes):
     assert "error left" in report.table()
 
 
-def test_what_errs_more_on_pictures_held_back_is_taken_back(tiny_vit):
+@pytest.mark.parametrize("execution", ["packed", "emulated"])
+def test_what_errs_more_on_pictures_held_back_is_taken_back(monkeypatch, tiny_vit, execution):
+    plain, _ = quantize(tiny_vit, False, execution=execution)
+    with monkeypatch.context() as patch:
+        errors = iter([1.0, 2.0] * 100)  # the packed block errs more than it did
+        real = reconstructing._Task.error
+
+        def error(self, block, batches):
+            learner = any(isinstance(m, LearnedLinear) for m in block.modules())
+            return real(self, block, batches) if learner else next(errors)
+
+        patch.setattr(reconstructing._Task, "error", error)
+        back, report = quantize(tiny_vit, execution=execution)
+    assert {layer.reconstructed for layer in report.quantized if layer.block is not None} == {1.0}
+    assert same(plain, back)
+
+
+@pytest.mark.parametrize(
+    "rates", [{"integer_rate": 50.0, "bias_rate": 5.0}, {"scale_rate": 200.0}, {"bias_rate": 1e30}]
+)
+def test_what_diverges_changes_nothing(tiny_vit, rates):
     plain, _ = quantize(tiny_vit, False)
-    wild, report = quantize(tiny_vit, Reconstruction(epochs=1, integer_rate=50.0, bias_rate=5.0))
+    wild, report = quantize(tiny_vit, Reconstruction(epochs=1, **rates))
     assert {layer.reconstructed for layer in report.quantized if layer.block is not None} == {1.0}
     assert same(plain, wild)
 
@@ -123,7 +144,8 @@ def test_an_interrupted_run_goes_on_to_the_same_model(monkeypatch, tiny_vit, tmp
     assert again == report
 
 
-def test_minutes_become_epochs_that_fit(monkeypatch, tiny_vit, capsys):
+def test_minutes_become_epochs_that_fit(monkeypatch, tiny_vit, caplog):
+    caplog.set_level("INFO")
     epochs = []
     monkeypatch.setattr(reconstructing._Learner, "learn", lambda self, task, count, generator: epochs.append(count))
     ticks = iter(range(1000))  # each step takes a second
@@ -131,7 +153,7 @@ def test_minutes_become_epochs_that_fit(monkeypatch, tiny_vit, capsys):
     quantize(tiny_vit, Reconstruction(minutes=1))  # 2 blocks, 3 steps an epoch
     quantize(tiny_vit, Reconstruction(minutes=0.01))
     assert epochs == [10, 10, 1, 1]
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "2 blocks, 10 epochs of 3 steps each, about 60 s on this machine" in said
     assert "2 blocks, 1 epoch of 3 steps each" in said
 
@@ -166,12 +188,45 @@ def test_the_loss_counts_each_token_by_its_weight_and_leaves_pictures_out():
     assert epoch != sorted(epoch)
 
 
-def test_half_precision(tiny_vit):
-    model = copy.deepcopy(tiny_vit).bfloat16()
-    learned, report = quantize(model)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("activations", [None, "static"])
+def test_other_dtypes(tiny_vit, dtype, activations):
+    model = copy.deepcopy(tiny_vit).to(dtype)
+    learned, report = quantize(model, activations=activations)
     assert min(layer.reconstructed for layer in report.quantized if layer.block is not None) < 1
-    assert {p.dtype for p in learned.parameters()} == {torch.bfloat16}
-    assert torch.isfinite(learned(OTHERS[:2].bfloat16()).logits).all()
+    assert {p.dtype for p in learned.parameters()} == {dtype}
+    assert torch.isfinite(learned(OTHERS[:2].to(dtype)).logits).all()
+
+
+class _ByName(nn.Module):
+    """Calls its blocks with their hidden states by name."""
+
+    def __init__(self, vit):
+        super().__init__()
+        self.vit, self.config = vit.vit, vit.config
+
+    def forward(self, pixel_values):
+        hidden = self.vit.embeddings(pixel_values)
+        for layer in next(m for m in self.vit.modules() if isinstance(m, nn.ModuleList)):
+            hidden = first(layer(hidden_states=hidden))
+        return hidden
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_blocks_that_are_called_by_name(tiny_vit):
+    _, report = quantize(_ByName(tiny_vit), quantize_classifier=False)
+    assert min(layer.reconstructed for layer in report.quantized if layer.block is not None) < 1
+
+
+def test_views_of_a_picture_are_held_back_together():
+    inputs, outputs = Stored("inputs"), Storage("outputs")
+    for _ in range(31):  # 40 pictures of 3 views each, and one more
+        inputs.append(((torch.zeros(4, 1),), {}))
+        outputs.append(torch.zeros(4, 1))
+    task = reconstructing._Task(inputs, outputs, None, nn.Linear(1, 1), False, views=3)
+    assert task.held_back == [21, 22, 23]
+    assert reconstructing._Task(inputs, outputs, None, nn.Linear(1, 1), False, views=32).held_back == [16, 17, 18, 19,
+        20, 21, 22, 23]  # fmt: skip
 
 
 def test_blocks_that_share_parameters_are_left_and_said(tiny_vit):
