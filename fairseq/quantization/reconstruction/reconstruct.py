@@ -277,7 +277,7 @@ class _Learner(nn.Module):
         self.optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.99))
 
     def learn(self, task: _Task, epochs: int, generator: torch.Generator) -> None:
-        """All epochs, the rates falling along half a cosine; what stays is the best of what there was, the start too."""
+        """All epochs, the rates falling along half a cosine; the best that there was stays, the start included."""
         steps, at = epochs * task.steps(self.batch_size), 0
         least, best = task.error(self.block, task.held_back), [p.detach().clone() for p in self.learned()]
         for _ in range(epochs):
