@@ -254,8 +254,7 @@ def test_two_processes_train_as_one_and_share_the_pictures():
     for epoch in (slice(0, 16), slice(16, 32)):
         assert len({*first["seen"][epoch], *second["seen"][epoch]}) == 32
     assert first["weights"] == second["weights"]
-    # One process takes the last 4 pictures, too, in a step that is not whole. Until then sums differ in their order
-    # alone, by which now and then a weight or an activation rounds to the other side.
-    assert one["losses"][0] == pytest.approx(first["losses"][0], rel=1e-4)
-    assert one["losses"][:4] == pytest.approx(first["losses"][:4], rel=2e-2)
+    # One process takes the last 4 pictures, too, in a step that is not whole. Until then a process weighs features by
+    # the energy of its own pictures, and now and then a weight or an activation rounds to the other side.
+    assert one["losses"][:4] == pytest.approx(first["losses"][:4], rel=1e-2)
     assert (len(one["losses"]), len(first["losses"])) == (10, 8)
