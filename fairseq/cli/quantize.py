@@ -119,6 +119,8 @@ def quantize(
         raise UserError(f"--calibration {calibration}: no such folder")
     if images != "all" and not (images.isdecimal() and int(images)):
         raise UserError(f"--images {images}: must be a whole number of at least 1, or all")
+    if augment != 1 and calibration is None:
+        raise UserError("--augment needs --calibration")
     if not reconstruct and (epochs, minutes) != (None, None):
         raise UserError("--epochs and --minutes are for --reconstruct")
     if epochs is not None and minutes is not None:

@@ -147,6 +147,7 @@ def test_stderr_has_progress_and_quiet_has_none(cli, models, tmp_path):
         (["--engine", "fast"], "engine"),
         (["--device", "tpu"], "auto, cpu, cuda"),
         (["--bias-correction", "maybe"], "no, yes, add"),
+        (["--augment", 2], "--augment needs --calibration"),
         (["--reconstruct"], "reconstruct= learns from images"),
         (["--epochs", 3], "--epochs and --minutes are for --reconstruct"),
         (["--reconstruct", "--epochs", 3, "--minutes", 1], "exclude each other"),
