@@ -12,7 +12,20 @@ from typing import Annotated, Any
 
 import typer
 
-from fairseq.cli.options import Device, Json, Model, Quiet, parse_overrides
+from fairseq.cli.options import (
+    ActivationBits,
+    Device,
+    Exclude,
+    Force,
+    GroupSize,
+    Json,
+    Method,
+    Model,
+    Overrides,
+    Quiet,
+    Symmetric,
+    parse_overrides,
+)
 from fairseq.cli.output import Say, UserError, finish, mistakes, with_examples, working
 from fairseq.cli.saving import check_output, whole_folder
 
@@ -34,20 +47,15 @@ def distill(
         str | None, typer.Option(metavar="MODEL", help="A local folder or a hub id.  [default: MODEL]")
     ] = None,
     bits: Annotated[int, typer.Option(help="Width of the integers, 2 to 8.")] = 4,
-    method: Annotated[str, typer.Option(metavar="tensor|channel|histogram", help="What shares a scale.")] = "channel",
-    group_size: Annotated[int | None, typer.Option(help="Input channels that share a scale, 32 to 128.")] = None,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="Zero point in the middle of the grid.")] = False,
+    method: Method = "channel",
+    group_size: GroupSize = None,
+    symmetric: Symmetric = False,
     activations: Annotated[
         str, typer.Option(metavar="dynamic|static|none", help="How inputs are rounded.")
     ] = "dynamic",
-    activation_bits: Annotated[int, typer.Option(help="2 to 8.")] = 8,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB=key:value,...", help="Other settings for layers of such names; repeatable."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Layers of such names stay in float; repeatable.")
-    ] = None,
+    activation_bits: ActivationBits = 8,
+    override: Overrides = None,
+    exclude: Exclude = None,
     calibration: Annotated[int, typer.Option(min=1, help="How many pictures it is quantized on, first.")] = 128,
     epochs: Annotated[float, typer.Option(min=0, help="How often each picture is seen.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in a step, of each process.")] = 32,
@@ -64,7 +72,7 @@ def distill(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoints.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order of pictures, crops and flips.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Write to OUT though it holds something else.")] = False,
+    force: Force = False,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,

@@ -15,6 +15,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where the models run.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB=key:value,...", help="Other settings for layers of such names; repeatable."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="Layers of such names stay in float; repeatable.")
+]
+Method = Annotated[str, typer.Option(metavar="tensor|channel|histogram", help="What shares a scale.")]
+GroupSize = Annotated[int | None, typer.Option(help="Input channels that share a scale, 32 to 128.")]
+Symmetric = Annotated[bool, typer.Option("--symmetric", help="Zero point in the middle of the grid.")]
+ActivationBits = Annotated[int, typer.Option(help="2 to 8.")]
+Force = Annotated[bool, typer.Option("--force", help="Write to OUT though it holds something else.")]
 Images = Annotated[Path | None, typer.Option(metavar="DIR", help="A folder of pictures.")]
 
 

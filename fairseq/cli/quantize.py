@@ -10,7 +10,21 @@ from typing import Annotated, Any
 import typer
 
 from fairseq.cli.distributed import processes_together, speaks
-from fairseq.cli.options import Device, Json, Model, Quiet, parse_bias_correction, parse_overrides
+from fairseq.cli.options import (
+    ActivationBits,
+    Device,
+    Exclude,
+    Force,
+    GroupSize,
+    Json,
+    Method,
+    Model,
+    Overrides,
+    Quiet,
+    Symmetric,
+    parse_bias_correction,
+    parse_overrides,
+)
 from fairseq.cli.output import Say, UserError, finish, mistakes, with_examples, working
 from fairseq.cli.saving import check_output, whole_folder
 
@@ -33,14 +47,14 @@ def quantize(
         str, typer.Option(metavar="default|ibert|ivit", help="GELU and softmax of integers alone; others err more.")
     ] = "default",
     bits: Annotated[int | None, typer.Option(help="Width of the integers, 2 to 8.  [default: 8]")] = None,
-    method: Annotated[str, typer.Option(metavar="tensor|channel|histogram", help="What shares a scale.")] = "tensor",
+    method: Method = "tensor",
     p: Annotated[float, typer.Option("--p", help="Share of the layers that is quantized.")] = 1.0,
     activations: Annotated[
         str, typer.Option(metavar="dynamic|static|none", help="How inputs are rounded; static needs --calibration.")
     ] = "dynamic",
-    activation_bits: Annotated[int, typer.Option(help="2 to 8.")] = 8,
-    group_size: Annotated[int | None, typer.Option(help="Input channels that share a scale, 32 to 128.")] = None,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="Zero point in the middle of the grid.")] = False,
+    activation_bits: ActivationBits = 8,
+    group_size: GroupSize = None,
+    symmetric: Symmetric = False,
     rounding: Annotated[
         str,
         typer.Option(
@@ -61,13 +75,8 @@ def quantize(
         str, typer.Option(metavar="vision|text|all", help="Which towers of a model that reads text, too.")
     ] = "vision",
     seed: Annotated[int, typer.Option(help="Chooses the layers of --p, and the pictures.")] = 0,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB=key:value,...", help="Other settings for layers of such names; repeatable."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Layers of such names stay in float; repeatable.")
-    ] = None,
+    override: Overrides = None,
+    exclude: Exclude = None,
     average_bits: Annotated[
         float | None, typer.Option(help="Widths layer by layer, this many per weight; needs --calibration.")
     ] = None,
@@ -93,7 +102,7 @@ def quantize(
     engine: Annotated[
         str, typer.Option(metavar="auto|fused|layers", help="fused: an error if no encoder block can be fused.")
     ] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Write to OUT though it holds something else.")] = False,
+    force: Force = False,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,

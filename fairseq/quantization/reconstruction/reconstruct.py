@@ -151,7 +151,7 @@ class Reconstructor:
         """The vectors of a block that are learned, by their names in the model."""
         return _vectors(self.model.get_submodule(name), f"{name}.")
 
-    def _announce(self, first: str, learner: _Learner, task: _Task) -> None:
+    def _announce(self, name: str, learner: _Learner, task: _Task) -> None:
         """Time some steps, settle the number of epochs, and say how long it is going to take."""
         self.timed = True
         trial = copy.deepcopy(learner)
@@ -162,7 +162,7 @@ class Reconstructor:
             started = time.perf_counter()
             trial.step(task, next(task.shuffled(self.settings.batch_size, generator)))
             seconds.append(time.perf_counter() - started)
-        left = len(self.blocks()) - self.blocks().index(first)  # a resumed run has done some
+        left = len(self.blocks()) - self.blocks().index(name)  # a resumed run has done some
         epoch = min(seconds[1:]) * steps * left
         if self.epochs is None:
             assert self.settings.minutes is not None

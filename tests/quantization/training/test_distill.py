@@ -244,7 +244,7 @@ RUN_TOGETHER = Beside(_run_together)
 
 
 @RUN_TOGETHER
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo")
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo was not tried on Windows")
 def test_two_processes_train_as_one_and_share_the_pictures():
     folder, alone, both = RUN_TOGETHER.result()
     assert (alone.returncode, both.returncode) == (0, 0), alone.stderr + both.stderr
