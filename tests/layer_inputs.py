@@ -3,6 +3,7 @@
 import torch
 
 from fairseq.modules.quantization.scalar.weights import weight_to_real
+from fairseq.quantization.rounding.round_weight import round_weight
 from fairseq.quantization.rounding.statistics import Statistics
 
 SETTINGS = [
@@ -39,3 +40,14 @@ def noisy(exact, share, seed=1):
 
 def real(rounded, config):
     return weight_to_real(*rounded, config.group_size)
+
+
+def errors_after_drift(roundings, config):
+    """For each rounding the squared error of the output on tokens that it has seen, and on others, after drift."""
+    w, exact = layer(tokens=4000)
+    x = noisy(exact, 0.1)
+    half = len(x) // 2
+    data = drifted(x[:half], exact[:half])
+    weights = [real(round_weight(w, data, config, rounding), config) for rounding in roundings]
+    parts = slice(None, half), slice(half, None)
+    return [[float((x[part] @ got.T - exact[part] @ w.T).square().sum()) for part in parts] for got in weights]

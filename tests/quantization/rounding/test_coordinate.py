@@ -3,12 +3,11 @@
 import pytest
 import torch
 from bounds import sum_error
-from layer_inputs import SETTINGS, drifted, layer, noisy, real, statistics
+from layer_inputs import SETTINGS, errors_after_drift, layer, real, statistics
 
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.quantization.rounding.coordinate import _refit, coordinate, in_turns
 from fairseq.quantization.rounding.gptq import compensated, per_weight
-from fairseq.quantization.rounding.round_weight import round_weight
 from fairseq.quantization.rounding.second_moment import damped
 
 
@@ -33,13 +32,7 @@ def test_the_error_falls_from_its_start(settings, bits):
 @pytest.mark.parametrize("bits", [2, 3])
 def test_it_comes_nearer_to_the_float_output_on_other_inputs_too(settings, bits):
     config = LinearConfig(bits=bits, **settings)
-    w, exact = layer(tokens=4000)
-    x = noisy(exact, 0.1)
-    half = len(x) // 2
-    data = drifted(x[:half], exact[:half])
-    results = [real(round_weight(w, data, config, rounding), config) for rounding in ("coordinate", "gptaq")]
-    for part in (slice(None, half), slice(half, None)):  # tokens that it has seen, and others
-        least, other = ((x[part] @ got.T - exact[part] @ w.T).square().sum() for got in results)
+    for least, other in zip(*errors_after_drift(("coordinate", "gptaq"), config), strict=True):
         assert least < 0.95 * other
 
 

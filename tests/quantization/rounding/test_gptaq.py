@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layer_inputs import SETTINGS, drifted, layer, noisy, real, statistics
+from layer_inputs import SETTINGS, drifted, errors_after_drift, layer, noisy, real, statistics
 
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.quantization.rounding.gptaq import drift_corrected
@@ -13,19 +13,8 @@ from fairseq.quantization.rounding.second_moment import damped
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_gptaq_comes_nearer_to_the_float_output_on_other_inputs_too(settings):
     config = LinearConfig(bits=4, **settings)
-    w, exact = layer(tokens=4000)
-    x = noisy(exact, 0.1)
-    half = len(x) // 2
-    data = drifted(x[:half], exact[:half])
-    errors = {}
-    for rounding in ("nearest", "gptq", "gptaq"):
-        got = real(round_weight(w, data, config, rounding), config)
-        errors[rounding] = [
-            (x[part] @ got.T - exact[part] @ w.T).square().sum().item()
-            for part in (slice(None, half), slice(half, None))
-        ]
-    for tokens in (0, 1):  # those that it has seen, and others
-        assert errors["gptaq"][tokens] < 0.8 * errors["gptq"][tokens] < 0.8 * errors["nearest"][tokens]
+    for nearest, gptq, gptaq in zip(*errors_after_drift(("nearest", "gptq", "gptaq"), config), strict=True):
+        assert gptaq < 0.8 * gptq < 0.8 * nearest
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 1.0, 100.0])

@@ -3,13 +3,12 @@
 import pytest
 import torch
 from bounds import sum_error
-from layer_inputs import SETTINGS, drifted, layer, noisy, real
+from layer_inputs import SETTINGS, drifted, errors_after_drift, layer, noisy
 
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.quantization.rounding import qronos as module
 from fairseq.quantization.rounding.gptq import compensated, importance
 from fairseq.quantization.rounding.qronos import largest_eigenvalue, qronos
-from fairseq.quantization.rounding.round_weight import round_weight
 from fairseq.quantization.rounding.second_moment import inverse_factor
 
 
@@ -39,13 +38,7 @@ def test_the_first_two_steps_are_those_of_the_paper(monkeypatch):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_it_comes_nearer_to_the_float_output_on_other_inputs_too(settings):
     config = LinearConfig(bits=4, **settings)
-    w, exact = layer(tokens=4000)
-    x = noisy(exact, 0.1)
-    half = len(x) // 2
-    data = drifted(x[:half], exact[:half])
-    results = [real(round_weight(w, data, config, rounding), config) for rounding in ("qronos", "gptq")]
-    for part in (slice(None, half), slice(half, None)):  # tokens that it has seen, and others
-        least, plain = ((x[part] @ got.T - exact[part] @ w.T).square().sum() for got in results)
+    for least, plain in zip(*errors_after_drift(("qronos", "gptq"), config), strict=True):
         assert least < 0.6 * plain
 
 
