@@ -96,6 +96,7 @@ def test_what_is_left_behind(tiny_vit):
     for layer in emulated.modules():  # the range is that of the weight that is there
         if isinstance(layer, EmulatedLinear):
             assert not layer._lags()
+            assert not torch.equal(layer.weight, layer.quantized_weight())  # where it was, within its integer
     norms = [[x for n, x in m.named_parameters() if "norm" in n] for m in (packed, tiny_vit)]
     assert any(not torch.equal(a, b) for a, b in zip(*norms, strict=True))
     for layer in report.quantized:  # of the integers that are there
