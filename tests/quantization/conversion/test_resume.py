@@ -81,11 +81,11 @@ import os, signal, sys, torch
 from transformers import ViTForImageClassification
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.quantization.conversion.resume import Resume
-folder, model, pictures = sys.argv[1:]
+folder, model, pictures, threads = sys.argv[1:]
 save = Resume.save
 Resume.save = lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGKILL))
 model = ViTForImageClassification.from_pretrained(model).eval()
-torch.set_num_threads(1)
+torch.set_num_threads(int(threads))  # as the run that goes on: sums in another order may round otherwise
 ViTQuantizer(bits=3, method="channel").quantize_model(model, calibration=torch.load(pictures), resume=folder)
 """
 
@@ -94,7 +94,8 @@ def test_a_process_that_is_killed(tiny_vit, tmp_path):
     tiny_vit.save_pretrained(tmp_path / "model")
     model = ViTForImageClassification.from_pretrained(tmp_path / "model").eval()
     torch.save(PICTURES, tmp_path / "pictures.pt")
-    folder, command = tmp_path / "run", [tmp_path / "run", tmp_path / "model", tmp_path / "pictures.pt"]
+    folder = tmp_path / "run"
+    command = [folder, tmp_path / "model", tmp_path / "pictures.pt", torch.get_num_threads()]
     done = subprocess.run([sys.executable, "-c", KILLED, *map(str, command)], env=os.environ, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in sorted(folder.glob("stage-*"))] == ["stage-000.safetensors"]
