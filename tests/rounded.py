@@ -1,20 +1,23 @@
-"""What rounding one layer does, found without any of the library's shortcuts."""
+"""What a narrower layer does, found without the twins, the replay and the derived widths of the library."""
 
-import copy
+from dataclasses import replace
 
 import torch
 
-from fairseq.modules.quantization.scalar.ops import emulate_int
 from fairseq.quantization.config import QuantizationConfig
+from fairseq.quantization.conversion.convert import convert
 
-CHANNEL = QuantizationConfig(method="channel")
+CHANNEL = QuantizationConfig(method="channel", rounding="nearest", equalize=False)
+"""Each layer is rounded whatever the others are, so that a twin is the layer of the narrower model, bit for bit."""
 
 
-def directly(model, pixels, name, bits):
-    """The KL divergence with one layer of a copy rounded per channel."""
-    other = copy.deepcopy(model)
-    layer = other.get_submodule(name)
-    layer.weight.data = emulate_int(layer.weight.data, bits, "channel")[0]
+def directly(model, pixels, name, bits, config=CHANNEL):
+    """The KL divergence of the model with one narrower layer from the one with every layer at 8 bits."""
+    own = {name: {**config.overrides.get(name, {}), "bits": bits}}
+    narrower = replace(config, overrides={**config.overrides, **own})
     with torch.no_grad():
-        p, q = (m(pixels).logits.double().softmax(-1) for m in (model, other))
+        p, q = (
+            convert(model, own, pixels, engine="layers")[0](pixels).logits.double().softmax(-1)
+            for own in (config, narrower)
+        )
     return (p * (p.log() - q.log())).sum(-1).mean().item()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import fairseq
-from fairseq.cli import check, distill, files, quantize
+from fairseq.cli import check, distill, files, pareto, quantize
 from fairseq.cli.output import UserError, first_line
 
 FINE, MISTAKE, STOPPED = 0, 2, 130
@@ -17,6 +17,7 @@ COMMAND_LINE_ERROR: Any = typer.BadParameter.__mro__[2]  # click's own base clas
 COMMANDS = (
     quantize.quantize,
     distill.distill,
+    pareto.pareto,
     check.compare,
     check.evaluate,
     check.benchmark,

@@ -80,6 +80,15 @@ def quantize(
     average_bits: Annotated[
         float | None, typer.Option(help="Widths layer by layer, this many per weight; needs --calibration.")
     ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="Likewise, for so many bytes of weights as they are saved.")
+    ] = None,
+    max_milliseconds: Annotated[
+        float | None, typer.Option(help="Likewise, for so long on one picture, measured on this machine.")
+    ] = None,
+    max_accuracy_drop: Annotated[
+        float | None, typer.Option(help="Likewise, as small as it gets while at most so many % change their class.")
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Pictures like those that the model will see, no labels.")
     ] = None,
@@ -111,10 +120,16 @@ def quantize(
 
     OUT appears when all is written; after an error or Ctrl-C there is nothing.
     """
-    if average_bits is not None and bits is not None:
-        raise UserError("--bits and --average-bits exclude each other")
-    if average_bits is not None and calibration is None:
-        raise UserError("--average-bits needs --calibration: widths follow from what rounding does to pictures")
+    limits = {
+        "average_bits": average_bits, "max_bytes": max_bytes, "max_milliseconds": max_milliseconds,
+        "max_accuracy_drop": max_accuracy_drop,
+    }  # fmt: skip
+    budget: dict[str, Any] = {name: limit for name, limit in limits.items() if limit is not None}
+    named = [f"--{name.replace('_', '-')}" for name in budget]
+    if len(named) > 1 or (named and bits is not None):
+        raise UserError(" and ".join(["--bits"] * (bits is not None) + named) + " exclude each other")
+    if named and calibration is None:
+        raise UserError(f"{named[0]} needs --calibration: widths follow from what rounding does to pictures")
     settings = {
         "bits": 8 if bits is None else bits, "method": method, "p": p, "activation_bits": activation_bits,
         "activations": None if activations == "none" else activations, "group_size": group_size, "seed": seed,
@@ -140,7 +155,7 @@ def quantize(
         count = images if images == "all" else int(images)
         pictures = {"calibration": calibration, "images": count, "augment": augment}
         learning = (epochs, minutes) if reconstruct else None
-        result, text = _quantize(model, output, settings, pictures, average_bits, engine, resume, learning, device, say)
+        result, text = _quantize(model, output, settings, pictures, budget, engine, resume, learning, device, say)
     return finish(result, text, as_json) if speaks() else 0
 
 
@@ -149,7 +164,7 @@ def _quantize(
     output: Path,
     settings: dict[str, Any],
     pictures: dict[str, Any],
-    average_bits: float | None,
+    budget: dict[str, Any],
     engine: str,
     resume: Path | None,
     learning: tuple[int | None, float | None] | None,
@@ -171,12 +186,12 @@ def _quantize(
     given: dict[str, Any] = {}
     if calibration is not None:
         given = {**pictures, "processor": needs_processor(loaded, "--calibration")}
-    if average_bits is not None:
-        say(f"Choosing widths, {average_bits:g} bits on average")
+    if budget:
+        say("Choosing widths: " + "".join(f"{name.replace('_', ' ')} {limit:,g}" for name, limit in budget.items()))
         with mistakes():
             assigner = ViTQuantizer(**{**settings, "arithmetic": "float", "functions": "default"})  # what it measures
             shown = {name: value for name, value in given.items() if name != "augment"}
-            chosen = assigner.assign_bits(loaded.model, **shown, average_bits=average_bits).overrides
+            chosen = assigner.assign_bits(loaded.model, **shown, **budget).overrides
             quantizer = ViTQuantizer(**{**settings, "overrides": chosen})
     say(f"Quantizing {type(loaded.model).__name__}" + (f" with pictures in {calibration}" if calibration else ""))
     started = time.perf_counter()

@@ -13,12 +13,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 from fairseq.modules.quantization.context import plain_context
 from fairseq.quantization.architectures.plan import check_model
-from fairseq.quantization.bit_allocation.assignment import BitAssignment, assign_bits, smallest_that_agrees
-from fairseq.quantization.bit_allocation.sensitivity import measure
+from fairseq.quantization.bit_allocation.assignment import BitAssignment
+from fairseq.quantization.bit_allocation.pareto import AVERAGES, Pareto, pareto
+from fairseq.quantization.bit_allocation.search import Widths, check_drop
 from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.images import pictures
 from fairseq.quantization.config import QuantizationConfig, with_current_names
@@ -45,7 +47,7 @@ from fairseq.quantization.training.pack import pack
 
 __all__ = [
     "BitAssignment", "EmbeddingComparison", "ExportReport", "FairseqViTConfig", "LayerReport", "ModelComparison",
-    "QuantizationReport", "Reconstruction", "ViTQuantizer", "compare_embeddings", "compare_models",
+    "Pareto", "QuantizationReport", "Reconstruction", "ViTQuantizer", "compare_embeddings", "compare_models",
     "zero_shot_agreement",
 ]  # fmt: skip
 
@@ -252,39 +254,90 @@ class ViTQuantizer:
         images: int | str = 128,
         *,
         average_bits: float | None = None,
+        max_bytes: int | None = None,
+        max_milliseconds: float | None = None,
         max_accuracy_drop: float | None = None,
+        batch_size: int = 1,
     ) -> BitAssignment:
-        """How many bits each layer should get, from how much its rounding changes the output: ``overrides`` to pass on.
+        """How many bits each layer should get, from how much its width changes the output: ``overrides`` to pass on.
 
         ``ViTQuantizer(overrides=assignment.overrides)`` quantizes so, with the overrides of this quantizer carried on;
         the assignment can be printed, saved as JSON, edited and loaded. Layers that an override skips stay in float and
-        out of the average; a width that an override gives stays, and counts.
+        out of the average; a width that an override gives stays, and counts. What is measured is what will run: packed
+        layers, equalized, rounded and with activations as this quantizer does it; see
+        :func:`~fairseq.quantization.bit_allocation.sensitivity.measure`.
 
         Args:
             model, calibration, processor, images: as for :meth:`quantize_model`.
             average_bits: per weight of the quantized layers, at most; the most accurate such assignment.
+            max_bytes: of the packed model as it is saved, at most, whatever is in float included; the most accurate
+                such assignment. 5 to 7 bits take as much there as 8.
+            max_milliseconds: for a batch of ``batch_size`` pictures on this machine as it is now, at most; the most
+                accurate such assignment. Layers and models are timed, so that a busy machine gives another result.
             max_accuracy_drop: in percentage points of top-1, at most, as measured on the calibration images by how many
                 change their class; the smallest such assignment. Quantizes the model six times.
+            batch_size: pictures in a batch, for ``max_milliseconds``.
 
         Raises:
-            TypeError, ValueError: not exactly one of the two, one that cannot be reached, a quantizer with
+            TypeError, ValueError: not exactly one of the four, one that cannot be reached, a quantizer with
                 ``arithmetic="integer"``, or as quantize_model.
         """
-        if (average_bits is None) == (max_accuracy_drop is None):
-            raise ValueError("give exactly one of average_bits and max_accuracy_drop")
-        if self.arithmetic == "integer":
-            raise ValueError(
-                "assign_bits measures arithmetic='float', and this quantizer has 'integer'; let another assign bits, "
-                "and pass this one overrides=assignment.overrides"
-            )
+        limits = (average_bits, max_bytes, max_milliseconds, max_accuracy_drop)
+        if sum(limit is not None for limit in limits) != 1:
+            raise ValueError("give exactly one of average_bits, max_bytes, max_milliseconds and max_accuracy_drop")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
+        if max_accuracy_drop is not None:
+            check_drop(max_accuracy_drop)
+        self._check_float("assign_bits measures")
         check_model(model)
         with plain_context():
             pixels = pictures(calibration, model, processor, images, self.config.seed)[:]
-            if max_accuracy_drop is not None:
-                return smallest_that_agrees(model, pixels, self.config, max_accuracy_drop)
-            errors = measure(model, pixels, self.config)
-            sizes = {name: model.get_submodule(name).get_parameter("weight").numel() for name in errors}
-            return assign_bits(errors, sizes, average_bits=average_bits, given=self.config.overrides)
+            widths = Widths(model, pixels, self.config)
+            if average_bits is not None:
+                return widths.on_average(average_bits)
+            if max_bytes is not None:
+                return widths.in_bytes(max_bytes)
+            if max_milliseconds is not None:
+                return widths.in_milliseconds(max_milliseconds, batch_size)
+            assert max_accuracy_drop is not None
+            return widths.that_agree(max_accuracy_drop)
+
+    def pareto(
+        self,
+        model: nn.Module,
+        calibration: Any,
+        processor: Any = None,
+        images: int | str = 128,
+        *,
+        average_bits: Sequence[float] = AVERAGES,
+    ) -> Pareto:
+        """Size against agreement with the float model, at single widths and at mixed ones: to print, save and plot.
+
+        Every fourth picture is held back and judges; the others calibrate. The model is quantized once for each point.
+
+        Args:
+            model, calibration, processor, images: as for :meth:`quantize_model`; at least 8 pictures.
+            average_bits: per weight, of the mixed widths.
+
+        Raises:
+            TypeError, ValueError: fewer pictures, an average that is not within 2 to 8, or as :meth:`assign_bits`.
+        """
+        self._check_float("pareto measures")
+        check_model(model)
+        with plain_context():
+            pixels = pictures(calibration, model, processor, images, self.config.seed)[:]
+            if len(pixels) < 8:
+                raise ValueError(f"pareto needs at least 8 pictures, of which it holds two back; got {len(pixels)}")
+            held_back = torch.arange(len(pixels)) % 4 == 3
+            return pareto(model, pixels[~held_back], pixels[held_back], self.config, average_bits)
+
+    def _check_float(self, what: str) -> None:
+        if self.arithmetic == "integer":
+            raise ValueError(
+                f"{what} arithmetic='float', and this quantizer has 'integer'; let another assign bits, and pass this "
+                "one overrides=assignment.overrides"
+            )
 
     @staticmethod
     def optimize(model: Model, engine: str = "fused") -> Model:

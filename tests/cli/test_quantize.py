@@ -113,6 +113,24 @@ def test_average_bits(cli, models, pictures, tmp_path):
     assert sum(m.config.symmetric for m in parts.values()) == 4
 
 
+@pytest.mark.parametrize(
+    ("limit", "value", "code", "said"),
+    [
+        ("--max-bytes", 1, 2, "with the narrowest choices the model takes"),
+        ("--max-bytes", 10**9, 0, ""),
+        ("--max-milliseconds", 10**4, 0, ""),
+        ("--max-accuracy-drop", 100, 0, ""),
+    ],
+)
+def test_other_budgets(cli, models, pictures, tmp_path, limit, value, code, said):
+    options = [limit, value, "--calibration", pictures, "--images", 4, "--method", "channel", "--json"]
+    result = cli("quantize", models / "vit", "-o", tmp_path / "out", *options)
+    assert (result.code, said in result.err) == (code, True), result.err
+    if code == 0:
+        widths = {layer["bits"] for layer in json.loads(result.out)["layers"]}
+        assert widths == ({8} if limit != "--max-accuracy-drop" else {2}) or len(widths) > 1
+
+
 def test_excluded_layers(cli, models, tmp_path):
     options = ["--exclude", "*classifier", "--exclude", "*.0.*", "--json"]
     result = cli("quantize", models / "vit", "-o", tmp_path / "out", *options)
@@ -137,6 +155,8 @@ def test_stderr_has_progress_and_quiet_has_none(cli, models, tmp_path):
         (["--bits", 9], "bits"),
         (["--bits", 4, "--average-bits", 4], "exclude"),
         (["--average-bits", 4], "needs --calibration"),
+        (["--average-bits", 4, "--max-bytes", 9], "--average-bits and --max-bytes exclude each other"),
+        (["--max-milliseconds", 4], "--max-milliseconds needs --calibration"),
         (["--activations", "static"], "needs images"),
         (["--calibration", "nowhere"], "nowhere: no such folder"),
         (["--override", "*classifier"], "GLOB=key:value"),

@@ -1,4 +1,4 @@
-"""BitAssignment: a bit width for each layer, chosen for a size, for an error or for agreement, and kept in a file.
+"""BitAssignment: a bit width for each layer, chosen for a size or for an error, and kept in a file.
 
 errors = measure(model, pixel_values, config)
 sizes = {name: model.get_parameter(f"{name}.weight").numel() for name in errors}
@@ -12,18 +12,13 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
-from fairseq.quantization.bit_allocation.knapsack import Errors, check_size, choose_bits
-from fairseq.quantization.bit_allocation.sensitivity import measure
-from fairseq.quantization.config import QuantizationConfig, merge_bits
-from fairseq.quantization.conversion.convert import convert
-from fairseq.quantization.evaluation.compare import compare_models
+from fairseq.quantization.bit_allocation.knapsack import Errors, check_errors, check_limit, check_size, choose_bits
+from fairseq.quantization.config import merge_bits
 from fairseq.quantization.files import write_file
 
 
@@ -180,48 +175,29 @@ def assign_bits(
         TypeError, ValueError: not exactly one of the two limits; one that cannot be kept (the message says what can);
             malformed errors or sizes; a chosen width that ``given`` contradicts.
     """
-    bits = choose_bits(errors, sizes, average_bits, max_error)
-    return BitAssignment(bits, {name: sizes[name] for name in errors}, errors, given or {})
+    if (average_bits is None) == (max_error is None):
+        raise ValueError(f"pass exactly one of average_bits and max_error; got {average_bits!r} and {max_error!r}")
+    key, limit = ("average_bits", average_bits) if max_error is None else ("max_error", max_error)
+    check_limit(key, limit)
+    check_errors(errors, sizes)
+    costs = {name: {bits: bits * sizes[name] for bits in own} for name, own in errors.items()}
+    budget = None
+    if average_bits is not None:
+        total = sum(sizes.values())
+        low, high = (sum(f(own.values()) for own in costs.values()) / total for f in (min, max))
+        if not low <= average_bits <= high:
+            raise ValueError(
+                f"average_bits must be from {low:g} to {high:g}, what the choices allow; got {average_bits}"
+            )
+        budget = math.floor(average_bits * total + 1e-6)
+    return assignment(choose_bits(errors, costs, budget, max_error), errors, sizes, given)
 
 
-def smallest_that_agrees(
-    model: nn.Module, pixel_values: Tensor, config: QuantizationConfig, max_drop: float, steps: int = 5
+def assignment(
+    bits: Mapping[str, int],
+    errors: Errors,
+    sizes: Mapping[str, int],
+    given: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> BitAssignment:
-    """The smallest assignment whose model keeps the float model's top-1 class on all but ``max_drop`` % of pictures.
-
-    With a class for each pixel or each query of a detector, of all but ``max_drop`` % of those.
-
-    Bisection over the average width. Pictures whose class changes bound the drop of accuracy from above, and no labels
-    are needed; but these are the pictures that the model is calibrated on, so others may fare a little worse.
-
-    Raises:
-        ValueError: not a share of 0 to 100, or not even the widest choice keeps so many.
-    """
-    if isinstance(max_drop, bool) or not isinstance(max_drop, int | float) or not 0 <= max_drop <= 100:
-        raise ValueError(f"max_accuracy_drop is in percentage points, from 0 to 100; got {max_drop!r}")
-    errors = measure(model, pixel_values, config)
-    sizes = {name: model.get_submodule(name).get_parameter("weight").numel() for name in errors}
-
-    def attempt(average_bits: float) -> tuple[BitAssignment, float]:
-        assignment = assign_bits(errors, sizes, average_bits=average_bits, given=config.overrides)
-        quantized, _ = convert(model, replace(config, overrides=assignment.overrides), pixel_values)
-        match = compare_models(model, quantized, pixel_values).top_k_match
-        if match is None:
-            raise ValueError("max_accuracy_drop needs a classifier; for other models give average_bits")
-        return assignment, 100 * (1 - match)
-
-    low, high = (sum(f(errors[name]) * sizes[name] for name in errors) / sum(sizes.values()) for f in (min, max))
-    best, drop = attempt(high)
-    if drop > max_drop:
-        raise ValueError(
-            f"at {high:g} bits {drop:.2f}% of the {len(pixel_values)} pictures change their class already, "
-            f"more than max_accuracy_drop={max_drop}"
-        )
-    for _ in range(steps):
-        middle = (low + high) / 2
-        assignment, drop = attempt(middle)
-        if drop <= max_drop:
-            best, high = assignment, middle
-        else:
-            low = middle
-    return best
+    """The assignment of widths that were chosen; see :func:`assign_bits`."""
+    return BitAssignment(bits, {name: sizes[name] for name in errors}, errors, given or {})

@@ -1,4 +1,4 @@
-"""The optimizer: one width for each layer, of all that fit the one with the smallest error, or the smallest of all."""
+"""The optimizer: one width for each layer, of all that fit the one with the smallest error, or the cheapest of all."""
 
 from __future__ import annotations
 
@@ -15,47 +15,56 @@ MAX_CELLS = 2**18
 
 Errors = Mapping[str, Mapping[int, float]]
 """Layer name -> width -> error."""
+Costs = Mapping[str, Mapping[int, int]]
+"""Layer name -> width -> what it costs, in whole units."""
 
 
 def choose_bits(
-    errors: Errors, sizes: Mapping[str, int], average_bits: float | None = None, max_error: float | None = None
+    errors: Errors, costs: Costs, budget: int | None = None, max_error: float | None = None
 ) -> dict[str, int]:
-    """The width of each layer: a multiple-choice knapsack, solved by dynamic programming over the size.
+    """The width of each layer: a multiple-choice knapsack, solved by dynamic programming over the cost.
 
-    A table holds, for each total size, the smallest error of the layers so far, and each layer extends it by each of
-    its widths. The unit of size is the greatest common divisor of what the layers' choices cost, which keeps the table
+    A table holds, for each total cost, the smallest error of the layers so far, and each layer extends it by each of
+    its widths. The unit of cost is the greatest common divisor of what the layers' choices cost, which keeps the table
     short for a transformer (its layers have few shapes), so the result is the optimum. Only if more than 2**18 entries
     were needed, the unit is larger and costs are rounded up: the budget still holds, and less than (layers / 2**18) of
-    the span of sizes is left unused.
+    the span of costs is left unused.
 
-    Args and Raises: see :func:`~fairseq.quantization.bit_allocation.assignment.assign_bits`.
+    Args:
+        errors: layer name -> width -> error, finite and not negative; a width that costs no less than another and errs
+            no less is not chosen.
+        costs: layer name -> width -> cost, for the same layers and widths: bits, bytes, nanoseconds.
+        budget: at most this cost; the smallest error.
+        max_error: instead of it, at most this sum of errors; the smallest cost.
+
+    Raises:
+        ValueError: the cheapest choices cost more than the budget, or the best ones err more than ``max_error``.
     """
-    _check_problem(errors, sizes, average_bits, max_error)
-    options = {name: _useful(errors[name]) for name in errors}
-    narrow = {name: min(errors[name]) for name in errors}
-    costs = {name: [(bits - narrow[name]) * sizes[name] for bits, _ in options[name]] for name in errors}
-    full = sum(cost[-1] for cost in costs.values())
-    unit = max(math.gcd(*(c for cost in costs.values() for c in cost)), -(-full // MAX_CELLS), 1)
-    steps = {name: [-(-c // unit) for c in cost] for name, cost in costs.items()}
+    options = {name: _useful(errors[name], costs[name]) for name in errors}
+    cheap = {name: costs[name][own[0]] for name, own in options.items()}
+    above = {name: [costs[name][bits] - cheap[name] for bits in own] for name, own in options.items()}
+    full = sum(cost[-1] for cost in above.values())
+    unit = max(math.gcd(*(c for cost in above.values() for c in cost)), -(-full // MAX_CELLS), 1)
+    steps = {name: [-(-c // unit) for c in cost] for name, cost in above.items()}
     cells = sum(step[-1] for step in steps.values())
-    if average_bits is not None:
-        total = sum(sizes.values())
-        _check_average(average_bits, narrow, {name: max(errors[name]) for name in errors}, sizes, total)
-        slack = average_bits * total - sum(narrow[name] * sizes[name] for name in errors)
-        cells = cells if slack >= full else min(cells, math.floor(slack / unit + 1e-6))
-    best, taken = _knapsack([[e for _, e in options[name]] for name in errors], list(steps.values()), cells)
+    if budget is not None:
+        slack = budget - sum(cheap.values())
+        if slack < 0:
+            raise ValueError(f"the cheapest choices cost {sum(cheap.values())}, more than {budget}")
+        cells = cells if slack >= full else min(cells, slack // unit)
+    best, taken = _knapsack([[errors[n][bits] for bits in own] for n, own in options.items()], [*steps.values()], cells)
     if max_error is None:
         end = int(best.argmin())
     elif best.min() > max_error * (1 + 1e-9):
         raise ValueError(
-            f"max_error={max_error} cannot be kept: the widest choices have a summed error of {best.min():.6g}"
+            f"max_error={max_error} cannot be kept: the best choices have a summed error of {best.min():.6g}"
         )
     else:
         end = int((best <= max_error * (1 + 1e-9)).argmax())
     bits = {}
     for i, name in reversed(list(enumerate(errors))):
         choice = int(taken[i, end])
-        bits[name] = options[name][choice][0]
+        bits[name] = options[name][choice]
         end -= steps[name][choice]
     return {name: bits[name] for name in errors}
 
@@ -78,25 +87,17 @@ def _knapsack(errors: list[list[float]], steps: list[list[int]], cells: int) -> 
     return best, taken
 
 
-def _useful(errors: Mapping[int, float]) -> list[tuple[int, float]]:
-    """(width, error) from narrow to wide, without the widths that are no better than a narrower one."""
-    useful: list[tuple[int, float]] = []
-    for bits in sorted(errors):
-        if not useful or errors[bits] < useful[-1][1]:
-            useful.append((bits, errors[bits]))
+def _useful(errors: Mapping[int, float], costs: Mapping[int, int]) -> list[int]:
+    """The widths from cheap to dear, without those that are no better than a cheaper one."""
+    useful: list[int] = []
+    for bits in sorted(errors, key=lambda width: (costs[width], errors[width], width)):
+        if not useful or errors[bits] < errors[useful[-1]]:
+            useful.append(bits)
     return useful
 
 
-def _check_problem(
-    errors: Errors, sizes: Mapping[str, int], average_bits: float | None, max_error: float | None
-) -> None:
-    if (average_bits is None) == (max_error is None):
-        raise ValueError(f"pass exactly one of average_bits and max_error; got {average_bits!r} and {max_error!r}")
-    key, limit = ("average_bits", average_bits) if max_error is None else ("max_error", max_error)
-    if isinstance(limit, bool) or not isinstance(limit, int | float):
-        raise TypeError(f"{key} must be a number, got {limit!r}")
-    if not (math.isfinite(limit) and limit >= 0):
-        raise ValueError(f"{key} must be finite and not negative, got {limit}")
+def check_errors(errors: Errors, sizes: Mapping[str, int]) -> None:
+    """ValueError unless both are of the same layers, with errors of known widths and numbers of weights."""
     if not errors or errors.keys() != sizes.keys():
         raise ValueError(
             f"errors and sizes must name the same layers, at least one; got {len(errors)} and {len(sizes)}, "
@@ -110,12 +111,12 @@ def _check_problem(
             check_bits(bits)
 
 
-def _check_average(
-    average_bits: float, narrow: Mapping[str, int], wide: Mapping[str, int], sizes: Mapping[str, int], total: int
-) -> None:
-    low, high = (sum(bits[name] * sizes[name] for name in sizes) / total for bits in (narrow, wide))
-    if not low <= average_bits <= high:
-        raise ValueError(f"average_bits must be from {low:g} to {high:g}, what the choices allow; got {average_bits}")
+def check_limit(key: str, limit: Any) -> None:
+    """TypeError or ValueError unless it is a finite number of at least 0."""
+    if isinstance(limit, bool) or not isinstance(limit, int | float):
+        raise TypeError(f"{key} must be a number, got {limit!r}")
+    if not (math.isfinite(limit) and limit >= 0):
+        raise ValueError(f"{key} must be finite and not negative, got {limit}")
 
 
 def check_size(name: str, size: Any) -> None:

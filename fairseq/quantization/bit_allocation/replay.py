@@ -1,8 +1,7 @@
-"""A copy of a model that runs from a chosen encoder block on, and the error of its output with one other weight."""
+"""A copy of a model that runs from a chosen encoder block on, and the error of its output with one other layer."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from fairseq.quantization.architectures.forward import class_dimension, output_of, picture_inputs
 from fairseq.quantization.architectures.plan import ModelPlan
+from fairseq.quantization.bit_allocation.twins import put, sharing
 
 
 class Replay:
@@ -22,13 +22,8 @@ class Replay:
     """
 
     def __init__(self, model: nn.Module, pixel_values: Tensor, batch_size: int, plan: ModelPlan) -> None:
-        shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        self.model = copy.deepcopy(model, shared).eval()
-        like = next(model.parameters())
-        inputs = picture_inputs(model, pixel_values)
-        moved = {k: x.to(like.device, like.dtype if x.is_floating_point() else x.dtype) for k, x in inputs.items()}
-        starts = range(0, len(pixel_values), batch_size)
-        self.batches = [{k: x[start : start + batch_size] for k, x in moved.items()} for start in starts]
+        self.model = sharing(model).eval()
+        self.batches = batches(model, pixel_values, batch_size)
         self.plan, self.blocks = plan, plan.blocks()
         self.start, self.batch = 0, 0
         self.chained = True  # as far as is known
@@ -45,10 +40,6 @@ class Replay:
         if layer.block is None:
             return len(self.blocks) if layer.component == "classifier" else 0
         return self.blocks.index(layer.block)
-
-    def weight(self, name: str) -> Tensor:
-        """The float weight of a layer."""
-        return self.model.get_parameter(f"{name}.weight").detach()
 
     def advance(self, start: int) -> None:
         """Let the runs to come begin with block ``start``."""
@@ -68,15 +59,14 @@ class Replay:
             return False
         return all(relative_error(a, b) < 1e-6 for a, b in zip(self.reference, got))
 
-    def error(self, name: str, weight: Tensor) -> float:
-        """The error of the output with this weight in the layer ``name``, the mean over the pictures."""
-        layer = self.model.get_submodule(name)
-        before = layer._parameters["weight"]
-        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    def error(self, name: str, layer: nn.Module) -> float:
+        """The error of the output with another layer in the place of the one called ``name``, a mean over pictures."""
+        before = self.model.get_submodule(name)
+        put(self.model, name, layer)
         try:
             got = self._run()
         finally:
-            layer._parameters["weight"] = before
+            put(self.model, name, before)
         return output_error(torch.cat(self.reference), torch.cat(got), self.classes)
 
     def _run(self) -> list[Tensor]:
@@ -84,10 +74,8 @@ class Replay:
         outputs = []
         for batch, inputs in enumerate(self.batches):
             self.batch = batch
-            with torch.no_grad():
-                name, output = output_of(self.model, inputs)
-            self.classes = class_dimension(name, output, inputs["pixel_values"])
-            outputs.append(output.double())
+            output, self.classes = run(self.model, inputs)
+            outputs.append(output)
         return outputs
 
     def _skipping(self, forward: Callable[..., Any], place: int) -> Callable[..., Any]:
@@ -102,6 +90,22 @@ class Replay:
             return output
 
         return run
+
+
+def batches(model: nn.Module, pixel_values: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
+    """What ``model`` is called with for some pictures at a time, where it is and in its dtype."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), pixel_values)
+    inputs = picture_inputs(model, pixel_values)
+    moved = {k: x.to(like.device, like.dtype if x.is_floating_point() else x.dtype) for k, x in inputs.items()}
+    starts = range(0, len(pixel_values), batch_size)
+    return [{k: x[start : start + batch_size] for k, x in moved.items()} for start in starts]
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int | None]:
+    """The output for one batch, float64, and its dimension of classes."""
+    name, output = output_of(model, inputs)
+    return output.double(), class_dimension(name, output, inputs["pixel_values"])
 
 
 def output_error(reference: Tensor, got: Tensor, classes: int | None) -> float:

@@ -1,4 +1,4 @@
-"""How much each layer's rounding changes the model's output.
+"""How much the width of each layer changes the model's output.
 
 errors = measure(model, pixel_values, config)
 """
@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fairseq.modules.quantization.scalar.ops import check_bits, check_tensor
-from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int, weight_to_real
-from fairseq.quantization.architectures.plan import check_model, resolve
+from fairseq.modules.quantization.scalar.ops import check_tensor
+from fairseq.quantization.architectures.plan import check_model
 from fairseq.quantization.bit_allocation.replay import Replay
-from fairseq.quantization.config import LayerConfig, QuantizationConfig
+from fairseq.quantization.bit_allocation.twins import CHOICES, Twins
+from fairseq.quantization.calibration import processes
+from fairseq.quantization.config import QuantizationConfig
 
-CHOICES = (2, 3, 4, 5, 6, 8)
 SAME_CURVATURE = 2.5
-"""Two widths agree if the output error per weight error differs by no more than this factor."""
+"""Two widths agree if the output error per error of the layer differs by no more than this factor."""
+PICTURES = 64
+"""How many of the pictures run through the model again and again, evenly taken from all."""
 
 
 def measure(
@@ -30,79 +32,73 @@ def measure(
     choices: Sequence[int] = CHOICES,
     batch_size: int = 16,
 ) -> dict[str, dict[int, float]]:
-    """The error of the model's output when one layer alone has its weight rounded to nearest, for each width.
+    """The error of the model's output when one layer alone is narrower than the others, for each width.
+
+    What is measured is what will run: the packed model with every layer at its widest, equalized and rounded on the
+    pictures as ``config`` says and with its activations, against the same with a twin of one layer in its place.
 
     Two widths are run through the model, the second narrowest and the second widest of ``choices``, from the encoder
-    block on that holds the layer. For small changes the error is quadratic in the weight's change, so the other widths
-    get theirs from the squared error of the rounded weight, which is exact for each width, times the geometric mean of
-    the two measured ratios. Where those ratios differ by more than 2.5 times (one outlier can saturate the error of a
-    whole layer), or with up to two choices, every width is run.
+    block on that holds the layer, on up to 64 of the pictures. For small changes the error is quadratic in that of the
+    layer's own output, so the other widths get theirs from what rounding left of that, which is known for each width,
+    times the geometric mean of the two measured ratios. Where those ratios differ by more than 2.5 times (one outlier
+    can saturate the error of a whole layer), or with up to two choices, every width is run. The widest has no error.
 
-    On a ViT-Tiny with ImageNet weights and 16 pictures (3 and 6 bits measured), the derived error of a layer was within
-    a factor of 1.3 of the measured one for half of the layers and of 1.9 for nine in ten (at 2 bits 1.4 and 2.4; per
-    tensor at 8 bits 2.4 for nine in ten); its sum over the layers within 6% (at 2 bits 24% too small per channel, 8%
-    per tensor). Every width was run for 3 of 73 layers per channel, for 14 per tensor. Chosen from derived errors
-    instead of errors measured at every width, 4.5 bits on average left a divergence on 128 other pictures of 0.095
-    against 0.110 per channel, and 0.200 against 0.194 per tensor; 3 bits 2.6 against 2.0, and 2.9 against 3.1.
-    The sum of the layers' errors is no forecast of the whole model's error at so few bits: at 4.5 it was 0.07 and 0.15.
+    In several processes each runs its share of the layers, and all get all errors.
 
     Args:
         model: the float model; it is not written to, its modules neither, whatever happens on the way.
         pixel_values: (N, channels, height, width), floating, finite, preprocessed as the model expects; some dozens.
-        config: selects the layers and gives method, group_size and symmetric of each; of its bits only those of an
-            override count, which are then a layer's only width.
+        config: selects the layers and says how they are rounded; of its bits only those of an override count, which are
+            then a layer's only width.
         choices: the widths of all other layers, 2 to 8.
         batch_size: pictures per run.
 
     Returns:
         For each selected layer, in the model's order, the error at each width: the mean over the pictures of the KL
-        divergence, in nats, of the softmax of the logits with the rounded layer from that of the float logits; with a
-        class for each pixel or query, over those, too. For a model without classes, the squared error of its last
-        hidden state, reconstruction or first floating output, as a share of that one's square; the same of the logit
-        where there is but one. Activations are not rounded.
+        divergence, in nats, of the softmax of the logits from that with every layer at its widest; with a class for
+        each pixel or query, over those, too. For a model without classes, the squared error of its last hidden state,
+        reconstruction or first floating output, as a share of that one's square; the same of the logit where there is
+        but one.
 
     Raises:
         TypeError, ValueError: what came and what is accepted.
     """
     check_model(model)
-    widths = _check_choices(choices)
-    _check_pictures(pixel_values, batch_size)
-    plan = resolve(model, config, pixel_values)
-    chosen = {layer.name: layer.settings for layer in plan.chosen}
-    unseen = [layer.name for layer in plan.chosen if layer.tower == "text"]
-    if unseen:
-        raise ValueError(
-            f"towers={config.towers!r} selects {unseen[0]} and other layers of the text tower, and pictures do not "
-            "reach them; measure with towers='vision'"
-        )
-    if not chosen:
+    check_pictures(pixel_values, batch_size)
+    return measure_twins(Twins(model, pixel_values, config, choices), pixel_values, batch_size)
+
+
+def measure_twins(twins: Twins, pixel_values: Tensor, batch_size: int = 16) -> dict[str, dict[int, float]]:
+    """The errors of twins; see :func:`measure`."""
+    check_pictures(pixel_values, batch_size)
+    if not twins.layers:
         return {}
-    replay = Replay(model, pixel_values, batch_size, plan)
+    few = pixel_values[torch.linspace(0, len(pixel_values) - 1, min(len(pixel_values), PICTURES)).long()]
+    replay = Replay(twins.model, few, batch_size, twins.plan)
     errors: dict[str, dict[int, float]] = {}
-    order = sorted((replay.place(name), name) for name in chosen)
+    order = sorted((replay.place(name), name) for name in twins.layers)[processes.rank() :: processes.count()]
     for place, name in tqdm(order, desc="Measuring sensitivity", unit="layer", delay=1, leave=False):
         replay.advance(place)
-        errors[name] = _measure_layer(replay, name, chosen[name], _given_width(config, name) or widths)
-    return {name: errors[name] for name in chosen}
+        errors[name] = _measure_layer(replay, name, twins)
+    everywhere = {name: error for part in processes.gathered(errors) for name, error in part.items()}
+    return {name: everywhere[name] for name in twins.layers}
 
 
-def _measure_layer(replay: Replay, name: str, settings: LayerConfig, widths: list[int]) -> dict[int, float]:
+def _measure_layer(replay: Replay, name: str, twins: Twins) -> dict[int, float]:
     """The error of the output at each width: of two it is measured, of the others derived where the two agree."""
-    weight = replay.weight(name)
-    rounded = {bits: _round_to_nearest(weight, replace(settings, bits=bits), name) for bits in widths}
-    measured = {bits: replay.error(name, rounded[bits]) for bits in _anchors(widths)}
-    noise = {bits: (w.double() - weight.double()).square().sum().item() for bits, w in rounded.items()}
-    ratios = [error / noise[bits] if noise[bits] else 0.0 for bits, error in measured.items()]
-    if not 0 < max(ratios) <= SAME_CURVATURE * min(ratios):
-        return {bits: measured[bits] if bits in measured else replay.error(name, rounded[bits]) for bits in widths}
+    layers, noise = twins.layers[name], twins.noise[name]
+    widths = sorted(layers)
+    widest = widths[-1]
+
+    def run(bits: int) -> float:
+        return 0.0 if bits == widest else replay.error(name, layers[bits])
+
+    measured = {bits: run(bits) for bits in _anchors(widths)}
+    ratios = [error / noise[bits] if noise[bits] else 0.0 for bits, error in measured.items() if bits != widest]
+    if not ratios or not 0 < max(ratios) <= SAME_CURVATURE * min(ratios) < math.inf:
+        return {bits: measured[bits] if bits in measured else run(bits) for bits in widths}
     ratio = math.sqrt(ratios[0] * ratios[-1])
-    return {bits: measured.get(bits, ratio * noise[bits]) for bits in widths}
-
-
-def _given_width(config: QuantizationConfig, name: str) -> list[int]:
-    """The width that an override gives a layer, whatever that of all layers is; [] if none does."""
-    widths = {replace(config, bits=bits).for_layer(name).bits for bits in (2, 8)}
-    return list(widths) if len(widths) == 1 else []
+    return {bits: 0.0 if bits == widest else measured.get(bits, ratio * noise[bits]) for bits in widths}
 
 
 def _anchors(widths: list[int]) -> list[int]:
@@ -111,23 +107,7 @@ def _anchors(widths: list[int]) -> list[int]:
     return [inner[0], inner[-1]] if len(widths) > 1 else widths
 
 
-def _round_to_nearest(weight: Tensor, settings: LayerConfig, name: str) -> Tensor:
-    scale, zero_point = observe_weight(
-        weight, settings.bits, settings.method, settings.group_size, settings.symmetric, name
-    )
-    integers = weight_to_int(weight, scale, zero_point, settings.bits, settings.group_size)
-    return weight_to_real(integers, scale, zero_point, settings.group_size, weight.dtype)
-
-
-def _check_choices(choices: Sequence[int]) -> list[int]:
-    if isinstance(choices, int) or not len(choices):
-        raise ValueError(f"choices must hold at least one bit width, such as {CHOICES}; got {choices!r}")
-    for bits in choices:
-        check_bits(bits)
-    return sorted(set(choices))
-
-
-def _check_pictures(pixel_values: Tensor, batch_size: int) -> None:
+def check_pictures(pixel_values: Tensor, batch_size: int) -> None:
     check_tensor(pixel_values, "pixel_values")
     if pixel_values.ndim != 4 or not len(pixel_values):
         raise ValueError(

@@ -21,7 +21,7 @@ from fairseq.quantization.calibration.calibration import Calibration
 from fairseq.quantization.calibration.progress import Progress
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.conversion.embeddings import pack_embeddings
-from fairseq.quantization.conversion.quantize_stage import Finished, quantize_stage, restore_stage
+from fairseq.quantization.conversion.quantize_stage import Finished, Watch, quantize_stage, restore_stage
 from fairseq.quantization.conversion.resume import DoneStage, Resume
 from fairseq.quantization.engine import memory
 from fairseq.quantization.engine.fuse import check_engine, fuse
@@ -56,6 +56,7 @@ def convert(
     follow: Callable[[nn.Module, nn.Module, Any, list[str]], BlockInputs] = BlockInputs,
     resume: str | os.PathLike[str] | None = None,
     reconstruct: Learning | None = None,
+    watch: Watch | None = None,
 ) -> tuple[nn.Module, QuantizationReport]:
     """Quantize a deep copy of ``model``: (the copy, what was done). ``model`` stays as it is.
 
@@ -73,6 +74,7 @@ def convert(
         follow: makes the :class:`BlockInputs` on which layers are rounded, of the same arguments.
         reconstruct: how the integers of each block are learned, a
             :class:`~fairseq.quantization.reconstruction.settings.Reconstruction`; None for not.
+        watch: is told of each layer before it is rounded.
         resume: a folder for what is finished, see :class:`~fairseq.quantization.conversion.resume.Resume`.
 
     Raises:
@@ -124,7 +126,9 @@ def convert(
                     continue
                 done = None if kept is None and learner is None else DoneStage()
                 keep_weights = learner is not None
-                for layer in quantize_stage(result, stage, plan, config, finished, calibration, done, keep_weights):
+                for layer in quantize_stage(
+                    result, stage, plan, config, finished, calibration, done, keep_weights, watch
+                ):
                     progress.rounded(layer)
                 if learner is not None and done is not None:
                     learner.reconstruct(stage, done)
@@ -170,7 +174,7 @@ class Sizes(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module) -> Sizes:
         layers = cast(dict[str, nn.Linear], linear_layers(model))
-        return cls({n: ((x.out_features, x.in_features), _bytes(x)) for n, x in layers.items()}, _bytes(model))
+        return cls({n: ((x.out_features, x.in_features), bytes_of(x)) for n, x in layers.items()}, bytes_of(model))
 
 
 def make_report(
@@ -184,14 +188,14 @@ def make_report(
     reports = []
     for name, layer in plan.layers.items():
         shape, size = before.layers[name]
-        after = _bytes(result.get_submodule(name))
+        after = bytes_of(result.get_submodule(name))
         report = LayerReport(name, layer.component, shape, size, after, block=layer.block)
         if layer.chosen:
             report = replace(report, bits=layer.settings.bits, method=layer.settings.method, **records[name])
         else:
             report = replace(report, skipped=str(layer.decision))
         reports.append(report)
-    return QuantizationReport(tuple(reports), before.total, _bytes(result), execution)
+    return QuantizationReport(tuple(reports), before.total, bytes_of(result), execution)
 
 
 def _without_weights(model: nn.Module, chosen: list[nn.Module]) -> dict[int, Any]:
@@ -209,5 +213,5 @@ def _materialize(result: nn.Module, model: nn.Module, name: str) -> None:
         linear.weight = nn.Parameter(source.detach().clone(), requires_grad=source.requires_grad)
 
 
-def _bytes(module: nn.Module) -> int:
+def bytes_of(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -57,6 +57,10 @@ class Finished:
     tied: dict[object, Tied] = field(default_factory=dict)
 
 
+Watch = Callable[[LayerPlan, nn.Linear, Statistics | None, Tensor | None], None]
+"""Is told of each layer before it is rounded: the layer in float, of its inputs the statistics and the factor."""
+
+
 class Factors(NamedTuple):
     """What equalization moved, by layer: (in,) each.
 
@@ -78,6 +82,7 @@ def quantize_stage(
     calibration: Calibration | None = None,
     done: DoneStage | None = None,
     keep_weights: bool = False,
+    watch: Watch | None = None,
 ) -> Iterator[LayerPlan]:
     """Quantize one stage of ``model`` in place; yields each layer that is done.
 
@@ -89,6 +94,7 @@ def quantize_stage(
         calibration: of the model, or None to round without pictures.
         done: an empty one, which is filled.
         keep_weights: ``done`` gets the float weights that are rounded, too.
+        watch: is told of each layer.
     """
     if calibration is not None:
         calibration.enter(stage)
@@ -103,8 +109,11 @@ def quantize_stage(
             memory.release()  # what taking them left behind, before rounding takes as much again
         for layer, found in zip(group, statistics, strict=True):
             factor = factors.own.get(layer.name)
+            linear = cast(nn.Linear, model.get_submodule(layer.name))
+            if watch is not None:
+                watch(layer, linear, found, factor)
             if done is not None and keep_weights:
-                weight = cast(nn.Linear, model.get_submodule(layer.name)).weight.detach()
+                weight = linear.weight.detach()
                 done.weights[layer.name] = weight.clone() if config.execution == "emulated" else weight
             rounded = _round(model, layer, found, finished)
             if calibration is not None and found is None:
@@ -208,7 +217,7 @@ def _swap(
     old = cast(nn.Linear, model.get_submodule(layer.name))
     tied = finished.tied.get(_tie(layer)) if layer.tied else None
     weight = old.weight.detach().clone() if layer.tied and tied is None else old.weight
-    twin = _packed if execution == "packed" else _emulated
+    twin = packed_twin if execution == "packed" else _emulated
     new = twin(old, done, layer, factor, tied and tied.layer)
     if layer.tied:
         finished.tied.setdefault(_tie(layer), Tied(weight, Rounded(*done[:3]), new))
@@ -243,7 +252,7 @@ def replace_layer(
             new.register_buffer(key, None if value is None else value.to(new.weight.device))
         _set_integers(new, done)
     else:
-        new = _packed(cast(nn.Linear, old), done, layer, factor, None)
+        new = packed_twin(cast(nn.Linear, old), done, layer, factor)
     carry_hooks(old, new)
     for alias in names_of(model, old):
         model.set_submodule(alias, new)
@@ -254,8 +263,8 @@ def _tie(layer: LayerPlan) -> object:
     return layer.tied, _of_the_weight(layer.settings)
 
 
-def _packed(
-    old: nn.Linear, done: QuantizedLayer, layer: LayerPlan, factor: Tensor | None, tied: nn.Module | None
+def packed_twin(
+    old: nn.Linear, done: QuantizedLayer, layer: LayerPlan, factor: Tensor | None, tied: nn.Module | None = None
 ) -> PackedLinear:
     """The packed twin of a layer; integers that layers share are in memory once."""
     new = PackedLinear.from_integers(*done[:4], done.settings, layer.name, done.input_range, factor)

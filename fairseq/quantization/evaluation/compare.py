@@ -78,12 +78,17 @@ def compare_models(
             f"the quantized one {other_kind} {tuple(got.shape)}"
         )
     difference = got - expected
-    match = None if classes is None else _match(expected.movedim(classes, -1), got.movedim(classes, -1), top_k)
+    match = None if classes is None else agreement(expected, got, classes, top_k)
     return ModelComparison(difference.square().mean().item(), difference.abs().mean().item(), match)
 
 
-def _match(expected: Tensor, got: Tensor, top_k: int) -> float:
-    """The share of rows of (..., classes) whose best class is among the first ``top_k`` of ``got``."""
+def agreement(expected: Tensor, got: Tensor, classes: int, top_k: int = 1) -> float:
+    """The share of rows along the dimension ``classes`` whose best class is among the first ``top_k`` of ``got``.
+
+    Raises:
+        ValueError: there are not so many classes.
+    """
+    expected, got = expected.movedim(classes, -1), got.movedim(classes, -1)
     if top_k > expected.shape[-1]:
         raise ValueError(f"top_k must be at most the number of classes, {expected.shape[-1]}; got {top_k}")
     best = expected.argmax(-1, keepdim=True)  # (..., 1)

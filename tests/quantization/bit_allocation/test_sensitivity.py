@@ -1,8 +1,8 @@
-"""sensitivity: what is measured is what rounding one layer does, and the model stays as it was."""
+"""sensitivity: what is measured is what a narrower layer does in the packed model, and the float model stays."""
 
-import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,29 +11,41 @@ from rounded import CHANNEL, directly
 from torch import nn
 from transformers import ViTModel
 
-from fairseq.modules.quantization.scalar.ops import emulate_int
 from fairseq.quantization.architectures.layers import linear_layers
 from fairseq.quantization.bit_allocation import replay, sensitivity
 from fairseq.quantization.bit_allocation.sensitivity import measure
 from fairseq.quantization.config import QuantizationConfig
+from fairseq.quantization.conversion.convert import convert
 
 
-def test_measured_widths_are_those_of_a_model_with_one_rounded_layer(tiny_vit, pixels):
-    errors = measure(tiny_vit, pixels, CHANNEL, choices=(3, 6), batch_size=2)
+@pytest.mark.parametrize("changes", [{}, {"activation_bits": 4}], ids=str)
+def test_measured_widths_are_those_of_a_model_with_one_narrower_layer(tiny_vit, pixels, changes):
+    config = replace(CHANNEL, **changes)
+    errors = measure(tiny_vit, pixels, config, choices=(3, 8), batch_size=2)
     assert list(errors) == list(linear_layers(tiny_vit))
-    for name, layer in errors.items():
-        for bits, error in layer.items():
-            assert error == pytest.approx(directly(tiny_vit, pixels, name, bits), rel=1e-3, abs=1e-9), (name, bits)
+    for name, layer in list(errors.items())[::3]:
+        assert layer[8] == 0
+        assert layer[3] == pytest.approx(directly(tiny_vit, pixels, name, 3, config), rel=1e-3, abs=1e-9), name
+        assert layer[3] > 0
+
+
+def test_it_is_the_final_rounding_that_is_measured(tiny_vit, pixels):
+    """Equalized, rounded on the pictures: the last layer reads the same in both models, so that it is the very one."""
+    config = QuantizationConfig(method="tensor", bias_correction=True)
+    error = measure(tiny_vit, pixels, config, choices=(2, 8))["classifier"][2]
+    assert error == pytest.approx(directly(tiny_vit, pixels, "classifier", 2, config), rel=1e-3)
+    plain = directly(tiny_vit, pixels, "classifier", 2, replace(config, rounding="nearest"))
+    assert error != pytest.approx(plain, rel=0.05)
 
 
 def test_derived_widths_are_near_the_measured_ones(tiny_vit, pixels):
     errors = measure(tiny_vit, pixels, CHANNEL)
     off = []
-    for name, layer in errors.items():
+    for name, layer in list(errors.items())[::3]:
         assert list(layer) == [2, 3, 4, 5, 6, 8]
         for bits in (3, 6):
-            assert layer[bits] == pytest.approx(directly(tiny_vit, pixels, name, bits), rel=1e-3)
-        off += [abs(math.log(layer[bits] / directly(tiny_vit, pixels, name, bits))) for bits in (4, 5, 8)]
+            assert layer[bits] == pytest.approx(directly(tiny_vit, pixels, name, bits), rel=1e-3, abs=1e-9)
+        off += [abs(math.log(layer[bits] / directly(tiny_vit, pixels, name, bits))) for bits in (2, 4, 5)]
     assert sorted(off)[len(off) // 2] < math.log(1.6)
     assert sorted(off)[9 * len(off) // 10] < math.log(4)
 
@@ -48,15 +60,14 @@ def test_every_width_is_run_where_two_disagree(tiny_vit, pixels, monkeypatch):
 
 def test_a_bare_model_is_measured_by_its_last_hidden_state(pixels):
     torch.manual_seed(0)
-    model = ViTModel(vit_config(), add_pooling_layer=False)
+    model = ViTModel(vit_config(), add_pooling_layer=False).eval()
     name = list(linear_layers(model))[-1]
-    error = measure(model, pixels, CHANNEL, choices=(4,))[name][4]
-    model.eval()
-    other = copy.deepcopy(model)
-    layer = other.get_submodule(name)
-    layer.weight.data = emulate_int(layer.weight.data, 4, "channel")[0]
+    error = measure(model, pixels, CHANNEL, choices=(4, 8))[name][4]
+    models = [
+        convert(model, replace(CHANNEL, overrides=own), pixels, engine="layers")[0] for own in ({}, {name: {"bits": 4}})
+    ]
     with torch.no_grad():
-        y, z = (m(pixels).last_hidden_state.double() for m in (model, other))
+        y, z = (m(pixels).last_hidden_state.double() for m in models)
     assert error == pytest.approx(((y - z).square().sum() / y.square().sum()).item(), rel=1e-3)
 
 
@@ -86,18 +97,19 @@ def test_the_model_stays_as_it_was(tiny_vit, pixels, monkeypatch, interrupt):
 
 def test_settings_of_each_layer_are_followed(tiny_vit, pixels):
     names = list(linear_layers(tiny_vit))
-    config = QuantizationConfig(overrides={"classifier": {"skip": True}, names[0]: {"method": "channel"}})
-    errors = measure(tiny_vit, pixels, config, choices=(3,))
+    config = QuantizationConfig(
+        rounding="nearest", equalize=False, overrides={"classifier": {"skip": True}, names[0]: {"method": "channel"}}
+    )
+    errors = measure(tiny_vit, pixels, config, choices=(3, 8))
     assert list(errors) == names[:-1]
-    assert errors[names[0]][3] == pytest.approx(directly(tiny_vit, pixels, names[0], 3), rel=1e-3)
-    assert errors[names[1]][3] != pytest.approx(directly(tiny_vit, pixels, names[1], 3), rel=1e-3)
+    for name in names[:2]:
+        assert errors[name][3] == pytest.approx(directly(tiny_vit, pixels, name, 3, config), rel=1e-3)
 
 
 def test_a_width_that_an_override_gives_is_the_only_one(tiny_vit, pixels):
-    config = QuantizationConfig(method="channel", overrides={"classifier": {"bits": 7}, "*.0.*": {"symmetric": True}})
+    config = replace(CHANNEL, overrides={"classifier": {"bits": 7}, "*.0.*": {"symmetric": True}})
     errors = measure(tiny_vit, pixels, config, choices=(3, 4))
-    assert list(errors["classifier"]) == [7]
-    assert errors["classifier"][7] == pytest.approx(directly(tiny_vit, pixels, "classifier", 7), rel=1e-3)
+    assert errors["classifier"] == {7: 0.0}
     assert all(list(layer) == [3, 4] for name, layer in errors.items() if name != "classifier")
 
 

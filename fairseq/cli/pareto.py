@@ -1,0 +1,95 @@
+"""``fairseq-vit pareto``: how well a model keeps its classes at many sizes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fairseq.cli.options import (
+    ActivationBits,
+    Device,
+    Exclude,
+    GroupSize,
+    Json,
+    Method,
+    Model,
+    Overrides,
+    Quiet,
+    Symmetric,
+    parse_overrides,
+)
+from fairseq.cli.output import UserError, finish, mistakes, with_examples, working
+
+
+@with_examples(
+    "pareto google/vit-base-patch16-224 --calibration pictures --save sizes.json --plot sizes.png",
+    "pareto ./vit --calibration pictures --images all --activations none --average-bits 3,4,5",
+)
+def pareto(
+    model: Model,
+    calibration: Annotated[
+        Path, typer.Option(metavar="DIR", help="Pictures like those that the model will see, no labels.")
+    ],
+    images: Annotated[str, typer.Option(metavar="N|all", help="How many of them; every fourth one judges.")] = "128",
+    average_bits: Annotated[
+        str, typer.Option(metavar="B,B,...", help="Of the models with a width for each layer.")
+    ] = "2.5,3,3.5,4,4.5,5,6",
+    method: Method = "channel",
+    group_size: GroupSize = None,
+    symmetric: Symmetric = False,
+    activations: Annotated[
+        str, typer.Option(metavar="dynamic|static|none", help="How inputs are rounded.")
+    ] = "dynamic",
+    activation_bits: ActivationBits = 8,
+    override: Overrides = None,
+    exclude: Exclude = None,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .svg or .pdf.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Quantize MODEL to many sizes, with one width for all layers and with mixed ones, and compare each with the float
+    model on pictures that were not calibrated on."""
+    if not calibration.is_dir():
+        raise UserError(f"--calibration {calibration}: no such folder")
+    if images != "all" and not (images.isdecimal() and int(images)):
+        raise UserError(f"--images {images}: must be a whole number of at least 1, or all")
+    try:
+        averages = [float(part) for part in average_bits.split(",")]
+    except ValueError:
+        raise UserError(f"--average-bits {average_bits}: must be numbers with commas, such as 3,4,5") from None
+    for file in filter(None, (save, plot)):
+        if not file.parent.is_dir():
+            raise UserError(f"{file}: the folder {file.parent} does not exist")
+    with working(quiet) as say:
+        from fairseq.cli.loading import load, needs_processor
+        from fairseq.models.vit_quantization import ViTQuantizer
+        from fairseq.quantization.bit_allocation.pareto_plot import check_format
+
+        if plot is not None:
+            with mistakes(ImportError, ValueError):
+                check_format(plot)
+        with mistakes(TypeError, ValueError):
+            quantizer = ViTQuantizer(
+                method=method, group_size=group_size, symmetric=symmetric, activation_bits=activation_bits,
+                activations=None if activations == "none" else activations,
+                overrides=parse_overrides(override or ()), exclude=exclude or (),
+            )  # fmt: skip
+        say(f"Loading {model}")
+        loaded = load(model, device)
+        processor = needs_processor(loaded, "--calibration")
+        say(f"Quantizing {type(loaded.model).__name__} to {6 + len(averages)} sizes")
+        with mistakes(ValueError):
+            found = quantizer.pareto(
+                loaded.model, calibration, processor, images if images == "all" else int(images), average_bits=averages
+            )
+        with mistakes(ImportError, OSError, ValueError):
+            if save is not None:
+                found.save(save)
+            if plot is not None:
+                found.plot(plot)
+    return finish(asdict(found), str(found), as_json)

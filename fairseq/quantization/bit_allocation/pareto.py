@@ -1,0 +1,178 @@
+"""Pareto: how well a model keeps its classes at many sizes, with one width for all layers and with mixed widths."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fairseq.quantization.bit_allocation.pareto_plot import picture
+from fairseq.quantization.bit_allocation.replay import batches, output_error, run
+from fairseq.quantization.bit_allocation.search import Widths
+from fairseq.quantization.bit_allocation.twins import stored_bytes
+from fairseq.quantization.config import QuantizationConfig
+from fairseq.quantization.conversion.convert import convert
+from fairseq.quantization.evaluation.compare import agreement
+from fairseq.quantization.evaluation.report import QuantizationReport
+from fairseq.quantization.files import write_file
+
+AVERAGES = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Point:
+    """One packed model.
+
+    Attributes:
+        bits: per weight of the quantized layers, on average.
+        bytes: of what is saved, whatever is in float included; 5 to 7 bits take as much as 8.
+        agreement: the share of pictures, 0 to 1, that have the float model's class; None for models without classes.
+        error: KL divergence from the float model's classes in nats; without classes the squared error as a share.
+        overrides: the widths of its layers, for ``ViTQuantizer(overrides=...)``; {} where all have one.
+    """
+
+    bits: float
+    bytes: int
+    agreement: float | None
+    error: float
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its widths were chosen layer by layer."""
+        return bool(self.overrides)
+
+
+@dataclass(frozen=True)
+class Pareto:
+    """Size against agreement: ``print`` it, ``save`` it as JSON, ``plot`` it.
+
+    Attributes:
+        model: the name of its class.
+        float_bytes: of the float model.
+        calibrated, evaluated: how many pictures each point was calibrated on, and how many others it was judged by.
+        points: as they were measured.
+    """
+
+    model: str
+    float_bytes: int
+    calibrated: int
+    evaluated: int
+    points: tuple[Point, ...]
+
+    @property
+    def front(self) -> tuple[Point, ...]:
+        """The points than which no other is at most as large and better, from small to large."""
+        best: list[Point] = []
+        for point in sorted(self.points, key=lambda point: (point.bytes, point.error)):
+            if not best or point.error < best[-1].error:
+                best.append(point)
+        return tuple(best)
+
+    def __str__(self) -> str:
+        lines = [f"{'widths':<8}  {'bits':>5}  {'MB':>7}  {'agreement':>9}  {'error':>8}"]
+        for point in sorted(self.points, key=lambda point: point.bytes):
+            kept = "-" if point.agreement is None else f"{point.agreement:.1%}"
+            lines.append(
+                f"{'mixed' if point.mixed else 'one':<8}  {point.bits:>5.2f}  {point.bytes / 1e6:>7.2f}  {kept:>9}  "
+                f"{point.error:>8.3g}"
+            )
+        lines.append(
+            f"{self.model}, {self.float_bytes / 1e6:.1f} MB in float; calibrated on {self.calibrated} pictures, "
+            f"compared with the float model on {self.evaluated} others"
+        )
+        return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON, whole or not at all.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+        """
+        write_file(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Pareto:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: it is not such a file.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(**{**content, "points": tuple(Point(**point) for point in content["points"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not what Pareto.save writes: {error}") from error
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw size against agreement, or against the error where there are no classes.
+
+        Args:
+            path: of the picture; its suffix is the format, such as .png, .svg or .pdf.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            FileNotFoundError: the folder does not exist.
+            ValueError: matplotlib does not know the suffix.
+        """
+        write_file(path, picture(self.points, str(self).splitlines()[-1], Path(path).suffix[1:] or "png"))
+
+
+def pareto(
+    model: nn.Module,
+    calibration: Tensor,
+    evaluation: Tensor,
+    config: QuantizationConfig,
+    averages: Sequence[float] = AVERAGES,
+) -> Pareto:
+    """Quantize ``model`` at every single width and at mixed ones, and see how far each is from the float model.
+
+    Args:
+        model: the float model; it stays as it is.
+        calibration: pictures, (N, C, H, W).
+        evaluation: others.
+        config: all but the widths.
+        averages: bits per weight of the mixed ones.
+
+    Raises:
+        TypeError, ValueError: an average that the choices do not allow, or as
+            :class:`~fairseq.quantization.bit_allocation.search.Widths`.
+    """
+    widths = Widths(model, calibration, config)
+    mixed = [widths.on_average(average) for average in averages]
+    configs = [replace(config, bits=bits, execution="packed") for bits in widths.twins.choices]
+    configs += [replace(config, overrides=chosen.overrides, execution="packed") for chosen in mixed]
+    expected = _outputs(model, evaluation)
+    points = []
+    for own in tqdm(configs, desc="Quantizing at each size", unit="model", leave=False):
+        quantized, report = convert(model, own, calibration)
+        (got, classes), (wanted, _) = _outputs(quantized, evaluation), expected
+        match = None if classes is None else agreement(wanted, got, classes)
+        overrides = {} if own.overrides == config.overrides else dict(own.overrides)
+        error = output_error(wanted, got, classes)
+        points.append(Point(_average(report), stored_bytes(quantized), match, error, overrides))
+    return Pareto(type(model).__name__, stored_bytes(model), len(calibration), len(evaluation), tuple(points))
+
+
+def _average(report: QuantizationReport) -> float:
+    """Bits per weight of the Linear layers that are quantized; of embeddings the widths were not chosen."""
+    sizes = [(layer.bits or 0, math.prod(layer.shape)) for layer in report.quantized if layer.component != "embeddings"]
+    return sum(bits * size for bits, size in sizes) / sum(size for _, size in sizes)
+
+
+def _outputs(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, int | None]:
+    training = model.training
+    try:
+        found = [run(model.eval(), inputs) for inputs in batches(model, pixel_values, BATCH_SIZE)]
+    finally:
+        model.train(training)
+    return torch.cat([output.cpu() for output, _ in found]), found[0][1]
