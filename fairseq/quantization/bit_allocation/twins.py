@@ -15,10 +15,9 @@ from fairseq.modules.quantization.scalar.ops import check_bits
 from fairseq.quantization.architectures.forward import Pixels
 from fairseq.quantization.architectures.plan import LayerPlan, check_model, resolve
 from fairseq.quantization.config import QuantizationConfig
-from fairseq.quantization.conversion.convert import convert
+from fairseq.quantization.conversion.convert import convert, finish
 from fairseq.quantization.conversion.quantize_layer import quantize_layer
 from fairseq.quantization.conversion.quantize_stage import packed_twin
-from fairseq.quantization.engine.fuse import fuse
 from fairseq.quantization.rounding.statistics import Statistics
 
 CHOICES = (2, 3, 4, 5, 6, 8)
@@ -96,7 +95,7 @@ class Twins:
         result = sharing(self.model)
         for name, width in bits.items():
             put(result, name, sharing(self.layers[name][width]))
-        fuse(result, "auto")
+        finish(result, "auto")
         return result.eval()
 
     def _round(self, layer: LayerPlan, linear: nn.Linear, statistics: Statistics | None, factor: Tensor | None) -> None:
