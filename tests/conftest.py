@@ -86,6 +86,11 @@ def vit_config(**changes):
 
 @pytest.fixture
 def tiny_vit():
+    """See :func:`make_tiny_vit`."""
+    return make_tiny_vit()
+
+
+def make_tiny_vit():
     """A classifier with 13 Linear layers, dropout, and biases that are not zero; in eval mode."""
     torch.manual_seed(0)
     model = ViTForImageClassification(vit_config())

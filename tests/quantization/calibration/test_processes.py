@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from conftest import make_tiny_vit
 from processes import together
 
 from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.quantization.bit_allocation.sensitivity import measure
 from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.exact_sum import ExactSum, unit_of
 from fairseq.quantization.calibration.statistics import collect
+from fairseq.quantization.config import QuantizationConfig
 
 SETTINGS = (
     {"bits": 4, "method": "channel"},
@@ -43,14 +46,8 @@ def all_quantized(model, pictures):
     return [quantized(model, pictures, settings) for settings in SETTINGS]
 
 
-def test_two_processes_give_the_integers_of_one(tiny_vit):
-    pictures = torch.randn(72, 3, 16, 16, generator=torch.Generator().manual_seed(3))  # shares of 48 and 24
-    expected = all_quantized(tiny_vit, pictures)
-    for got in together(all_quantized, tiny_vit, pictures):
-        for one, whole in zip(got, expected, strict=True):
-            assert one.keys() == whole.keys()
-            for name, value in whole.items():
-                assert torch.equal(one[name], value), name
+def measured(model, pictures):
+    return measure(model, pictures, QuantizationConfig(method="channel"), choices=(3, 8))
 
 
 def refused(model, pictures):
@@ -59,24 +56,54 @@ def refused(model, pictures):
     return str(error.value)
 
 
-def test_what_one_process_finds_wrong_ends_all(tiny_vit):
-    """Its pictures overflow float32 in the model; without a word to the others they would wait forever."""
-    pictures = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    pictures[-1] *= 1e38
-    assert len(set(together(refused, tiny_vit, pictures))) == 1
-
-
 def collected(x, w):
     own = processes.share(len(w))
     batches = x[own.start : own.stop].split(4) if len(own) else ()
     return collect((b.flatten(0, 1) for b in batches), [w[own.start : own.stop].flatten()], ["a"], 4)
 
 
-def test_a_process_without_pictures_has_the_statistics_of_all():
-    generator = torch.Generator().manual_seed(0)
-    x, w = torch.randn(12, 5, 6, generator=generator), torch.rand(12, 5, generator=generator)
-    (expected,) = collected(x, w)
-    for (got,) in together(collected, x, w):
+def everything(model, pictures, broken, tokens):
+    return all_quantized(model, pictures), measured(model, pictures), refused(model, broken), collected(*tokens)
+
+
+@pytest.fixture(scope="module")
+def given():
+    """A model, pictures for shares of 48 and 24, some of which the last overflows float32, and tokens for one share."""
+    generator = torch.Generator().manual_seed(3)
+    pictures = torch.randn(72, 3, 16, 16, generator=generator)
+    broken = pictures[:40].clone()
+    broken[-1] *= 1e38
+    tokens = torch.randn(12, 5, 6, generator=generator), torch.rand(12, 5, generator=generator)
+    return make_tiny_vit(), pictures, broken, tokens
+
+
+@pytest.fixture(scope="module")
+def of_two(given):
+    """What each of two processes has of everything; to start them takes longest, so that they are started once."""
+    return list(zip(*together(everything, *given), strict=True))
+
+
+def test_two_processes_give_the_integers_of_one(given, of_two):
+    expected = all_quantized(*given[:2])
+    for got in of_two[0]:
+        for one, whole in zip(got, expected, strict=True):
+            assert one.keys() == whole.keys()
+            for name, value in whole.items():
+                assert torch.equal(one[name], value), name
+
+
+def test_two_processes_measure_what_one_measures(given, of_two):
+    assert of_two[1] == (measured(*given[:2]),) * 2
+
+
+def test_what_one_process_finds_wrong_ends_all(of_two):
+    """Without a word to the others they would wait forever."""
+    assert len(set(of_two[2])) == 1
+
+
+def test_a_process_without_pictures_has_the_statistics_of_all(given, of_two):
+    (expected,) = collected(*given[3])
+    for (got,) in of_two[3]:
         for one, whole in zip(got, expected, strict=True):
             assert torch.equal(one, whole) if isinstance(whole, torch.Tensor) else one == whole
 
