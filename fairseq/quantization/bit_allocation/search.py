@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fairseq.quantization.bit_allocation.assignment import BitAssignment, assign_bits, assignment
 from fairseq.quantization.bit_allocation.knapsack import Costs, Errors, check_limit, choose_bits
-from fairseq.quantization.bit_allocation.sensitivity import measure_twins
+from fairseq.quantization.bit_allocation.sensitivity import measure_twins, split
 from fairseq.quantization.bit_allocation.timing import layer_times, model_time
 from fairseq.quantization.bit_allocation.twins import Twins
 from fairseq.quantization.calibration import processes
@@ -40,9 +40,10 @@ class Widths:
 
     def __init__(self, model: nn.Module, pixel_values: Tensor, config: QuantizationConfig):
         self.model, self.pixel_values, self.config = model, pixel_values, config
-        self.twins = Twins(model, pixel_values, config)
+        calibration, held_back = split(pixel_values)
+        self.twins = Twins(model, calibration, config)
         self.sizes = self.twins.weights
-        self.errors: Errors = measure_twins(self.twins, pixel_values)
+        self.errors: Errors = measure_twins(self.twins, held_back)
 
     def on_average(self, bits: float) -> BitAssignment:
         """The smallest error with at most ``bits`` per weight.

@@ -13,7 +13,8 @@ from transformers import ViTModel
 
 from fairseq.quantization.architectures.layers import linear_layers
 from fairseq.quantization.bit_allocation import replay, sensitivity
-from fairseq.quantization.bit_allocation.sensitivity import measure
+from fairseq.quantization.bit_allocation.sensitivity import measure, measure_twins
+from fairseq.quantization.bit_allocation.twins import Twins
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.conversion.convert import convert
 
@@ -142,3 +143,13 @@ def test_measure_refuses(tiny_vit, pixels, changes, error, match):
     arguments = {"model": tiny_vit, "pixel_values": pixels, "config": CHANNEL, **changes}
     with pytest.raises(error, match=match):
         measure(**arguments)
+
+
+def test_errors_are_those_on_pictures_that_rounding_does_not_know(tiny_vit):
+    pictures = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    held_back = torch.arange(32) % 4 == 3
+    config = QuantizationConfig(method="channel", activations=None)
+    errors = measure(tiny_vit, pictures, config, choices=(3, 8))
+    twins = Twins(tiny_vit, pictures[~held_back], config, choices=(3, 8))
+    assert errors == measure_twins(twins, pictures[held_back])
+    assert errors != measure_twins(Twins(tiny_vit, pictures, config, choices=(3, 8)), pictures[held_back])
