@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fairseq.cli.distributed import check_launcher, speaks
 from fairseq.cli.options import (
     ActivationBits,
     Device,
@@ -97,7 +98,8 @@ def distill(
         "processes": int(os.environ.get("WORLD_SIZE", "1")), "quantization": settings, "losses": losses,
         "training": training,
     }  # fmt: skip
-    main = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun or accelerate started
+    check_launcher()
+    main = speaks()
     with working(quiet or not main) as say:
         checkpoints = output.with_name(f"{output.name}.checkpoints")
         if main:

@@ -68,3 +68,14 @@ def test_mistakes_are_a_line(cli, models, pictures, tmp_path, words, message):
     assert (found.code, found.out) == (2, "")
     assert message in found.err
     assert not (tmp_path / "out").exists()
+
+
+def test_accelerate_that_starts_one_process_of_two(cli, models, pictures, tmp_path, monkeypatch):
+    """What it sets for ``accelerate launch --cpu --num_processes 2``."""
+    for name, value in (("ACCELERATE_USE_CPU", "True"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    for words in (("distill", models / "vit", "--images", pictures), ("quantize", models / "vit")):
+        found = cli(*words, "-o", tmp_path / "out")
+        assert found.code == 2
+        assert "accelerate launch --cpu starts one process, whatever --num_processes says; torchrun" in found.err
+    assert list(tmp_path.iterdir()) == []

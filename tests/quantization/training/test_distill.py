@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -136,6 +137,24 @@ def test_each_scale_has_a_learning_rate_of_its_own(student, tiny_vit, data, tmp_
     assert len(trained) == len({id(p) for p in trained}) == len(list(student.parameters()))
 
 
+def test_what_did_not_help_pictures_held_back_is_undone(student, tiny_vit, data):
+    before, reads = state(student), []
+
+    class Read(list):
+        def __getitem__(self, index):
+            reads.append(index)
+            return super().__getitem__(index)
+
+    with pytest.warns(UserWarning, match=r"the loss on 8 pictures held back was \S+ before and is \S+ after"):
+        told = quietly(student, tiny_vit, Read(data), epochs=3, held_back=8, learning_rate=1.0)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert told[-1].steps == 3 * 4
+    once = Counter(reads[3:])  # the first was looked at before
+    assert sorted(once.values()) == [2] * 8 + [3] * 32  # before and after; in each epoch
+    quietly(student, tiny_vit, data, epochs=3, held_back=8, learning_rate=1e-3)
+    assert not all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
 def wide(**changes):
     torch.manual_seed(1)
     return ViTForImageClassification(vit_config(**changes)).eval()
@@ -155,6 +174,8 @@ def test_what_does_not_fit(student, tiny_vit, data):
         ((student, wide(num_attention_heads=4), data), {"losses": Losses(attention=1)}, ValueError,
          r"as many heads in both; the student has \[3, 3\] and the teacher \[4, 4\]"),
         ((student, tiny_vit, data), {"resume": True}, ValueError, "resume=True needs the output_dir"),
+        ((student, tiny_vit, data), {"held_back": 40}, ValueError, "held_back must be from 0 to 39, as there are 40"),
+        ((student, tiny_vit, data), {"held_back": 0.5}, TypeError, r"a number of pictures, got 0\.5"),
     ]  # fmt: skip
     for arguments, more, kind, message in cases:
         with pytest.raises(kind, match=message):
