@@ -121,12 +121,13 @@ def distill(
 
 def _split(data: Any, processor: Any, augment: bool, held_back: int, seed: int) -> tuple[Dataset[Any], Dataset[Any]]:
     """The pictures to train on, and those held back, which are never augmented."""
-    trained, held = Pictures(data, processor, augment), Pictures(data, processor)
+    pictures = Pictures(data, processor, augment)
     if isinstance(held_back, bool) or not isinstance(held_back, int):
         raise TypeError(f"held_back must be a number of pictures, got {held_back!r}")
-    if not 0 <= held_back < len(trained):
+    if not 0 <= held_back < len(pictures):
         raise ValueError(
-            f"held_back must be from 0 to {len(trained) - 1}, as there are {len(trained)} pictures; got {held_back}"
+            f"held_back must be from 0 to {len(pictures) - 1}, as there are {len(pictures)} pictures; got {held_back}"
         )
-    order = torch.randperm(len(trained), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Subset(trained, sorted(order[held_back:])), Subset(held, order[:held_back])
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed)).tolist()
+    plain = Pictures(data, processor) if augment else pictures
+    return Subset(pictures, sorted(order[held_back:])), Subset(plain, order[:held_back])
