@@ -15,10 +15,12 @@ SETTINGS = ("--bits", 3, "--batch-size", 8, "--calibration", 36, "--override", "
 
 def test_the_folder_is_a_packed_model_with_its_processor(cli, models, pictures, tmp_path):
     out = tmp_path / "out"
-    found = cli("distill", models / "vit", "--images", pictures, *SETTINGS, "--augment", "-o", out, "--json")
+    found = cli(
+        "distill", models / "vit", "--images", pictures, *SETTINGS, "--augment", "--held-back", 2, "-o", out, "--json"
+    )
     assert found.code == 0, found.err
     result = json.loads(found.out)
-    assert (result["steps"], result["pictures"]) == (10, 36)
+    assert (result["steps"], result["pictures"], result["training"]["held_back"]) == (10, 36, 2)
     assert result["losses_last"].keys() == {"loss", "loss_outputs", "loss_features"}
     assert "step 10 of 10, epoch 2.00: loss" in found.err
     assert {file.name for file in out.iterdir()} >= {"config.json", "model.safetensors", "preprocessor_config.json"}
