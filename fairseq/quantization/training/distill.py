@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from fairseq.quantization.training.losses import Losses
 from fairseq.quantization.training.pictures import Pictures
@@ -119,7 +119,7 @@ def distill(
     return student.eval()
 
 
-def _split(data: Any, processor: Any, augment: bool, held_back: int, seed: int) -> tuple[Dataset[Any], Dataset[Any]]:
+def _split(data: Any, processor: Any, augment: bool, held_back: int, seed: int) -> tuple[Subset[Any], Subset[Any]]:
     """The pictures to train on, and those held back, which are never augmented."""
     pictures = Pictures(data, processor, augment)
     if isinstance(held_back, bool) or not isinstance(held_back, int):
