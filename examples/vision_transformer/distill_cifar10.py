@@ -4,9 +4,10 @@
     python examples/vision_transformer/distill_cifar10.py
     python examples/vision_transformer/distill_cifar10.py --data DIR --pictures 5000 --epochs 2
 
-The teacher is the float model itself. Without ``--data`` it trains on the first 300 of the 500 test pictures that ship
-with the examples, without their labels, and evaluates on the others; DIR holds ``train.zip`` and ``test.zip`` as for
-``train_cifar10.py``: it then trains on pictures of the first, and evaluates on all of the second.
+The teacher is the float model itself. Without ``--data`` the pictures are the first 300 of the 500 test pictures that
+ship with the examples, without their labels, and it evaluates on the others; DIR holds ``train.zip`` and ``test.zip``
+as for ``train_cifar10.py``: pictures are then of the first, and it evaluates on all of the second. Of the pictures
+``--held-back`` are not trained on: what is worse on them after training is undone.
 """
 
 from __future__ import annotations
@@ -80,6 +81,11 @@ def row(name: str, got: Tensor, expected: Tensor, labels: Tensor, seconds: float
     return [name, f"{right:.1%}", f"{right / before:.1%}", f"{agree:.1%}", f"{apart:.3g}", f"{seconds:.0f}"]
 
 
+def counted(text: str) -> int:
+    """0 or more, for argparse."""
+    return 0 if text == "0" else positive(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=None, help="folder with train.zip and test.zip")
@@ -91,8 +97,8 @@ def main() -> int:
     parser.add_argument("--features", type=float, default=1.0, help="weight of the loss of hidden states")
     parser.add_argument("--temperature", type=float, default=1.0, help="of logits")
     parser.add_argument("--no-augment", action="store_true", help="the pictures as they are, without crops and flips")
-    parser.add_argument("--held-back", type=int, default=0, help="pictures that decide whether it stays")
-    parser.add_argument("--reconstruct", type=int, default=0, help="epochs of reconstruction before it")
+    parser.add_argument("--held-back", type=counted, default=60, help="pictures that decide whether it stays")
+    parser.add_argument("--reconstruct", type=counted, default=0, help="epochs of reconstruction before it")
     parser.add_argument("--only", choices=list(SETTINGS), default=None, help="one of the two")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16 while it is trained")
     parser.add_argument("--seed", type=int, default=0)
@@ -102,7 +108,9 @@ def main() -> int:
     teacher: Any = model.float()
     teacher.set_attn_implementation("eager")  # whose backward pass is several times faster here
     train, test, labels = pictures(args.data, args.pictures, args.seed, teacher, processor)
-    print(f"{name}: {len(train)} pictures without labels to train on, {len(test)} others to evaluate on\n")
+    print(f"{name}: {len(train)} pictures without labels to learn from, {len(test)} others to evaluate on\n")
+    if args.held_back >= len(train):
+        raise UserError(f"--held-back {args.held_back}: of {len(train)} pictures some must be left to train on")
     expected = outputs(teacher, test)
     rows = [row("float", expected, expected, labels, 0)]
     for kind in SETTINGS if args.only is None else [args.only]:

@@ -381,10 +381,10 @@ def test_distillation_before_and_after(script, cifar):
     def with_tiny(module):
         module.load_embedded = lambda: (tiny, None, "a tiny ViT")
 
-    arguments = ["--data", cifar, "--pictures", 40, "--epochs", 2, "--batch-size", 8, "--learning-rate", "1e-3"]
+    arguments = ["--data", cifar, "--pictures", 40, "--epochs", 2, "--batch-size", 8, "--held-back", 0]
     code, out, err = script("distill_cifar10", *arguments, before=with_tiny)
     assert code == 0, err
-    assert "a tiny ViT: 40 pictures without labels to train on, 20 others to evaluate on" in out
+    assert "a tiny ViT: 40 pictures without labels to learn from, 20 others to evaluate on" in out
     assert err.count("step 10 of 10") == 2
     rows = [line.split() for line in out.splitlines() if "%" in line]
     assert [row[-6] for row in rows] == ["float", "calibrated", "distilled", "calibrated", "distilled"]
@@ -393,6 +393,8 @@ def test_distillation_before_and_after(script, cifar):
     assert len(set(divergence)) == 5  # each is another model
     code, _, err = script("distill_cifar10", *arguments)
     assert (code, err.splitlines()[-1]) == (2, "error: --data: the embedded CIFAR-10 ViT has no class bright, dark")
+    code, _, err = script("distill_cifar10", "--pictures", 60)
+    assert (code, err.splitlines()[-1]) == (2, "error: --held-back 60: of 60 pictures some must be left to train on")
 
 
 @pytest.fixture
