@@ -6,8 +6,8 @@
 
 The teacher is the float model itself. Without ``--data`` the pictures are the first 300 of the 500 test pictures that
 ship with the examples, without their labels, and it evaluates on the others; DIR holds ``train.zip`` and ``test.zip``
-as for ``train_cifar10.py``: pictures are then of the first, and it evaluates on all of the second. Of the pictures
-``--held-back`` are not trained on: what is worse on them after training is undone.
+as for ``train_cifar10.py``: pictures are then of the first, and it evaluates on all of the second. With
+``--held-back 60`` so many of the pictures are not trained on, and what is worse on them after training is undone.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument("--features", type=float, default=1.0, help="weight of the loss of hidden states")
     parser.add_argument("--temperature", type=float, default=1.0, help="of logits")
     parser.add_argument("--no-augment", action="store_true", help="the pictures as they are, without crops and flips")
-    parser.add_argument("--held-back", type=counted, default=60, help="pictures that decide whether it stays")
+    parser.add_argument("--held-back", type=counted, default=0, help="pictures that decide whether it stays")
     parser.add_argument("--reconstruct", type=counted, default=0, help="epochs of reconstruction before it")
     parser.add_argument("--only", choices=list(SETTINGS), default=None, help="one of the two")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16 while it is trained")

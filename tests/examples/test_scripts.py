@@ -381,7 +381,7 @@ def test_distillation_before_and_after(script, cifar):
     def with_tiny(module):
         module.load_embedded = lambda: (tiny, None, "a tiny ViT")
 
-    arguments = ["--data", cifar, "--pictures", 40, "--epochs", 2, "--batch-size", 8, "--held-back", 0]
+    arguments = ["--data", cifar, "--pictures", 40, "--epochs", 2, "--batch-size", 8]
     code, out, err = script("distill_cifar10", *arguments, before=with_tiny)
     assert code == 0, err
     assert "a tiny ViT: 40 pictures without labels to learn from, 20 others to evaluate on" in out
@@ -393,7 +393,7 @@ def test_distillation_before_and_after(script, cifar):
     assert len(set(divergence)) == 5  # each is another model
     code, _, err = script("distill_cifar10", *arguments)
     assert (code, err.splitlines()[-1]) == (2, "error: --data: the embedded CIFAR-10 ViT has no class bright, dark")
-    code, _, err = script("distill_cifar10", "--pictures", 60)
+    code, _, err = script("distill_cifar10", "--pictures", 60, "--held-back", 60)
     assert (code, err.splitlines()[-1]) == (2, "error: --held-back 60: of 60 pictures some must be left to train on")
 
 
