@@ -98,7 +98,8 @@ def distill(
             )
         if 0 < held_back < args.world_size:
             raise ValueError(f"{args.world_size} processes need as many pictures held back, got held_back={held_back}")
-        args.per_device_eval_batch_size = max(1, min(batch_size, held_back // args.world_size))
+        if held_back:
+            args.per_device_eval_batch_size = min(batch_size, held_back // args.world_size)
         trainer = on_transformers.DistillationTrainer(
             student, args, teacher=teacher, losses=losses, scales=scales, scale_learning_rate=scale_learning_rate,
             train_dataset=trained, callbacks=list(callbacks),
