@@ -4,9 +4,10 @@
     python examples/vision_transformer/distill_cifar10.py
     python examples/vision_transformer/distill_cifar10.py --data DIR --pictures 5000 --epochs 2
 
-The teacher is the float model itself. Without ``--data`` it trains on the first 300 of the 500 test pictures that ship
-with the examples, without their labels, and evaluates on the others; DIR holds ``train.zip`` and ``test.zip`` as for
-``train_cifar10.py``: it then trains on pictures of the first, and evaluates on all of the second.
+The teacher is the float model itself. Without ``--data`` the pictures are the first 300 of the 500 test pictures that
+ship with the examples, without their labels, and it evaluates on the others; DIR holds ``train.zip`` and ``test.zip``
+as for ``train_cifar10.py``: pictures are then of the first, and it evaluates on all of the second. With
+``--held-back 60`` so many of the pictures are not trained on, and what is worse on them after training is undone.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from typing import Any
 import torch
 from common import UserError, embedded_images, load_embedded, logits, positive, run, table
 from torch import Tensor, nn
+from torch.nn import functional as F
 from train_cifar10 import normalize, read_split
 
-from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.models.vit_quantization import Reconstruction, ViTQuantizer
 from fairseq.quantization.training.distill import distill
 from fairseq.quantization.training.losses import Losses
 
 TRAINED = 300
+CALIBRATED = 256
 SETTINGS: dict[str, dict[str, Any]] = {
     "W2A8, groups of 64": {"bits": 2, "method": "channel", "group_size": 64},
     "W4A4, channel": {"bits": 4, "method": "channel", "activation_bits": 4},
@@ -40,7 +43,10 @@ def pictures(
     if data is not None:
         train, test = read_split(data, "train"), read_split(data, "test")
         order = torch.randperm(len(train.pixels), generator=torch.Generator().manual_seed(seed))
-        labels = torch.tensor([model.config.label2id[name] for name in test.names])[test.labels]
+        classes = model.config.label2id
+        if unknown := [name for name in test.names if name not in classes]:
+            raise UserError(f"--data: the embedded CIFAR-10 ViT has no class {', '.join(unknown)}")
+        labels = torch.tensor([classes[name] for name in test.names])[test.labels]
         return normalize(train.pixels[order[:count]]), normalize(test.pixels), labels
     readers, names = embedded_images()
     order = torch.randperm(len(readers), generator=torch.Generator().manual_seed(seed))
@@ -52,15 +58,32 @@ def pictures(
     return pixels[:used], pixels[used:], labels[used:]
 
 
+def calibrated(kind: str, teacher: nn.Module, pixels: Tensor, args: argparse.Namespace) -> Any:
+    """The student that training begins with."""
+    reconstruct = Reconstruction(epochs=args.reconstruct) if args.reconstruct else False
+    quantizer = ViTQuantizer(execution="emulated", **SETTINGS[kind])
+    return quantizer.quantize_model(teacher, pixels, images=min(len(pixels), CALIBRATED), reconstruct=reconstruct)
+
+
 @torch.no_grad()
 def outputs(model: nn.Module, pixels: Tensor) -> Tensor:
     return torch.cat([logits(model, batch) for batch in pixels.split(250)])
 
 
+def packed_outputs(student: nn.Module, pixels: Tensor) -> Tensor:
+    return outputs(ViTQuantizer.pack_model(student), pixels)
+
+
 def row(name: str, got: Tensor, expected: Tensor, labels: Tensor, seconds: float) -> list[str]:
     right, before = ((x.argmax(-1) == labels).float().mean() for x in (got, expected))
     agree = (got.argmax(-1) == expected.argmax(-1)).float().mean()
-    return [name, f"{right:.1%}", f"{right / before:.1%}", f"{agree:.1%}", f"{seconds:.0f}"]
+    apart = F.kl_div(got.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean")
+    return [name, f"{right:.1%}", f"{right / before:.1%}", f"{agree:.1%}", f"{apart:.3g}", f"{seconds:.0f}"]
+
+
+def counted(text: str) -> int:
+    """0 or more, for argparse."""
+    return 0 if text == "0" else positive(text)
 
 
 def main() -> int:
@@ -70,7 +93,13 @@ def main() -> int:
     parser.add_argument("--epochs", type=float, default=8.0)
     parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--scale-learning-rate", type=float, default=1e-3)
     parser.add_argument("--features", type=float, default=1.0, help="weight of the loss of hidden states")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of logits")
+    parser.add_argument("--no-augment", action="store_true", help="the pictures as they are, without crops and flips")
+    parser.add_argument("--held-back", type=counted, default=0, help="pictures that decide whether it stays")
+    parser.add_argument("--reconstruct", type=counted, default=0, help="epochs of reconstruction before it")
+    parser.add_argument("--only", choices=list(SETTINGS), default=None, help="one of the two")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16 while it is trained")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -79,23 +108,27 @@ def main() -> int:
     teacher: Any = model.float()
     teacher.set_attn_implementation("eager")  # whose backward pass is several times faster here
     train, test, labels = pictures(args.data, args.pictures, args.seed, teacher, processor)
-    print(f"{name}: {len(train)} pictures without labels to train on, {len(test)} others to evaluate on\n")
+    print(f"{name}: {len(train)} pictures without labels to learn from, {len(test)} others to evaluate on\n")
+    if args.held_back >= len(train):
+        raise UserError(f"--held-back {args.held_back}: of {len(train)} pictures some must be left to train on")
     expected = outputs(teacher, test)
     rows = [row("float", expected, expected, labels, 0)]
-    for kind, settings in SETTINGS.items():
+    for kind in SETTINGS if args.only is None else [args.only]:
         started = time.perf_counter()
-        quantizer = ViTQuantizer(execution="emulated", **settings)
-        student = quantizer.quantize_model(teacher, calibration=train, images=min(len(train), 256))
-        rows.append(row(f"{kind}: calibrated", outputs(student, test), expected, labels, time.perf_counter() - started))
+        student = calibrated(kind, teacher, train, args)
+        seconds = time.perf_counter() - started
+        rows.append(row(f"{kind}: calibrated", packed_outputs(student, test), expected, labels, seconds))
         started = time.perf_counter()
         distill(
-            student, teacher, train, epochs=args.epochs, batch_size=args.batch_size, bf16=args.bf16, augment=True,
-            learning_rate=args.learning_rate, losses=Losses(features=args.features), seed=args.seed,
+            student, teacher, train, epochs=args.epochs, batch_size=args.batch_size, bf16=args.bf16,
+            augment=not args.no_augment, learning_rate=args.learning_rate, held_back=args.held_back, seed=args.seed,
+            scale_learning_rate=args.scale_learning_rate,
+            losses=Losses(features=args.features, temperature=args.temperature),
             progress=lambda progress: print(progress, file=sys.stderr),
         )  # fmt: skip
-        packed = ViTQuantizer.pack_model(student)
-        rows.append(row(f"{kind}: distilled", outputs(packed, test), expected, labels, time.perf_counter() - started))
-    print(table(["model", "top-1", "kept", "agreement", "s"], rows))
+        seconds = time.perf_counter() - started
+        rows.append(row(f"{kind}: distilled", packed_outputs(student, test), expected, labels, seconds))
+    print(table(["model", "top-1", "kept", "agreement", "KL", "s"], rows))
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fairseq.cli.distributed import check_launcher, speaks
 from fairseq.cli.options import (
     ActivationBits,
     Device,
@@ -66,6 +67,9 @@ def distill(
     attention: Annotated[float, typer.Option(min=0, help="Weight of the loss of attention.")] = 0.0,
     temperature: Annotated[float, typer.Option(min=0, help="Of logits.")] = 1.0,
     augment: Annotated[bool, typer.Option("--augment", help="Random crops and flips.")] = False,
+    held_back: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Pictures not trained on; what does not help them is undone.")
+    ] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Products in bfloat16 while it is trained.")] = False,
     save_every: Annotated[
         int | None, typer.Option(min=1, metavar="STEPS", help="Between checkpoints.  [default: an epoch]")
@@ -90,14 +94,15 @@ def distill(
     losses = {"outputs": outputs, "features": features, "attention": attention, "temperature": temperature}
     training = {
         "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "augment": augment, "bf16": bf16,
-        "scale_learning_rate": scale_learning_rate, "seed": seed,
+        "scale_learning_rate": scale_learning_rate, "held_back": held_back, "seed": seed,
     }  # fmt: skip
     run = {
         "model": model, "teacher": teacher or model, "images": str(images), "calibration": calibration,
         "processes": int(os.environ.get("WORLD_SIZE", "1")), "quantization": settings, "losses": losses,
         "training": training,
     }  # fmt: skip
-    main = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun or accelerate started
+    check_launcher()
+    main = speaks()
     with working(quiet or not main) as say:
         checkpoints = output.with_name(f"{output.name}.checkpoints")
         if main:

@@ -6,13 +6,29 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fairseq.cli.output import UserError
+
+
+def check_launcher() -> None:
+    """UserError where ``accelerate launch --cpu`` was told of several processes: it starts one, and says nothing.
+
+    For several it sets where they meet, and then, without MPI, neither their number nor their ranks.
+    """
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    if on_cpu and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate launch --cpu starts one process, whatever --num_processes says; torchrun --nproc-per-node 2, "
+            "or accelerate launch --multi_gpu --num_processes 2, starts two, on CPUs as well"
+        )
+
 
 @contextmanager
 def processes_together() -> Iterator[None]:
     """Inside, the processes that a launcher started are one group, as its environment variables say; without any, none.
 
-    NCCL where each process of this machine has a GPU of its own, gloo otherwise.
+    NCCL where each process of this machine has a GPU of its own, gloo otherwise. UserError as :func:`check_launcher`.
     """
+    check_launcher()
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return

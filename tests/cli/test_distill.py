@@ -15,10 +15,12 @@ SETTINGS = ("--bits", 3, "--batch-size", 8, "--calibration", 36, "--override", "
 
 def test_the_folder_is_a_packed_model_with_its_processor(cli, models, pictures, tmp_path):
     out = tmp_path / "out"
-    found = cli("distill", models / "vit", "--images", pictures, *SETTINGS, "--augment", "-o", out, "--json")
+    found = cli(
+        "distill", models / "vit", "--images", pictures, *SETTINGS, "--augment", "--held-back", 2, "-o", out, "--json"
+    )
     assert found.code == 0, found.err
     result = json.loads(found.out)
-    assert (result["steps"], result["pictures"]) == (10, 36)
+    assert (result["steps"], result["pictures"], result["training"]["held_back"]) == (10, 36, 2)
     assert result["losses_last"].keys() == {"loss", "loss_outputs", "loss_features"}
     assert "step 10 of 10, epoch 2.00: loss" in found.err
     assert {file.name for file in out.iterdir()} >= {"config.json", "model.safetensors", "preprocessor_config.json"}
@@ -68,3 +70,14 @@ def test_mistakes_are_a_line(cli, models, pictures, tmp_path, words, message):
     assert (found.code, found.out) == (2, "")
     assert message in found.err
     assert not (tmp_path / "out").exists()
+
+
+def test_accelerate_that_starts_one_process_of_two(cli, models, pictures, tmp_path, monkeypatch):
+    """What it sets for ``accelerate launch --cpu --num_processes 2``."""
+    for name, value in (("ACCELERATE_USE_CPU", "True"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    for words in (("distill", models / "vit", "--images", pictures), ("quantize", models / "vit")):
+        found = cli(*words, "-o", tmp_path / "out")
+        assert found.code == 2
+        assert "accelerate launch --cpu starts one process, whatever --num_processes says; torchrun" in found.err
+    assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from fairseq.quantization.calibration.synthetic import synthetic_images
 
@@ -366,6 +366,35 @@ def test_training_resumes_and_writes_a_folder_that_loads(script, cifar, tmp_path
 def test_training_without_data(script, tmp_path):
     code, _, _ = script("train_cifar10", "--data", tmp_path, "--output", tmp_path / "run")
     assert "--data must hold one of them" in str(code)
+
+
+def test_distillation_before_and_after(script, cifar):
+    """On a tiny model of its two classes, and the embedded one does not know them."""
+    torch.manual_seed(0)
+    names = {0: "bright", 1: "dark"}
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8,
+        id2label=names, label2id={name: i for i, name in names.items()}, initializer_range=0.2,
+    )  # fmt: skip
+    tiny = ViTForImageClassification(config).eval()
+
+    def with_tiny(module):
+        module.load_embedded = lambda: (tiny, None, "a tiny ViT")
+
+    arguments = ["--data", cifar, "--pictures", 40, "--epochs", 2, "--batch-size", 8]
+    code, out, err = script("distill_cifar10", *arguments, before=with_tiny)
+    assert code == 0, err
+    assert "a tiny ViT: 40 pictures without labels to learn from, 20 others to evaluate on" in out
+    assert err.count("step 10 of 10") == 2
+    rows = [line.split() for line in out.splitlines() if "%" in line]
+    assert [row[-6] for row in rows] == ["float", "calibrated", "distilled", "calibrated", "distilled"]
+    divergence = [float(row[-2]) for row in rows]
+    assert divergence[0] == 0
+    assert len(set(divergence)) == 5  # each is another model
+    code, _, err = script("distill_cifar10", *arguments)
+    assert (code, err.splitlines()[-1]) == (2, "error: --data: the embedded CIFAR-10 ViT has no class bright, dark")
+    code, _, err = script("distill_cifar10", "--pictures", 60, "--held-back", 60)
+    assert (code, err.splitlines()[-1]) == (2, "error: --held-back 60: of 60 pictures some must be left to train on")
 
 
 @pytest.fixture

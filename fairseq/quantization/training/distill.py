@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from fairseq.quantization.training.losses import Losses
 from fairseq.quantization.training.pictures import Pictures
@@ -30,6 +33,7 @@ def distill(
     losses: Losses | None = None,
     scales: bool = True,
     augment: bool = False,
+    held_back: int = 0,
     seed: int = 0,
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -54,7 +58,9 @@ def distill(
         losses: outputs and features, 1 each, unless they say otherwise.
         scales: learn them; see :func:`~.student.learn_scales`.
         augment: another crop and perhaps a flip of each picture each time.
-        seed: of the order of pictures and of ``augment``.
+        held_back: so many of the pictures are not trained on. What was trained stays only if the loss on them is
+            smaller than before; if not, the student stays as it was, with a warning. 0 for no such guard.
+        seed: of the order of pictures, of ``augment`` and of which are held back.
         output_dir: where checkpoints go, one at the end of each epoch, the last one kept; None for no checkpoints.
         resume: go on from the last whole checkpoint in ``output_dir``, if there is one.
         progress: called every ``logging_steps`` (10) steps; None for transformers' bar and lines.
@@ -65,15 +71,15 @@ def distill(
     Raises:
         ImportError: accelerate is missing.
         TypeError, ValueError: the student is not an emulated model or has half-precision weights; there are no
-            pictures, or fewer than processes; the teacher's outputs or blocks are others; or as
-            :class:`~.pictures.Pictures` says.
+            pictures to train on, or fewer than a step of all processes takes; the teacher's outputs or blocks are
+            others; or as :class:`~.pictures.Pictures` says.
     """
     from fairseq.quantization.training import trainer as on_transformers
 
     on_transformers.check_student(student)
     if resume and output_dir is None:
         raise ValueError("resume=True needs the output_dir in which the checkpoints are")
-    pictures = Pictures(data, processor, augment)
+    trained, held = _split(data, processor, augment, held_back, seed)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if output_dir is None else os.fspath(output_dir)
         settings = {
@@ -85,17 +91,44 @@ def distill(
         } | arguments  # fmt: skip
         args = on_transformers.training_arguments(**settings)
         needed = args.world_size * batch_size
-        if args.world_size > 1 and len(pictures) < needed:
+        if args.world_size > 1 and len(trained) < needed:
             raise ValueError(
                 f"{args.world_size} processes with batch_size={batch_size} need {needed} pictures for one step, and "
-                f"there are {len(pictures)}"
+                f"there are {len(trained)}"
             )
+        if 0 < held_back < args.world_size:
+            raise ValueError(f"{args.world_size} processes need as many pictures held back, got held_back={held_back}")
+        if held_back:
+            args.per_device_eval_batch_size = min(batch_size, held_back // args.world_size)
         trainer = on_transformers.DistillationTrainer(
             student, args, teacher=teacher, losses=losses, scales=scales, scale_learning_rate=scale_learning_rate,
-            train_dataset=pictures, callbacks=list(callbacks),
+            train_dataset=trained, callbacks=list(callbacks),
         )  # fmt: skip
         if progress is not None:
             on_transformers.Report(progress).instead_of_lines(trainer)
         whole = on_transformers.last_checkpoint(folder) if resume else None
+        start = {name: value.clone() for name, value in student.state_dict().items()} if held_back else {}
+        before = trainer.evaluate(held)["eval_loss"] if held_back else None
         trainer.train(resume_from_checkpoint=None if whole is None else str(whole))
+        if before is not None and not (after := trainer.evaluate(held)["eval_loss"]) < before:
+            student.load_state_dict(start)
+            warnings.warn(
+                f"training did not help: the loss on {held_back} pictures held back was {before:.4g} before and is "
+                f"{after:.4g} after it; the student is as it was. Try a lower learning rate, more pictures or augment",
+                stacklevel=2,
+            )
     return student.eval()
+
+
+def _split(data: Any, processor: Any, augment: bool, held_back: int, seed: int) -> tuple[Subset[Any], Subset[Any]]:
+    """The pictures to train on, and those held back, which are never augmented."""
+    pictures = Pictures(data, processor, augment)
+    if isinstance(held_back, bool) or not isinstance(held_back, int):
+        raise TypeError(f"held_back must be a number of pictures, got {held_back!r}")
+    if not 0 <= held_back < len(pictures):
+        raise ValueError(
+            f"held_back must be from 0 to {len(pictures) - 1}, as there are {len(pictures)} pictures; got {held_back}"
+        )
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed)).tolist()
+    plain = Pictures(data, processor) if augment else pictures
+    return Subset(pictures, sorted(order[held_back:])), Subset(plain, order[:held_back])

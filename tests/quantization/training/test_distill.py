@@ -2,9 +2,11 @@
 
 import json
 import sys
+from collections import Counter
 
 import pytest
 import torch
+import trained_together
 from beside import Beside, new_folder, python
 from conftest import vit_config
 from families import build
@@ -136,6 +138,24 @@ def test_each_scale_has_a_learning_rate_of_its_own(student, tiny_vit, data, tmp_
     assert len(trained) == len({id(p) for p in trained}) == len(list(student.parameters()))
 
 
+def test_what_did_not_help_pictures_held_back_is_undone(student, tiny_vit, data):
+    before, reads = state(student), []
+
+    class Read(list):
+        def __getitem__(self, index):
+            reads.append(index)
+            return super().__getitem__(index)
+
+    with pytest.warns(UserWarning, match=r"the loss on 8 pictures held back was \S+ before and is \S+ after"):
+        told = quietly(student, tiny_vit, Read(data), epochs=3, held_back=8, learning_rate=1.0)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert told[-1].steps == 3 * 4
+    once = Counter(reads[2:])  # the first was looked at before
+    assert sorted(once.values()) == [2] * 8 + [3] * 32  # before and after; in each epoch
+    quietly(student, tiny_vit, data, epochs=3, held_back=8, learning_rate=1e-3)
+    assert not all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
 def wide(**changes):
     torch.manual_seed(1)
     return ViTForImageClassification(vit_config(**changes)).eval()
@@ -155,6 +175,8 @@ def test_what_does_not_fit(student, tiny_vit, data):
         ((student, wide(num_attention_heads=4), data), {"losses": Losses(attention=1)}, ValueError,
          r"as many heads in both; the student has \[3, 3\] and the teacher \[4, 4\]"),
         ((student, tiny_vit, data), {"resume": True}, ValueError, "resume=True needs the output_dir"),
+        ((student, tiny_vit, data), {"held_back": 40}, ValueError, "held_back must be from 0 to 39, as there are 40"),
+        ((student, tiny_vit, data), {"held_back": 0.5}, TypeError, r"a number of pictures, got 0\.5"),
     ]  # fmt: skip
     for arguments, more, kind, message in cases:
         with pytest.raises(kind, match=message):
@@ -185,59 +207,11 @@ def test_without_accelerate_it_says_what_to_install():
     assert 'install it with: pip install "fairseq[training]"' in done.stderr
 
 
-TOGETHER = """
-import json, os, sys
-import torch
-from transformers import ViTConfig, ViTForImageClassification
-from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.quantization.training.distill import distill
-
-class Seen(torch.utils.data.Dataset):
-    def __len__(self):
-        return 36
-    def __getitem__(self, index):
-        if recording:
-            seen.append(index)
-        return torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(index))
-
-recording, seen, told = False, [], []
-torch.set_num_threads(1)
-torch.manual_seed(0)
-teacher = ViTForImageClassification(ViTConfig(**json.loads(sys.argv[1]))).eval()
-student = ViTQuantizer(bits=3, method="channel", execution="emulated").quantize_model(teacher)
-from fairseq.quantization.training import trainer
-train = trainer.DistillationTrainer.train
-def recorded(self, **keywords):
-    global recording
-    recording = True
-    return train(self, **keywords)
-trainer.DistillationTrainer.train = recorded
-distill(student, teacher, Seen(), epochs=2, batch_size=int(sys.argv[2]), progress=told.append, logging_steps=1)
-rank = os.environ.get("RANK", "0")
-losses = [p.losses["loss"] for p in told]
-weights = float(sum(p.double().abs().sum() for p in student.parameters()))
-with open(f"{sys.argv[3]}/{rank}.json", "w") as opened:
-    json.dump({"losses": losses, "seen": seen, "weights": weights}, opened)
-"""
-
-
 def _run_together():
-    """One process with batches of 8, and two with batches of 4."""
+    """Two processes with batches of 4."""
     folder = new_folder("together")
-    (folder / "train.py").write_text(TOGETHER)
-    for name in ("one", "two"):
-        (folder / name).mkdir()
-    config = json.dumps({"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40,
-                         "image_size": 16, "patch_size": 4, "num_labels": 7})  # fmt: skip
-    script = folder / "train.py"
-
-    def run():
-        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-        alone = python(script, config, 8, folder / "one")
-        both = python(*torchrun, script, config, 4, folder / "two")
-        return folder, alone, both
-
-    return run
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    return lambda: (folder, python(*torchrun, trained_together.__file__, folder))
 
 
 RUN_TOGETHER = Beside(_run_together)
@@ -246,10 +220,10 @@ RUN_TOGETHER = Beside(_run_together)
 @RUN_TOGETHER
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo was not tried on Windows")
 def test_two_processes_train_as_one_and_share_the_pictures():
-    folder, alone, both = RUN_TOGETHER.result()
-    assert (alone.returncode, both.returncode) == (0, 0), alone.stderr + both.stderr
-    one = json.loads((folder / "one" / "0.json").read_text())
-    first, second = (json.loads((folder / "two" / f"{rank}.json").read_text()) for rank in (0, 1))
+    one = trained_together.train(8)
+    folder, both = RUN_TOGETHER.result()
+    assert both.returncode == 0, both.stderr
+    first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
     assert len(first["seen"]) == len(second["seen"]) == 2 * 16  # the last 4 of 36 are no whole step
     for epoch in (slice(0, 16), slice(16, 32)):
         assert len({*first["seen"][epoch], *second["seen"][epoch]}) == 32
