@@ -193,6 +193,7 @@ def main() -> int:
         "--rounding", choices=["auto", *ROUNDINGS], default="auto",
         help="auto: with --calibration coordinate up to 3 bits and gptaq above, else nearest",
     )  # fmt: skip
+    parser.add_argument("--rotate", action="store_true", help="turn the hidden states first; ViT and DeiT")
     parser.add_argument(
         "--reconstruct", type=positive, default=None, metavar="EPOCHS",
         help="learn the integers of each block on the calibration pictures, for so many passes over them",
@@ -241,6 +242,7 @@ def main() -> int:
             "method": method, "activations": None if args.activations == "none" else args.activations,
             "activation_bits": args.activation_bits, "arithmetic": args.arithmetic,
             "functions": args.functions, "rounding": args.rounding, "group_size": args.group_size,
+            "rotate": args.rotate,
         }  # fmt: skip
         try:
             if isinstance(bits, int):
@@ -270,6 +272,7 @@ def main() -> int:
         f"{name}, {len(images)} pictures, {what} quantized, activations: {args.activations}"
         f"{'' if args.activation_bits == 8 else f' {args.activation_bits} bits'}, "
         f"{'' if args.rounding == 'auto' else f'rounding: {args.rounding}, '}"
+        f"{'rotated, ' if args.rotate else ''}"
         f"{'' if args.group_size is None else f'groups of {args.group_size}, '}"
         f"{'' if args.reconstruct is None else f'blocks reconstructed ({args.reconstruct} epochs), '}"
         f"{'integers alone, ' if args.arithmetic == 'integer' else ''}"

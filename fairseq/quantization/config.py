@@ -18,6 +18,9 @@ TOWERS = ("vision", "text", "all")
 ROUNDINGS = ("nearest", "gptq", "gptaq", "qronos", "coordinate")
 MAKE_UP_FOR_DRIFT = ("gptaq", "qronos", "coordinate")
 """Those that look at what the float model's layers read, too."""
+MAKE_UP_FOR_BLOCK = ("coordinate",)
+"""Those that look at what the float model's block gives, where they round the layer that ends it; docs/results.rst has
+the figures, of gptaq too."""
 COARSE_BITS = 3
 """Up to it "auto" is "coordinate", above it "gptaq": docs/results.rst has the figures."""
 FORMER_NAMES = {"resident": "weight_storage"}

@@ -168,6 +168,56 @@ class BlockInputs:
             for hook in hooks:
                 hook.remove()
 
+    def ends_with(self, name: str, tolerance: float = 0.02) -> bool:
+        """Whether the current block adds what the layer called ``name`` gives last of all, as seen on some pictures."""
+        if not self.chained or not len(self.stored):
+            return False
+        given: list[Tensor] = []
+
+        def without(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            given.append(output.detach())
+            return torch.zeros_like(output)
+
+        (whole,) = self._outputs_with(name, None, range(1))
+        (rest,) = self._outputs_with(name, without, range(1))
+        return (
+            len(given) == 1
+            and given[0].shape == whole.shape
+            and bool((whole - rest - given[0]).float().norm() <= tolerance * given[0].float().norm())
+        )
+
+    def through(self, name: str, run: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the layer called ``name`` reads and what the current block gives, (tokens, features), batch by batch.
+
+        Args:
+            name: of a layer of the current block.
+            run: what stands for it: of its input, (..., in), what it reads of it and what it gives.
+        """
+        read: list[Tensor] = []
+
+        def instead(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            x, y = run(args[0])
+            read.append(x.detach().flatten(0, -2))
+            return y
+
+        for given in self._outputs_with(name, instead, range(len(self.stored))):
+            yield read.pop(), given.flatten(0, -2)
+
+    def _outputs_with(
+        self, name: str, hook: Callable[[nn.Module, Any, Tensor], Tensor] | None, batches: range
+    ) -> Iterator[Tensor]:
+        """What the current block gives for some batches, with a forward hook on one of its layers."""
+        block, layer = self.model.get_submodule(self.blocks[self.position]), self.model.get_submodule(name)
+        handle = None if hook is None else layer.register_forward_hook(hook)
+        try:
+            for index in batches:
+                args, keywords = copied(self.stored[index])
+                with evaluating(block), torch.no_grad(), products(self.model, self.half):
+                    yield first(block(*args, **keywords))
+        finally:
+            if handle is not None:
+                handle.remove()
+
     def _advance(self) -> None:
         block = self.model.get_submodule(self.blocks[self.position])
         for index in range(len(self.stored)):

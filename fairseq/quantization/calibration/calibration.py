@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.quantization.architectures.forward import Pixels
 from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan
+from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.block_inputs import BlockInputs
 from fairseq.quantization.calibration.precision import multiplies_in_half
 from fairseq.quantization.calibration.progress import Progress
 from fairseq.quantization.calibration.statistics import collect
 from fairseq.quantization.calibration.storage import Storage
 from fairseq.quantization.calibration.token_weights import token_weights
-from fairseq.quantization.config import MAKE_UP_FOR_DRIFT, resolve_rounding
+from fairseq.quantization.config import MAKE_UP_FOR_BLOCK, MAKE_UP_FOR_DRIFT, resolve_rounding
 from fairseq.quantization.rounding.statistics import Statistics
 
 
@@ -90,7 +94,11 @@ class Calibration:
         return found
 
     def statistics(
-        self, layers: Sequence[LayerPlan], factor: Tensor | None = None, moved: Tensor | None = None
+        self,
+        layers: Sequence[LayerPlan],
+        factor: Tensor | None = None,
+        moved: Tensor | None = None,
+        ends_block: bool = False,
     ) -> list[Statistics | None]:
         """What each of some layers reads, which are called with one tensor and round it alike.
 
@@ -98,13 +106,14 @@ class Calibration:
             layers: at least one.
             factor: (in,), by which they multiply their input themselves.
             moved: (in,), by which their input is multiplied in comparison with the float model's.
+            ends_block: it is one layer, the last of its block, all others of which are rounded by now.
         """
         first = layers[0]
         if not self.plan.reaches(first.name):
             return [None] * len(layers)
-        inputs = _scaled(self.inputs.inputs(first.name), factor)
-        if first.settings.rounds_coarsely and first.settings.activations == "dynamic":
-            inputs = (fake_quantize_tokens(x, first.settings.activation_bits) for x in inputs)
+        if ends_block and self._makes_up_for_block(first):
+            return list(self._with_missing(first, factor))
+        inputs = (_read(x, first, factor) for x in self.inputs.inputs(first.name))
         exact = None
         if self.exact_inputs is not None and any(map(_makes_up_for_drift, layers)):
             exact = _scaled(self.exact_inputs.inputs(first.source), moved)
@@ -112,6 +121,41 @@ class Calibration:
         names = [layer.name for layer in layers]
         weights = [self.weights[name] for name in names]
         return list(collect(self.progress.reading(inputs, layers), weights, names, bits, exact, self.half))
+
+    def _makes_up_for_block(self, layer: LayerPlan) -> bool:
+        """Whether a layer can give what its block is missing: it is known, and the block adds its output last."""
+        return (
+            self.exact_inputs is not None
+            and self.exact_inputs.chained
+            and type(self.inputs) is BlockInputs
+            and resolve_rounding(layer.settings.rounding, True, layer.settings.bits) in MAKE_UP_FOR_BLOCK
+            and processes.first(self.inputs.ends_with(layer.name))
+        )
+
+    def _with_missing(self, layer: LayerPlan, factor: Tensor | None) -> list[Statistics]:
+        """The statistics of the layer that ends a block, with what the block is missing."""
+        assert self.exact_inputs is not None
+        linear = cast(nn.Linear, self.inputs.model.get_submodule(layer.name))
+
+        def run(input: Tensor) -> tuple[Tensor, Tensor]:
+            x = _read(input, layer, factor)
+            return x, F.linear(x, linear.weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype))
+
+        exact = (x.flatten(0, -2) for x in self.exact_inputs.stored.hidden)
+        found, given = itertools.tee(self.inputs.through(layer.name, run))
+        missing = (wanted.to(y.device, torch.float32) - y.float() for wanted, (_, y) in zip(exact, given, strict=False))
+        inputs = self.progress.reading((x for x, _ in found), [layer])
+        bits = layer.settings.activation_bits if layer.settings.activations == "static" else None
+        return collect(inputs, [self.weights[layer.name]], [layer.name], bits, None, self.half, missing)
+
+
+def _read(x: Tensor, layer: LayerPlan, factor: Tensor | None) -> Tensor:
+    """What a layer multiplies of its input: times its factor, and rounded where that is coarse and for each token."""
+    if factor is not None:
+        x = x * factor
+    if layer.settings.rounds_coarsely and layer.settings.activations == "dynamic":
+        x = fake_quantize_tokens(x, layer.settings.activation_bits)
+    return x
 
 
 def _makes_up_for_drift(layer: LayerPlan) -> bool:

@@ -33,6 +33,7 @@ def collect(
     bits: int | None = None,
     exact: Iterable[Tensor] | None = None,
     half: bool = False,
+    missing: Iterable[Tensor] | None = None,
 ) -> list[Statistics]:
     """Statistics of one tensor that several layers read, for each of them with its own token weights.
 
@@ -46,6 +47,8 @@ def collect(
         bits: find the range for static activations of this width; None for none.
         exact: the same tensor in the float model, batch by batch, for ``Statistics.drift``.
         half: multiply in bfloat16 and add in float32.
+        missing: instead of ``exact`` what the block that ends with the layer is missing, (tokens, out), batch by batch,
+            for ``Statistics.missing``.
 
     Raises:
         ValueError: an input that is not finite.
@@ -53,14 +56,16 @@ def collect(
     sums = [_Sums(half) for _ in names]
     values: list[Tensor] = []
     finite, started, at, device = True, False, 0, torch.empty(0).device
-    pairs = zip(inputs, itertools.repeat(None) if exact is None else exact, strict=False)
+    nothing: Iterable[None] = itertools.repeat(None)
     group: list[_Batch] = []
-    for batch, wanted in pairs:
+    for batch, wanted, less in zip(inputs, exact or nothing, missing or nothing, strict=False):
         x, device = batch.float(), batch.device
         finite = bool(torch.isfinite(x).all())
         if not finite:
             break
         lost = None if wanted is None else wanted.to(x.device, x.dtype) - x
+        if less is not None:
+            lost = less.to(x.device, x.dtype)
         ws = [w[at : at + len(x)].to(device) if len(w) else x.new_ones(len(x)) for w in weights]
         at += len(x)
         if bits is not None:
@@ -69,7 +74,7 @@ def collect(
         for one, w in zip(sums, ws, strict=True):
             one.look(x, lost, w)
         group.append(_Batch(x, lost, ws).rounded(half))
-        del batch, wanted, x, lost  # the next batch needs as much
+        del batch, wanted, less, x, lost  # the next batch needs as much
         if len(group) == TOGETHER:
             started = started or _start(sums, device)
             for i, one in enumerate(sums):
@@ -90,11 +95,15 @@ def collect(
         low, high = histogram_range(sample, bits)
         rounded = fake_quantize(sample, *range_to_qparams(low, high, bits), bits)
         span = float(low), float(high), sqnr(sample, rounded)
-    return [one.statistics(span) for one in sums]
+    found = [one.statistics(span) for one in sums]
+    if missing is None:
+        return found
+    return [one._replace(drift=None, drift_mean=None, missing=one.drift, missing_mean=one.drift_mean) for one in found]
 
 
 class _Batch(NamedTuple):
-    """What some tokens are: read, (tokens, in); what the float model reads, less that; their weights for each layer."""
+    """What some tokens are: read, (tokens, in); what the float model reads, less that, or what is missing, (tokens,
+    out); their weights for each layer."""
 
     x: Tensor
     lost: Tensor | None
@@ -142,7 +151,7 @@ class _Sums:
         kinds = len(units) // 2
         self.means = [ExactSum(unit) for unit in units[:kinds]]
         for kind, unit in enumerate(units[kinds:]):
-            widths = (len(unit) if kind else len(unit) - at for at in range(0, len(unit), TILE))
+            widths = (len(units[0]) if kind else len(unit) - at for at in range(0, len(unit), TILE))
             self.moments.append([ExactSum(u[:, None], n) for u, n in zip(unit.split(TILE), widths, strict=True)])
 
     def add(self, group: list[_Batch], layer: int) -> None:
@@ -166,8 +175,8 @@ class _Sums:
         )
         means = [mean.result(total) for mean in self.means]
         matrices = []
-        for tiles in self.moments:
-            matrix = means[0].new_empty(len(means[0]), len(means[0]))
+        for mean, tiles in zip(means, self.moments, strict=True):
+            matrix = mean.new_empty(len(mean), len(means[0]))
             for start in range(0, len(matrix), TILE):
                 found = tiles.pop(0).result(total)
                 matrix[start : start + TILE, -found.shape[1] :] = found

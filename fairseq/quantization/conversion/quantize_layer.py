@@ -88,7 +88,9 @@ def quantize_layer(
     record["output_sqnr"] = decibels(_energy(wide, statistics), _energy(error, statistics))
     if settings.bias_correction and (bias is not None or settings.bias_correction == "add"):
         correction = error @ statistics.mean
-        if statistics.drift_mean is not None:
+        if statistics.missing_mean is not None:
+            correction += statistics.missing_mean
+        elif statistics.drift_mean is not None:
             correction += wide @ statistics.drift_mean
         correction = correction.to(weight.dtype)
         layer = layer._replace(bias=correction if bias is None else bias.detach() + correction)

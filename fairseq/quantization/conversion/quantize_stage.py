@@ -105,7 +105,8 @@ def quantize_stage(
         first = group[0].name
         statistics: list[Statistics | None] = [None] * len(group)
         if calibration is not None:
-            statistics = calibration.statistics(group, factors.own.get(first), factors.all.get(first))
+            ends = group == [stage[-1]] and group[0].block is not None and not group[0].tied
+            statistics = calibration.statistics(group, factors.own.get(first), factors.all.get(first), ends)
             memory.release()  # what taking them left behind, before rounding takes as much again
         for layer, found in zip(group, statistics, strict=True):
             factor = factors.own.get(layer.name)

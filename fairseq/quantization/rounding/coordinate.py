@@ -31,7 +31,7 @@ def coordinate(weight: Tensor, statistics: Statistics | None, config: LinearConf
     """
     assert statistics is not None
     target = weight
-    if statistics.drift is not None:
+    if statistics.target_moved:
         target = drift_corrected(weight, statistics, CORRECTION)
     h = damped(statistics.second_moment, weight, DAMPING)
     return in_turns(target, h, config, compensated(target, h, config))

@@ -17,6 +17,9 @@ class Statistics(NamedTuple):
         static_sqnr: the signal over the error of x on that grid, in dB.
         drift: E[(x* - x) x^T], (in, in), x* what the layer reads in the float model; None where that is not known.
         drift_mean: E[x* - x], (in,), likewise.
+        missing: E[(y* - y) x^T], (out, in), y* what the float model's block gives and y what this one gives with the
+            layer in float; of the layer whose output a block adds last, and then in the place of the drift.
+        missing_mean: E[y* - y], (out,), likewise.
         samples: how many tokens of equal weight tell as much: (sum of the weights)^2 / (sum of their squares).
     """
 
@@ -28,6 +31,13 @@ class Statistics(NamedTuple):
     drift: Tensor | None = None
     drift_mean: Tensor | None = None
     samples: float = 1.0
+    missing: Tensor | None = None
+    missing_mean: Tensor | None = None
+
+    @property
+    def target_moved(self) -> bool:
+        """Whether it is known how the layer should give something else than it does."""
+        return self.drift is not None or self.missing is not None
 
 
 class Rounded(NamedTuple):
