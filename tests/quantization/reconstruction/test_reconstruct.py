@@ -15,6 +15,8 @@ from fairseq.quantization.calibration.block_inputs import Stored, first
 from fairseq.quantization.calibration.storage import Storage
 from fairseq.quantization.reconstruction import reconstruct as reconstructing
 from fairseq.quantization.reconstruction.learned_linear import LearnedLinear
+from fairseq.quantization.reconstruction.learner import Learner
+from fairseq.quantization.reconstruction.task import Task, token_weights
 
 PICTURES = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 OTHERS = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(4))
@@ -60,13 +62,13 @@ def test_what_errs_more_on_pictures_held_back_is_taken_back(monkeypatch, tiny_vi
     plain, _ = quantize(tiny_vit, False, execution=execution)
     with monkeypatch.context() as patch:
         errors = iter([1.0, 2.0] * 100)  # the packed block errs more than it did
-        real = reconstructing._Task.error
+        real = Task.error
 
         def error(self, block, batches):
             learner = any(isinstance(m, LearnedLinear) for m in block.modules())
             return real(self, block, batches) if learner else next(errors)
 
-        patch.setattr(reconstructing._Task, "error", error)
+        patch.setattr(Task, "error", error)
         back, report = quantize(tiny_vit, execution=execution)
     assert {layer.reconstructed for layer in report.quantized if layer.block is not None} == {1.0}
     assert same(plain, back)
@@ -147,7 +149,7 @@ def test_an_interrupted_run_goes_on_to_the_same_model(monkeypatch, tiny_vit, tmp
 def test_minutes_become_epochs_that_fit(monkeypatch, tiny_vit, caplog):
     caplog.set_level("INFO")
     epochs = []
-    monkeypatch.setattr(reconstructing._Learner, "learn", lambda self, task, count, generator: epochs.append(count))
+    monkeypatch.setattr(Learner, "learn", lambda self, task, count, generator: epochs.append(count))
     ticks = iter(range(1000))  # each step takes a second
     monkeypatch.setattr(reconstructing.time, "perf_counter", lambda: next(ticks))
     quantize(tiny_vit, Reconstruction(minutes=1))  # 2 blocks, 3 steps an epoch
@@ -177,8 +179,8 @@ def test_the_loss_counts_each_token_by_its_weight_and_leaves_pictures_out():
         inputs.append(((a,), {}))
         outputs.append(b)
     weights = torch.rand(20 * 12, generator=torch.Generator().manual_seed(1))
-    parts = reconstructing._token_weights(weights, outputs)
-    task = reconstructing._Task(inputs, outputs, parts, nn.Linear(1, 1), half=False)
+    parts = token_weights(weights, outputs)
+    task = Task(inputs, outputs, parts, nn.Linear(1, 1), half=False)
     expected = [((a - b).square().mean(-1).flatten() * w).mean() for a, b, w in zip(x, y, parts, strict=True)]
     assert [float(task.loss(nn.Identity(), i)) for i in range(20)] == pytest.approx(list(map(float, expected)))
     assert task.held_back == [7, 15]
@@ -223,9 +225,9 @@ def test_views_of_a_picture_are_held_back_together():
     for _ in range(31):  # 40 pictures of 3 views each, and one more
         inputs.append(((torch.zeros(4, 1),), {}))
         outputs.append(torch.zeros(4, 1))
-    task = reconstructing._Task(inputs, outputs, None, nn.Linear(1, 1), False, views=3)
+    task = Task(inputs, outputs, None, nn.Linear(1, 1), False, views=3)
     assert task.held_back == [21, 22, 23]
-    assert reconstructing._Task(inputs, outputs, None, nn.Linear(1, 1), False, views=32).held_back == [16, 17, 18, 19,
+    assert Task(inputs, outputs, None, nn.Linear(1, 1), False, views=32).held_back == [16, 17, 18, 19,
         20, 21, 22, 23]  # fmt: skip
 
 
