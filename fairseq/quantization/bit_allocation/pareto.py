@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.bit_allocation.pareto_plot import picture
 from fairseq.quantization.bit_allocation.replay import batches, output_error, run
 from fairseq.quantization.bit_allocation.search import Widths
@@ -170,9 +171,7 @@ def _average(report: QuantizationReport) -> float:
 
 
 def _outputs(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, int | None]:
-    training = model.training
-    try:
-        found = [run(model.eval(), inputs) for inputs in batches(model, pixel_values, BATCH_SIZE)]
-    finally:
-        model.train(training)
+    """The outputs for some pictures, float64 on the CPU, and their dimension of classes."""
+    with evaluating(model):
+        found = [run(model, inputs) for inputs in batches(model, pixel_values, BATCH_SIZE)]
     return torch.cat([output.cpu() for output, _ in found]), found[0][1]

@@ -73,6 +73,7 @@ class Twins:
             layer = self.model.get_submodule(name)
             assert isinstance(layer, PackedLinear)
             own[layer.config.bits], self.noise[name][layer.config.bits] = layer, errors[name]
+        self.model.eval()
         _run_natively([module for module in self.model.modules() if isinstance(module, PackedLinear)])
 
     @property

@@ -10,8 +10,11 @@ from fairseq.quantization.bit_allocation.twins import stored_bytes
 
 def test_points_are_models(tiny_vit):
     pictures = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    tiny_vit.train().classifier.eval()
+    flags = [module.training for module in tiny_vit.modules()]
     found = ViTQuantizer(method="channel").pareto(tiny_vit, pictures, images="all", average_bits=[3.5])
     assert (found.calibrated, found.evaluated) == (24, 8)
+    assert [module.training for module in tiny_vit.modules()] == flags
     held_back = torch.arange(32) % 4 == 3
     mixed = found.points[-1]
     for point, settings in ((found.points[1], {"bits": 3}), (mixed, {"overrides": mixed.overrides})):
@@ -19,7 +22,7 @@ def test_points_are_models(tiny_vit):
         assert point.agreement == compare_models(tiny_vit, quantized, pictures[held_back]).top_k_match
         assert point.bytes == stored_bytes(quantized)
         with torch.no_grad():
-            p, q = (m(pictures[held_back]).logits.double().log_softmax(-1) for m in (tiny_vit.eval(), quantized))
+            p, q = (m(pictures[held_back]).logits.double().log_softmax(-1) for m in (tiny_vit.eval(), quantized.eval()))
         assert point.error == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-6)
     assert mixed.mixed
     assert 3 < mixed.bits <= 3.5
