@@ -6,9 +6,8 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.bit_allocation.pareto_plot import picture
+from fairseq.quantization.bit_allocation.point import Point
 from fairseq.quantization.bit_allocation.replay import batches, output_error, run
 from fairseq.quantization.bit_allocation.search import Widths
 from fairseq.quantization.bit_allocation.twins import stored_bytes
@@ -27,30 +27,6 @@ from fairseq.quantization.files import write_file
 
 AVERAGES = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 BATCH_SIZE = 16
-
-
-@dataclass(frozen=True)
-class Point:
-    """One packed model.
-
-    Attributes:
-        bits: per weight of the quantized layers, on average.
-        bytes: of what is saved, whatever is in float included; 5 to 7 bits take as much as 8.
-        agreement: the share of pictures, 0 to 1, that have the float model's class; None for models without classes.
-        error: KL divergence from the float model's classes in nats; without classes the squared error as a share.
-        overrides: the widths of its layers, for ``ViTQuantizer(overrides=...)``; {} where all have one.
-    """
-
-    bits: float
-    bytes: int
-    agreement: float | None
-    error: float
-    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def mixed(self) -> bool:
-        """Whether its widths were chosen layer by layer."""
-        return bool(self.overrides)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ import importlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fairseq.quantization.bit_allocation.pareto import Point
+from fairseq.quantization.bit_allocation.point import Point
 
 KINDS = {
     False: ("one width for all layers", "#999999", "o"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fairseq.models.vit_quantization import ViTQuantizer, compare_models
-from fairseq.quantization.bit_allocation.pareto import Pareto, Point
+from fairseq.quantization.bit_allocation.pareto import Pareto
+from fairseq.quantization.bit_allocation.point import Point
 from fairseq.quantization.bit_allocation.twins import stored_bytes
 
 
