@@ -35,8 +35,9 @@ def pareto(
     ],
     images: Annotated[str, typer.Option(metavar="N|all", help="How many of them; every fourth one judges.")] = "128",
     average_bits: Annotated[
-        str, typer.Option(metavar="B,B,...", help="Of the models with a width for each layer.")
-    ] = "2.5,3,3.5,4,4.5,5,6",
+        str | None,
+        typer.Option(metavar="B,B,...", help="Of mixed widths.  [default: 2.5,3,3.5,4,4.5,5,6 where possible]"),
+    ] = None,
     method: Method = "channel",
     group_size: GroupSize = None,
     symmetric: Symmetric = False,
@@ -59,7 +60,7 @@ def pareto(
     if images != "all" and not (images.isdecimal() and int(images)):
         raise UserError(f"--images {images}: must be a whole number of at least 1, or all")
     try:
-        averages = [float(part) for part in average_bits.split(",")]
+        averages = None if average_bits is None else [float(part) for part in average_bits.split(",")]
     except ValueError:
         raise UserError(f"--average-bits {average_bits}: must be numbers with commas, such as 3,4,5") from None
     for file in filter(None, (save, plot)):
@@ -82,8 +83,8 @@ def pareto(
         say(f"Loading {model}")
         loaded = load(model, device)
         processor = needs_processor(loaded, "--calibration")
-        say(f"Quantizing {type(loaded.model).__name__} to {6 + len(averages)} sizes")
-        with mistakes(ValueError):
+        say(f"Quantizing {type(loaded.model).__name__} to many sizes")
+        with mistakes(TypeError, ValueError):
             found = quantizer.pareto(
                 loaded.model, calibration, processor, images if images == "all" else int(images), average_bits=averages
             )

@@ -128,6 +128,8 @@ def quantize(
     named = [f"--{name.replace('_', '-')}" for name in budget]
     if len(named) > 1 or (named and bits is not None):
         raise UserError(" and ".join(["--bits"] * (bits is not None) + named) + " exclude each other")
+    if budget.keys() & {"max_bytes", "max_milliseconds"} and (arithmetic != "float" or engine == "layers"):
+        raise UserError(f"{named[0]} is of --arithmetic float and fused blocks; here it would be of another model")
     if named and calibration is None:
         raise UserError(f"{named[0]} needs --calibration: widths follow from what rounding does to pictures")
     settings = {
@@ -187,7 +189,7 @@ def _quantize(
     if calibration is not None:
         given = {**pictures, "processor": needs_processor(loaded, "--calibration")}
     if budget:
-        say("Choosing widths: " + "".join(f"{name.replace('_', ' ')} {limit:,g}" for name, limit in budget.items()))
+        say("Choosing widths: " + "".join(f"{name.replace('_', ' ')} {limit:,}" for name, limit in budget.items()))
         with mistakes():
             assigner = ViTQuantizer(**{**settings, "arithmetic": "float", "functions": "default"})  # what it measures
             shown = {name: value for name, value in given.items() if name != "augment"}

@@ -19,7 +19,8 @@ from torch import nn
 from fairseq.modules.quantization.context import plain_context
 from fairseq.quantization.architectures.plan import check_model
 from fairseq.quantization.bit_allocation.assignment import BitAssignment
-from fairseq.quantization.bit_allocation.pareto import AVERAGES, Pareto, pareto
+from fairseq.quantization.bit_allocation.knapsack import check_limit
+from fairseq.quantization.bit_allocation.pareto import Pareto, pareto
 from fairseq.quantization.bit_allocation.search import Widths, check_drop
 from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.images import pictures
@@ -273,9 +274,9 @@ class ViTQuantizer:
             max_bytes: of the packed model as it is saved, at most, whatever is in float included; the most accurate
                 such assignment. 5 to 7 bits take as much there as 8.
             max_milliseconds: for a batch of ``batch_size`` pictures on this machine as it is now, at most; the most
-                accurate such assignment. Layers and models are timed, so that a busy machine gives another result.
+                accurate that was found. Layers and models are timed, so that a busy machine gives another result.
             max_accuracy_drop: in percentage points of top-1, at most, as measured on the calibration images by how many
-                change their class; the smallest such assignment. Quantizes the model six times.
+                change their class; the smallest such assignment. Quantizes the model seven times.
             batch_size: pictures in a batch, for ``max_milliseconds``.
 
         Raises:
@@ -287,8 +288,16 @@ class ViTQuantizer:
             raise ValueError("give exactly one of average_bits, max_bytes, max_milliseconds and max_accuracy_drop")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
+        if batch_size > 1 and max_milliseconds is None:
+            raise ValueError(f"batch_size={batch_size} is for max_milliseconds")
         if max_accuracy_drop is not None:
             check_drop(max_accuracy_drop)
+        names = ("average_bits", "max_bytes", "max_milliseconds")
+        for name, limit in zip(names, (average_bits, max_bytes, max_milliseconds), strict=True):
+            if limit is not None:
+                check_limit(name, limit)
+        if average_bits is not None and not 2 <= average_bits <= 8:
+            raise ValueError(f"average_bits must be from 2 to 8, got {average_bits}")
         self._check_float("assign_bits measures")
         check_model(model)
         with plain_context():
@@ -310,7 +319,7 @@ class ViTQuantizer:
         processor: Any = None,
         images: int | str = 128,
         *,
-        average_bits: Sequence[float] = AVERAGES,
+        average_bits: Sequence[float] | None = None,
     ) -> Pareto:
         """Size against agreement with the float model, at single widths and at mixed ones: to print, save and plot.
 
@@ -318,11 +327,19 @@ class ViTQuantizer:
 
         Args:
             model, calibration, processor, images: as for :meth:`quantize_model`; at least 8 pictures.
-            average_bits: per weight, of the mixed widths.
+            average_bits: per weight, of the mixed widths; None for 2.5, 3, 3.5, 4, 4.5, 5 and 6, as far as overrides
+                allow them.
 
         Raises:
-            TypeError, ValueError: fewer pictures, an average that is not within 2 to 8, or as :meth:`assign_bits`.
+            TypeError, ValueError: fewer pictures, an average that the widths do not allow, or as :meth:`assign_bits`.
         """
+        if average_bits is not None:
+            if not isinstance(average_bits, Sequence) or isinstance(average_bits, str):
+                raise TypeError(f"average_bits must be a list of numbers, got {average_bits!r}")
+            for average in average_bits:
+                check_limit("average_bits", average)
+                if not 2 <= average <= 8:
+                    raise ValueError(f"average_bits must be from 2 to 8, got {average}")
         self._check_float("pareto measures")
         check_model(model)
         with plain_context():

@@ -21,7 +21,7 @@ def test_a_table_a_file_and_a_picture(cli, models, pictures, tmp_path):
     ("options", "said"),
     [
         (["--average-bits", "3;4"], "must be numbers with commas"),
-        (["--average-bits", "9"], "average_bits must be from 2 to 8"),
+        (["--average-bits", "9"], "average_bits must be from 2 to 8, got 9"),
         (["--images", "0"], "must be a whole number of at least 1, or all"),
         (["--images", "4"], "at least 8 pictures"),
         (["--save", "no/such/file.json"], "the folder no/such does not exist"),

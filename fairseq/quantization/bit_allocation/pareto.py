@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -50,7 +49,8 @@ class Pareto:
     def front(self) -> tuple[Point, ...]:
         """The points than which no other is at most as large and better, from small to large."""
         best: list[Point] = []
-        for point in sorted(self.points, key=lambda point: (point.bytes, point.error)):
+        finite = (point for point in self.points if math.isfinite(point.error))
+        for point in sorted(finite, key=lambda point: (point.bytes, point.error)):
             if not best or point.error < best[-1].error:
                 best.append(point)
         return tuple(best)
@@ -109,7 +109,7 @@ def pareto(
     calibration: Tensor,
     evaluation: Tensor,
     config: QuantizationConfig,
-    averages: Sequence[float] = AVERAGES,
+    averages: Sequence[float] | None = None,
 ) -> Pareto:
     """Quantize ``model`` at every single width and at mixed ones, and see how far each is from the float model.
 
@@ -118,22 +118,28 @@ def pareto(
         calibration: pictures, (N, C, H, W).
         evaluation: others.
         config: all but the widths.
-        averages: bits per weight of the mixed ones.
+        averages: bits per weight of the mixed ones; None for those of :data:`AVERAGES` that the choices allow.
 
     Raises:
         TypeError, ValueError: an average that the choices do not allow, or as
             :class:`~fairseq.quantization.bit_allocation.search.Widths`.
     """
     widths = Widths(model, calibration, config)
-    mixed = [widths.on_average(average) for average in averages]
-    configs = [replace(config, bits=bits, execution="packed") for bits in widths.twins.choices]
+    low, high = widths.span
+    possible = [average for average in AVERAGES if low <= average <= high] if averages is None else averages
+    mixed, choices = [widths.on_average(average) for average in possible], widths.twins.choices
+    del widths  # the twins of all widths
+    configs = [replace(config, bits=bits, execution="packed") for bits in choices]
     configs += [replace(config, overrides=chosen.overrides, execution="packed") for chosen in mixed]
     expected = _outputs(model, evaluation)
     points = []
     for own in tqdm(configs, desc="Quantizing at each size", unit="model", leave=False):
         quantized, report = convert(model, own, calibration)
         (got, classes), (wanted, _) = _outputs(quantized, evaluation), expected
-        match = None if classes is None else agreement(wanted, got, classes)
+        match = None
+        if classes is not None:
+            kept = (agreement(a, b, classes) * len(a) for a, b in zip(wanted, got, strict=True))
+            match = math.fsum(kept) / len(evaluation)
         overrides = {} if own.overrides == config.overrides else dict(own.overrides)
         error = output_error(wanted, got, classes)
         points.append(Point(_average(report), stored_bytes(quantized), match, error, overrides))
@@ -146,8 +152,8 @@ def _average(report: QuantizationReport) -> float:
     return sum(bits * size for bits, size in sizes) / sum(size for _, size in sizes)
 
 
-def _outputs(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, int | None]:
-    """The outputs for some pictures, float64 on the CPU, and their dimension of classes."""
+def _outputs(model: nn.Module, pixel_values: Tensor) -> tuple[list[Tensor], int | None]:
+    """The outputs for some pictures, batch by batch, float64 on the CPU, and their dimension of classes."""
     with evaluating(model):
         found = [run(model, inputs) for inputs in batches(model, pixel_values, BATCH_SIZE)]
-    return torch.cat([output.cpu() for output, _ in found]), found[0][1]
+    return [output.cpu() for output, _ in found], found[0][1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class Replay:
             got = self._run()
         finally:
             put(self.model, name, before)
-        return output_error(torch.cat(self.reference), torch.cat(got), self.classes)
+        return output_error(self.reference, got, self.classes)
 
     def _run(self) -> list[Tensor]:
         """The output for each batch, float64."""
@@ -108,15 +109,26 @@ def run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int | None
     return output.double(), class_dimension(name, output, inputs["pixel_values"])
 
 
-def output_error(reference: Tensor, got: Tensor, classes: int | None) -> float:
-    """The KL divergence along the dimension of classes, (N, classes) or (N, classes, H, W); without, see below."""
+def output_error(reference: Sequence[Tensor], got: Sequence[Tensor], classes: int | None) -> float:
+    """The KL divergence along the dimension of classes, (N, classes) or (N, classes, H, W); without, see below.
+
+    Args:
+        reference, got: batch by batch; the mean over all pictures.
+        classes: the dimension, or None.
+
+    Returns:
+        At least 0, or NaN where an output is.
+    """
     if classes is None:
-        return relative_error(reference, got)
-    log_p, log_q = reference.log_softmax(classes), got.log_softmax(classes)
-    return max(0.0, (log_p.exp() * (log_p - log_q)).sum(classes).mean().item())
+        lost = math.fsum((b - a).square().sum().item() for a, b in zip(reference, got, strict=True))
+        return lost / max(math.fsum(a.square().sum().item() for a in reference), torch.finfo(torch.float64).tiny)
+    total = 0.0
+    for a, b in zip(reference, got, strict=True):
+        log_p, log_q = a.log_softmax(classes), b.log_softmax(classes)
+        total += (log_p.exp() * (log_p - log_q)).sum(classes).mean().item() * len(a)
+    return 0.0 if total < 0 else total / sum(map(len, reference))
 
 
 def relative_error(reference: Tensor, got: Tensor) -> float:
     """The squared error as a share of the reference's square."""
-    square = reference.square().sum().item()
-    return (got - reference).square().sum().item() / max(square, torch.finfo(torch.float64).tiny)
+    return output_error([reference], [got], None)

@@ -6,12 +6,12 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from fairseq.quantization.bit_allocation.assignment import BitAssignment, assign_bits, assignment
-from fairseq.quantization.bit_allocation.knapsack import Costs, Errors, check_limit, choose_bits
+from fairseq.quantization.bit_allocation.knapsack import Costs, Errors, check_errors, check_limit, choose_bits
 from fairseq.quantization.bit_allocation.sensitivity import measure_twins, split
 from fairseq.quantization.bit_allocation.timing import layer_times, model_time
 from fairseq.quantization.bit_allocation.twins import Twins
@@ -42,8 +42,18 @@ class Widths:
         self.model, self.pixel_values, self.config = model, pixel_values, config
         calibration, held_back = split(pixel_values)
         self.twins = Twins(model, calibration, config)
+        if not self.twins.layers:
+            raise ValueError("no Linear layer is selected, so that there is no width to choose")
         self.sizes = self.twins.weights
         self.errors: Errors = measure_twins(self.twins, held_back)
+        check_errors(self.errors, self.sizes)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The least and the most bits per weight that the choices allow."""
+        total = sum(self.sizes.values())
+        low, high = (sum(f(own) * self.sizes[name] for name, own in self.errors.items()) / total for f in (min, max))
+        return low, high
 
     def on_average(self, bits: float) -> BitAssignment:
         """The smallest error with at most ``bits`` per weight.
@@ -65,42 +75,52 @@ class Widths:
         costs, other = self.twins.bytes, self.twins.other_bytes
         least = other + sum(min(own.values()) for own in costs.values())
         if limit < least:
-            raise ValueError(f"max_bytes={limit:g}: with the narrowest choices the model takes {least:,} bytes")
+            raise ValueError(f"max_bytes={limit:,}: with the narrowest choices the model takes {least:,} bytes")
         return self._chosen(costs, math.floor(limit) - other)
 
     def in_milliseconds(self, limit: float, batch_size: int) -> BitAssignment:
-        """The smallest error of a packed model that takes at most so long for a batch, measured on this machine.
+        """The smallest error that was found of a packed model that takes at most so long for a batch on this machine.
 
-        Layers are timed one by one, at every width; what a model with these widths takes as a whole is measured, too,
-        and where it is more than ``limit`` the layers get less. Several processes take the first one's word.
+        Layers are timed one by one, at every width; models of some widths are timed as a whole, between the widest and
+        the fastest, and the widest that kept the limit is taken. Of several processes the first one measures.
 
         Raises:
             TypeError, ValueError: no number, or less than the fastest choices take; the message says how long.
         """
         check_limit("max_milliseconds", limit)
-        costs = processes.first(layer_times(self.twins, self.pixel_values, batch_size))
-        wanted = round(1e6 * limit)
-        bits = {name: max(own) for name, own in costs.items()}
-        budget = 0
-        for _ in range(STEPS):
-            taken = processes.first(model_time(self.twins.assembled(bits), self.pixel_values, batch_size))
+        wanted, first = round(1e6 * limit), processes.rank() == 0
+        costs = processes.first(layer_times(self.twins, self.pixel_values, batch_size) if first else None)
+
+        def excess(bits: Mapping[str, int]) -> int:
+            """The nanoseconds by which a model of these widths takes longer."""
+            taken = model_time(self.twins.assembled(bits), self.pixel_values, batch_size) if first else 0
             logger.info("a batch of %d takes %.3f ms with %s", batch_size, taken / 1e6, _summary(bits))
-            if taken <= wanted:
-                return assignment(bits, self.errors, self.sizes, self.config.overrides)
-            layers = sum(costs[name][width] for name, width in bits.items())
-            budget = min(budget or layers, layers) - (taken - wanted)
-            fastest = {name: min(own, key=lambda width: own[width]) for name, own in costs.items()}
-            if bits == fastest:
-                raise ValueError(
-                    f"max_milliseconds={limit:g}: with the fastest choices a batch of {batch_size} takes "
-                    f"{taken / 1e6:.3g} ms on this machine"
-                )
-            least = sum(costs[name][width] for name, width in fastest.items())
-            bits = fastest if budget < least else choose_bits(self.errors, costs, budget)
-        raise ValueError(
-            f"max_milliseconds={limit:g}: after {STEPS} attempts a batch of {batch_size} takes {taken / 1e6:.3g} ms; "
-            "other programs may keep the processor busy"
-        )
+            return cast(int, processes.first(taken - wanted))
+
+        def layers(bits: Mapping[str, int]) -> int:
+            return sum(costs[name][width] for name, width in bits.items())
+
+        widest = {name: max(own) for name, own in costs.items()}
+        best = {name: min(own, key=lambda width: own[width]) for name, own in costs.items()}
+        over = excess(widest)
+        if over <= 0:
+            best = widest
+        elif (least := excess(best)) > 0:
+            raise ValueError(
+                f"max_milliseconds={limit:g}: with the fastest choices a batch of {batch_size} takes "
+                f"{(least + wanted) / 1e6:.3g} ms on this machine"
+            )
+        else:
+            low, high = layers(best), layers(widest)
+            budget = max(low, high - over)
+            for _ in range(STEPS):
+                attempt = choose_bits(self.errors, costs, budget)
+                if excess(attempt) <= 0:
+                    best, low = attempt, budget
+                else:
+                    high = budget
+                budget = (low + high) // 2
+        return assignment(best, self.errors, self.sizes, self.config.overrides)
 
     def that_agree(self, max_drop: float) -> BitAssignment:
         """The smallest assignment whose model has the float model's top-1 class on all but ``max_drop`` % of pictures.
@@ -115,10 +135,7 @@ class Widths:
             ValueError: not a share of 0 to 100, or not even the widest choice keeps so many.
         """
         check_drop(max_drop)
-        low, high = (
-            sum(f(self.errors[name]) * self.sizes[name] for name in self.errors) / sum(self.sizes.values())
-            for f in (min, max)
-        )
+        low, high = self.span
         best = self.on_average(high)
         drop = self._changed(best)
         if drop > max_drop:

@@ -5,6 +5,7 @@ errors = measure(model, pixel_values, config)
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ from fairseq.quantization.bit_allocation.replay import Replay
 from fairseq.quantization.bit_allocation.twins import CHOICES, Twins
 from fairseq.quantization.calibration import processes
 from fairseq.quantization.config import QuantizationConfig
+
+logger = logging.getLogger(__name__)
 
 SAME_CURVATURE = 2.5
 """Two widths agree if the output error per error of the layer differs by no more than this factor."""
@@ -61,7 +64,8 @@ def measure(
         divergence, in nats, of the softmax of the logits from that with every layer at its widest; with a class for
         each pixel or query, over those, too. For a model without classes, the squared error of its last hidden state,
         reconstruction or first floating output, as a share of that one's square; the same of the logit where there is
-        but one.
+        but one. A layer that changes nothing of that, such as a pooler beside the hidden state, has the error of its
+        own output instead, a share far larger than the others' errors, so that it stays wide.
 
     Raises:
         TypeError, ValueError: what came and what is accepted.
@@ -96,6 +100,10 @@ def measure_twins(twins: Twins, pixel_values: Tensor, batch_size: int = 16) -> d
         replay.advance(place)
         errors[name] = _measure_layer(replay, name, twins)
     everywhere = {name: error for part in processes.gathered(errors) for name, error in part.items()}
+    for name, own in everywhere.items():
+        if len(own) > 1 and not any(own.values()) and any(twins.noise[name].values()):
+            logger.warning("%s does not change what is measured of the output: the wider it is, the better", name)
+            everywhere[name] = dict(twins.noise[name])
     return {name: everywhere[name] for name in twins.layers}
 
 
@@ -112,7 +120,7 @@ def _measure_layer(replay: Replay, name: str, twins: Twins) -> dict[int, float]:
     ratios = [error / noise[bits] if noise[bits] else 0.0 for bits, error in measured.items() if bits != widest]
     if not ratios or not 0 < max(ratios) <= SAME_CURVATURE * min(ratios) < math.inf:
         return {bits: measured[bits] if bits in measured else run(bits) for bits in widths}
-    ratio = math.sqrt(ratios[0] * ratios[-1])
+    ratio = math.sqrt(ratios[0] * ratios[-1])  # of two that are positive
     return {bits: 0.0 if bits == widest else measured.get(bits, ratio * noise[bits]) for bits in widths}
 
 

@@ -36,7 +36,7 @@ def test_a_model_takes_the_bytes_that_were_allowed(tiny_vit, pixels, widths, tmp
         assert size <= limit
         assert size >= limit - 0.1 * (high - low)
         assert chosen.bits["classifier"] == 7
-    with pytest.raises(ValueError, match=f"max_bytes={low - 1:g}: with the narrowest choices the model takes {low:,}"):
+    with pytest.raises(ValueError, match=f"max_bytes={low - 1:,}: with the narrowest choices the model takes {low:,}"):
         widths.in_bytes(low - 1)
 
 
@@ -65,14 +65,14 @@ def test_time_is_kept_as_measured(widths, monkeypatch):
     chosen = widths.in_milliseconds(limit, 1)
     taken = 1.1 * sum(clock[name][bits] for name, bits in chosen.bits.items()) / 1e6
     assert 0.9 * limit < taken <= limit
-    assert tried[-1] == chosen.bits
+    assert chosen.bits in tried
     with pytest.raises(ValueError, match=rf"max_milliseconds=.*the fastest choices a batch of 1 takes {least:.3g} ms"):
         widths.in_milliseconds(least * 0.9, 1)
 
 
 def test_time_is_measured_on_this_machine(tiny_vit, pixels, widths):
     assert set(widths.in_milliseconds(1e4, 2).bits.values()) == {7, 8}
-    with pytest.raises(ValueError, match=r"with the fastest choices a batch of 3 takes [\d.]+ ms|after 5 attempts"):
+    with pytest.raises(ValueError, match=r"with the fastest choices a batch of 3 takes [\d.]+ ms"):
         widths.in_milliseconds(1e-6, 3)
 
 
@@ -82,3 +82,23 @@ def test_classes_that_change_are_counted_in_the_model_that_is_quantized(tiny_vit
     assert chosen.average_bits < 8
     mixed = ViTQuantizer(method="channel", overrides=chosen.overrides).quantize_model(tiny_vit, pixels)
     assert compare_models(tiny_vit, mixed, pixels).top_k_match >= 0.8
+
+
+def test_a_tied_model_takes_the_bytes_that_were_allowed_too(tiny_vit, pixels, tmp_path):
+    first, second = [m for name, m in tiny_vit.named_modules() if name.endswith(("fc1", "intermediate.dense"))]
+    second.weight = first.weight
+    widths = Widths(tiny_vit, pixels, QuantizationConfig(method="channel"))
+    chosen = widths.in_bytes(17_000)
+    assert 15_000 < saved(tiny_vit, pixels, chosen, tmp_path) <= 17_000
+
+
+def test_nothing_to_choose_and_numbers_that_are_none(tiny_vit, pixels):
+    with pytest.raises(ValueError, match="no Linear layer is selected, so that there is no width to choose"):
+        Widths(tiny_vit, pixels, QuantizationConfig(method="channel", p=0.0))
+    for limits, match in (
+        ({"average_bits": 9}, "average_bits must be from 2 to 8, got 9"),
+        ({"max_bytes": -1}, "max_bytes must be finite and not negative, got -1"),
+        ({"average_bits": 4, "batch_size": 2}, "batch_size=2 is for max_milliseconds"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ViTQuantizer().assign_bits(tiny_vit, pixels, **limits)

@@ -153,3 +153,19 @@ def test_errors_are_those_on_pictures_that_rounding_does_not_know(tiny_vit):
     twins = Twins(tiny_vit, pictures[~held_back], config, choices=(3, 8))
     assert errors == measure_twins(twins, pictures[held_back])
     assert errors != measure_twins(Twins(tiny_vit, pictures, config, choices=(3, 8)), pictures[held_back])
+
+
+def test_what_the_output_does_not_depend_on_stays_wide(pixels):
+    """The pooler of a bare model: its own output would be ruined without a word."""
+    model = ViTModel(vit_config()).eval()
+    errors = measure(model, pixels, CHANNEL, choices=(2, 4, 8))
+    assert errors["pooler.dense"][2] > errors["pooler.dense"][4] > errors["pooler.dense"][8] > 0
+    assert max(errors["pooler.dense"].values()) > max(
+        max(own.values()) for n, own in errors.items() if "pooler" not in n
+    )
+
+
+def test_an_output_that_is_no_number_is_not_the_best():
+    outputs = torch.zeros(2, 3), torch.full((2, 3), math.nan)
+    assert math.isnan(replay.output_error(outputs[:1], outputs[1:], 1))
+    assert math.isnan(replay.output_error(outputs[:1], outputs[1:], None))
