@@ -47,7 +47,7 @@ def measure(
     block on that holds the layer, on up to 64 pictures. For small changes the error is quadratic in that of the
     layer's own output, so the other widths get theirs from what rounding left of that, which is known for each width,
     times the geometric mean of the two measured ratios. Where those ratios differ by more than 2.5 times (one outlier
-    can saturate the error of a whole layer), or with up to two choices, every width is run. The widest has no error.
+    can saturate the error of a whole layer), or with up to three choices, every width is run. The widest has no error.
 
     In several processes each runs its share of the layers, and all get all errors.
 
@@ -126,8 +126,8 @@ def _measure_layer(replay: Replay, name: str, twins: Twins) -> dict[int, float]:
 
 def _anchors(widths: list[int]) -> list[int]:
     """The widths to measure."""
-    inner = widths[1:-1] if len(widths) > 3 else widths
-    return [inner[0], inner[-1]] if len(widths) > 1 else widths
+    inner = widths[1:-1] if len(widths) > 3 else widths[:-1] or widths
+    return [inner[0], inner[-1]]
 
 
 def check_pictures(pixel_values: Tensor, batch_size: int) -> None:

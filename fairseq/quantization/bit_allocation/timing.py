@@ -26,10 +26,16 @@ def layer_times(twins: Twins, pixel_values: Tensor, batch_size: int) -> dict[str
         pixel_values: pictures, at least one, which are repeated as often as needed.
         batch_size: pictures per run.
     """
-    read: dict[str, Tensor] = {}
+    kinds: dict[str, object] = {}
+    read: dict[object, Tensor] = {}  # by the first layer of each kind
 
     def keep(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        read[name] = args[0].detach().clone()
+        own = twins.layers[name]
+        some = next(iter(own.values()))
+        shape = args[0].shape, some.out_features
+        kinds[name] = kind = (shape, replace(some.config, bits=8), some.input_factor is None, *own)
+        if kind not in read:
+            read[kind] = args[0].detach().clone()
 
     handles = [twins.model.get_submodule(name).register_forward_pre_hook(partial(keep, name)) for name in twins.layers]
     try:
@@ -40,13 +46,12 @@ def layer_times(twins: Twins, pixel_values: Tensor, batch_size: int) -> dict[str
     known: dict[object, dict[int, int]] = {}
     times = {}
     for name, own in twins.layers.items():
-        if name not in read:  # no picture reaches it
+        kind = kinds.get(name)
+        if kind is None:  # no picture reaches it
             times[name] = dict.fromkeys(own, 0)
             continue
-        some = next(iter(own.values()))
-        kind = (read[name].shape, some.out_features, replace(some.config, bits=8), some.input_factor is None, *own)
         if kind not in known:
-            known[kind] = least({bits: partial(layer, read[name]) for bits, layer in own.items()}, read[name].device)
+            known[kind] = least({bits: partial(layer, read[kind]) for bits, layer in own.items()}, read[kind].device)
         times[name] = known[kind]
     return times
 

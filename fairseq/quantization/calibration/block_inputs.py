@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fairseq.quantization.architectures.forward import Pixels, call, evaluating, picture_batch
 from fairseq.quantization.architectures.observe import Arguments, copied, equal
@@ -178,37 +179,35 @@ class BlockInputs:
             given.append(output.detach())
             return torch.zeros_like(output)
 
-        (whole,) = self._outputs_with(name, None, range(1))
-        (rest,) = self._outputs_with(name, without, range(1))
+        layer = self.model.get_submodule(name)
+        (whole,) = self._outputs_with(None, range(1))
+        (rest,) = self._outputs_with(layer.register_forward_hook(without), range(1))
         return (
             len(given) == 1
             and given[0].shape == whole.shape
             and bool((whole - rest - given[0]).float().norm() <= tolerance * given[0].float().norm())
         )
 
-    def through(self, name: str, run: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def through(self, name: str, reads: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """What the layer called ``name`` reads and what the current block gives, (tokens, features), batch by batch.
 
         Args:
-            name: of a layer of the current block.
-            run: what stands for it: of its input, (..., in), what it reads of it and what it gives.
+            name: of a layer of the current block; it runs, and so do its hooks.
+            reads: what it reads of its input.
         """
         read: list[Tensor] = []
 
-        def instead(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            x, y = run(args[0])
-            read.append(x.detach().flatten(0, -2))
-            return y
+        def instead(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            read.append(reads(args[0]).detach())
+            return (read[-1], *args[1:])
 
-        for given in self._outputs_with(name, instead, range(len(self.stored))):
-            yield read.pop(), given.flatten(0, -2)
+        handle = self.model.get_submodule(name).register_forward_pre_hook(instead)
+        for given in self._outputs_with(handle, range(len(self.stored))):
+            yield read.pop().flatten(0, -2), given.flatten(0, -2)
 
-    def _outputs_with(
-        self, name: str, hook: Callable[[nn.Module, Any, Tensor], Tensor] | None, batches: range
-    ) -> Iterator[Tensor]:
-        """What the current block gives for some batches, with a forward hook on one of its layers."""
-        block, layer = self.model.get_submodule(self.blocks[self.position]), self.model.get_submodule(name)
-        handle = None if hook is None else layer.register_forward_hook(hook)
+    def _outputs_with(self, handle: RemovableHandle | None, batches: range) -> Iterator[Tensor]:
+        """What the current block gives for some batches, with a hook that is removed in the end."""
+        block = self.model.get_submodule(self.blocks[self.position])
         try:
             for index in batches:
                 args, keywords = copied(self.stored[index])

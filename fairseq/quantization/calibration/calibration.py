@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.quantization.architectures.forward import Pixels
@@ -135,16 +134,21 @@ class Calibration:
     def _with_missing(self, layer: LayerPlan, factor: Tensor | None) -> list[Statistics]:
         """The statistics of the layer that ends a block, with what the block is missing."""
         assert self.exact_inputs is not None
-        linear = cast(nn.Linear, self.inputs.model.get_submodule(layer.name))
+        exact, through = (
+            iter(self.exact_inputs.stored.hidden),
+            self.inputs.through(layer.name, lambda x: _read(x, layer, factor).to(x.dtype)),
+        )
+        less: list[Tensor] = []  # of the batch that was read last
 
-        def run(input: Tensor) -> tuple[Tensor, Tensor]:
-            x = _read(input, layer, factor)
-            return x, F.linear(x, linear.weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype))
+        def read() -> Iterator[Tensor]:
+            for x, y in through:
+                less.append(next(exact).flatten(0, -2).to(y.device, torch.float32) - y.float())
+                del y
+                yield x
+                del x
 
-        exact = (x.flatten(0, -2) for x in self.exact_inputs.stored.hidden)
-        found, given = itertools.tee(self.inputs.through(layer.name, run))
-        missing = (wanted.to(y.device, torch.float32) - y.float() for wanted, (_, y) in zip(exact, given, strict=False))
-        inputs = self.progress.reading((x for x, _ in found), [layer])
+        missing = (less.pop() for _ in itertools.count())
+        inputs = self.progress.reading(read(), [layer])
         bits = layer.settings.activation_bits if layer.settings.activations == "static" else None
         return collect(inputs, [self.weights[layer.name]], [layer.name], bits, None, self.half, missing)
 

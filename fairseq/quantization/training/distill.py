@@ -96,10 +96,11 @@ def distill(
                 f"{args.world_size} processes with batch_size={batch_size} need {needed} pictures for one step, and "
                 f"there are {len(trained)}"
             )
-        if 0 < held_back < args.world_size:
-            raise ValueError(f"{args.world_size} processes need as many pictures held back, got held_back={held_back}")
-        if held_back:
-            args.per_device_eval_batch_size = min(batch_size, held_back // args.world_size)
+        if held_back % args.world_size:
+            raise ValueError(f"{args.world_size} processes cannot share held_back={held_back} pictures evenly")
+        if held_back:  # whole batches, as several processes leave out what is none
+            own = held_back // args.world_size
+            args.per_device_eval_batch_size = max(size for size in range(1, batch_size + 1) if own % size == 0)
         trainer = on_transformers.DistillationTrainer(
             student, args, teacher=teacher, losses=losses, scales=scales, scale_learning_rate=scale_learning_rate,
             train_dataset=trained, callbacks=list(callbacks),

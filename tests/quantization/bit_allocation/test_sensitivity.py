@@ -31,8 +31,8 @@ def test_measured_widths_are_those_of_a_model_with_one_narrower_layer(tiny_vit, 
 
 
 def test_it_is_the_final_rounding_that_is_measured(tiny_vit, pixels):
-    """Equalized, rounded on the pictures: the last layer reads the same in both models, so that it is the very one."""
-    config = QuantizationConfig(method="tensor", bias_correction=True)
+    """On the pictures, its bias corrected: what the last layer reads is the same, so that it is the very one."""
+    config = QuantizationConfig(method="channel", bias_correction=True)
     error = measure(tiny_vit, pixels, config, choices=(2, 8))["classifier"][2]
     assert error == pytest.approx(directly(tiny_vit, pixels, "classifier", 2, config), rel=1e-3)
     plain = directly(tiny_vit, pixels, "classifier", 2, replace(config, rounding="nearest"))
@@ -48,7 +48,7 @@ def test_derived_widths_are_near_the_measured_ones(tiny_vit, pixels):
             assert layer[bits] == pytest.approx(directly(tiny_vit, pixels, name, bits), rel=1e-3, abs=1e-9)
         off += [abs(math.log(layer[bits] / directly(tiny_vit, pixels, name, bits))) for bits in (2, 4, 5)]
     assert sorted(off)[len(off) // 2] < math.log(1.6)
-    assert sorted(off)[9 * len(off) // 10] < math.log(4)
+    assert sorted(off)[9 * len(off) // 10] < math.log(6)
 
 
 def test_every_width_is_run_where_two_disagree(tiny_vit, pixels, monkeypatch):

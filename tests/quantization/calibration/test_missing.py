@@ -45,20 +45,23 @@ def recorded(monkeypatch, model, config, images):
     return found, convert(model, config, images, engine="layers")[0]
 
 
-@pytest.mark.parametrize("activation_bits", [None, 3])
-def test_missing_is_what_the_float_block_gives_more(tiny_vit, monkeypatch, activation_bits):
+@pytest.mark.parametrize(("activation_bits", "share"), [(None, 1.0), (3, 1.0), (None, 0.5)])
+def test_missing_is_what_the_float_block_gives_more(tiny_vit, monkeypatch, activation_bits, share):
+    """Also where a hook of the user halves what the layer gives."""
     monkeypatch.setattr("fairseq.quantization.calibration.token_weights.UNIFORM_SHARE", 1.0)
     settings = {"activations": None} if activation_bits is None else {"activation_bits": activation_bits}
     config = QuantizationConfig(bits=2, method="channel", equalize=False, bias_correction=True, **settings)
-    found, result = recorded(monkeypatch, tiny_vit, config, IMAGES)
     last = [name for name in linear_layers(tiny_vit) if ".1." in name][-1]
+    if share != 1:
+        tiny_vit.get_submodule(last).register_forward_hook(lambda m, args, y: share * y)
+    found, result = recorded(monkeypatch, tiny_vit, config, IMAGES)
     assert [name for name, statistics in found.items() if statistics.missing is not None][-1] == last
     assert sum(statistics.missing is not None for statistics in found.values()) == 2  # one for each block
     block, layer = block_of(last), tiny_vit.get_submodule(last)
     ((_, wanted),) = run(tiny_vit, IMAGES, block)
     (read, given), (_, whole) = run(result, IMAGES, last, block)
     x = read if activation_bits is None else fake_quantize_tokens(read.float(), activation_bits).double()
-    missing = wanted - (whole - given + x @ layer.weight.double().T + layer.bias.double())
+    missing = wanted - (whole - given + share * (x @ layer.weight.double().T + layer.bias.double()))
     expected = missing.T @ x / len(x)
     torch.testing.assert_close(found[last].missing.double(), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
     torch.testing.assert_close(found[last].missing_mean.double(), missing.mean(0), rtol=0, atol=1e-5)
