@@ -21,7 +21,7 @@ def together(function, *arguments, count=2):
 def _one(rank, count, folder):
     path = Path(folder)
     module, name, places, arguments = torch.load(path / "call.pt", weights_only=False)
-    sys.path[:] = places
+    sys.path[:] = [*places, str(Path(__file__).parents[1])]  # tests are modules of a package, whatever started pytest
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path / 'group'}", rank=rank, world_size=count)
     try:

@@ -127,7 +127,7 @@ def _measure_layer(replay: Replay, name: str, twins: Twins) -> dict[int, float]:
 def _anchors(widths: list[int]) -> list[int]:
     """The widths to measure."""
     inner = widths[1:-1] if len(widths) > 3 else widths[:-1] or widths
-    return [inner[0], inner[-1]]
+    return list(dict.fromkeys((inner[0], inner[-1])))
 
 
 def check_pictures(pixel_values: Tensor, batch_size: int) -> None:
