@@ -56,6 +56,13 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def parse_images(text: str) -> int | str:
+    """ "128" -> 128, and "all"."""
+    if text != "all" and not (text.isdecimal() and int(text)):
+        raise UserError(f"--images {text}: must be a whole number of at least 1, or all")
+    return text if text == "all" else int(text)
+
+
 def parse_bias_correction(text: str) -> bool | str:
     """ "no", "yes" or "add" -> False, True or "add"."""
     known: dict[str, bool | str] = {"no": False, "yes": True, "add": "add"}

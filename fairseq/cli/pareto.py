@@ -19,6 +19,7 @@ from fairseq.cli.options import (
     Overrides,
     Quiet,
     Symmetric,
+    parse_images,
     parse_overrides,
 )
 from fairseq.cli.output import UserError, finish, mistakes, with_examples, working
@@ -57,8 +58,7 @@ def pareto(
     model on pictures that were not calibrated on."""
     if not calibration.is_dir():
         raise UserError(f"--calibration {calibration}: no such folder")
-    if images != "all" and not (images.isdecimal() and int(images)):
-        raise UserError(f"--images {images}: must be a whole number of at least 1, or all")
+    count = parse_images(images)
     try:
         averages = None if average_bits is None else [float(part) for part in average_bits.split(",")]
     except ValueError:
@@ -85,9 +85,7 @@ def pareto(
         processor = needs_processor(loaded, "--calibration")
         say(f"Quantizing {type(loaded.model).__name__} to many sizes")
         with mistakes(TypeError, ValueError):
-            found = quantizer.pareto(
-                loaded.model, calibration, processor, images if images == "all" else int(images), average_bits=averages
-            )
+            found = quantizer.pareto(loaded.model, calibration, processor, count, average_bits=averages)
         with mistakes(ImportError, OSError, ValueError):
             if save is not None:
                 found.save(save)

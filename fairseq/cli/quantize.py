@@ -23,6 +23,7 @@ from fairseq.cli.options import (
     Quiet,
     Symmetric,
     parse_bias_correction,
+    parse_images,
     parse_overrides,
 )
 from fairseq.cli.output import Say, UserError, finish, mistakes, with_examples, working
@@ -143,8 +144,7 @@ def quantize(
     }  # fmt: skip
     if calibration is not None and not calibration.is_dir():
         raise UserError(f"--calibration {calibration}: no such folder")
-    if images != "all" and not (images.isdecimal() and int(images)):
-        raise UserError(f"--images {images}: must be a whole number of at least 1, or all")
+    count = parse_images(images)
     if augment != 1 and calibration is None:
         raise UserError("--augment needs --calibration")
     if not reconstruct and (epochs, minutes) != (None, None):
@@ -154,7 +154,6 @@ def quantize(
     if speaks():
         check_output(output, model, force)
     with working(quiet or not speaks()) as say, processes_together():
-        count = images if images == "all" else int(images)
         pictures = {"calibration": calibration, "images": count, "augment": augment}
         learning = (epochs, minutes) if reconstruct else None
         result, text = _quantize(model, output, settings, pictures, budget, engine, resume, learning, device, say)

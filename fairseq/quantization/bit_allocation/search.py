@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fairseq.quantization.bit_allocation.assignment import BitAssignment, assign_bits, assignment
-from fairseq.quantization.bit_allocation.knapsack import Costs, Errors, check_errors, check_limit, choose_bits
+from fairseq.quantization.bit_allocation.knapsack import Errors, check_errors, check_limit, choose_bits
 from fairseq.quantization.bit_allocation.sensitivity import measure_twins, split
 from fairseq.quantization.bit_allocation.timing import layer_times, model_time
 from fairseq.quantization.bit_allocation.twins import Twins
@@ -76,7 +76,8 @@ class Widths:
         least = other + sum(min(own.values()) for own in costs.values())
         if limit < least:
             raise ValueError(f"max_bytes={limit:,}: with the narrowest choices the model takes {least:,} bytes")
-        return self._chosen(costs, math.floor(limit) - other)
+        bits = choose_bits(self.errors, costs, math.floor(limit) - other)
+        return assignment(bits, self.errors, self.sizes, self.config.overrides)
 
     def in_milliseconds(self, limit: float, batch_size: int) -> BitAssignment:
         """The smallest error that was found of a packed model that takes at most so long for a batch on this machine.
@@ -151,9 +152,6 @@ class Widths:
             else:
                 low = middle
         return best
-
-    def _chosen(self, costs: Costs, budget: int) -> BitAssignment:
-        return assignment(choose_bits(self.errors, costs, budget), self.errors, self.sizes, self.config.overrides)
 
     def _changed(self, attempt: BitAssignment) -> float:
         """The percentage of the pictures that get another class."""
