@@ -8,8 +8,9 @@ from families import build
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.quantization.architectures.layers import block_of, linear_layers
-from fairseq.quantization.config import QuantizationConfig
+from fairseq.quantization.config import LayerConfig, QuantizationConfig
 from fairseq.quantization.conversion.convert import convert
+from fairseq.quantization.conversion.quantize_layer import quantize_layer
 from fairseq.quantization.rounding.round_weight import round_weight
 from fairseq.quantization.rounding.statistics import Statistics
 
@@ -77,6 +78,17 @@ def test_the_layer_makes_up_for_half_of_it():
     integers, scale, zero_point = round_weight(weight, statistics, config, "coordinate")
     real = scale[:, None] * (integers - zero_point[:, None].float())
     assert ((real - weight - 0.5 * other).abs() <= 2 * scale[:, None]).all()
+
+
+def test_bias_correction_takes_what_the_block_is_missing_on_average():
+    """The mean of what the block gives is then the float one's."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, missing = (torch.randn(*shape, generator=generator) for shape in ((500, 32), (6, 32), (6, 32)))
+    lost = torch.arange(6.0)
+    statistics = Statistics(x.T @ x / len(x), x.mean(0), samples=500.0, missing=missing, missing_mean=lost)
+    bias = torch.ones(6)
+    layer = quantize_layer(weight, bias, statistics, LayerConfig(bits=3, method="channel", bias_correction=True))
+    torch.testing.assert_close(layer.bias, bias + lost + (weight - layer.real) @ x.mean(0), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "ends"), [("vit", True), ("deit", True), ("beit", False), ("swinv2", False)])
