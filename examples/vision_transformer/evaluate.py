@@ -4,13 +4,15 @@
     python examples/vision_transformer/evaluate.py
     python examples/vision_transformer/evaluate.py --model DIR --images DIR --labels labels.csv
     python examples/vision_transformer/evaluate.py ... --calibration 128 --configs 4:channel 4.5:channel
+    python examples/vision_transformer/evaluate.py ... --calibration 128 --held-out 256 --json rows.json
     python examples/vision_transformer/evaluate.py --model DIR --images DIR [--prompts prompts.txt]
 
 Without a model, the embedded one on the 500 pictures that come with it. The CSV has the columns ``file`` (in the
 folder) and ``class_index``. 4.5 bits stand for widths of 2 to 8 chosen layer by layer, 4.5 per weight on average.
 Columns of the result: top-1 and top-5 accuracy; "kept", top-1 as a share of the float model's; "agreement", the share
-of pictures with the float model's top-1 class; and the mean squared error of the logits. All models see each batch in
-turn.
+of pictures with the float model's top-1 class; the mean squared error of the logits; and "divergence", the mean
+Kullback-Leibler divergence from the float model's softmax. All models see each batch in turn. ``accuracy_picture.py``
+draws what several calls added to one --json.
 
 Without labels, how much of the embeddings is kept: their cosine with the float model's, the mean and the least over
 the pictures; and "overlap", the share of each picture's nearest others that are still among them. For CLIP and SigLIP
@@ -21,13 +23,18 @@ which the most fitting prompt is the float model's.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from accuracy_picture import read_rows
 from common import (
     CONFIGURATIONS,
+    PROC,
     UserError,
     batches,
     embedded_images,
@@ -36,9 +43,11 @@ from common import (
     load_embedded,
     load_model,
     logits,
+    memory,
     parse_configuration,
     pictures_in,
     positive,
+    processor_name,
     quantize,
     run,
     table,
@@ -48,10 +57,12 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from fairseq.cli import measure
+from fairseq.cli.options import parse_overrides
 from fairseq.models.vit_quantization import Reconstruction, ViTQuantizer, zero_shot_agreement
 from fairseq.quantization.calibration.synthetic import synthetic_images
 from fairseq.quantization.config import ROUNDINGS
 from fairseq.quantization.evaluation.compare import compare_vectors, embeddings
+from fairseq.quantization.training.distill import distill
 
 
 class Score(measure.Score):
@@ -62,8 +73,17 @@ class Score(measure.Score):
         return [
             name, f"{self.top1 / self.count:.1%}", f"{self.top5 / self.count:.1%}", f"{kept:.1%}",
             f"{self.agree / self.count:.1%}", f"{self.squared_error / self.values:.2e}",
-            "" if seconds is None else f"{seconds:.1f}",
+            f"{self.divergence / self.count:.4f}", "" if seconds is None else f"{seconds:.1f}",
         ]  # fmt: skip
+
+    def figures(self, reference: Score) -> dict[str, float | None]:
+        """The same, as numbers."""
+        return {
+            "top1": self.top1 / self.count, "top5": self.top5 / self.count,
+            "kept": self.top1 / reference.top1 if reference.top1 else None,
+            "agreement": self.agree / self.count, "mse": self.squared_error / self.values,
+            "divergence": self.divergence / self.count,
+        }  # fmt: skip
 
 
 def score_all(
@@ -139,12 +159,30 @@ def subject(args: argparse.Namespace) -> tuple[nn.Module, Any, str, list, Tensor
     return model, processor, name, *labelled_images(args.images, args.labels, model.config.num_labels)
 
 
-def drawn(calibration: str, images: list, folder: Path | None) -> list[int]:
-    """Which of the pictures to calibrate on: those that a text file names, one a line, or so many at random."""
-    if calibration.isdecimal() and not Path(calibration).exists():
-        if not 1 <= int(calibration) < len(images):
-            raise UserError(f"--calibration {calibration}: of {len(images)} pictures, 1 to {len(images) - 1} can serve")
-        return torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: int(calibration)].tolist()
+def split(args: argparse.Namespace, images: list) -> tuple[list[int], list[int]]:
+    """Which of the pictures to calibrate on, and which to evaluate on: all others, or --held-out of them."""
+    calibration, count = args.calibration or "", len(images)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    held_out = args.held_out or 0
+    if held_out >= count:
+        raise UserError(f"--held-out {held_out}: there are {count} pictures")
+    if calibration in ("", "synthetic"):
+        chosen = []
+    elif calibration.isdecimal() and not Path(calibration).exists():
+        left = count - max(1, held_out)
+        if not 1 <= int(calibration) <= left:
+            raise UserError(f"--calibration {calibration}: of {count} pictures, 1 to {left} can serve")
+        chosen = order[: int(calibration)]
+    else:
+        chosen = named(calibration, images, args.images)
+    evaluated = sorted(set(order[count - held_out :] if held_out else order) - set(chosen))
+    if held_out > len(evaluated):
+        raise UserError(f"--calibration {calibration}: {held_out - len(evaluated)} of its pictures are held out")
+    return chosen, evaluated
+
+
+def named(calibration: str, images: list, folder: Path | None) -> list[int]:
+    """The places of the pictures that a text file names, one a line."""
     try:
         lines = Path(calibration).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -161,6 +199,51 @@ def drawn(calibration: str, images: list, folder: Path | None) -> list[int]:
     return [places[folder / name] for name in names]
 
 
+def make(
+    args: argparse.Namespace, bits: float, method: str, model: nn.Module, processor: Any, calibration: list | None
+) -> nn.Module:
+    """The quantized model of one of --configs."""
+    settings: dict[str, Any] = {
+        "method": method, "activations": None if args.activations == "none" else args.activations,
+        "activation_bits": args.activation_bits, "arithmetic": args.arithmetic, "functions": args.functions,
+        "rounding": args.rounding, "group_size": args.group_size, "rotate": args.rotate,
+        "overrides": parse_overrides(args.override), "execution": "emulated" if args.distill else "packed",
+    }  # fmt: skip
+    try:
+        if isinstance(bits, int):
+            quantizer = ViTQuantizer(bits=bits, **settings)
+        elif calibration is None:
+            raise UserError(f"{bits:g}:{method}: choosing widths by layer needs pictures; pass --calibration")
+        else:
+            assigner = ViTQuantizer(**{**settings, "execution": "packed"})
+            chosen = assigner.assign_bits(model, calibration, processor, images=len(calibration), average_bits=bits)
+            quantizer = ViTQuantizer(**{**settings, "overrides": chosen.overrides})
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    pictures: dict[str, Any] = {}
+    if calibration is not None:
+        pictures = {"calibration": calibration, "processor": processor, "images": "all"}
+    if args.reconstruct is not None:
+        pictures["reconstruct"] = Reconstruction(epochs=args.reconstruct)
+    result = quantize(quantizer, model, **pictures)
+    if args.distill is None:
+        return result
+    assert calibration is not None
+    distill(
+        result, model, calibration, processor, epochs=args.distill, batch_size=args.batch_size, augment=True,
+        learning_rate=args.learning_rate, held_back=len(calibration) // 8,
+    )  # fmt: skip
+    return ViTQuantizer.pack_model(result)
+
+
+def append(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a JSON list of them, in whole or not at all."""
+    whole = [*read_rows(file), *rows] if file.exists() else rows
+    beside = file.with_name(f"{file.name}.tmp")
+    beside.write_text(json.dumps(whole, indent=1) + "\n")
+    os.replace(beside, file)
+
+
 def bits_and_method(text: str) -> tuple[float, str]:
     """ "4:histogram" -> (4, "histogram"), "4.5:channel" -> (4.5, "channel"), for argparse."""
     bits, _, method = text.partition(":")
@@ -172,7 +255,7 @@ def bits_and_method(text: str) -> tuple[float, str]:
     return float(bits), parse_configuration(f"8:{method}")[1]
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="folder or hub id; needs the next")
     parser.add_argument("--images", type=Path, default=None, help="folder of pictures")
@@ -199,6 +282,15 @@ def main() -> int:
         help="learn the integers of each block on the calibration pictures, for so many passes over them",
     )  # fmt: skip
     parser.add_argument(
+        "--distill", type=positive, default=None, metavar="EPOCHS",
+        help="then train it towards the float model on seven of eight of them; the eighth decides whether that stays",
+    )  # fmt: skip
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of --distill; default 1e-4")
+    parser.add_argument(
+        "--override", action="append", default=[], metavar="GLOB=KEY:VALUE,...",
+        help="other settings for the layers of that name, such as '*classifier=bits:8,activation_bits:8'; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
         "--arithmetic", choices=["float", "integer"], default="float",
         help="integer: no floating operation from the rounded pixels to the logits; needs --calibration",
     )  # fmt: skip
@@ -211,57 +303,55 @@ def main() -> int:
         help="calibrate on the pictures named in this file, one a line, or on so many drawn at random (the same each "
         "time), and leave them out of the evaluation; or on 128 synthetic ones",
     )  # fmt: skip
+    parser.add_argument(
+        "--held-out", type=positive, default=None, metavar="COUNT",
+        help="evaluate on so many drawn at random, the same whatever --calibration is; default: on all others",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument("--limit", type=positive, default=None, help="only the first so many pictures")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="add the rows to those in this file")
     args = parser.parse_args()
+    if args.distill is not None and args.calibration in (None, "synthetic"):
+        raise UserError("--distill needs pictures; pass --calibration")
+    if args.json is not None and args.json.exists():
+        read_rows(args.json)  # before minutes are spent
+    return args
 
+
+def describe(args: argparse.Namespace, pictures: int | None) -> dict[str, Any]:
+    """What all rows of one call share, in the words of the options; ``pictures`` calibrate."""
+    return {
+        "activations": args.activations, "activation_bits": args.activation_bits, "group_size": args.group_size,
+        "rounding": args.rounding, "rotated": args.rotate, "overrides": args.override, "arithmetic": args.arithmetic,
+        "calibration": "synthetic" if args.calibration == "synthetic" else pictures,
+        "reconstruct": args.reconstruct, "distill": args.distill, "threads": torch.get_num_threads(),
+        "processor": processor_name(), "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+
+
+def main() -> int:
+    args = parse_arguments()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
     model, processor, name, images, labels = subject(args)
     if args.prompts is not None and labels is not None:
         raise UserError("--prompts goes with --model and --images, and without --labels")
     words = None if args.prompts is None else tokenized(args.model, args.prompts, model)
-    calibration = None
-    if args.calibration is not None:
-        if args.calibration == "synthetic":
-            chosen, calibration = [], synthetic_images()
-        else:
-            chosen = drawn(args.calibration, images, args.images)
-            calibration = [images[i]() for i in chosen]
-        kept = [i for i in range(len(images)) if i not in set(chosen)]
-        images, labels = [images[i] for i in kept], None if labels is None else labels[kept]
+    if args.json is not None and labels is None:
+        raise UserError("--json holds accuracy and needs --labels")
+    chosen, evaluated = split(args, images)
+    calibration = [images[i]() for i in chosen] if chosen else None
+    calibration = synthetic_images() if args.calibration == "synthetic" else calibration
+    images, labels = [images[i] for i in evaluated], None if labels is None else labels[evaluated]
     images, labels = images[: args.limit], None if labels is None else labels[: args.limit]
     if not images:
         raise UserError("no picture is left to evaluate")
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     models, seconds = {"float": model.to(device)}, {}
-    for bits, method in args.configs:
+    for bits, method in dict.fromkeys(args.configs):
         key, started = f"{bits:g}-bit {method}", time.perf_counter()
-        settings = {
-            "method": method, "activations": None if args.activations == "none" else args.activations,
-            "activation_bits": args.activation_bits, "arithmetic": args.arithmetic,
-            "functions": args.functions, "rounding": args.rounding, "group_size": args.group_size,
-            "rotate": args.rotate,
-        }  # fmt: skip
-        try:
-            if isinstance(bits, int):
-                quantizer = ViTQuantizer(bits=bits, **settings)
-            elif calibration is None:
-                raise UserError(f"{bits:g}:{method}: choosing widths by layer needs pictures; pass --calibration")
-            else:
-                chosen_bits = ViTQuantizer(**settings).assign_bits(
-                    model, calibration, processor, images=len(calibration), average_bits=bits
-                )
-                quantizer = ViTQuantizer(overrides=chosen_bits.overrides, **settings)
-        except (TypeError, ValueError) as error:
-            raise UserError(str(error)) from error
-        pictures: dict[str, Any] = {}
-        if calibration is not None:
-            pictures = {"calibration": calibration, "processor": processor, "images": "all"}
-        if args.reconstruct is not None:
-            pictures["reconstruct"] = Reconstruction(epochs=args.reconstruct)
-        models[key] = quantize(quantizer, model, **pictures)
+        models[key] = make(args, bits, method, model, processor, calibration)
         seconds[key] = time.perf_counter() - started
 
     if labels is None and len(images) <= args.neighbours:
@@ -275,6 +365,8 @@ def main() -> int:
         f"{'rotated, ' if args.rotate else ''}"
         f"{'' if args.group_size is None else f'groups of {args.group_size}, '}"
         f"{'' if args.reconstruct is None else f'blocks reconstructed ({args.reconstruct} epochs), '}"
+        f"{'' if args.distill is None else f'distilled ({args.distill} epochs), '}"
+        f"{', '.join(args.override)}{', ' if args.override else ''}"
         f"{'integers alone, ' if args.arithmetic == 'integer' else ''}"
         f"{'without calibration' if calibration is None else f'calibrated on {len(calibration)} {kind}'}, on {device}\n"
     )
@@ -284,8 +376,16 @@ def main() -> int:
         print(table(header, [[key, *row, f"{seconds[key]:.1f}"] for key, row in kept_of.items()]))
         return 0
     scores = score_all(models, images, labels, processor, args.batch_size)
-    header = ["configuration", "top-1", "top-5", "kept", "agreement", "logit MSE", "quantized in s"]
+    header = ["configuration", "top-1", "top-5", "kept", "agreement", "logit MSE", "divergence", "quantized in s"]
     print(table(header, [score.row(key, scores["float"], seconds.get(key)) for key, score in scores.items()]))
+    if args.json is not None:
+        shared = {"model": name, "evaluated": len(images), **describe(args, len(calibration) if calibration else None)}
+        peak = memory()["peak"] / 1e9 if PROC.exists() else None  # GB, of the whole process until here
+        append(args.json, [
+            {**shared, "bits": bits, "method": method, **scores[key].figures(scores["float"]), "seconds": seconds[key],
+             "peak_gb": peak}
+            for (bits, method), key in zip(dict.fromkeys(args.configs), seconds, strict=True)
+        ])  # fmt: skip
     return 0
 
 

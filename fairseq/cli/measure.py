@@ -27,7 +27,7 @@ class Score:
 
     def __init__(self) -> None:
         self.top1 = self.top5 = self.agree = self.count = 0
-        self.squared_error, self.values = 0.0, 0
+        self.squared_error, self.values, self.divergence = 0.0, 0, 0.0
 
     def add(self, got: Tensor, expected: Tensor, labels: Tensor) -> None:
         """Logits of this model and of the reference, (B, classes), and labels, (B,)."""
@@ -37,6 +37,8 @@ class Score:
         self.agree += int((first == expected.argmax(-1)).sum())
         self.squared_error += float((got - expected).double().square().sum())
         self.values += got.numel()
+        ours, wanted = got.double().log_softmax(-1), expected.double().log_softmax(-1)
+        self.divergence += float((wanted.exp() * (wanted - ours)).sum())
         self.count += len(labels)
 
     def joined(self) -> Score:
@@ -122,6 +124,7 @@ def accuracy(
     result: dict[str, Any] = {"count": score.count, **shares["model"]}
     if "reference" in models:
         result["agreement"], result["mse_loss"] = score.agree / score.count, score.squared_error / score.values
+        result["divergence"] = score.divergence / score.count
         result["reference"] = {"model": models["reference"].name, **shares["reference"]}
     return result
 

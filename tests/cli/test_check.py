@@ -96,6 +96,8 @@ def test_evaluate(cli, models, pictures):
     assert found["reference"]["top1"] == pytest.approx((expected.argmax(-1) == truth).float().mean().item())
     assert found["agreement"] == pytest.approx((got.argmax(-1) == expected.argmax(-1)).float().mean().item())
     assert found["mse_loss"] == pytest.approx((got - expected).square().mean().item(), rel=sum_error(36 * 7, 1.0))
+    apart = (expected.softmax(-1) * (expected.log_softmax(-1) - got.log_softmax(-1))).sum(-1).mean().item()
+    assert found["divergence"] == pytest.approx(apart, rel=1e-3)
     assert found["count"] == 36
     alone = json.loads(cli(*words, "--limit", 10, "--json").out)
     assert alone["count"] == 10
@@ -196,6 +198,7 @@ def test_two_processes_count_what_one_counts(cli, models, pictures):
     (code, out), (other_code, silent) = together(evaluated, models, pictures)
     assert (code, other_code, silent) == (0, 0, "")
     expected, found = json.loads(one.out), json.loads(out)
-    assert found.pop("mse_loss") == pytest.approx(expected.pop("mse_loss"), rel=1e-6)
+    for sum_ in ("mse_loss", "divergence"):
+        assert found.pop(sum_) == pytest.approx(expected.pop(sum_), rel=1e-6)
     assert found == expected
     assert found["count"] == 36

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
+from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.quantization.calibration.synthetic import synthetic_images
 
 FOLDER = Path(__file__).parents[2] / "examples" / "vision_transformer"
@@ -43,7 +46,16 @@ def script(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["test_ibert", "test_vit_quantization", "test_with_image", "evaluate", "train_cifar10", "benchmark_loading"]
+    "name",
+    [
+        "test_ibert",
+        "test_vit_quantization",
+        "test_with_image",
+        "evaluate",
+        "train_cifar10",
+        "benchmark_loading",
+        "accuracy_picture",
+    ],
 )
 def test_help(script, name):
     code, out, _ = script(name, "--help")
@@ -268,6 +280,108 @@ def test_evaluate_calibration_mistakes(script, model, pictures, tmp_path, argume
     )  # fmt: skip
     assert code == 2
     assert "99.png is not one of the labelled pictures" in err
+
+
+def test_the_same_pictures_are_held_out_whatever_calibrates(script, model, pictures, tmp_path):
+    """And what each call measured is added to one file, which a picture shows."""
+    rows = tmp_path / "rows.json"
+    arguments = ["--model", model, "--images", pictures, "--labels", tmp_path / "labels.csv", "--held-out", 4,
+                 "--json", rows, "--configs", "8:channel", "2:channel"]  # fmt: skip
+    seen = []
+
+    def watch(module):
+        whole = module.score_all
+        module.score_all = lambda models, images, *rest: seen.append(images) or whole(models, images, *rest)
+
+    ways = [[], ["--calibration", 3], ["--calibration", 8, "--override", "*classifier=bits:8"]]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "calibrating on")
+        outs = [script("evaluate", *arguments, *way, before=watch) for way in ways]
+    assert [code for code, _, _ in outs] == [0, 0, 0]
+    names = [[image.args[0].name for image in images] for images in seen]
+    assert names[0] == names[1] == names[2]
+    assert len(names[0]) == 4
+    found = json.loads(rows.read_text())
+    assert [(row["bits"], row["calibration"]) for row in found] == [
+        (8, None), (2, None), (8, 3), (2, 3), (8, 8), (2, 8)
+    ]  # fmt: skip
+    assert [row["overrides"] for row in found[3:5]] == [[], ["*classifier=bits:8"]]
+    table = next(line.split() for line in outs[1][1].splitlines() if line.startswith("2-bit"))
+    assert table[-2] == f"{found[3]['divergence']:.4f}"
+    assert found[0]["divergence"] < found[1]["divergence"]
+    code, out, _ = script("accuracy_picture", rows, rows, "--output", tmp_path / "accuracy.png")
+    assert (code, out) == (0, f"{tmp_path / 'accuracy.png'}: 12 rows, 3 ways\n")
+    with Image.open(tmp_path / "accuracy.png") as image:
+        assert image.size == (1650, 780)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--held-out", 12], "--held-out 12: there are 12 pictures"),
+        (["--held-out", 8, "--calibration", 5], "--calibration 5: of 12 pictures, 1 to 4 can serve"),
+        (["--held-out", 12 - 1, "--calibration", "all.txt"], "of its pictures are held out"),
+        (["--distill", 1], "--distill needs pictures; pass --calibration"),
+        (["--json", "labels.csv"], "labels.csv: "),
+    ],
+)
+def test_evaluate_mistakes_in_what_is_held_out(script, model, pictures, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "all.txt").write_text("".join(f"{i}.png\n" for i in range(12)))
+    code, _, err = script(
+        "evaluate", "--model", model, "--images", pictures, "--labels", tmp_path / "labels.csv", *arguments
+    )
+    assert code == 2
+    assert message in err
+
+
+def test_accuracy_picture_mistakes(script, tmp_path):
+    row = {"model": "a", "evaluated": 4, "bits": 4, "method": "channel", "calibration": None, "agreement": 1,
+           "divergence": 0.1}  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps([row, {**row, "model": "b"}]))
+    (tmp_path / "none.json").write_text("[]")
+    (tmp_path / "other.json").write_text("[1]")
+    for words, message in [
+        (["rows.json", "--output", "a.pdf"], "--output a.pdf: its name must end in .png"),
+        ([tmp_path / "rows.json", "--output", "a.png"], "there are a on 4 pictures, b on 4 pictures"),
+        ([tmp_path / "none.json", "--output", "a.png"], "there are no rows"),
+        ([tmp_path / "other.json", "--output", "a.png"], "not rows that evaluate.py --json has written"),
+        ([tmp_path / "gone.json", "--output", "a.png"], "gone.json"),
+    ]:
+        code, _, err = script("accuracy_picture", *words)
+        assert (code, message in err) == (2, True)
+
+
+def test_evaluate_distils(script, model, tmp_path):
+    """What --distill makes is packed, and row and table say so; 24 pictures train, as reconstruction needs 16."""
+    folder, rows = tmp_path / "many", []
+    folder.mkdir()
+    for i in range(32):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+            folder / f"{i}.png"
+        )
+        rows.append([f"{i}.png", i % 7])
+    write_labels(tmp_path / "many.csv", rows)
+    made = []
+
+    def watch(module):
+        whole = module.make
+        module.make = lambda *arguments: made.append(whole(*arguments)) or made[-1]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "training did not help")
+        warnings.filterwarnings("ignore", "calibrating on")
+        code, out, _ = script(
+            "evaluate", "--model", model, "--images", folder, "--labels", tmp_path / "many.csv",
+            "--configs", "2:channel", "--calibration", 24, "--reconstruct", 1, "--distill", 1,
+            "--json", tmp_path / "rows.json", before=watch,
+        )  # fmt: skip
+    assert code == 0
+    assert "blocks reconstructed (1 epochs), distilled (1 epochs)" in out
+    assert any(isinstance(module, PackedLinear) for module in made[0].modules())
+    assert not any(isinstance(module, EmulatedLinear) for module in made[0].modules())
+    row = json.loads((tmp_path / "rows.json").read_text())[0]
+    assert (row["reconstruct"], row["distill"], row["calibration"], row["evaluated"]) == (1, 1, 24, 8)
 
 
 def test_evaluate_without_a_model_takes_the_embedded_one(script):

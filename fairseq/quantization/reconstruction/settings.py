@@ -41,8 +41,8 @@ class Reconstruction:
     minutes: float | None = None
     batch_size: int = 16
     integer_rate: float = 1e-2
-    scale_rate: float = 3e-4
-    bias_rate: float = 3e-4
+    scale_rate: float = 3e-3
+    bias_rate: float = 3e-3
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):

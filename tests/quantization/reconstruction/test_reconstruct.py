@@ -84,6 +84,56 @@ def test_what_diverges_changes_nothing(tiny_vit, rates):
     assert same(plain, wild)
 
 
+def test_rates_that_are_far_too_high_fall_until_they_help(tiny_vit):
+    """After an epoch that did not help it goes on from the best one, in smaller steps."""
+    _, report = quantize(tiny_vit, Reconstruction(epochs=12, batch_size=8, integer_rate=2000.0))
+    shares = [layer.reconstructed for layer in report.quantized if layer.block is not None]
+    assert min(shares) < 0.97
+
+
+def test_rates_fall_only_after_an_epoch_that_did_not_help(monkeypatch, tiny_vit):
+    real, learn = Task.error, Learner.learn
+    sequence, fallen = [1.0, 0.9, 0.95, 0.8], []
+
+    def error(self, block, batches):
+        learner = any(isinstance(m, LearnedLinear) for m in block.modules())
+        return next(errors) if learner else real(self, block, batches)
+
+    def watched(self, *arguments):
+        nonlocal errors
+        errors, before = iter(sequence), list(self.rates)
+        learn(self, *arguments)
+        fallen.append([rate / first for rate, first in zip(self.rates, before, strict=True)])
+
+    errors = iter(())
+    monkeypatch.setattr(Task, "error", error)
+    monkeypatch.setattr(Learner, "learn", watched)
+    quantize(tiny_vit, Reconstruction(epochs=3, batch_size=8))
+    assert fallen == 2 * [[0.25, 0.25, 0.25]]
+
+
+def test_what_adam_remembers_of_an_epoch_that_diverged_is_forgotten(monkeypatch, tiny_vit):
+    real, step = Task.error, Learner.step
+    asked, remembered = [], []
+
+    def error(self, block, batches):
+        learner = any(isinstance(m, LearnedLinear) for m in block.modules())
+        asked.extend([1] if learner else [])
+        return float("nan") if learner and len(asked) == 2 else real(self, block, batches)  # the first epoch's
+
+    def stepped(self, *arguments):
+        remembered.append((len(asked), len(self.optimizer.state)))
+        step(self, *arguments)
+
+    monkeypatch.setattr(Task, "error", error)
+    monkeypatch.setattr(Learner, "step", stepped)
+    _, report = quantize(tiny_vit, Reconstruction(epochs=8, batch_size=8))
+    first_of_second = next(count for calls, count in remembered if calls == 2)
+    assert first_of_second == 0
+    assert all(count > 0 for calls, count in remembered if calls == 3)
+    assert min(layer.reconstructed for layer in report.quantized if layer.block is not None) < 1
+
+
 def test_what_is_left_behind(tiny_vit):
     called = []
     layer = next(m for m in tiny_vit.modules() if isinstance(m, nn.ModuleList))[0]
