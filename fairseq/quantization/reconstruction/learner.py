@@ -17,7 +17,6 @@ from fairseq.quantization.reconstruction.learned_linear import LearnedLinear, Qu
 from fairseq.quantization.reconstruction.settings import Reconstruction
 from fairseq.quantization.reconstruction.task import Task
 
-
 SLOWER = 0.25
 """By which the rates are multiplied after an epoch that did not help."""
 
