@@ -477,6 +477,24 @@ def test_training_resumes_and_writes_a_folder_that_loads(script, cifar, tmp_path
     assert AutoImageProcessor.from_pretrained(tmp_path / "run").size == {"height": 32, "width": 32}
 
 
+def test_cutmix_says_whose_pixels_there_are(script):
+    script("train_cifar10", "--help")  # puts the folder on the path
+    from train_cifar10 import cutmix
+
+    labels = torch.arange(40)
+    pixels = labels.to(torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)  # of the colour of its label
+    generator, shares = torch.Generator().manual_seed(0), []
+    for _ in range(20):
+        mixed, others, own = cutmix(pixels, labels, generator)
+        mine, theirs = (mixed == x[:, None, None, None] for x in (labels, others))
+        assert bool((mine | theirs).all())
+        moved = others != labels
+        assert mine[moved].float().mean((1, 2, 3)).tolist() == pytest.approx([own] * int(moved.sum()))
+        assert others.sort().values.equal(labels)
+        shares.append(own)
+    assert min(shares) < 0.3 < 0.9 < max(shares)
+
+
 def test_training_without_data(script, tmp_path):
     code, _, _ = script("train_cifar10", "--data", tmp_path, "--output", tmp_path / "run")
     assert "--data must hold one of them" in str(code)
