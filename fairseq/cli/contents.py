@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fairseq.cli.output import table
-from fairseq.modules.quantization.packed.packing import STORED_BITS
 from fairseq.quantization.evaluation.report import megabytes
 from fairseq.quantization.saving.contents import FORMAT, Contents, Entry, inspect
 
@@ -137,7 +136,7 @@ def _bytes(entry: Entry) -> int:
 def _weight_count(tensors: dict[str, Entry], name: str, bits: int) -> int:
     """How many integers the rows hold, from their shape; a row's last byte may be filled up."""
     codes = tensors.get(f"{name}.weight_codes") or tensors.get(f"{name}.weight")
-    return 0 if codes is None else math.prod(codes.shape) * 8 // STORED_BITS[bits]
+    return 0 if codes is None else math.prod(codes.shape) * 8 // bits
 
 
 def _activations(entry: dict[str, Any]) -> str:

@@ -272,7 +272,7 @@ class ViTQuantizer:
             model, calibration, processor, images: as for :meth:`quantize_model`.
             average_bits: per weight of the quantized layers, at most; the most accurate such assignment.
             max_bytes: of the packed model as it is saved, at most, whatever is in float included; the most accurate
-                such assignment. 5 to 7 bits take as much there as 8.
+                such assignment.
             max_milliseconds: for a batch of ``batch_size`` pictures on this machine as it is now, at most; the most
                 accurate that was found. Layers and models are timed, so that a busy machine gives another result.
             max_accuracy_drop: in percentage points of top-1, at most, as measured on the calibration images by how many

@@ -12,7 +12,7 @@ class Point:
 
     Attributes:
         bits: per weight of the quantized layers, on average.
-        bytes: of what is saved, whatever is in float included; 5 to 7 bits take as much as 8.
+        bytes: of what is saved, whatever is in float included.
         agreement: the share of pictures, 0 to 1, that have the float model's class; None for models without classes.
         error: KL divergence from the float model's classes in nats; without classes the squared error as a share.
         overrides: the widths of its layers, for ``ViTQuantizer(overrides=...)``; {} where all have one.

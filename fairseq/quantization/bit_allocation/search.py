@@ -66,8 +66,6 @@ class Widths:
     def in_bytes(self, limit: int) -> BitAssignment:
         """The smallest error of a packed model of which at most ``limit`` bytes are saved, what is in float included.
 
-        5 to 7 bits take as much there as 8, so that they are not chosen.
-
         Raises:
             TypeError, ValueError: no number, or fewer bytes than the narrowest choices take; the message says how many.
         """

@@ -143,9 +143,6 @@ def check_loaded(name: str, part: nn.Module) -> None:
     config, columns = layer.config, layer.columns if isinstance(layer, PackedTable) else layer.in_features
     check_settings(layer.settings, settings_tensor(config.bits, columns, config.group_size, config.symmetric), name)
     largest = 2**config.bits - 1
-    codes = layer.weight_codes
-    if config.bits in (5, 6, 7) and (int(codes.max()) > largest or int(codes.min()) < 0):  # of others any bits will do
-        raise ValueError(f"integers of {name} are out of range: {config.bits} bits hold 0 to {largest}")
     if int(layer.zero_point.max()) > largest:
         raise ValueError(f"zero points of {name} must be from 0 to {largest}; one is {int(layer.zero_point.max())}")
     if config.symmetric and not bool((layer.zero_point == 2 ** (config.bits - 1)).all()):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq.modules.quantization.packed.packing import STORED_BITS, packed_length
+from fairseq.modules.quantization.packed.packing import packed_length
 from fairseq.modules.quantization.packed.panels import from_panels, sums_of, to_panels
 from fairseq.modules.quantization.packed.weight import code_offset, pack_codes, unpack_codes
 
@@ -90,5 +90,5 @@ class Layout(NamedTuple):
 
 
 def takes_a_byte(bits: int, unpacked: bool) -> bool:
-    """Whether a code of that width takes a byte in rows; ``unpacked`` asks for it."""
-    return unpacked or STORED_BITS[bits] == 8
+    """Whether a code of that width takes a byte in rows, as above 4 bits and where ``unpacked`` asks for it."""
+    return unpacked or bits > 4

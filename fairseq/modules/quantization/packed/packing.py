@@ -16,7 +16,9 @@ bytes, so that unpacking a segment is one vector operation from contiguous bytes
 
     3 bits: a plane of the low 2 bits, as above, then a plane of the high bit: 8 segments of ceil(length / 8)
 
-    8 bits: the byte itself; 5, 6 and 7 bits as 8
+    5 bits: a plane of the low 4 bits, then one of the high bit; 6 bits: planes of 4 and 2; 7 bits: of 4, 2 and 1
+
+    8 bits: the byte itself
 
 Where ``length`` is no multiple of the number of segments, the last segment is filled up with zeros; ``length`` has to
 be kept to undo that.
@@ -30,11 +32,8 @@ from torch.nn import functional as F
 
 from fairseq.modules.quantization.scalar.ops import check_bits
 
-PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (8,), 6: (8,), 7: (8,), 8: (8,)}
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Widths of the bit planes that hold one integer, the low bits first."""
-
-STORED_BITS = {bits: sum(planes) for bits, planes in PLANES.items()}
-"""Bits that one integer takes when packed; the odd widths above 4 take a byte."""
 
 
 def packed_length(length: int, bits: int) -> int:
@@ -101,7 +100,7 @@ def unpack(packed: Tensor, bits: int, length: int, signed: bool = False, out: Te
     else:
         q = out
         _unpack_into(packed, bits, length, q)
-    if signed and STORED_BITS[bits] < 8:  # extend the sign; a byte holds it already
+    if signed and bits < 8:  # extend the sign; a byte holds it already
         sign = 2 ** (bits - 1)
         q = (q ^ sign) - sign if out is None else q.bitwise_xor_(sign).sub_(sign)
     return q.view(torch.int8) if signed else q

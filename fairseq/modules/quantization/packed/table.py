@@ -56,9 +56,9 @@ class PackedTable(nn.Module):
         if config.method == "tensor":
             raise ValueError(f"{name} has a scale for each row; method must be 'channel' or 'histogram', got 'tensor'")
         self.rows, self.columns, self.config, self.name = rows, columns, config, name
-        width = columns if config.bits > 4 else packed_length(columns, config.bits)
         shape = (rows,) if config.group_size is None else (rows, -(-columns // config.group_size))
         with plain_context(default_device() if device is None else device):
+            width = packed_length(columns, config.bits)
             self.register_buffer("weight_codes", torch.zeros(rows, width, dtype=torch.uint8))
             self.register_buffer("scale", torch.ones(shape))
             self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.uint8))
@@ -95,7 +95,7 @@ class PackedTable(nn.Module):
 
     def _packed(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> PackedWeight:
         bits, group = self.config.bits, self.config.group_size
-        codes = codes.view(torch.int8) if bits > 4 else codes
+        codes = codes.view(torch.int8) if bits == 8 else codes
         return PackedWeight(codes, scale, zero_point, bits, self.columns, group, centred=False)
 
     def forward(self, rows: Tensor | None = None) -> Tensor:

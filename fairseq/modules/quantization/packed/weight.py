@@ -115,12 +115,12 @@ def to_codes(q: Tensor, bits: int) -> Tensor:
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Codes (int8, (out, in)) to the bytes that are saved: uint8 (out, packed_length(in, bits))."""
-    return codes.contiguous().view(torch.uint8) if bits > 4 else pack(codes.view(torch.uint8), bits)
+    return codes.contiguous().view(torch.uint8) if bits == 8 else pack(codes.view(torch.uint8), bits)
 
 
 def unpack_codes(packed: Tensor, bits: int, length: int, out: Tensor | None = None) -> Tensor:
     """Undoes :func:`pack_codes`: int8 (out, in); in the memory of ``out`` (uint8) if given."""
-    if bits > 4:
+    if bits == 8:
         return packed.view(torch.int8)
     codes = unpack(packed, bits, length, out=out)
     return codes.to(torch.int8) if out is None else codes.view(torch.int8)  # exporters know no view as another dtype

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from fairseq.modules.quantization.packed.packing import PLANES, STORED_BITS, pack, packed_length, unpack
+from fairseq.modules.quantization.packed.packing import PLANES, pack, packed_length, unpack
 
 WIDTHS = range(2, 9)
 
@@ -45,7 +45,8 @@ def plane_by_hand(values, width):
 
 def row_by_hand(values, bits):
     packed, shift = [], 0
-    for width in {2: (2,), 3: (2, 1), 4: (4,)}.get(bits, (8,)):
+    planes = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+    for width in planes[bits]:
         packed += plane_by_hand([((v % 256) >> shift) % 2**width for v in values], width)
         shift += width
     return packed
@@ -75,7 +76,9 @@ def test_round_trip_is_exact_and_the_bytes_are_those_drawn(bits, signed, data):
         # low 2 bits of 5, 2, 7, h = 1: 01, 10, 11; then the high bits 1, 0, 1, h = 1
         (3, [5, 2, 7], [0b00_11_10_01, 0b101]),
         (8, [0, 255, 7], [0, 255, 7]),
-        (5, [31, 0, 7], [31, 0, 7]),
+        (5, [31, 0, 7], [0x7F, 0x00, 0b001]),  # low 4 bits, h = 2; then the high ones
+        (6, [63, 16, 5], [0x5F, 0x00, 0b00_01_11]),  # then the high 2 bits 3, 1, 0
+        (7, [127, 64, 16], [0x0F, 0x00, 0b01_00_11, 0b011]),  # then bits 4 and 5, then bit 6
     ],
 )
 def test_layout_of_rows_written_out(bits, values, expected):
@@ -93,10 +96,10 @@ def test_packed_length_is_the_size_of_a_packed_row(bits):
         assert packed_length(length, bits) == len(pack(torch.zeros(length, dtype=torch.uint8), bits))
 
 
-@pytest.mark.parametrize(("bits", "stored"), [(2, 2), (3, 3), (4, 4), (5, 8), (6, 8), (7, 8), (8, 8)])
-def test_bits_that_an_integer_takes(bits, stored):
-    assert STORED_BITS[bits] == sum(PLANES[bits]) == stored
-    assert packed_length(768, bits) == 768 * stored // 8  # no byte is lost where the length is a multiple of 8
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_an_integer_takes_as_many_bits_as_it_has(bits):
+    assert sum(PLANES[bits]) == bits
+    assert packed_length(768, bits) == 768 * bits // 8  # no byte is lost where the length is a multiple of 8
 
 
 @pytest.mark.parametrize("signed", [False, True])
