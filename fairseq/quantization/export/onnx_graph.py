@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding
 from fairseq.modules.quantization.scalar.modules.replace import names_of
 from fairseq.quantization.export.onnx_nodes import CONTRIB, DOMAIN, GraphBuilder
 
@@ -23,13 +24,19 @@ ATTENTION = "fairseq_onnx_attention"
 class Placeholder(nn.Module):
     """Stands for a packed layer while PyTorch exports: one node, with the number of the layer.
 
-    The node takes x, or where its rounding has no node of its own, the rounded x and the scale of each token.
+    The node takes x, or where its rounding has no node of its own, the rounded x and the scale of each token. Models
+    read the dtype of the patches' weight, which for that layer is computed before PyTorch watches.
     """
 
-    def __init__(self, layer: PackedLinear, number: int):
+    def __init__(self, layer: PackedLinear, number: int, of_patches: bool):
         super().__init__()
         self.layer = layer
         self.number = number
+        self.weight = layer.dequantize() if of_patches else None
+
+    def dequantize(self) -> Tensor:
+        assert self.weight is not None
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         layer, inputs = self.layer, [x]
@@ -65,10 +72,11 @@ def onnx_model(
     wrapper = copy.deepcopy(wrapper)
     layers: list[PackedLinear] = []
     names: list[str] = []
+    patches = {part.linear for part in wrapper.modules() if isinstance(part, PackedPatchEmbedding)}
     for name, layer in list(wrapper.named_modules()):
         if isinstance(layer, PackedLinear):
             for alias in names_of(wrapper, layer):
-                wrapper.set_submodule(alias, Placeholder(layer, len(layers)))
+                wrapper.set_submodule(alias, Placeholder(layer, len(layers), layer in patches))
             layers.append(layer)
             names.append(name.removeprefix("model."))
     with fast_attention(wrapper) if ops == "onnxruntime" else contextlib.nullcontext():

@@ -114,6 +114,17 @@ def test_torch_files_give_the_outputs_of_the_model_from_integers(tmp_path):
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize(("name", "table_bits"), [("vit.onnx", 8), ("vit.onnx", 6), ("vit.pt", 8), ("vit.pt2", 6)])
+def test_embeddings_are_exported_from_integers(tiny_vit, tmp_path, name, table_bits):
+    overrides = {"*position_embeddings": {"bits": table_bits}}
+    quantizer = ViTQuantizer(bits=6, method="channel", quantize_embeddings=True, overrides=overrides)
+    formats = {".onnx": "onnx", ".pt": "torchscript", ".pt2": "torch_export"}
+    path = tmp_path / name
+    report = ViTQuantizer.export(quantizer.quantize_model(tiny_vit), path, format=formats[path.suffix])
+    assert report.max_difference <= report.tolerance
+    assert report.integer_weights >= 14  # 13 of Linear layers, and the patches
+
+
 @pytest.mark.parametrize("format", ["onnx", "torchscript"])
 def test_a_float_file_is_refused(toy, tmp_path, monkeypatch, format):
     plain = module._write

@@ -10,10 +10,16 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.context import default_device, plain_context
 from fairseq.modules.quantization.packed.config import LinearConfig
-from fairseq.modules.quantization.packed.packing import packed_length
-from fairseq.modules.quantization.packed.weight import PackedWeight, pack_codes, to_codes
+from fairseq.modules.quantization.packed.packing import packed_length, unpack
+from fairseq.modules.quantization.packed.weight import code_offset, pack_codes, to_codes
 from fairseq.modules.quantization.scalar.modules.replace import moved
-from fairseq.modules.quantization.scalar.weights import check_settings, observe_weight, settings_tensor, weight_to_int
+from fairseq.modules.quantization.scalar.weights import (
+    check_settings,
+    observe_weight,
+    settings_tensor,
+    weight_to_int,
+    weight_to_real,
+)
 
 
 class PackedTable(nn.Module):
@@ -86,17 +92,17 @@ class PackedTable(nn.Module):
         if rows is not None:
             flat = rows.reshape(-1)
             codes, scale, zero_point = codes[flat], scale[flat], zero_point[flat]
-        real = self._packed(codes, scale, zero_point).dequantize(torch.float32).to(self.like.dtype)
+        real = weight_to_real(self._unpacked(codes), scale, zero_point, self.config.group_size).to(self.like.dtype)
         return real if rows is None else real.view(*rows.shape, self.columns)
 
     def integers(self) -> Tensor:
         """uint8, (rows, columns)."""
-        return self._packed(self.weight_codes, self.scale, self.zero_point).integers()
+        return self._unpacked(self.weight_codes)
 
-    def _packed(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> PackedWeight:
-        bits, group = self.config.bits, self.config.group_size
-        codes = codes.view(torch.int8) if bits == 8 else codes
-        return PackedWeight(codes, scale, zero_point, bits, self.columns, group, centred=False)
+    def _unpacked(self, codes: Tensor) -> Tensor:
+        """The integers of some rows; without a view as another dtype, which exporters do not know."""
+        bits = self.config.bits
+        return codes ^ code_offset(bits) if bits == 8 else unpack(codes, bits, self.columns)
 
     def forward(self, rows: Tensor | None = None) -> Tensor:
         """As :meth:`read`."""
