@@ -63,7 +63,7 @@ def distill(
         seed: of the order of pictures, of ``augment`` and of which are held back.
         output_dir: where checkpoints go, one at the end of each epoch, the last one kept; None for no checkpoints.
         resume: go on from the last whole checkpoint in ``output_dir``, if there is one.
-        progress: called every ``logging_steps`` (10) steps; None for transformers' bar and lines.
+        progress: called after the first step and every ``logging_steps`` (10); None for transformers' bar and lines.
         callbacks: of transformers' ``Trainer``.
         arguments: further ``TrainingArguments``: ``bf16=True``, ``gradient_accumulation_steps=4``,
             ``report_to="tensorboard"``, ``max_steps=1000``, ...
@@ -87,7 +87,7 @@ def distill(
             "learning_rate": learning_rate, "lr_scheduler_type": "cosine", "seed": seed,
             "save_strategy": "no" if output_dir is None else "epoch", "save_total_limit": 1, "report_to": "none",
             "use_cpu": all(p.device.type == "cpu" for p in student.parameters()), "dataloader_pin_memory": False,
-            "logging_steps": 10, "disable_tqdm": progress is not None,
+            "logging_steps": 10, "logging_first_step": True, "disable_tqdm": progress is not None,
         } | arguments  # fmt: skip
         args = on_transformers.training_arguments(**settings)
         needed = args.world_size * batch_size

@@ -32,6 +32,15 @@ def quietly(student, teacher, data, **settings):
     return told
 
 
+def test_a_short_training_says_something_too(student, tiny_vit, data):
+    told = []
+    distill(student, tiny_vit, data, progress=told.append, batch_size=8, epochs=3)
+    assert [p.step for p in told] == [1, 10]
+    told.clear()
+    distill(student, tiny_vit, data, progress=told.append, batch_size=20, epochs=1)
+    assert [(p.step, p.steps) for p in told] == [(1, 2)]
+
+
 def state(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
