@@ -17,9 +17,6 @@ from fairseq.quantization.reconstruction.learned_linear import LearnedLinear, Qu
 from fairseq.quantization.reconstruction.settings import Reconstruction
 from fairseq.quantization.reconstruction.task import Task
 
-SLOWER = 0.25
-"""By which the rates are multiplied after an epoch that did not help."""
-
 
 class Learner(nn.Module):
     """A float copy of a block whose quantized layers can be learned.
@@ -65,10 +62,11 @@ class Learner(nn.Module):
         self.rates = [cast(float, group["lr"]) for group in self.groups]
         self.optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.99))
 
-    def learn(self, task: Task, epochs: int, generator: torch.Generator) -> None:
+    def learn(self, task: Task, epochs: int, generator: torch.Generator) -> float:
         """All epochs, the rates falling along half a cosine; the best that there was stays, the start included.
 
-        After an epoch that did not bring the error down it goes on from the best one, with steps a quarter as long.
+        Returns:
+            The error on pictures held back that is left.
         """
         steps, at = epochs * task.steps(self.batch_size), 0
         least, best = task.error(self.block, task.held_back), [p.detach().clone() for p in self.learned()]
@@ -82,12 +80,9 @@ class Learner(nn.Module):
             error = task.error(self.block, task.held_back)
             if error < least:
                 least, best = error, [p.detach().clone() for p in self.learned()]
-                continue
-            for parameter, value in zip(self.learned(), best, strict=True):
-                parameter.data.copy_(value)
-            self.rates = [SLOWER * rate for rate in self.rates]
-            if not math.isfinite(error):
-                self.optimizer.state.clear()
+        for parameter, value in zip(self.learned(), best, strict=True):
+            parameter.data.copy_(value)
+        return least
 
     def learned(self) -> list[nn.Parameter]:
         """All parameters that are learned."""

@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 TIMED = 3
 """Steps that are timed before the first block, the first of them not counted."""
+SLOWER = 0.125
+"""The integer rate of a second attempt, as a share of the first one's."""
+WORTH = 0.99
+"""The share of the error that a first attempt may leave at most; else there is a second."""
 UNREACHED = "not reconstructed: pictures do not reach its block"
 TIED = "not reconstructed: its block shares parameters with another"
 
@@ -36,9 +41,10 @@ class Reconstructor:
     block gives for what *that* reads. Learned are the integers (see :class:`~.learned_linear.LearnedLinear`), scales,
     biases, and the one-dimensional parameters of what stays in float: gains and biases of norms, LayerScale. The loss
     is the squared error of the block's output, each token weighted by how much an error there changes the model's
-    output. What was learned stays only if it lowers that error on pictures that were held back. The block runs as
-    before: nothing is added to it. Li et al., BRECQ (2021, https://arxiv.org/abs/2102.05426) and, for learning all of a
-    block's weights at once, Chen et al., EfficientQAT (2024, https://arxiv.org/abs/2407.11062).
+    output. What was learned stays only if it lowers that error on pictures that were held back; where it hardly does,
+    the block learns once more, its integers slowly. The block runs as before: nothing is added to it. Li et al., BRECQ
+    (2021, https://arxiv.org/abs/2102.05426) and, for learning all of a block's weights at once, Chen et al.,
+    EfficientQAT (2024, https://arxiv.org/abs/2407.11062).
 
     Args:
         model: the quantized one, which is changed.
@@ -57,6 +63,8 @@ class Reconstructor:
         seed: int,
     ):
         self.model, self.plan, self.calibration, self.settings = model, plan, calibration, settings
+        slower = replace(settings, integer_rate=SLOWER * settings.integer_rate)
+        self.slower = slower if settings.minutes is None else None  # minutes have no time for second attempts
         self.half = calibration.half
         self.views = getattr(calibration.inputs.pixel_values, "views", 1)
         self.seed = seed
@@ -97,7 +105,11 @@ class Reconstructor:
             assert self.epochs is not None
             before = task.error(block, task.held_back)
             number = self.calibration.inputs.blocks.index(name)  # a resumed run makes the same steps
-            learner.learn(task, self.epochs, torch.Generator().manual_seed(self.seed + number))
+            left = learner.learn(task, self.epochs, torch.Generator().manual_seed(self.seed + number))
+            if self.slower is not None and not left < WORTH * before:
+                slow = Learner(block, name, learning, done, self.slower)
+                if slow.learn(task, self.epochs, torch.Generator().manual_seed(self.seed + number)) < left:
+                    learner = slow
             self.calibration.progress.learned(self.epochs / len(self.blocks()))
         kept = copy.copy(done.layers), {key: x.clone() for key, x in self._parameters(name).items()}
         modules = {layer.name: self.model.get_submodule(layer.name) for layer in learning}
@@ -162,6 +174,7 @@ class Reconstructor:
         text = (
             f"Reconstruction: {left} block{'s'[: left > 1]}, {self.epochs} epoch{'s'[: self.epochs > 1]} of {steps} "
             f"steps each, about {_duration(epoch * self.epochs)} on this machine"
+            f"{'' if self.slower is None else ', more where a block learns twice'}"
         )
         logger.info("%s", text)
         self.calibration.progress.say(text)

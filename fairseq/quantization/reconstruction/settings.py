@@ -27,7 +27,8 @@ class Reconstruction:
     Attributes:
         epochs: passes over the calibration pictures for each block, at least 1.
         minutes: instead of ``epochs``, at most about so many for learning all blocks on this machine, > 0: a few steps
-            are timed, and as many epochs made as fit, one at least. The same integers on another day need ``epochs``.
+            are timed, and as many epochs made as fit, one at least, with no second attempts. The same integers on
+            another day need ``epochs``.
         batch_size: pictures a step, a multiple of 4.
         integer_rate: the step of a weight before it is rounded, in units of its integers; > 0.
         scale_rate: the step of the logarithm of a scale; 0 leaves the scales.
@@ -41,8 +42,8 @@ class Reconstruction:
     minutes: float | None = None
     batch_size: int = 16
     integer_rate: float = 1e-2
-    scale_rate: float = 3e-3
-    bias_rate: float = 3e-3
+    scale_rate: float = 3e-4
+    bias_rate: float = 3e-4
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
