@@ -5,7 +5,7 @@
     python examples/vision_transformer/evaluate.py ... --calibration 128 --json rows.json
     python examples/vision_transformer/accuracy_picture.py rows.json --output accuracy.png
 
-Of rows that say the same thing, the last one counts. Needs matplotlib.
+Of rows of the same settings the last one counts. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         rows = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: {first_line(error)}") from None
-    needed = {"model", "evaluated", "bits", "method", "calibration", *MEASURES}
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
+    needed = {"model", "evaluated", "evaluated_on", "method", "calibration"}
+    numbers = {"bits", *MEASURES}
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and needed <= row.keys() and all(isinstance(row.get(key), int | float) for key in numbers)
+        for row in rows
+    ):
         raise UserError(f"{file}: not rows that evaluate.py --json has written")
     return rows
 
@@ -46,11 +50,18 @@ def way(row: dict[str, Any]) -> str:
     words += [] if row["method"] == "channel" else [f"per {row['method']}"]
     words += [f"groups of {row['group_size']}"] if row.get("group_size") else []
     words += ["rotated"] if row.get("rotated") else []
-    words += ["reconstructed"] if row.get("reconstruct") else []
-    words += ["distilled"] if row.get("distill") else []
+    words += [f"rounding {row['rounding']}"] if row.get("rounding", "auto") != "auto" else []
+    words += [f"reconstructed ({row['reconstruct']} epochs)"] if row.get("reconstruct") else []
+    if row.get("distill"):
+        words.append(f"distilled ({row['distill']} epochs at {row.get('learning_rate')})")
     words += row.get("overrides") or []
-    if row.get("activations", "none") != "none" and row.get("activation_bits", 8) != 8:
-        words.append(f"{row['activation_bits']}-bit activations")
+    words += ["integers alone"] if row.get("arithmetic") == "integer" else []
+    words += [f"functions {row['functions']}"] if row.get("functions", "default") != "default" else []
+    activations, bits = row.get("activations", "dynamic"), row.get("activation_bits", 8)
+    if activations == "none":
+        words.append("weights only")
+    elif (activations, bits) != ("dynamic", 8):
+        words.append(f"{bits}-bit {activations} activations")
     return ", ".join(words)
 
 
@@ -73,14 +84,15 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
         for i, (name, of) in enumerate(ways.items()):
             y = [row[measure] * (100 if measure == "agreement" else 1) for row in of]
             axes.plot([row["bits"] for row in of], y, label=name, color=COLORS[i % len(COLORS)],
-                      marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.4)  # fmt: skip
+                      marker=MARKERS[(i + i // len(COLORS)) % len(MARKERS)], markersize=5, linewidth=1.4)  # fmt: skip
         axes.set_xlabel("bits of the weights")
         axes.set_ylabel(label)
         axes.set_xticks(sorted({row["bits"] for row in rows}))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(color="#e5e5e5")
         axes.spines[["top", "right"]].set_visible(False)
-    plots[1].set_yscale("log")
+    if all(row["divergence"] > 0 for row in rows):
+        plots[1].set_yscale("log")
     plots[1].yaxis.set_major_formatter("{x:g}")
     plots[0].legend(frameon=False, fontsize=9, loc="lower right")
     figure.suptitle(f"{rows[0]['model']}: {rows[0]['evaluated']} pictures evaluated", fontsize=10)
@@ -94,15 +106,20 @@ def main() -> int:
     args = parser.parse_args()
     if args.output.suffix.lower() != ".png":
         raise UserError(f"--output {args.output}: its name must end in .png")
+    if args.output.is_dir() or not args.output.parent.is_dir():
+        raise UserError(f"--output {args.output}: must be a file in a folder that there is")
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the picture needs matplotlib: uv pip install matplotlib")
     rows = [row for file in args.files for row in read_rows(file)]
-    kinds = {(row["model"], row["evaluated"]) for row in rows}
+    kinds = {(row["model"], row["evaluated"], row["evaluated_on"]) for row in rows}
     if len(kinds) != 1:
-        found = ", ".join(f"{model} on {count} pictures" for model, count in sorted(kinds)) or "no rows"
-        raise UserError(f"one picture shows one model on the same number of pictures, and there are {found}")
+        found = (
+            ", ".join(f"{model} on {count} pictures ({which})" for model, count, which in sorted(kinds)) or "no rows"
+        )
+        raise UserError(f"one picture shows one model on the same pictures, and there are {found}")
     draw(rows, args.output)
-    print(f"{args.output}: {len(rows)} rows, {len(lines(rows))} ways")
+    shown = lines(rows)
+    print(f"{args.output}: {sum(map(len, shown.values()))} of {len(rows)} rows, {len(shown)} ways")
     return 0
 
 

@@ -23,6 +23,7 @@ which the most fitting prompt is the float model's.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import time
@@ -63,6 +64,8 @@ from fairseq.quantization.calibration.synthetic import synthetic_images
 from fairseq.quantization.config import ROUNDINGS
 from fairseq.quantization.evaluation.compare import compare_vectors, embeddings
 from fairseq.quantization.training.distill import distill
+
+LEARNING_RATE = 1e-4  # of --distill
 
 
 class Score(measure.Score):
@@ -165,7 +168,7 @@ def split(args: argparse.Namespace, images: list) -> tuple[list[int], list[int]]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     held_out = args.held_out or 0
     if held_out >= count:
-        raise UserError(f"--held-out {held_out}: there are {count} pictures")
+        raise UserError(f"--held-out {held_out}: of {count} pictures, 1 to {count - 1} can be held out")
     if calibration in ("", "synthetic"):
         chosen = []
     elif calibration.isdecimal() and not Path(calibration).exists():
@@ -195,7 +198,7 @@ def named(calibration: str, images: list, folder: Path | None) -> list[int]:
     places = {image.args[0]: i for i, image in enumerate(images)}
     for name in names:
         if folder / name not in places:
-            raise UserError(f"--calibration {calibration}: {folder / name} is not one of the labelled pictures")
+            raise UserError(f"--calibration {calibration}: {folder / name} is not one of the pictures")
     return [places[folder / name] for name in names]
 
 
@@ -229,19 +232,25 @@ def make(
     if args.distill is None:
         return result
     assert calibration is not None
-    distill(
-        result, model, calibration, processor, epochs=args.distill, batch_size=args.batch_size, augment=True,
-        learning_rate=args.learning_rate, held_back=len(calibration) // 8,
-    )  # fmt: skip
-    return ViTQuantizer.pack_model(result)
+    try:
+        distill(
+            result, model, calibration, processor, epochs=args.distill, batch_size=args.batch_size, augment=True,
+            learning_rate=args.learning_rate or LEARNING_RATE, held_back=len(calibration) // 8,
+        )  # fmt: skip
+        return ViTQuantizer.pack_model(result)
+    except (ImportError, TypeError, ValueError) as error:
+        raise UserError(f"--distill: {error}") from error
 
 
 def append(file: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows to a JSON list of them, in whole or not at all."""
     whole = [*read_rows(file), *rows] if file.exists() else rows
-    beside = file.with_name(f"{file.name}.tmp")
-    beside.write_text(json.dumps(whole, indent=1) + "\n")
-    os.replace(beside, file)
+    beside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(json.dumps(whole, indent=1) + "\n")
+        os.replace(beside, file)
+    except OSError as error:
+        raise UserError(f"--json {file}: {first_line(error)}") from error
 
 
 def bits_and_method(text: str) -> tuple[float, str]:
@@ -285,7 +294,7 @@ def parse_arguments() -> argparse.Namespace:
         "--distill", type=positive, default=None, metavar="EPOCHS",
         help="then train it towards the float model on seven of eight of them; the eighth decides whether that stays",
     )  # fmt: skip
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of --distill; default 1e-4")
+    parser.add_argument("--learning-rate", type=float, default=None, help=f"of --distill; default {LEARNING_RATE}")
     parser.add_argument(
         "--override", action="append", default=[], metavar="GLOB=KEY:VALUE,...",
         help="other settings for the layers of that name, such as '*classifier=bits:8,activation_bits:8'; repeatable",
@@ -307,13 +316,17 @@ def parse_arguments() -> argparse.Namespace:
         "--held-out", type=positive, default=None, metavar="COUNT",
         help="evaluate on so many drawn at random, the same whatever --calibration is; default: on all others",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=positive, default=16)
+    parser.add_argument("--batch-size", type=positive, default=16, help="of evaluation and of --distill; default 16")
     parser.add_argument("--limit", type=positive, default=None, help="only the first so many pictures")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="add the rows to those in this file")
     args = parser.parse_args()
     if args.distill is not None and args.calibration in (None, "synthetic"):
         raise UserError("--distill needs pictures; pass --calibration")
+    if args.learning_rate is not None and (args.distill is None or not 0 < args.learning_rate < 1):
+        raise UserError(f"--learning-rate {args.learning_rate}: goes with --distill, and is above 0 and below 1")
+    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise UserError(f"--json {args.json}: must be a file in a folder that there is")
     if args.json is not None and args.json.exists():
         read_rows(args.json)  # before minutes are spent
     return args
@@ -325,7 +338,9 @@ def describe(args: argparse.Namespace, pictures: int | None) -> dict[str, Any]:
         "activations": args.activations, "activation_bits": args.activation_bits, "group_size": args.group_size,
         "rounding": args.rounding, "rotated": args.rotate, "overrides": args.override, "arithmetic": args.arithmetic,
         "calibration": "synthetic" if args.calibration == "synthetic" else pictures,
-        "reconstruct": args.reconstruct, "distill": args.distill, "threads": torch.get_num_threads(),
+        "functions": args.functions, "reconstruct": args.reconstruct, "distill": args.distill,
+        "learning_rate": (args.learning_rate or LEARNING_RATE) if args.distill else None, "batch_size": args.batch_size,
+        "device": args.device, "threads": torch.get_num_threads(),
         "processor": processor_name(), "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
 
@@ -341,6 +356,8 @@ def main() -> int:
     if args.json is not None and labels is None:
         raise UserError("--json holds accuracy and needs --labels")
     chosen, evaluated = split(args, images)
+    if args.distill is not None and len(chosen) < 8:
+        raise UserError(f"--distill needs at least 8 pictures, of which one decides; --calibration gives {len(chosen)}")
     calibration = [images[i]() for i in chosen] if chosen else None
     calibration = synthetic_images() if args.calibration == "synthetic" else calibration
     images, labels = [images[i] for i in evaluated], None if labels is None else labels[evaluated]
@@ -379,7 +396,11 @@ def main() -> int:
     header = ["configuration", "top-1", "top-5", "kept", "agreement", "logit MSE", "divergence", "quantized in s"]
     print(table(header, [score.row(key, scores["float"], seconds.get(key)) for key, score in scores.items()]))
     if args.json is not None:
-        shared = {"model": name, "evaluated": len(images), **describe(args, len(calibration) if calibration else None)}
+        names = "\n".join("/".join(Path(read.args[-1]).parts[-2:]) for read in images)  # file and folder
+        shared = {
+            "model": name, "evaluated": len(images), "evaluated_on": hashlib.sha256(names.encode()).hexdigest()[:12],
+            **describe(args, len(calibration) if calibration else None),
+        }  # fmt: skip
         peak = memory()["peak"] / 1e9 if PROC.exists() else None  # GB, of the whole process until here
         append(args.json, [
             {**shared, "bits": bits, "method": method, **scores[key].figures(scores["float"]), "seconds": seconds[key],

@@ -94,7 +94,7 @@ def cutmix(pixels: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[
     (top, bottom), (left, right) = (
         (max(0, round(float(c) - side / 2)), min(size, round(float(c) + side / 2))) for c in centre
     )
-    other = torch.randperm(batch, generator=generator)
+    other = torch.randperm(batch, generator=generator).to(pixels.device)
     mixed = pixels.clone()
     mixed[:, :, top:bottom, left:right] = pixels[other, :, top:bottom, left:right]
     return mixed, labels[other], 1 - (bottom - top) * (right - left) / size**2
@@ -230,15 +230,16 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * learning_rate_factor(progress)
             index = order[step * args.batch_size : (step + 1) * args.batch_size]
-            pixels, labels = augment(data.pixels[index], generator), data.labels[index]
+            pixels, labels = augment(data.pixels[index].to(device), generator), data.labels[index].to(device)
             others, own = labels, 1.0
-            if progress < args.full_patches_from and torch.rand((), generator=generator) < args.cutmix:
+            mixes = args.cutmix > 0 and progress < args.full_patches_from  # without it, the draws are as they were
+            if mixes and torch.rand((), generator=generator) < args.cutmix:
                 pixels, others, own = cutmix(pixels, labels, generator)
             with precision:
-                logits = model(pixel_values=normalize(pixels.to(device))).logits.float()
-            loss = own * F.cross_entropy(logits, labels.to(device), label_smoothing=0.1)
+                logits = model(pixel_values=normalize(pixels)).logits.float()
+            loss = own * F.cross_entropy(logits, labels, label_smoothing=0.1)
             if own < 1:
-                loss = loss + (1 - own) * F.cross_entropy(logits, others.to(device), label_smoothing=0.1)
+                loss = loss + (1 - own) * F.cross_entropy(logits, others, label_smoothing=0.1)
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
@@ -278,6 +279,14 @@ def finish(model: ViTForImageClassification, args, epoch: int, elapsed: float, d
     return result
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -294,7 +303,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mlp", type=int, default=384, help="width of the MLP")
     parser.add_argument("--keep-patches", type=float, default=0.5, help="share of patches seen in the first part")
     parser.add_argument("--full-patches-from", type=float, default=0.65, help="progress at which all are seen")
-    parser.add_argument("--cutmix", type=float, default=0.5, help="share of batches of the first part that are mixed")
+    parser.add_argument("--cutmix", type=share, default=0.5, help="share of batches of the first part that are mixed")
     parser.add_argument("--mixed-precision", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -279,7 +279,7 @@ def test_evaluate_calibration_mistakes(script, model, pictures, tmp_path, argume
         "--calibration", tmp_path / "names.txt",
     )  # fmt: skip
     assert code == 2
-    assert "99.png is not one of the labelled pictures" in err
+    assert "99.png is not one of the pictures" in err
 
 
 def test_the_same_pictures_are_held_out_whatever_calibrates(script, model, pictures, tmp_path):
@@ -310,7 +310,7 @@ def test_the_same_pictures_are_held_out_whatever_calibrates(script, model, pictu
     assert table[-2] == f"{found[3]['divergence']:.4f}"
     assert found[0]["divergence"] < found[1]["divergence"]
     code, out, _ = script("accuracy_picture", rows, rows, "--output", tmp_path / "accuracy.png")
-    assert (code, out) == (0, f"{tmp_path / 'accuracy.png'}: 12 rows, 3 ways\n")
+    assert (code, out) == (0, f"{tmp_path / 'accuracy.png'}: 6 of 12 rows, 3 ways\n")
     with Image.open(tmp_path / "accuracy.png") as image:
         assert image.size == (1650, 780)
 
@@ -318,11 +318,15 @@ def test_the_same_pictures_are_held_out_whatever_calibrates(script, model, pictu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--held-out", 12], "--held-out 12: there are 12 pictures"),
+        (["--held-out", 12], "--held-out 12: of 12 pictures, 1 to 11 can be held out"),
         (["--held-out", 8, "--calibration", 5], "--calibration 5: of 12 pictures, 1 to 4 can serve"),
         (["--held-out", 12 - 1, "--calibration", "all.txt"], "of its pictures are held out"),
         (["--distill", 1], "--distill needs pictures; pass --calibration"),
+        (["--distill", 1, "--calibration", 7], "--distill needs at least 8 pictures"),
+        (["--learning-rate", 0.1], "--learning-rate 0.1: goes with --distill"),
+        (["--distill", 1, "--calibration", 8, "--learning-rate", -1], "--learning-rate -1.0: "),
         (["--json", "labels.csv"], "labels.csv: "),
+        (["--json", "gone/rows.json"], "--json gone/rows.json: must be a file in a folder that there is"),
     ],
 )
 def test_evaluate_mistakes_in_what_is_held_out(script, model, pictures, tmp_path, monkeypatch, arguments, message):
@@ -335,15 +339,38 @@ def test_evaluate_mistakes_in_what_is_held_out(script, model, pictures, tmp_path
     assert message in err
 
 
+ROW = {
+    "model": "a", "evaluated": 4, "evaluated_on": "c", "bits": 4, "method": "channel", "calibration": None,
+    "agreement": 1, "divergence": 0.1,
+}  # fmt: skip
+
+
+def test_a_picture_has_a_line_for_each_setting(script, tmp_path):
+    changes = [
+        {}, {"method": "tensor"}, {"calibration": 8}, {"group_size": 32}, {"rotated": True}, {"rounding": "nearest"},
+        {"reconstruct": 2}, {"reconstruct": 3}, {"distill": 2, "learning_rate": 1e-4}, {"overrides": ["*=bits:8"]},
+        {"distill": 2, "learning_rate": 1e-3}, {"arithmetic": "integer"}, {"functions": "ivit"},
+        {"activations": "none"}, {"activations": "static"}, {"activations": "dynamic", "activation_bits": 4},
+    ]  # fmt: skip
+    rows = [{**ROW, **change, "bits": bits} for change in changes for bits in (4, 2)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    code, out, _ = script("accuracy_picture", tmp_path / "rows.json", "--output", tmp_path / "a.png")
+    assert (code, out.split(": ")[-1]) == (0, f"{len(rows)} of {len(rows)} rows, {len(changes)} ways\n")
+
+
 def test_accuracy_picture_mistakes(script, tmp_path):
-    row = {"model": "a", "evaluated": 4, "bits": 4, "method": "channel", "calibration": None, "agreement": 1,
-           "divergence": 0.1}  # fmt: skip
-    (tmp_path / "rows.json").write_text(json.dumps([row, {**row, "model": "b"}]))
+    (tmp_path / "rows.json").write_text(json.dumps([ROW, {**ROW, "model": "b"}, {**ROW, "evaluated_on": "d"}]))
+    (tmp_path / "null.json").write_text(json.dumps([{**ROW, "agreement": None}]))
     (tmp_path / "none.json").write_text("[]")
     (tmp_path / "other.json").write_text("[1]")
     for words, message in [
         (["rows.json", "--output", "a.pdf"], "--output a.pdf: its name must end in .png"),
-        ([tmp_path / "rows.json", "--output", "a.png"], "there are a on 4 pictures, b on 4 pictures"),
+        (
+            [tmp_path / "rows.json", "--output", "a.png"],
+            "a on 4 pictures (c), a on 4 pictures (d), b on 4 pictures (c)",
+        ),
+        ([tmp_path / "null.json", "--output", "a.png"], "not rows that evaluate.py --json has written"),
+        ([tmp_path / "rows.json", "--output", "gone/a.png"], "--output gone/a.png: must be a file in a folder"),
         ([tmp_path / "none.json", "--output", "a.png"], "there are no rows"),
         ([tmp_path / "other.json", "--output", "a.png"], "not rows that evaluate.py --json has written"),
         ([tmp_path / "gone.json", "--output", "a.png"], "gone.json"),

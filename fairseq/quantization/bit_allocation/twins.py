@@ -124,8 +124,7 @@ class Twins:
 def stored_bytes(module: nn.Module) -> int:
     """The bytes of what is saved of a packed model or layer: each tensor of its state dict, a shared one each time.
 
-    Integers of 2 to 4 bits are packed there, wider ones take a byte each. In memory the native kernels hold 2 and 3
-    bits in 4.
+    Integers take as many bits there as they have. In memory the native kernels hold 2 and 3 bits in 4, and 5 to 7 in 8.
     """
     return sum(t.numel() * t.element_size() for t in module.state_dict().values())
 

@@ -224,6 +224,11 @@ class PackedState(nn.Module):
         if saved is not None and self.layout.takes(saved):
             with plain_context():
                 state_dict = {**state_dict, prefix + "weight_codes": self.layout.loaded(saved).codes}
+        elif saved is not None and 4 < self.config.bits < 8 and saved.shape == (self.out_features, self.in_features):
+            bits = self.config.bits
+            raise ValueError(
+                f"{prefix}weight_codes has integers of {bits} bits in a byte each, as no longer; quantize again"
+            )
         elif saved is not None:
             self.layout = self.layout.rows()  # for the error that every module gives
         super()._load_from_state_dict(state_dict, prefix, *args)
