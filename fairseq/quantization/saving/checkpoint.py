@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fairseq.modules.quantization.packed.layout import earlier
 from fairseq.quantization.architectures.forward import separate_biases
 from fairseq.quantization.conversion.convert import finish
 from fairseq.quantization.engine.fuse import check_engine
@@ -163,9 +164,11 @@ def part_tensors(model: nn.Module, contents: Contents, names: Mapping[str, str])
             floating = key.rpartition(".")[2] in ("bias", "input_factor")
             dtypes = FLOATS if floating else (CODES[wanted.dtype],)
             if entry.dtype not in dtypes or entry.shape != tuple(wanted.shape):
+                codes = key.endswith("weight_codes")
+                why = earlier(contents.parts[on_disk].get("bits", 8), entry.shape, tuple(wanted.shape)) if codes else ""
                 raise ValueError(
                     f"{entry.file}: {key} must be {' or '.join(dtypes)} of shape {tuple(wanted.shape)}, "
-                    f"got {entry.dtype} of shape {entry.shape}"
+                    f"got {entry.dtype} of shape {entry.shape}{why}"
                 )
             found.add(key)
     return found

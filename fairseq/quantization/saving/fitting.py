@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from fairseq.modules.quantization.packed.layout import earlier
 from fairseq.quantization.saving.checkpoint import part_names, part_state, part_tensors
 from fairseq.quantization.saving.contents import Contents
 from fairseq.quantization.saving.description import packed_name
@@ -103,9 +104,8 @@ def _resized(model: nn.Module, contents: Contents, on_disk: str, name: str) -> R
     if len(there) < len(shapes) or all(there[key].shape == shape for key, shape in shapes.items()):
         return None
     codes, settings = (next(key for key in shapes if key.endswith(end)) for end in (".weight_codes", ".settings"))
-    bits = contents.parts[on_disk].get("bits", 8)
-    if 4 < bits < 8 and [key for key, shape in shapes.items() if there[key].shape != shape] == [codes]:
-        raise ValueError(f"{there[codes].key} has integers of {bits} bits in a byte each, as no longer; quantize again")
+    if earlier(contents.parts[on_disk].get("bits", 8), there[codes].shape, shapes[codes]):
+        return None
     memory = name if packed_name(model, name) != name else f"{name}.weight"
     weight = on_disk if memory == name else f"{on_disk}.weight"
     before = there[settings].key.removesuffix(settings)  # the files may have a prefix more, or less

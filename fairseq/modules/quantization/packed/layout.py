@@ -92,3 +92,10 @@ class Layout(NamedTuple):
 def takes_a_byte(bits: int, unpacked: bool) -> bool:
     """Whether a code of that width takes a byte in rows, as above 4 bits and where ``unpacked`` asks for it."""
     return unpacked or bits > 4
+
+
+def earlier(bits: int, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """What an error about the shape of saved codes adds where 5 to 7 bits have a byte each, as they once had; or ""."""
+    if 4 < bits < 8 and len(shape) == 2 and wanted == (shape[0], packed_length(shape[1], bits)):
+        return f": integers of {bits} bits in a byte each, as no longer; quantize again"
+    return ""

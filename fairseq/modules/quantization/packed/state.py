@@ -12,7 +12,7 @@ from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.packed.input_grid import InputGrid, correction
 from fairseq.modules.quantization.packed.kernels import arguments, native
-from fairseq.modules.quantization.packed.layout import Layout, takes_a_byte
+from fairseq.modules.quantization.packed.layout import Layout, earlier, takes_a_byte
 from fairseq.modules.quantization.packed.weight import PackedWeight
 from fairseq.modules.quantization.scalar.modules.replace import moved
 from fairseq.modules.quantization.scalar.tokens import check_static_state, static_qparams
@@ -224,12 +224,9 @@ class PackedState(nn.Module):
         if saved is not None and self.layout.takes(saved):
             with plain_context():
                 state_dict = {**state_dict, prefix + "weight_codes": self.layout.loaded(saved).codes}
-        elif saved is not None and 4 < self.config.bits < 8 and saved.shape == (self.out_features, self.in_features):
-            bits = self.config.bits
-            raise ValueError(
-                f"{prefix}weight_codes has integers of {bits} bits in a byte each, as no longer; quantize again"
-            )
         elif saved is not None:
+            if why := earlier(self.config.bits, tuple(saved.shape), tuple(self.layout.saved().shape)):
+                raise ValueError(f"{prefix}weight_codes{why}")
             self.layout = self.layout.rows()  # for the error that every module gives
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._place()
