@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import UserError, first_line, run
+from common import UserError, run
+from rows import read_rows
 
 MEASURES = {
     "agreement": "pictures with the float model's class (%)",
@@ -25,22 +25,6 @@ MEASURES = {
 }
 COLORS = ("#999999", "#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#000000")
 MARKERS = "osD^vP*X"
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """What ``evaluate.py`` added to a file."""
-    try:
-        rows = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: {first_line(error)}") from None
-    needed = {"model", "evaluated", "evaluated_on", "method", "calibration"}
-    numbers = {"bits", *MEASURES}
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and needed <= row.keys() and all(isinstance(row.get(key), int | float) for key in numbers)
-        for row in rows
-    ):
-        raise UserError(f"{file}: not rows that evaluate.py --json has written")
-    return rows
 
 
 def way(row: dict[str, Any]) -> str:

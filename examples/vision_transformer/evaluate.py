@@ -24,15 +24,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accuracy_picture import read_rows
 from common import (
     CONFIGURATIONS,
     PROC,
@@ -53,6 +50,7 @@ from common import (
     run,
     table,
 )
+from rows import add_rows, read_rows
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -242,17 +240,6 @@ def make(
         raise UserError(f"--distill: {error}") from error
 
 
-def append(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a JSON list of them, in whole or not at all."""
-    whole = [*read_rows(file), *rows] if file.exists() else rows
-    beside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(whole, indent=1) + "\n")
-        os.replace(beside, file)
-    except OSError as error:
-        raise UserError(f"--json {file}: {first_line(error)}") from error
-
-
 def bits_and_method(text: str) -> tuple[float, str]:
     """ "4:histogram" -> (4, "histogram"), "4.5:channel" -> (4.5, "channel"), for argparse."""
     bits, _, method = text.partition(":")
@@ -402,7 +389,7 @@ def main() -> int:
             **describe(args, len(calibration) if calibration else None),
         }  # fmt: skip
         peak = memory()["peak"] / 1e9 if PROC.exists() else None  # GB, of the whole process until here
-        append(args.json, [
+        add_rows(args.json, [
             {**shared, "bits": bits, "method": method, **scores[key].figures(scores["float"]), "seconds": seconds[key],
              "peak_gb": peak}
             for (bits, method), key in zip(dict.fromkeys(args.configs), seconds, strict=True)
