@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -182,6 +182,9 @@ def family_of(model: nn.Module) -> Family:
         return known if {"attention", "mlp"} <= _components_by_name(model, known).keys() else _by_rule(model) or known
     if getattr(getattr(model, "config", None), "model_type", None) == ENCODER_DECODER:
         return _encoder_decoder(model)
+    towers = _towers(model)
+    if towers is not None:
+        return towers
     found = _components_by_name(model, VIT)
     parts: dict[str, Family] = {}
     for name, module in model.named_modules():
@@ -191,7 +194,7 @@ def family_of(model: nn.Module) -> Family:
     if parts:
         whole = tuple((prefix, inner, "vision") for prefix, inner in parts.items())
         return Family(type(model).__name__, classifier=VIT.classifier, parts=whole)
-    if {"attention", "mlp"} <= found.keys():
+    if {"attention", "mlp"} <= found.keys() and not _overlooked(model, found):
         return VIT
     return _by_rule(model) or VIT
 
@@ -226,12 +229,59 @@ def _encoder_decoder(model: nn.Module) -> Family:
     return Family(ENCODER_DECODER, parts=parts, text=r"^\.enc_to_dec_proj$", classifier=r"^\.enc_to_dec_proj$")
 
 
-def _generic(model: nn.Module) -> Family:
-    """The generic rule, for one model: a family whose patterns are lists of names."""
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+def _towers(model: nn.Module) -> Family | None:
+    """The family of a model with a vision and a text config, such as a language model that sees; None of others.
+
+    A tower is what is built from such a config, by its own family, and the text tower ends with the output embeddings.
+    What is in neither, such as a projector or a head, is of the vision tower; unless its name begins with "text".
+    """
+    config = getattr(model, "config", None)
+    vision, text = (getattr(config, name, None) for name in ("vision_config", "text_config"))
+    if vision is None or text is None:
+        return None
+    parts: dict[str, tuple[str, Family, str]] = {}
+    for name, module in model.named_modules():
+        if name and not any(name.startswith(f"{prefix}.") for prefix in parts):
+            own = getattr(module, "config", None)
+            if type(own) is type(vision) and linear_layers(module):
+                parts[name] = (name, family_of(module), "vision")
+            elif type(own) is type(text) and linear_layers(module):
+                parts[name] = (name, _generic(module), "text")
+    if {tower for *_, tower in parts.values()} != {"vision", "text"}:
+        return None
+    rest = [name for name in linear_layers(model) if not any(name.startswith(f"{prefix}.") for prefix in parts)]
+    outside = _generic(model, rest)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    words = [name for name in rest if model.get_submodule(name) is head or re.search(r"(^|\.)text[^.]*$", name)]
+    blocks = rf"{outside.attention}|{outside.mlp}"
+    return replace(
+        outside,
+        name=type(model).__name__,
+        classifier=_one_of(name for name in rest if not re.search(blocks, f".{name}")),
+        text=_one_of(words),
+        parts=tuple(parts.values()),
+    )
+
+
+def _overlooked(model: nn.Module, found: Mapping[str, Sequence[str]]) -> bool:
+    """Whether there are Linear layers in the blocks of a model beside those that were found by their names."""
+    known = {name for names in found.values() for name in names}
+    blocks = {block_of(name) for name in known} - {None}
+    return any(block_of(name) in blocks and name not in known for name in linear_layers(model))
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    """Those of the names that are in blocks, of which there are several side by side."""
     numbered = {block: re.sub(r"\.\d+$", "", f".{block}") for name in names if (block := block_of(name))}
     repeated = {block for block, stem in numbered.items() if list(numbered.values()).count(stem) > 1}
-    inside = [name for name in names if block_of(name) in repeated]
+    return [name for name in names if block_of(name) in repeated]
+
+
+def _generic(model: nn.Module, among: Sequence[str] | None = None) -> Family:
+    """The generic rule, for one model or for layers ``among`` its own: a family whose patterns are lists of names."""
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    names = linear if among is None else [name for name in linear if name in among]
+    inside = _repeated(names)
     attention = [name for name in inside if re.search(r"att(entio)?n", name.removeprefix(str(block_of(name))))]
     mlp = [name for name in inside if name not in attention]
     behind = names[names.index(inside[-1]) + 1 :] if inside else []

@@ -12,10 +12,14 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from fairseq.quantization.architectures.picture_forms import Form, in_a_row, in_patches
+
 OUTPUTS = ("logits", "logits_per_image", "image_embeds", "last_hidden_state", "reconstruction", "embedding")
 """Outputs that are compared and measured, the first that there is; without any of them see :func:`output_of`."""
 CLASSES = ("logits", "logits_per_image")
 """Outputs that may have a dimension of classes, or of prompts that stand for them."""
+TOKENS = 8
+"""Of a text that stands in for any."""
 TEXT = ("input_ids", "decoder_input_ids", "decoder_inputs_embeds", "labels")
 """Inputs one of which a model with a text tower needs for a whole forward pass."""
 
@@ -38,12 +42,25 @@ def picture_inputs(model: nn.Module, pixel_values: Tensor, seed: int = 0) -> dic
     """What ``model`` is called with for pictures (N, C, H, W): tensors of length N, which may be split together.
 
     Pixel values and, where a model takes "noise" to draw its mask from (ViT-MAE), that: the same for the same seed.
-    SigLIP 2 takes pictures cut into patches; it gets them so, their sides shortened to multiples of the patch's.
+    Models that take pictures in another form get them so, see
+    :mod:`~fairseq.quantization.architectures.picture_forms`; of Qwen2-VL the tensors are not of length N. A model that
+    cannot do without text (OWL-ViT) gets the same few words for each picture.
     """
-    if _takes(model, "spatial_shapes") and pixel_values.ndim == 4:
-        return _in_patches(pixel_values, vision_config(model).patch_size)
     inputs = {"pixel_values": pixel_values}
-    if _draws_a_mask(model) and pixel_values.ndim == 4:
+    if pixel_values.ndim != 4:
+        return inputs
+    config = vision_config(model)
+    if _takes(model, "spatial_shapes"):
+        return in_patches(pixel_values, config.patch_size)
+    if _takes(model, "image_grid_thw"):
+        return in_a_row(pixel_values, config.patch_size, Form.of(config))
+    if _takes(model, "pixel_attention_mask"):
+        return {"pixel_values": pixel_values.unsqueeze(1)}  # one for each prompt
+    if _needs(model, "input_ids") and not hasattr(model, "get_image_features"):
+        words = torch.arange(1, TOKENS + 1, device=pixel_values.device)  # which no picture looks at
+        inputs["input_ids"] = words.repeat(len(pixel_values), 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if _draws_a_mask(model):
         inputs["noise"] = _noise(model, pixel_values.shape, seed).to(pixel_values.device)
     return inputs
 
@@ -225,14 +242,25 @@ def _floating(name: str, value: Any) -> tuple[str, Tensor] | None:
 
 
 def _image_features(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The projected embedding of each picture; transformers up to 4.57 returns it bare, 5.x as the pooler's output."""
+    """The projected embedding of each picture, or of its tokens; transformers 5 has it as the pooler's output."""
     features = cast(Any, model).get_image_features(**inputs)
-    return {"image_embeds": features if isinstance(features, Tensor) else features.pooler_output}
+    if not isinstance(features, Tensor | list | tuple):
+        features = features.pooler_output
+    if isinstance(features, list | tuple):  # of each picture
+        alike = len({x.shape for x in features}) == 1
+        features = torch.stack(list(features)) if alike else torch.cat(list(features))
+    return {"image_embeds": features}
 
 
 def _takes(model: nn.Module, name: str) -> bool:
     """Whether the forward of a model has an argument of that name."""
     return name in _parameters(model)
+
+
+def _needs(model: nn.Module, name: str) -> bool:
+    """Whether the forward of a model cannot be called without an argument of that name."""
+    parameter = _parameters(model).get(name)
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
@@ -254,14 +282,3 @@ def _noise(model: nn.Module, shape: Sequence[int], seed: int) -> Tensor:
     height, width = (patch, patch) if isinstance(patch, int) else patch
     count = (shape[-2] // height) * (shape[-1] // width)
     return torch.rand(shape[0], count, generator=torch.Generator().manual_seed(seed))
-
-
-def _in_patches(pixel_values: Tensor, size: int) -> dict[str, Tensor]:
-    """(N, C, H, W) -> pixel_values (N, patches, size * size * C), their mask, and spatial_shapes (N, 2)."""
-    n, channels, height, width = pixel_values.shape
-    rows, columns = height // size, width // size
-    cut = pixel_values[..., : rows * size, : columns * size].reshape(n, channels, rows, size, columns, size)
-    patches = cut.permute(0, 2, 4, 3, 5, 1).reshape(n, rows * columns, -1)
-    mask = torch.ones(n, rows * columns, dtype=torch.int32, device=pixel_values.device)
-    shapes = torch.tensor([[rows, columns]], device=pixel_values.device).repeat(n, 1)
-    return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}

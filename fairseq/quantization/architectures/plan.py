@@ -83,10 +83,10 @@ class ModelPlan:
         return [layer for layer in self.layers.values() if layer.chosen]
 
     def reaches(self, name: str) -> bool:
-        """Whether pictures reach a chosen layer; where no forward pass was seen, those of the vision tower count."""
-        if self.observed.failure is not None:
-            return self.layers[name].tower == "vision"
-        return name in self.observed.reached
+        """Whether pictures reach a chosen layer, of the vision tower; all where no forward pass was seen."""
+        if self.layers[name].tower != "vision":
+            return False
+        return self.observed.failure is not None or name in self.observed.reached
 
     def stages(self) -> list[list[LayerPlan]]:
         """The chosen layers in the order of a forward pass: a list for each block, and one for those outside."""

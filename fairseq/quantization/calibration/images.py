@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fairseq.quantization.architectures.families import takes_any_size
 from fairseq.quantization.architectures.forward import vision_config
+from fairseq.quantization.architectures.picture_forms import Form, pictures_of
 from fairseq.quantization.calibration.pictures import Pictures
 from fairseq.quantization.calibration.storage import Storage
 
@@ -87,27 +88,29 @@ def pictures(
     if isinstance(augment, bool) or not isinstance(augment, int) or augment < 1:
         raise ValueError(f"augment must be an int of at least 1, the views of each picture; got {augment!r}")
     most = limit if isinstance(limit, int) else None
+    form = Form.of(vision_config(model))
     if isinstance(images, Mapping):
-        images = _pixels_of("images", images)
+        images = _pixels_of("images", images, form)
     checks = _Checks(model)
     source: Tensor | Storage
     rows: list[int] | None = None
     with _seeded(seed, images):
         if isinstance(images, Tensor):
-            keys, _ = cast(Any, _indexed(images))
+            keys, _ = cast(Any, _indexed(images, form))
             source, rows = images, _drawn(len(keys), most, seed)
             for i in rows:
                 checks.look(f"images[{i}]", images[i].detach().to("cpu", torch.float32))
         else:
             source = Storage("pixel values of the calibration images")
-            for name, value in itertools.islice(_draw(images, most, seed), most):
+            for name, value in itertools.islice(_draw(images, most, seed, form), most):
                 if isinstance(value, Path):
                     _check_file(name, value)
                 if processor is None and not isinstance(value, Tensor):
                     processor = _processor_of(model)
-                pixels = _processed(name, value, processor).detach().to("cpu", torch.float32)
-                checks.look(name, pixels)
-                source.append(pixels)
+                for tile in _processed(name, value, processor, form):
+                    pixels = tile.detach().to("cpu", torch.float32)
+                    checks.look(name, pixels)
+                    source.append(pixels)
     if not checks.count:
         raise ValueError(f"images holds no picture: got {_describe(images)}, empty or used up")
     checks.look_together()
@@ -136,16 +139,16 @@ def _seeded(seed: int, images: Any) -> Iterator[None]:
             generator.set_state(state)
 
 
-def _draw(images: Any, limit: int | None, seed: int) -> Iterator[Picture]:
+def _draw(images: Any, limit: int | None, seed: int, form: Form) -> Iterator[Picture]:
     """The pictures that are used, not decoded yet, in the order they have in ``images``; perhaps a few more."""
-    indexed = _indexed(images)
+    indexed = _indexed(images, form)
     if indexed is not None:
         keys, fetch = indexed
         for i in _drawn(len(keys), limit, seed):
             yield from fetch(keys[i])
     elif isinstance(images, Iterable):
         for i, item in enumerate(images):
-            yield from _split(f"images[{i}]", item)
+            yield from _split(f"images[{i}]", item, form)
     else:
         raise TypeError(f"images must be {ACCEPTED}; got {_describe(images)}")
 
@@ -156,7 +159,7 @@ def _drawn(count: int, limit: int | None, seed: int) -> list[int]:
     return cast(list[int], drawn.sort().values.tolist())
 
 
-def _indexed(images: Any) -> tuple[Sequence[Any], Callable[[Any], list[Picture]]] | None:
+def _indexed(images: Any, form: Form) -> tuple[Sequence[Any], Callable[[Any], list[Picture]]] | None:
     """What can be drawn from, and what gives the pictures of one draw; None if images must be read from the start."""
     if isinstance(images, Tensor):
         _check_dtype("images", images)
@@ -168,15 +171,15 @@ def _indexed(images: Any) -> tuple[Sequence[Any], Callable[[Any], list[Picture]]
     if isinstance(images, list | tuple):
         if [getattr(item, "ndim", None) for item in images[:3]] in ([4, 1], [4, 2]):
             images = images[:1]  # one batch of a DataLoader, and its labels
-        return [picture for i, item in enumerate(images) for picture in _split(f"images[{i}]", item)], lambda x: [x]
+        return [picture for i, item in enumerate(images) for picture in _split(f"images[{i}]", item, form)], lambda x: [x]
     if isinstance(images, DataLoader):
         indices = _indices(images)
         if indices is None:
             return None
         dataset, collate = images.dataset, images.collate_fn
-        return indices, lambda i: _split(f"dataset[{i}]", collate([dataset[i]]))
+        return indices, lambda i: _split(f"dataset[{i}]", collate([dataset[i]]), form)
     if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
-        return range(len(images)), lambda i: _split(f"images[{i}]", images[i])
+        return range(len(images)), lambda i: _split(f"images[{i}]", images[i], form)
     return None
 
 
@@ -202,10 +205,10 @@ def _files(folder: Path) -> list[Path]:
     return [path for _, path in sorted(kept) if path.is_file()]
 
 
-def _split(name: str, item: Any) -> list[Picture]:
+def _split(name: str, item: Any, form: Form) -> list[Picture]:
     """The pictures of one item of a list, a dataset or an iterable: one, or a batch of them, with or without labels."""
     if isinstance(item, Mapping):
-        return _split(name, _pixels_of(name, item))
+        return _split(name, _pixels_of(name, item, form), form)
     if isinstance(item, list | tuple) and item:
         kind, labels = _kind(item[0]), item[1:]
         pictures = [x for x in labels if not isinstance(x, Tensor) or (x.ndim > 2 and x.is_floating_point())]
@@ -214,7 +217,7 @@ def _split(name: str, item: Any) -> list[Picture]:
                 f"{name} holds {len(item)} items, more than one of them a picture; an item must be a picture, "
                 "a batch (B, C, H, W), or (pictures, labels)"
             )
-        return _split(name, item[0])
+        return _split(name, item[0], form)
     kind = _kind(item)
     if kind == "tensor":
         _check_dtype(name, item)
@@ -240,9 +243,12 @@ def _kind(item: Any) -> str | None:
     return next((kind for kind, types in kinds.items() if isinstance(item, types)), None)
 
 
-def _pixels_of(name: str, mapping: Mapping[Any, Any]) -> Tensor | list[Any] | tuple[Any, ...]:
-    """A processor's pixel values."""
+def _pixels_of(name: str, mapping: Mapping[Any, Any], form: Form) -> Tensor | list[Any] | tuple[Any, ...]:
+    """A processor's pixel values; pictures that are in another form than (N, C, H, W) as a list."""
     if "pixel_values" in mapping:
+        pictures = pictures_of(mapping, form)
+        if pictures is not None:
+            return torch.stack(pictures) if len({picture.shape for picture in pictures}) == 1 else pictures
         values = mapping["pixel_values"]
         if isinstance(values, Tensor | list | tuple):
             return values
@@ -286,19 +292,20 @@ def _processor_of(model: nn.Module) -> Callable[..., Any]:
     raise ValueError(f"PIL images and files need an image processor, and {reason}: pass processor=")
 
 
-def _processed(name: str, value: Any, processor: Callable[..., Any] | None) -> Tensor:
-    """One picture's pixel values, (C, H, W)."""
+def _processed(name: str, value: Any, processor: Callable[..., Any] | None, form: Form) -> Sequence[Tensor]:
+    """The pixel values of one picture, (C, H, W); several where a processor cuts it into tiles."""
     if isinstance(value, Tensor):
-        return value
+        return [value]
     if not callable(processor):
         raise TypeError(f"processor must be a callable image processor, got {_describe(processor)}")
-    pixels = processor(images=[_rgb(name, value)], return_tensors="pt")["pixel_values"]
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or len(pixels) != 1:
+    made = processor(images=[_rgb(name, value)], return_tensors="pt")
+    pixels = _pixels_of(f"what the processor makes of {name}", made, form)
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or not (len(pixels) == 1 or made["pixel_values"].ndim == 5):
         raise ValueError(
             f'the processor must return {{"pixel_values": (1, C, H, W)}} for one picture, got {_describe(pixels)}'
         )
     _check_dtype(f"what the processor makes of {name}", pixels)
-    return pixels[0]
+    return list(pixels)
 
 
 def _rgb(name: str, picture: Any) -> Any:

@@ -41,6 +41,10 @@ from fairseq.quantization.saving.told import empty_of_floats, tell
 
 logger = logging.getLogger(__name__)
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CACHE_LINE = 64
+"""Bytes; torch's own memory begins at a multiple of it."""
+
 
 class FairseqViTConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of from_pretrained, and of a config.json that save_pretrained wrote.
@@ -217,6 +221,7 @@ class FairseqViTQuantizer(HfQuantizer):
             for name, before in self.told.items():
                 vars(model).pop(name) if before is None else setattr(model, name, before)
             checkpoint.fill(model, self.fit.contents, self.fit.names)
+            _align(model)
             finish(model, config.engine)
             if self.fit.derived:
                 known = self.fit.contents.description.get("information", {})
@@ -268,6 +273,17 @@ def _check_complete(model: Any, found: Fit) -> None:
         if on_disk not in found.contents.tensors:
             shape = tuple(model.get_parameter(name).shape)
             raise ValueError(f"{found.contents.files}: {on_disk} must be of shape {shape}; it is missing")
+
+
+def _align(model: nn.Module) -> None:
+    """Move weights of float convolutions that lie anywhere in a mapped file to where memory of their own begins.
+
+    oneDNN chooses its kernel by the address, and each has another last bit.
+    """
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False) if isinstance(module, CONVOLUTIONS) else ():
+            if parameter.device.type == "cpu" and parameter.data_ptr() % CACHE_LINE:
+                parameter.data = parameter.data.clone()
 
 
 @functools.cache

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -17,7 +18,8 @@ def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Name in memory -> name on disk, for tensors or modules of ``model``.
 
     The names on disk are those that a HuggingFace model has in the memory of transformers 4.57. Version 5 has others
-    and renames while it loads, which it is asked for here. Any other model keeps its names.
+    and renames while it loads, which it is asked for here, both ways: where names as of 4.57 would not arrive where
+    they belong, they are those that version 5 itself saves, or else those in memory. Any other model keeps its names.
 
     Args:
         model: the model, its layers quantized or not.
@@ -32,6 +34,13 @@ def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     except ModuleNotFoundError:  # transformers 4
         return {name: name for name in names}
     steps = mapping.get_model_conversion_mapping(model, add_legacy=False)
+    ways = (_as_of_4_57(model, steps, loading), _as_saved(steps, loading), str)
+    rename = next((way for way in ways if _arrives(model, steps, loading, way)), ways[0])
+    return {name: rename(name) for name in names}
+
+
+def _as_of_4_57(model: nn.Module, steps: Sequence[Any], loading: Any) -> Callable[[str], str]:
+    """What renames from memory to the names of transformers 4.57."""
     prefixes = [step for step in steps if isinstance(step, loading.PrefixChange)]
     renamings = [
         step.reverse_transform()
@@ -41,12 +50,35 @@ def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         # those that begin at the beginning are for checkpoints of other classes
         and not any(pattern.startswith("^") for pattern in step.source_patterns)
     ]
-    found = {name: _repaired(loading.apply_renamings(name, renamings)) for name in names}
-    for step in prefixes:
-        prefix = step.source_patterns[0].split(r"\.")[0].removeprefix("^")
-        if prefix and not hasattr(model, prefix):
-            found = {name: f"{prefix}.{on_disk}" for name, on_disk in found.items()}
-    return found
+    inside = [step.reverse_transform() for step in prefixes if step.scope_prefix]  # of a model within this one
+    whole = [step.source_patterns[0].split(r"\.")[0].removeprefix("^") for step in prefixes if not step.scope_prefix]
+    missing = [prefix for prefix in whole if prefix and not hasattr(model, prefix)]
+
+    def rename(name: str) -> str:
+        on_disk = _repaired(loading.apply_renamings(name, renamings + inside))
+        return ".".join((*reversed(missing), on_disk))
+
+    return rename
+
+
+def _as_saved(steps: Sequence[Any], loading: Any) -> Callable[[str], str]:
+    """What renames from memory to the names that transformers 5 saves."""
+    renamings = [
+        step.reverse_transform()
+        for step in reversed(steps)
+        if isinstance(step, loading.WeightRenaming) and not isinstance(step, loading.PrefixChange)
+    ]
+    return lambda name: loading.apply_renamings(name, renamings)
+
+
+def _arrives(model: Any, steps: Sequence[Any], loading: Any, rename: Callable[[str], str]) -> bool:
+    """Whether transformers 5 brings each tensor of a model, renamed so, back to its place."""
+    renamings = [step for step in steps if isinstance(step, loading.WeightRenaming)]
+    state = dict.fromkeys([name for name, _ in (*model.named_parameters(), *model.named_buffers())], True)
+    return all(
+        loading.rename_source_key(rename(name), renamings, [], model.base_model_prefix, state)[0] == name
+        for name in state
+    )
 
 
 def _is_pretrained(model: nn.Module) -> bool:
