@@ -11,6 +11,7 @@ from torch import nn
 
 Paths = Mapping[str, tuple[str, ...]]
 
+SEPARATE = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
 PROJECTIONS: tuple[Paths, ...] = (
     {
         "query": ("attention.attention.query", "attention.q_proj", "attention.self.query", "self_attn.q_proj"),
@@ -20,9 +21,14 @@ PROJECTIONS: tuple[Paths, ...] = (
     },
     {"qkv": ("attn.qkv",), "output": ("attn.proj",)},
     {"query": ("attn.q_proj",), "key": ("attn.k_proj",), "value": ("attn.v_proj",), "output": ("attn.proj",)},
+    {role: (f"self_attention.{path}", f"attn.{path}") for role, path in SEPARATE.items()},
 )
-"""Role -> where a block has that layer, in one version or another: of transformers, and of timm with one or three."""
-PLAIN: Paths = {"fc1": ("intermediate.dense", "mlp.fc1"), "fc2": ("output.dense", "mlp.fc2")}
+"""Role -> where a block has that layer, in one version or another: of transformers, of timm with one or three, and of
+torchvision and OpenCLIP, see :mod:`~fairseq.quantization.architectures.separate`."""
+PLAIN: Paths = {
+    "fc1": ("intermediate.dense", "mlp.fc1", "mlp.c_fc", "mlp.0"),
+    "fc2": ("output.dense", "mlp.fc2", "mlp.c_proj", "mlp.3"),
+}
 GATED: Paths = {
     "gate": ("mlp.gate_proj", "mlp.fc1_g"),
     "fc1": ("mlp.up_proj", "mlp.fc1_x"),
@@ -33,6 +39,8 @@ OTHERS: Paths = {"fc1": ("mlp.up_proj", "mlp.weights_in"), "fc2": ("mlp.down_pro
 MLPS = (GATED, PLAIN, OTHERS)
 SPLIT: Paths = {**PROJECTIONS[0], **PLAIN}
 """Of the blocks that are equalized: three projections."""
+APART: Paths = {**PROJECTIONS[3], **PLAIN}
+"""The same of torchvision and OpenCLIP."""
 FUSED: Paths = {**PROJECTIONS[1], **PLAIN}
 """The same of timm, with one projection for query, key and value."""
 
@@ -58,6 +66,7 @@ class BlockClass(NamedTuple):
 
 _MODELS = "transformers.models"
 _NORM12, _LAYER_NORM12 = ("norm1", "norm2"), ("layer_norm1", "layer_norm2")
+_LN12 = ("ln_1", "ln_2")
 _LAMBDAS, _SCALES, _GAMMAS = ("lambda_1", "lambda_2"), ("layer_scale1", "layer_scale2"), ("gamma_1", "gamma_2")
 BLOCK_CLASSES: dict[str, BlockClass] = {
     f"{_MODELS}.vit.modeling_vit.ViTLayer": BlockClass(),
@@ -86,6 +95,8 @@ BLOCK_CLASSES: dict[str, BlockClass] = {
     f"{_MODELS}.idefics3.modeling_idefics3.Idefics3EncoderLayer": BlockClass(_LAYER_NORM12),
     f"{_MODELS}.siglip.modeling_siglip.SiglipEncoderLayer": BlockClass(_LAYER_NORM12),
     f"{_MODELS}.siglip2.modeling_siglip2.Siglip2EncoderLayer": BlockClass(_LAYER_NORM12),
+    "torchvision.models.vision_transformer.EncoderBlock": BlockClass(_LN12, APART, call="alone"),
+    "open_clip.transformer.ResidualAttentionBlock": BlockClass(_LN12, APART, ("ls_1", "ls_2"), call="alone"),
     "timm.models.vision_transformer.Block": BlockClass(_NORM12, FUSED, ("ls1", "ls2")),
     "timm.models.beit.Block": BlockClass(_NORM12, None, _GAMMAS, call="timm_beit"),
     "timm.models.eva.EvaBlock": BlockClass(_NORM12, None, _GAMMAS, call="eva"),

@@ -13,6 +13,8 @@ from fairseq.quantization.architectures.layers import block_of, linear_layers
 
 NEVER = r"(?!)"
 """Matches no name."""
+GENERIC = "generic"
+"""The name of what the generic rule makes."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Family:
     positions: str = r"\.embeddings\.position_embeddings$"
     parts: tuple[tuple[str, Family, str], ...] = ()
     any_size: bool = False
+
+    @property
+    def by_rule(self) -> bool:
+        """Whether the generic rule found layers of its vision tower."""
+        return self.name == GENERIC or any(inner.by_rule for _, inner, tower in self.parts if tower == "vision")
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -210,6 +217,24 @@ FAMILIES = (
         patches=r"\.patch_embed\.projection$",
         positions=NEVER,
     ),
+    Family(
+        "torchvision",
+        classes=("torchvision.models.vision_transformer.VisionTransformer",),
+        attention=r"\.self_attention\.(q|k|v|out)_proj$",
+        mlp=r"\.mlp\.(0|3|linear_[12])$",
+        classifier=r"\.heads\.(pre_logits|head)$",
+        patches=r"\.conv_proj$",
+        positions=r"\.pos_embedding$",
+    ),
+    Family(
+        "OpenCLIP",
+        classes=("open_clip.model.CLIP", "open_clip.model.CustomTextCLIP", "open_clip.transformer.VisionTransformer"),
+        attention=r"\.resblocks\.\d+\.attn\.(q|k|v|out)_proj$|\.attn_pool\.attn\.(q|k|v|out)_proj$",
+        mlp=r"\.resblocks\.\d+\.mlp\.c_(fc|proj)$",
+        text=r"^\.(text|transformer)\.",
+        patches=r"\.conv1$",
+        positions=NEVER,
+    ),
     Family("VitDet", ("vitdet",), attention=r"\.attention\.(qkv|proj)$", mlp=MLP, positions=NEVER),
     Family(
         "timm",
@@ -342,7 +367,7 @@ def _generic(model: nn.Module, among: Sequence[str] | None = None) -> Family:
     mlp = [name for name in inside if name not in attention]
     behind = names[names.index(inside[-1]) + 1 :] if inside else []
     return Family(
-        "generic",
+        GENERIC,
         attention=_one_of(attention),
         mlp=_one_of(mlp),
         classifier=_one_of(behind),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,6 +87,8 @@ def call(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     if not any(inputs.get(name) is not None for name in TEXT):
         if hasattr(model, "get_image_features"):
             return _image_features(model, inputs)
+        if hasattr(model, "encode_image"):  # of OpenCLIP
+            return {"image_embeds": cast(Any, model).encode_image(inputs["pixel_values"])}
         if _takes(model, "decoder_input_ids"):
             return _named(model.get_submodule("encoder")(**inputs))
     if _draws_a_mask(model) and inputs.get("noise") is None:
@@ -163,21 +164,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags.items():
             module.training = training
-
-
-def separate_biases(model: nn.Module) -> nn.Module:
-    """A copy, on the same tensors, in which timm's BEiT and EVA call their qkv layer and then add its bias.
-
-    Otherwise they multiply by its weight themselves. Other models come back as they are.
-    """
-    if not any(hasattr(module, "qkv_bias_separate") for module in model.modules()):
-        return model
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    result = copy.deepcopy(model, shared)
-    for module in result.modules():
-        if hasattr(module, "qkv_bias_separate"):
-            module.qkv_bias_separate = True  # type: ignore[assignment]
-    return result
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:

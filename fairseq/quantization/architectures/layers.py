@@ -16,7 +16,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def block_of(name: str) -> str | None:
     """The name of the encoder block that holds a layer, such as "vit.layers.3"; None outside of blocks."""
-    found = re.match(r"(.*?\.\d+(?:\.blocks\.\d+)?)\.", name)  # Swin: blocks within stages
+    # Swin: blocks within stages; torchvision: "encoder_layer_3"
+    found = re.match(r"(.*?\.(?:encoder_layer_)?\d+(?:\.blocks\.\d+)?)\.", name)
     return found[1] if found else None
 
 

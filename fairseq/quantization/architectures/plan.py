@@ -26,6 +26,9 @@ from fairseq.quantization.architectures.observe import NOTHING, Observation, obs
 from fairseq.quantization.config import COMPONENTS, LayerConfig, QuantizationConfig
 
 
+UNCALLED = "no forward pass on pictures calls it; the model may multiply by its weight itself"
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """What one Linear of a model is, and what becomes of it.
@@ -137,15 +140,21 @@ def resolve(model: nn.Module, config: QuantizationConfig, pixel_values: Pixels |
         },
         embeddings,
     )
-    if pixel_values is None and not (config.equalize and any(map(shares_a_scale, chosen.values()))):
+    equalizes = config.equalize and any(map(shares_a_scale, chosen.values()))
+    if pixel_values is None and not equalizes and not family.by_rule:
         return plan
     seen = observe(model, list(chosen), plan.blocks(None), pixel_values, text=config.towers != "vision")
-    return replace(
-        plan,
-        tied_blocks=tied_blocks(model, plan.blocks(None)),
-        layers={name: replace(layer, source=seen.source(name)) for name, layer in plan.layers.items()},
-        observed=seen,
-    )
+    sources = {name: replace(layer, source=seen.source(name)) for name, layer in plan.layers.items()}
+    if family.by_rule and seen.failure is None:
+        sources = {name: _only_if_called(layer, seen) for name, layer in sources.items()}
+    return replace(plan, tied_blocks=tied_blocks(model, plan.blocks(None)), layers=sources, observed=seen)
+
+
+def _only_if_called(layer: LayerPlan, seen: Observation) -> LayerPlan:
+    """A layer that the generic rule found, which stays in float where no forward pass calls it."""
+    if layer.tower == "vision" and layer.chosen and layer.name not in seen.reached:
+        return replace(layer, decision=UNCALLED)
+    return layer
 
 
 def selected(model: nn.Module, config: QuantizationConfig) -> list[str]:

@@ -14,6 +14,7 @@ from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, nam
 from fairseq.modules.quantization.scalar.ops import check_bits
 from fairseq.quantization.architectures.forward import Pixels
 from fairseq.quantization.architectures.plan import LayerPlan, check_model, resolve
+from fairseq.quantization.architectures.separate import separated
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.conversion.convert import convert, finish
 from fairseq.quantization.conversion.quantize_layer import quantize_layer
@@ -62,6 +63,7 @@ class Twins:
         check_model(model)
         self.choices = _check_choices(choices)
         self.config = replace(config, bits=max(self.choices), execution="packed")
+        model = separated(model)
         self.plan = resolve(model, self.config, pixel_values)
         unseen = [layer.name for layer in self.plan.chosen if layer.tower == "text"]
         if unseen:

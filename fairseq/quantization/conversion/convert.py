@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.context import plain_context
-from fairseq.quantization.architectures.forward import Pixels, separate_biases
+from fairseq.quantization.architectures.forward import Pixels
 from fairseq.quantization.architectures.layers import linear_layers
 from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan, check_model, resolve
+from fairseq.quantization.architectures.separate import separated
 from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.block_inputs import BlockInputs
 from fairseq.quantization.calibration.calibration import Calibration
@@ -91,7 +92,7 @@ def convert(
             raise ValueError("reconstruct= learns from images: call quantize_model(model, calibration=images)")
         reconstruct.check(len(pixel_values) // getattr(pixel_values, "views", 1), resume is not None)
     with plain_context():
-        model = separate_biases(model)
+        model = separated(model)
         if isinstance(pixel_values, Tensor) and pixel_values.is_inference():
             pixel_values = pixel_values.clone()
         if config.rotate:

@@ -84,6 +84,11 @@ def clip(calls: Calls, x: Tensor, given: Given) -> Call | None:
     return images(calls, x, given)
 
 
+def alone(calls: Calls, x: Tensor, given: Given) -> Call | None:
+    """The same in batches, without any mask: (images, tokens, width), where a model may have (tokens, images, width)."""
+    return images(calls, x, given) if calls.attention.batch_first else None
+
+
 def beit(calls: Calls, x: Tensor, given: Given) -> Call | None:
     """With biases by relative position, the block's own or one for all blocks."""
     interpolate, resolution = bool(given.get("interpolate_pos_encoding")), given.get("resolution")
@@ -152,6 +157,7 @@ def shifted_windows(calls: Calls, x: Tensor, given: Given) -> Call | None:
 ADAPTERS: dict[str, Callable[[Calls, Tensor, Given], Call | None]] = {
     "images": images,
     "clip": clip,
+    "alone": alone,
     "beit": beit,
     "timm_beit": timm_beit,
     "dinov3": dinov3,

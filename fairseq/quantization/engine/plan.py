@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.kernels import arguments
 from fairseq.quantization.architectures.blocks import BLOCK_CLASSES, class_of, layer_paths
+from fairseq.quantization.architectures.separate import SeparateAttention
 from fairseq.quantization.engine.reading import attention_of, read
 from fairseq.quantization.engine.spec import BlockSpec, reason_not_plain
 
@@ -19,7 +20,7 @@ ATTENTIONS = ("eager", "sdpa")
 """Names of transformers' attention functions that a native block stands for."""
 KNOWN_PARTS = (
     nn.Dropout, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.ReLU, nn.SiLU, nn.Linear, nn.Sequential,
-    PackedLinear,
+    PackedLinear, SeparateAttention,
 )  # fmt: skip
 """Classes that a block may hold beside those of its own file, of transformers' activations and of timm's layers."""
 OWN = ("training", "plan", "forward")
@@ -165,8 +166,9 @@ def _is_known(part: nn.Module, kind: type) -> bool:
         return True
     module = sys.modules.get(own.__module__)
     trusted = own.__module__ in (kind.__module__, "transformers.activations")
-    timm = kind.__module__.startswith("timm.") and own.__module__.startswith("timm.layers.")
-    return (trusted or timm) and getattr(module, own.__qualname__, None) is own
+    others = {"timm.": "timm.layers.", "torchvision.": "torchvision.ops."}
+    layers = tuple(parts for name, parts in others.items() if kind.__module__.startswith(name))
+    return (trusted or own.__module__.startswith(layers)) and getattr(module, own.__qualname__, None) is own
 
 
 def _another_class(kind: type) -> str:

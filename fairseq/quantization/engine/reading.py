@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.context import plain_context
+from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.quantization.architectures.blocks import BlockClass, layer_paths
 from fairseq.quantization.engine.reference_block import activate
 from fairseq.quantization.engine.spec import ACTIVATIONS, BlockSpec, Norm
@@ -17,6 +18,7 @@ from fairseq.quantization.engine.spec import ACTIVATIONS, BlockSpec, Norm
 NORM_CLASSES: dict[tuple[str, str], str] = {
     ("torch.nn.modules.normalization", "LayerNorm"): "layer",
     ("torch.nn.modules.normalization", "RMSNorm"): "rms",
+    ("open_clip.transformer", "LayerNorm"): "layer",
     ("timm.layers.norm", "LayerNorm"): "layer",
     ("timm.layers.norm", "LayerNormFp32"): "layer",
     ("timm.layers.norm", "RmsNorm"): "rms",
@@ -164,6 +166,8 @@ def _gating(block: nn.Module, layers: dict[str, Any]) -> str:
 def _activation(mlp: nn.Module, gating: str) -> str:
     """By what it computes, whatever its class."""
     found = [getattr(mlp, name) for name in ACTIVATION_NAMES if hasattr(mlp, name)]
+    if isinstance(mlp, nn.Sequential):  # of torchvision and OpenCLIP
+        found = [part for part in mlp if not isinstance(part, nn.Linear | PackedLinear | nn.Dropout)]
     if not found and gating == "halves":  # DINOv2's calls the function of PyTorch
         return "silu"
     if len(found) != 1:

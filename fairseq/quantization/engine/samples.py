@@ -66,6 +66,7 @@ def _windows(calls: Calls) -> tuple[int, dict[str, Any]]:
 
 SAMPLES: dict[str, Callable[[Calls], tuple[int, dict[str, Any]]]] = {
     "images": _images,
+    "alone": _images,
     "clip": _images,
     "beit": _beit,
     "timm_beit": _timm_beit,

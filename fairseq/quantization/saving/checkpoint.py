@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed.layout import earlier
-from fairseq.quantization.architectures.forward import separate_biases
+from fairseq.quantization.architectures.separate import separated
 from fairseq.quantization.conversion.convert import finish
 from fairseq.quantization.engine.fuse import check_engine
 from fairseq.quantization.files import replacing
@@ -79,8 +79,8 @@ def load(
         return cast(Model, integer.read(contents, model)), information
     if model is None:
         raise ValueError(f"{path}: holds packed layers, which go into a float model of the same architecture; pass it")
-    names = part_names(model, contents)
-    result = cast(Model, copy.deepcopy(separate_biases(model)))
+    result = cast(Model, copy.deepcopy(separated(model)))
+    names = part_names(result, contents)
     on_disk = part_tensors(result, contents, names)
     tensors = contents.read(contents.tensors)
     fill(result, contents, names, tensors)
