@@ -125,7 +125,6 @@ class Calibration:
         """Whether a layer can give what its block is missing: it is known, and the block adds its output last."""
         return (
             self.exact_inputs is not None
-            and not (layer.settings.activations != "none" and layer.settings.activation_bits < 8)
             and self.exact_inputs.chained
             and type(self.inputs) is BlockInputs
             and resolve_rounding(layer.settings.rounding, True, layer.settings.bits) in MAKE_UP_FOR_BLOCK

@@ -107,6 +107,9 @@ def convert(
             weights = None if kept is None else kept.token_weights()
             calibration = None
             if pixel_values is not None:
+                if plan.family.by_rule:  # whose blocks may run in any order, all of them for each layer
+                    for layer in plan.chosen:
+                        _materialize(result, model, layer.name)
                 calibration = Calibration(
                     model, result, plan, pixel_values, config.seed, progress, follow, weights, bool(reconstruct)
                 )

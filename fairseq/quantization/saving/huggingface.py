@@ -42,6 +42,8 @@ from fairseq.quantization.saving.told import empty_of_floats, tell
 logger = logging.getLogger(__name__)
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+INITIALIZED = "_is_hf_initialized"
+"""By which transformers knows a module that needs no first weights."""
 CACHE_LINE = 64
 """Bytes; torch's own memory begins at a multiple of it."""
 
@@ -175,6 +177,9 @@ class FairseqViTQuantizer(HfQuantizer):
                 # a table in place of a parameter is small, and read by code that initializes weights
                 table = None if part is not None else empty_part(model, name, self.fit.contents.parts[on_disk], "cpu")
                 put(model, name, table or Placeholder(part).train(part.training))
+                around = model.get_submodule(owner)
+                if not around._parameters:  # its code to initialize weights has only placeholders to write to
+                    vars(around)[INITIALIZED] = True
         self.told = tell(model, self.fit)
         return model
 
@@ -234,7 +239,7 @@ class FairseqViTQuantizer(HfQuantizer):
     @staticmethod
     def _leave(model: nn.Module) -> None:
         for module in model.modules():
-            for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+            for name in ("hf_quantizer", "quantization_method", "is_quantized", INITIALIZED):
                 vars(module).pop(name, None)
             for name in ("_is_quantized", "_pre_quantization_dtype"):
                 vars(getattr(module, "config", module)).pop(name, None)
