@@ -38,8 +38,9 @@ def compare(
 ) -> int:
     """Compare the outputs of two models on the same pictures.
 
-    Models with classes: errors of the logits, and the share of pictures whose class is kept. Others: cosines of the
-    embeddings, and the share of each picture's nearest others that is kept.
+    Classifiers: errors of the logits, and the share of pictures whose class is kept. Bare models: cosines of the
+    embeddings, and the share of each picture's nearest others that is kept. Segmentation, detection, depth, feature
+    maps: each output, in its own measure.
     """
     if noise and images is not None:
         raise UserError("--noise and --images exclude each other")
@@ -56,14 +57,21 @@ def compare(
     if result["kind"] == "classes":
         kept = result["match"]
         head = [f"top-{result['top_k']} match", "MSE", "MAE"]
-        row = [f"{kept:.1%}", f"{result['mse_loss']:.3g}", f"{result['mae_loss']:.3g}"]
+        rows = [[quantized, f"{kept:.1%}", f"{result['mse_loss']:.3g}", f"{result['mae_loss']:.3g}"]]
+    elif result["kind"] == "outputs":
+        kept = result["kept"]
+        head = ["output", "relative error", "measure", "value"]
+        rows = [
+            [quantized, o["output"], f"{o['relative_error']:.3g}", o["measure"], f"{o['value']:.4f}"]
+            for o in result["outputs"]
+        ]
     else:
         kept = result["cosine"]
         head = ["cosine", "least cosine", f"overlap@{result['k']}"]
-        row = [f"{kept:.5f}", f"{result['cosine_min']:.5f}", f"{result['overlap']:.1%}"]
+        rows = [[quantized, f"{kept:.5f}", f"{result['cosine_min']:.5f}", f"{result['overlap']:.1%}"]]
     passed = at_least is None or kept >= at_least
     what = "pictures of noise" if images is None else f"pictures in {images}"
-    text = f"{result['count']} {what}\n" + table(["quantized", *head], [[quantized, *row]])
+    text = f"{result['count']} {what}\n" + table(["quantized", *head], rows)
     text += "" if passed else f"\n{kept:.4g} is below {at_least:g}"
     return finish({**result, "passed": passed}, text, as_json, 0 if passed else 1)
 

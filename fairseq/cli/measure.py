@@ -14,9 +14,11 @@ from tqdm import tqdm
 from fairseq.cli.loading import Loaded, load, needs_processor
 from fairseq.cli.output import Say, UserError, mistakes
 from fairseq.cli.pictures import batches, labelled_images, noise, pictures_in
-from fairseq.models.vit_quantization import compare_embeddings, compare_models
+from fairseq.models.vit_quantization import compare_embeddings, compare_models, compare_outputs
 from fairseq.quantization.architectures.forward import call, picture_inputs
 from fairseq.quantization.calibration import processes
+from fairseq.quantization.evaluation.compare import EMBEDDINGS
+from fairseq.quantization.evaluation.outputs import COMMON
 
 PAUSE = 0.1  # seconds in which idle threads of the turn before stop spinning
 NEIGHBOURS = 5
@@ -71,7 +73,7 @@ def load_named(model: str, reference: str | None, device: str, say: Say) -> dict
 def difference(
     original: Loaded, quantized: Loaded, folder: Path | None, count: int, top_k: int, batch_size: int
 ) -> dict[str, Any]:
-    """What compare_models or, for a model without classes, compare_embeddings finds on pictures or noise."""
+    """What compare_models finds on pictures or noise; compare_embeddings or compare_outputs where that says little."""
     if folder is None:
         pixels = noise(original.model, count)
     else:
@@ -80,6 +82,11 @@ def difference(
         with mistakes():
             pixels = torch.cat(list(batches(images, processor, batch_size)))  # (N, C, H, W)
     with mistakes():
+        there = compare_outputs(original.model, quantized.model, pixels[:1])
+        if any(row.measure not in COMMON for row in there) or not {row.output for row in there} & {*EMBEDDINGS}:
+            rows = compare_outputs(original.model, quantized.model, pixels, batch_size)
+            return {"kind": "outputs", "count": len(pixels), "outputs": [row._asdict() for row in rows],
+                    "kept": min(row.kept for row in rows)}
         total: list[float] = [0.0, 0.0, 0.0]
         for chunk in tqdm(pixels.split(batch_size), desc="Comparing", unit="batch", leave=False, delay=1):
             found = compare_models(original.model, quantized.model, chunk, top_k)

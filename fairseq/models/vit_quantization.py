@@ -35,6 +35,7 @@ from fairseq.quantization.evaluation.compare import (
     compare_models,
     zero_shot_agreement,
 )
+from fairseq.quantization.evaluation.outputs import OutputComparison, compare_outputs
 from fairseq.quantization.evaluation.report import LayerReport, QuantizationReport
 from fairseq.quantization.export.export import export
 from fairseq.quantization.export.export_report import ExportReport
@@ -48,8 +49,8 @@ from fairseq.quantization.training.pack import pack
 
 __all__ = [
     "BitAssignment", "EmbeddingComparison", "ExportReport", "FairseqViTConfig", "LayerReport", "ModelComparison",
-    "Pareto", "QuantizationReport", "Reconstruction", "ViTQuantizer", "compare_embeddings", "compare_models",
-    "zero_shot_agreement",
+    "OutputComparison", "Pareto", "QuantizationReport", "Reconstruction", "ViTQuantizer", "compare_embeddings",
+    "compare_models", "compare_outputs", "zero_shot_agreement",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)

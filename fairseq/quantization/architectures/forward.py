@@ -194,7 +194,7 @@ def _name_of(model: nn.Module, output: Tensor) -> str:
 
 def _named(output: Any) -> Mapping[str, Any]:
     """What a model returned, by name."""
-    fields = _fields(output)
+    fields = fields_of(output)
     if fields is not None:
         return fields
     if isinstance(output, tuple):
@@ -202,7 +202,7 @@ def _named(output: Any) -> Mapping[str, Any]:
     return {"output": output}
 
 
-def _fields(value: Any) -> Mapping[str, Any] | None:
+def fields_of(value: Any) -> Mapping[str, Any] | None:
     """The entries of a mapping, a dataclass or a named tuple; None of anything else."""
     if isinstance(value, Mapping):
         return value
@@ -218,7 +218,7 @@ def _floating(name: str, value: Any) -> tuple[str, Tensor] | None:
     """
     if isinstance(value, Tensor):
         return (name, value) if value.is_floating_point() and value.ndim and value.numel() else None
-    fields = _fields(value)
+    fields = fields_of(value)
     items: list[tuple[str, Any]] = []
     if fields is not None:
         items = [(f"{name}.{key}", inner) for key, inner in fields.items()]

@@ -145,7 +145,7 @@ def embeddings(model: nn.Module, inputs: Tensor | Mapping[str, Any], batch_size:
     Raises:
         TypeError, ValueError: inputs of another kind, or no such output.
     """
-    keywords = _moved(model, inputs)
+    keywords = moved(model, inputs)
     keywords = {name: x for name, x in keywords.items() if name in PICTURE_INPUTS and isinstance(x, Tensor)}
     if "pixel_values" not in keywords:
         raise ValueError("inputs must be a tensor of pixel values or a processor's dict with pixel_values")
@@ -194,7 +194,7 @@ def _best_prompts(model: nn.Module, pixels: Any, text: Any, batch_size: int) -> 
     words = {"input_ids": text} if isinstance(text, Tensor) else dict(text)
     if "input_ids" not in words:
         raise ValueError(f"text must be token ids or a tokenizer's dict with input_ids, got {', '.join(words)}")
-    pictures, words = _moved(model, pixels), _moved(model, words)
+    pictures, words = moved(model, pixels), moved(model, words)
     if "pixel_values" not in pictures:
         raise ValueError(f"pixel_values must be a tensor or an image processor's dict, got {', '.join(pictures)}")
     best = []
@@ -224,13 +224,13 @@ def _check_count(name: str, value: int) -> None:
 
 def _run(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> tuple[str, Tensor, int | None]:
     """The name and value of the output that is compared, float32 on the CPU; and its dimension of classes."""
-    keywords = _moved(model, inputs)
+    keywords = moved(model, inputs)
     with evaluating(model), torch.no_grad():
         name, value = output_of(model, keywords)
     return name, value.float().cpu(), class_dimension(name, value, keywords.get("pixel_values"))
 
 
-def _moved(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dict[str, Any]:
+def moved(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dict[str, Any]:
     """``inputs`` by name, on the device and in the dtype of ``model``; pictures as the model takes them."""
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
