@@ -25,6 +25,7 @@ TRAINING = ["accelerate>=1.1"]
 LORA = ["peft>=0.17"]
 TEST = [
     "pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "pytest-xdist>=3.6", "timm>=1.0",
+    "open_clip_torch>=2.30", "scipy>=1.13",  # scipy: Mask2Former of transformers
     *TRAINING, *LORA, *ONNX, *PLOT,
 ]  # fmt: skip
 DOCS = ["sphinx>=8", "furo>=2024.8", "sphinx-copybutton>=0.5"]

@@ -84,9 +84,13 @@ def difference(
     with mistakes():
         there = compare_outputs(original.model, quantized.model, pixels[:1])
         if any(row.measure not in COMMON for row in there) or not {row.output for row in there} & {*EMBEDDINGS}:
+            if top_k != 1:
+                raise UserError(f"--top-k is for classifiers; {original.name} is a {type(original.model).__name__}")
             rows = compare_outputs(original.model, quantized.model, pixels, batch_size)
-            return {"kind": "outputs", "count": len(pixels), "outputs": [row._asdict() for row in rows],
-                    "kept": min(row.kept for row in rows)}
+            return {
+                "kind": "outputs", "count": len(pixels), "outputs": [row._asdict() for row in rows],
+                "kept": min(row.kept for row in rows),
+            }  # fmt: skip
         total: list[float] = [0.0, 0.0, 0.0]
         for chunk in tqdm(pixels.split(batch_size), desc="Comparing", unit="batch", leave=False, delay=1):
             found = compare_models(original.model, quantized.model, chunk, top_k)

@@ -72,7 +72,7 @@ class ViTQuantizer:
 
     Which layers:
         quantize_embeddings: also pack the convolution that embeds patches, and position embeddings (at 8 bits).
-        towers: "vision", "text" or "all": which towers of a model that reads text, too, such as CLIP.
+        towers: "vision", "text" or "all": which towers of a model that reads text, too, such as CLIP or LLaVA.
         exclude: globs of layers that stay in float: ``["*classifier"]``. It wins over ``overrides``.
         overrides: glob of layer names -> ``skip`` or any of ``bits``, ``method``, ``activations``, ``activation_bits``,
             ``group_size``, ``symmetric``, ``rounding``, ``bias_correction``, ``weight_storage``, ``backend`` for those
@@ -185,8 +185,9 @@ class ViTQuantizer:
 
         Args:
             model: a ViT, DeiT, BEiT, Swin, SwinV2, DINOv2, DINOv3, ViT-MAE, ViT-MSN, CLIP or SigLIP, bare or with a
-                head, a vision-encoder-decoder, or timm's VisionTransformer, on any device, in any float dtype, of
-                transformers 4.57 or later. Others by a generic rule, with a warning.
+                head, or as the backbone or vision tower of another model, or a VisionTransformer of timm, torchvision
+                or OpenCLIP, on any device, in any float dtype, of transformers 4.57 or later. Others by a generic
+                rule, with a warning.
             calibration: pictures like those that the model will see, without labels, for a smaller loss of accuracy: a
                 tensor of pixel values (N, C, H, W), a list of PIL images or files, a folder, or a DataLoader. They do
                 not reach a text tower, which is rounded as without them.

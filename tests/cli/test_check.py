@@ -6,6 +6,7 @@ import json
 import os
 from contextlib import redirect_stdout
 
+import other_heads
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,15 +19,15 @@ from fairseq.cli import measure
 from fairseq.cli.loading import load
 from fairseq.cli.main import main
 from fairseq.cli.pictures import noise
-from fairseq.models.vit_quantization import compare_embeddings, compare_models
+from fairseq.models.vit_quantization import compare_embeddings, compare_models, compare_outputs
 
 
 def models_of(folder):
     return [AutoModelForImageClassification.from_pretrained(folder / name).eval() for name in ("vit", "packed")]
 
 
-def pixels_of(pictures, names):
-    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+def pixels_of(pictures, names, side=16):
+    processor = ViTImageProcessor(size={"height": side, "width": side})
     return processor(images=[Image.open(pictures / name) for name in names], return_tensors="pt")["pixel_values"]
 
 
@@ -62,6 +63,27 @@ def test_compare_embeddings(cli, models, tmp_path):
     assert {key: found[key] for key in expected._fields} == pytest.approx(expected._asdict())
     assert found["cosine"] < 0.9999
     assert "cosine" in cli("compare", models / "clip", tmp_path / "clip").out
+
+
+@pytest.mark.parametrize("name", ["segformer", "depth-anything"])
+def test_compare_outputs(cli, pictures, tmp_path, name):
+    original, folder = other_heads.build(name), tmp_path / "packed"
+    original.save_pretrained(tmp_path / "float")
+    assert cli("quantize", tmp_path / "float", "-o", folder, "--bits", 3, "--quiet").code == 0
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "float")
+    words = ["compare", tmp_path / "float", folder, "--limit", 5, "--batch-size", 2, "--images", pictures]
+    found = json.loads(cli(*words, "--json").out)
+    quantized = load(str(folder)).model
+    pixels = pixels_of(pictures, sorted(path.name for path in pictures.iterdir())[:5], 32)
+    (expected,) = compare_outputs(original, quantized, pixels, 2)
+    assert (found["kind"], found["count"]) == ("outputs", 5)
+    assert found["outputs"] == [pytest.approx(expected._asdict())]
+    assert found["kept"] == pytest.approx(expected.kept) != 1
+    assert expected.measure in cli(*words).out
+    assert cli(*words, "--at-least", 0.9999).code == 1
+    refused = cli(*words, "--top-k", 2)
+    assert refused.code == 2
+    assert "--top-k is for classifiers" in refused.err
 
 
 @pytest.mark.parametrize("command", ["compare", "evaluate"])

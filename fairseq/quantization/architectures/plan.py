@@ -25,7 +25,6 @@ from fairseq.quantization.architectures.layers import block_of, linear_layers, t
 from fairseq.quantization.architectures.observe import NOTHING, Observation, observe
 from fairseq.quantization.config import COMPONENTS, LayerConfig, QuantizationConfig
 
-
 UNCALLED = "no forward pass on pictures calls it; the model may multiply by its weight itself"
 
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+"""Of queries, keys and values."""
+
 
 def separated(model: nn.Module) -> nn.Module:
     """A copy, on the same tensors, whose attention calls its layers; other models come back as they are.
@@ -53,8 +56,8 @@ class SeparateAttention(nn.Module):
         apart = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
         weights = together.chunk(3) if together is not None else apart
         biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
-        for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
-            self.add_module(name, _linear(cast(Tensor, weight), bias))
+        for name, weight, bias in zip(PROJECTIONS, weights, biases, strict=True):
+            self.add_module(name, _linear(weight, bias))
         self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
         self.train(attention.training)
 
@@ -74,8 +77,10 @@ class SeparateAttention(nn.Module):
             raise ValueError("is_causal=True is a hint that attn_mask is causal; pass attn_mask, too")
         single = query.ndim == 2
         inputs = [x[None] if single else x if self.batch_first else x.transpose(0, 1) for x in (query, key, value)]
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (self._heads(layer(x)) for layer, x in zip(layers, inputs))  # (B, heads, tokens, size) each
+        layers = (self.get_submodule(name) for name in PROJECTIONS)
+        q, k, v = (
+            self._heads(layer(x)) for layer, x in zip(layers, inputs, strict=True)
+        )  # (B, heads, tokens, size) each
         mask = _mask(attn_mask, key_padding_mask, q)
         dropout = self.dropout if self.training else 0.0
         if need_weights:

@@ -171,7 +171,8 @@ def _indexed(images: Any, form: Form) -> tuple[Sequence[Any], Callable[[Any], li
     if isinstance(images, list | tuple):
         if [getattr(item, "ndim", None) for item in images[:3]] in ([4, 1], [4, 2]):
             images = images[:1]  # one batch of a DataLoader, and its labels
-        return [picture for i, item in enumerate(images) for picture in _split(f"images[{i}]", item, form)], lambda x: [x]
+        found = [picture for i, item in enumerate(images) for picture in _split(f"images[{i}]", item, form)]
+        return found, lambda x: [x]
     if isinstance(images, DataLoader):
         indices = _indices(images)
         if indices is None:

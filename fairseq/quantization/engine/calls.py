@@ -85,7 +85,7 @@ def clip(calls: Calls, x: Tensor, given: Given) -> Call | None:
 
 
 def alone(calls: Calls, x: Tensor, given: Given) -> Call | None:
-    """The same in batches, without any mask: (images, tokens, width), where a model may have (tokens, images, width)."""
+    """The same, if the model has (images, tokens, width), and not (tokens, images, width)."""
     return images(calls, x, given) if calls.attention.batch_first else None
 
 

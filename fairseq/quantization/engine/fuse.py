@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -117,12 +118,13 @@ def unfuse(model: nn.Module) -> None:
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    """The encoder blocks of a packed model: those of a known class, and whatever else holds packed layers so."""
+    """The encoder blocks of a packed model: those of a known class, and what else holds several packed layers so."""
     known = [name for name, module in model.named_modules() if class_of(unfused_class(type(module)))]
     packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
-    others = dict.fromkeys(block for name in packed if (block := block_of(name)) is not None)
+    others = Counter(block for name in packed if (block := block_of(name)) is not None)
     inside = tuple(f"{name}." if name else "" for name in known)
-    return known + [name for name in others if name not in known and not f"{name}.".startswith(inside)]
+    several = [name for name, count in others.items() if count > 1]
+    return known + [name for name in several if name not in known and not f"{name}.".startswith(inside)]
 
 
 def _leads_to_fused(name: str, reasons: dict[str, str | None]) -> bool:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.kernels import arguments
-from fairseq.quantization.architectures.blocks import BLOCK_CLASSES, class_of, layer_paths
+from fairseq.quantization.architectures.blocks import class_of, layer_paths
 from fairseq.quantization.architectures.separate import SeparateAttention
 from fairseq.quantization.engine.reading import attention_of, read
 from fairseq.quantization.engine.spec import BlockSpec, reason_not_plain
@@ -176,5 +176,4 @@ def _another_class(kind: type) -> str:
     which = f"{kind.__module__}.{kind.__qualname__}"
     if above is not None:
         return f"its class {which} is derived from {above.__qualname__}, and may compute something else"
-    names = ", ".join(name.rpartition(".")[2] for name in BLOCK_CLASSES)
-    return f"its class {which} is none that the native block computes ({names})"
+    return f"its class {which} is none that the native block computes"

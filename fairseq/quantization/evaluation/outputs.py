@@ -1,4 +1,4 @@
-"""compare_outputs: how far each output of a quantized model is from the original's, and what that means for its task."""
+"""compare_outputs: how far each output of a quantized model is from the original's, in the measure of its task."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def compare_outputs(
         expected, got = (_values(model, part) for model in (original, quantized))
         shapes = [{name: tuple(value.shape) for name, value in values.items()} for values in (expected, got)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"the models do not match: the original returns {shapes[0]}, the quantized one {shapes[1]}")
+            raise ValueError(
+                f"the models do not match: the original returns {shapes[0]}, the quantized one {shapes[1]}"
+            )
         if not expected:
             raise ValueError(f"{type(original).__name__} returned no floating tensor to compare")
         for name in expected:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -12,6 +13,9 @@ REPAIRED = {"decoder.decoder_encoder.layer.": "decoder.decoder_layers."}
 """What transformers 5 makes of ViT-MAE's names on their way to disk -> what they are."""
 COMPUTED = ".relative_position_index"
 """Ends the name of a tensor that a model computes from its config, and only transformers 4 saves."""
+
+_renaming: WeakKeyDictionary[nn.Module, Callable[[str], str]] = WeakKeyDictionary()
+"""Of each model that was asked for, as looking whether names arrive takes a while."""
 
 
 def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -26,17 +30,22 @@ def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         names: of its parameters, buffers or modules; a module's name may be looked up as that of a tensor in it.
     """
     names = list(names)
-    if not _is_pretrained(model):
-        return {name: name for name in names}
+    if _is_pretrained(model) and model not in _renaming:
+        _renaming[model] = _way_to_disk(model)
+    rename = _renaming.get(model, str)
+    return {name: rename(name) for name in names}
+
+
+def _way_to_disk(model: nn.Module) -> Callable[[str], str]:
+    """What renames the tensors of a HuggingFace model, see :func:`names_on_disk`."""
     try:
         mapping = importlib.import_module("transformers.conversion_mapping")
         loading = importlib.import_module("transformers.core_model_loading")
     except ModuleNotFoundError:  # transformers 4
-        return {name: name for name in names}
+        return str
     steps = mapping.get_model_conversion_mapping(model, add_legacy=False)
     ways = (_as_of_4_57(model, steps, loading), _as_saved(steps, loading), str)
-    rename = next((way for way in ways if _arrives(model, steps, loading, way)), ways[0])
-    return {name: rename(name) for name in names}
+    return next((way for way in ways if _arrives(model, steps, loading, way)), ways[0])
 
 
 def _as_of_4_57(model: nn.Module, steps: Sequence[Any], loading: Any) -> Callable[[str], str]:
@@ -50,8 +59,13 @@ def _as_of_4_57(model: nn.Module, steps: Sequence[Any], loading: Any) -> Callabl
         # those that begin at the beginning are for checkpoints of other classes
         and not any(pattern.startswith("^") for pattern in step.source_patterns)
     ]
-    inside = [step.reverse_transform() for step in prefixes if step.scope_prefix]  # of a model within this one
-    whole = [step.source_patterns[0].split(r"\.")[0].removeprefix("^") for step in prefixes if not step.scope_prefix]
+    added = {step: step.source_patterns[0].split(r"\.")[0].removeprefix("^") for step in prefixes}
+    inside = [  # of a model within this one, which CLIP as a whole calls like the prefix
+        step.reverse_transform()
+        for step, prefix in added.items()
+        if step.scope_prefix and step.scope_prefix.rpartition(".")[2] != prefix
+    ]
+    whole = [prefix for step, prefix in added.items() if not step.scope_prefix]
     missing = [prefix for prefix in whole if prefix and not hasattr(model, prefix)]
 
     def rename(name: str) -> str:

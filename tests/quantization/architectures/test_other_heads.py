@@ -1,0 +1,134 @@
+"""Models that are no classifiers: which layers are quantized, and that what comes out is close and comes back."""
+
+import re
+import warnings
+
+import other_heads
+import pytest
+import torch
+from torch import nn
+
+from fairseq.models.vit_quantization import ViTQuantizer, compare_models, compare_outputs
+from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.packed.kernels import library
+from fairseq.quantization.architectures.families import family_of, tower_of
+from fairseq.quantization.architectures.plan import UNCALLED
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+NEEDS = {"mask2former": "scipy", "open-clip": "open_clip"}
+BY_RULE = ("detr", "rt-detr", "torchvision-swin")
+NAMES = other_heads.NAMES
+BITS = 4
+NATIVE = library.load() is not None
+
+
+def build(name):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    return other_heads.build(name)
+
+
+def quantized(model, **settings):
+    quantizer = ViTQuantizer(bits=BITS, method="channel", **settings.pop("config", {}))
+    return quantizer.quantize_model(model, **settings), quantizer.report
+
+
+def errors(model, other, pixels):
+    """Of each output that a text does not change."""
+    rows = compare_outputs(model, other, pixels)
+    found = {row.output: row.relative_error for row in rows if "text" not in row.output}
+    backbone = {key: error for key, error in found.items() if key in ("pixel_decoder_last_hidden_state",)}
+    return backbone or found  # Mask2Former's decoder looks only where its masks are above a half
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_vision_tower_is_quantized_and_nothing_else(name):
+    model = build(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result, report = quantized(model)
+    assert any("of no known family" in str(w.message) for w in caught) == (name in BY_RULE)
+    packed = {key for key, module in result.named_modules() if isinstance(module, PackedLinear)}
+    assert packed
+    assert [key for key in packed if not re.search(other_heads.KINDS[name].vision, key)] == []
+    left = [key for key, module in result.named_modules() if isinstance(module, nn.Linear)]
+    assert name in BY_RULE or not [key for key in left if re.search(other_heads.KINDS[name].vision, key)]
+    assert report.fused_blocks == (other_heads.KINDS[name].fused if NATIVE else 0)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.matrix) if name in ("detr", "rt-detr") else name for name in NAMES]
+)
+def test_it_is_close_and_calibration_brings_it_closer(name):
+    model, pixels = build(name), other_heads.pictures(name, 8)
+    plain, _ = quantized(model)
+    calibrated, _ = quantized(model, calibration=other_heads.pictures(name, 32, seed=2))
+    before, after = errors(model, plain, pixels), errors(model, calibrated, pixels)
+    assert before.keys() == after.keys()
+    assert 1e-3 < max(before.values()) < 0.8
+    assert sum(after.values()) < sum(before.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_comes_back_equal(name, tmp_path):
+    model, pixels = build(name), other_heads.pictures(name)
+    result, _ = quantized(model)
+    ViTQuantizer.save(result, tmp_path / "file.safetensors")
+    loaded = ViTQuantizer.load(tmp_path / "file.safetensors", build(name))
+    assert compare_models(result, loaded, pixels)[0] == 0
+    if hasattr(result, "save_pretrained"):
+        result.save_pretrained(tmp_path / "folder")
+        loaded = type(model).from_pretrained(tmp_path / "folder")
+        assert compare_models(result, loaded, pixels)[0] == 0
+        assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in result.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [name for name, kind in other_heads.KINDS.items() if kind.fused])
+def test_fused_blocks_give_what_their_layers_do(name):
+    model, pixels = build(name), other_heads.pictures(name)
+    fused, report = quantized(model)
+    layers, _ = quantized(model, engine="layers")
+    assert report.fused_blocks or not NATIVE
+    # an input in the middle between two of its integers may go either way
+    assert max(errors(layers, fused, pixels).values()) < 0.05
+
+
+@pytest.mark.parametrize("name", other_heads.SPEAKING)
+def test_a_language_model_goes_on_speaking(name):
+    model = build(name)
+    given = {**other_heads.prompts(name), **_pictures_of(model, name)}
+    quantizer = ViTQuantizer(bits=8, method="channel")
+    result = quantizer.quantize_model(model, calibration=other_heads.pictures(name, 8, seed=2))
+    family = family_of(model)
+    for key, parameter in result.named_parameters():
+        if tower_of(key, family) == "text":
+            assert torch.equal(parameter, model.get_parameter(key))
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected, got = (each.generate(**given, **settings) for each in (model, result))
+    assert expected.shape == got.shape
+    assert (expected == got).float().mean() > 0.8
+    assert 0 < compare_models(model, result, given)[0] < 0.01
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2-vl"])
+def test_the_language_model_is_quantized_when_asked_for(name):
+    model = build(name)
+    result, _ = quantized(model, config={"towers": "text"})
+    packed = {key for key, module in result.named_modules() if isinstance(module, PackedLinear)}
+    linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert packed == {key for key in linear if "language_model" in key or key == "lm_head"}
+
+
+def test_a_layer_that_is_never_called_stays_in_float():
+    model = build("torchvision-swin")
+    _, report = quantized(model)
+    reasons = {layer.name: layer.skipped for layer in report.layers if layer.bits is None}
+    assert reasons
+    assert set(reasons.values()) == {UNCALLED}
+    assert all(key.endswith(("attn.qkv", "attn.proj")) for key in reasons)
+
+
+def _pictures_of(model, name):
+    from fairseq.quantization.architectures.forward import picture_inputs
+
+    return picture_inputs(model, other_heads.pictures(name))
