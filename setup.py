@@ -1,4 +1,4 @@
-"""The distribution: `pip install .` for the library, with the extras onnx, plot, training, lora, test, docs and dev.
+"""The distribution: `pip install .`, with the extras onnx, plot, report, training, lora, test, docs and dev.
 
 The native kernels are compiled if there is a C++ compiler; without one everything runs on PyTorch's own operations.
 """
@@ -21,18 +21,19 @@ REQUIREMENTS = [
 
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 PLOT = ["matplotlib>=3.9"]
+REPORT = ["jinja2>=3.1", *PLOT]
 TRAINING = ["accelerate>=1.1"]
 LORA = ["peft>=0.17"]
 TEST = [
     "pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "pytest-xdist>=3.6", "timm>=1.0",
     "open_clip_torch>=2.30", "scipy>=1.13",  # scipy: Mask2Former of transformers
-    *TRAINING, *LORA, *ONNX, *PLOT,
+    *TRAINING, *LORA, *ONNX, *REPORT,
 ]  # fmt: skip
 DOCS = ["sphinx>=8", "furo>=2024.8", "sphinx-copybutton>=0.5"]
 LINT = ["ruff>=0.12", "mypy>=1.16", "pre-commit>=4", "clang-format==23.1.5", "setuptools>=77"]
 # clang-format: each version formats in its own way; setuptools: .ci/sanitize
 EXTRAS = {
-    "onnx": ONNX, "plot": PLOT, "training": TRAINING, "lora": LORA, "test": TEST, "docs": DOCS,
+    "onnx": ONNX, "plot": PLOT, "report": REPORT, "training": TRAINING, "lora": LORA, "test": TEST, "docs": DOCS,
     "dev": [*TEST, *DOCS, *LINT],
 }  # fmt: skip
 
@@ -121,7 +122,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["fairseq", "fairseq.*"]),
-    package_data={"fairseq": ["py.typed"]},
+    package_data={"fairseq": ["py.typed", "quantization/evaluation/page.html"]},
     entry_points={"console_scripts": ["fairseq-vit = fairseq.cli.main:main"]},
     ext_modules=[NATIVE],
     cmdclass={"build_ext": BuildNative},

@@ -1,1 +1,1 @@
-"""The command line ``fairseq-vit``: quantize, distill, compare, evaluate, benchmark, export, inspect."""
+"""The program ``fairseq-vit``: quantize, distill, pareto, compare, evaluate, benchmark, report, export, inspect."""

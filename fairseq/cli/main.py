@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import fairseq
-from fairseq.cli import check, distill, files, pareto, quantize
+from fairseq.cli import check, distill, files, pareto, quantize, report
 from fairseq.cli.output import UserError, first_line
 
 FINE, MISTAKE, STOPPED = 0, 2, 130
@@ -21,6 +21,7 @@ COMMANDS = (
     check.compare,
     check.evaluate,
     check.benchmark,
+    report.report,
     files.export,
     files.inspect,
 )

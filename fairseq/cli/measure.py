@@ -151,8 +151,8 @@ def speed(models: dict[str, Loaded], sizes: list[int], rounds: int, threads: int
         for _ in tqdm(range(rounds), desc=f"Batch {size}", unit="round", leave=False):
             for name, loaded in models.items():
                 time.sleep(PAUSE)
-                _seconds(loaded.model, pixels)  # warms up
-                times[name].append(_seconds(loaded.model, pixels))
+                seconds(loaded.model, pixels)  # warms up
+                times[name].append(seconds(loaded.model, pixels))
         found[size] = {name: _summary(taken, times, size) for name, taken in times.items()}
     weights = {name: _bytes(loaded.model) for name, loaded in models.items()}
     return {"threads": torch.get_num_threads(), "rounds": rounds, "batches": found, "bytes": weights}
@@ -166,7 +166,7 @@ def _summary(taken: list[float], times: dict[str, list[float]], size: int) -> di
     return {"ms": 1000 * middle, "images_per_second": size / middle, "ratio": ratio}
 
 
-def _seconds(model: nn.Module, pixels: Tensor) -> float:
+def seconds(model: nn.Module, pixels: Tensor) -> float:
     """Of one forward."""
     device, dtype = _place(model)
     pixels = pixels.to(device, dtype)

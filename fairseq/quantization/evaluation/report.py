@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fairseq
 from fairseq.quantization.evaluation.layer_report import LayerReport
+from fairseq.quantization.evaluation.page import Page
 from fairseq.quantization.evaluation.report_plot import picture
 from fairseq.quantization.files import write_file
 
@@ -160,6 +162,32 @@ class QuantizationReport:
         writer.writerow(rows[0] if rows else [])
         writer.writerows(row.values() for row in rows)
         write_file(path, text.getvalue().encode())
+
+    def html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page to look at: the table, which can be sorted, and what stayed in float; one file, no network.
+
+        ``fairseq-vit report`` makes one with pictures, times and what each block changes by itself.
+
+        Raises:
+            ImportError: jinja2 is not installed.
+            FileNotFoundError: the folder does not exist.
+        """
+        Page(
+            title="Quantization report",
+            summary=[f"{line}." for line in str(self).splitlines() if line.startswith(("Quantized", "Fused", "Model"))],
+            layers=self.layers,
+            shares=[self.share(layer) for layer in self.layers],
+            kept_in_float=self.kept_in_float,
+            facts=[("fairseq", fairseq.__version__)],
+        ).write(path)
+
+    @property
+    def kept_in_float(self) -> dict[str, list[str]]:
+        """Why layers were left in float -> their names."""
+        found: dict[str, list[str]] = {}
+        for layer in self.skipped:
+            found.setdefault(str(layer.skipped), []).append(layer.name)
+        return found
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the layers, top to bottom: bits as colour, SQNR of weight and output, share of the size.
