@@ -133,7 +133,8 @@ PROBE = """
 window.addEventListener('load', function () {
   var found = {}, table = document.getElementById('table'), buttons = {};
   table.querySelectorAll('th button').forEach(function (b) { buttons[b.textContent] = b; });
-  function names() { return Array.from(table.tBodies[0].rows).map(function (row) { return row.cells[0].textContent; }); }
+  function first(row) { return row.cells[0].textContent; }
+  function names() { return Array.from(table.tBodies[0].rows).map(first); }
   function sorted(title) { buttons[title].click(); return names(); }
   found.size = sorted('size'); found.down = sorted('size');
   found.sqnr = sorted('weight SQNR'); found.layer = sorted('layer'); found.shape = sorted('shape');
