@@ -26,7 +26,7 @@ TRAINING = ["accelerate>=1.1"]
 LORA = ["peft>=0.17"]
 TEST = [
     "pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "pytest-xdist>=3.6", "timm>=1.0",
-    "open_clip_torch>=2.30", "scipy>=1.13",  # scipy: Mask2Former of transformers
+    "open_clip_torch>=2.30", "scipy>=1.13", "nbclient>=0.10", "ipykernel>=6.29",  # scipy: transformers' Mask2Former
     *TRAINING, *LORA, *ONNX, *REPORT,
 ]  # fmt: skip
 DOCS = ["sphinx>=8", "furo>=2024.8", "sphinx-copybutton>=0.5"]
