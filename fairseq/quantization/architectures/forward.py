@@ -87,7 +87,7 @@ def call(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     if not any(inputs.get(name) is not None for name in TEXT):
         if hasattr(model, "get_image_features"):
             return _image_features(model, inputs)
-        if hasattr(model, "encode_image"):  # of OpenCLIP
+        if hasattr(model, "encode_image") and _takes(model, "text"):  # of OpenCLIP
             return {"image_embeds": cast(Any, model).encode_image(inputs["pixel_values"])}
         if _takes(model, "decoder_input_ids"):
             return _named(model.get_submodule("encoder")(**inputs))

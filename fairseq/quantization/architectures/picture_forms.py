@@ -8,7 +8,7 @@ has fewer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +57,19 @@ def in_a_row(pixel_values: Tensor, size: int, form: Form) -> dict[str, Tensor]:
     patches = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6).expand(*[-1] * 6, frames, -1, -1)
     grid = torch.tensor([[1, rows * merge, columns * merge]], device=pixel_values.device).repeat(n, 1)
     return {"pixel_values": patches.reshape(n * rows * merge * columns * merge, -1), "image_grid_thw": grid}
+
+
+def in_batches(inputs: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """Inputs of pictures, ``size`` pictures at a time, in the form in which they are."""
+    grid = inputs.get("image_grid_thw")
+    if grid is None:
+        for start in range(0, len(inputs["pixel_values"]), size):
+            yield {name: x[start : start + size] for name, x in inputs.items()}
+        return
+    ends = grid.prod(1).cumsum(0).tolist()
+    for start in range(0, len(grid), size):
+        rows = slice(ends[start - 1] if start else 0, ends[min(start + size, len(grid)) - 1])
+        yield {"pixel_values": inputs["pixel_values"][rows], "image_grid_thw": grid[start : start + size]}
 
 
 def pictures_of(inputs: Mapping[Any, Any], form: Form) -> list[Tensor] | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.quantization.architectures.forward import class_dimension, output_of, picture_inputs
+from fairseq.quantization.architectures.picture_forms import in_batches
 from fairseq.quantization.architectures.plan import ModelPlan
 from fairseq.quantization.bit_allocation.twins import put, sharing
 
@@ -98,8 +99,7 @@ def batches(model: nn.Module, pixel_values: Tensor, batch_size: int) -> list[dic
     like = next((p for p in model.parameters() if p.is_floating_point()), pixel_values)
     inputs = picture_inputs(model, pixel_values)
     moved = {k: x.to(like.device, like.dtype if x.is_floating_point() else x.dtype) for k, x in inputs.items()}
-    starts = range(0, len(pixel_values), batch_size)
-    return [{k: x[start : start + batch_size] for k, x in moved.items()} for start in starts]
+    return list(in_batches(moved, batch_size))
 
 
 @torch.no_grad()

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq.quantization.architectures.forward import call, class_dimension, evaluating, output_of, picture_inputs
+from fairseq.quantization.architectures.picture_forms import in_batches
 
 EMBEDDINGS = ("image_embeds", "pooler_output", "embedding", "last_hidden_state", "logits")
 """Outputs that describe a picture, the first that there is; of tokens or pixels, their mean."""
 
-PICTURE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "noise")
-"""Inputs of which there is one for each picture."""
+PICTURE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "image_grid_thw", "noise")
+"""Inputs that are of pictures."""
 
 
 class EmbeddingComparison(NamedTuple):
@@ -151,9 +152,9 @@ def embeddings(model: nn.Module, inputs: Tensor | Mapping[str, Any], batch_size:
         raise ValueError("inputs must be a tensor of pixel values or a processor's dict with pixel_values")
     found: list[Tensor] = []
     kind = ""
-    for start in range(0, len(keywords["pixel_values"]), batch_size):
+    for batch in in_batches(keywords, batch_size):
         with evaluating(model), torch.no_grad():
-            output = call(model, {name: x[start : start + batch_size] for name, x in keywords.items()})
+            output = call(model, batch)
         kind = next((name for name in EMBEDDINGS if output.get(name) is not None), "")
         if not kind:
             raise ValueError(

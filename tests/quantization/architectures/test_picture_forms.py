@@ -5,8 +5,8 @@ import pytest
 import torch
 import transformers
 
-from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.quantization.architectures.picture_forms import Form, in_a_row, pictures_of
+from fairseq.models.vit_quantization import ViTQuantizer, compare_embeddings
+from fairseq.quantization.architectures.picture_forms import Form, in_a_row, in_batches, pictures_of
 from fairseq.quantization.calibration.images import pixel_values
 
 MEAN = [0.5, 0.5, 0.5]
@@ -45,6 +45,31 @@ def test_several_pictures_for_each_prompt_without_the_empty_ones():
     pictures[1, 1] = 0
     found = pictures_of({"pixel_values": pictures}, Form())
     assert [any(torch.equal(x, y) for y in pictures.flatten(0, 1)[:3]) for x in found] == [True] * 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_batches_hold_whole_pictures(size):
+    pictures = [torch.randn(1, 3, side, 16) for side in (8, 16, 24, 8, 32)]
+    rows = [in_a_row(picture, 4, QWEN) for picture in pictures]
+    whole = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+    parts = list(in_batches(whole, size))
+    assert [len(part["image_grid_thw"]) for part in parts] == [len(pictures[i : i + size]) for i in range(0, 5, size)]
+    back = [picture for part in parts for picture in pictures_of(part, QWEN)]
+    assert all(torch.equal(a, b[0]) for a, b in zip(back, pictures, strict=True))
+
+
+def test_embeddings_and_widths_of_such_a_model():
+    model = other_heads.build("qwen2-vl")
+    quantized = ViTQuantizer(bits=4, method="channel").quantize_model(model)
+    pictures = other_heads.pictures("qwen2-vl", 8)
+    found = [compare_embeddings(model, quantized, pictures, 3, batch_size) for batch_size in (3, 8)]
+    assert found[0].output == "image_embeds"
+    assert found[0].cosine == pytest.approx(found[1].cosine, abs=1e-4)
+    assert 0.8 < found[0].cosine < 0.9999
+    with pytest.warns(UserWarning, match="calibrating on 8 pictures"):
+        assignment = ViTQuantizer(method="channel").assign_bits(model, pictures, average_bits=5)
+    assert assignment.average_bits <= 5
+    assert {name.split(".")[1] for name in assignment.bits} == {"visual"}
 
 
 def test_patches_that_do_not_go_with_their_grid():
