@@ -1,1 +1,1 @@
-"""The command line ``fairseq-vit``: quantize, distill, compare, evaluate, benchmark, export, inspect."""
+"""The command line ``fairseq-vit``: quantize, distill, compare, evaluate, benchmark, export, inspect, doctor."""
