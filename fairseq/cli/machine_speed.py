@@ -16,7 +16,7 @@ from fairseq.modules.quantization.packed.kernels.choose import TABLE, disagreeme
 
 TOKENS, INPUTS, OUTPUTS = 197, 768, 3072  # fc1 of a ViT-Base, one picture
 SECONDS, COPYING = 5.0, 0.7  # for the products in turns, and for copies of memory
-TURN, PAUSE = 0.04, 0.05  # seconds of a turn, and before it, in which idle threads of the one before stop spinning
+TURN, PAUSE = 0.04, 0.02  # seconds of a turn, and before it, in which idle threads of the one before stop spinning
 BUFFER = 256 * 2**20  # bytes, more than caches hold
 
 Candidates = dict[str, Callable[[], Any]]

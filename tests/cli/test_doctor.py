@@ -1,17 +1,16 @@
 """doctor: what it says of this machine, of kernels that are missing or wrong, and what it advises."""
 
 import copy
+import functools
 import json
 import os
 import platform
 import runpy
-import time
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import setuptools
 import torch
 
 import fairseq
@@ -89,7 +88,7 @@ def test_cores_are_the_affinity_and_the_quota(monkeypatch, tmp_path):
 
 
 def test_extras_are_those_of_the_distribution(monkeypatch):
-    monkeypatch.setattr(setuptools, "setup", lambda **keywords: None)
+    monkeypatch.setattr(pytest.importorskip("setuptools"), "setup", lambda **keywords: None)
     extras = runpy.run_path(str(ROOT / "setup.py"))["EXTRAS"]
     brought = {
         package.partition(">=")[0]: name for name in ("onnx", "plot", "training", "lora") for package in extras[name]
@@ -245,20 +244,28 @@ def test_gpus(monkeypatch, tmp_path):
 
 
 def test_times_and_ratios_are_those_of_the_turns(monkeypatch):
-    """Candidates of known times: 40, 20, 10 and 5 ms. Rounds go on for as long as they are told to."""
-    milliseconds = {"float32": 40, "bfloat16": 20, "8 bits": 10, "4 bits": 5}
-    calls = {name: lambda ms=ms: time.sleep(ms / 1000) for name, ms in milliseconds.items()}
-    for name, value in {"SECONDS": 0.3, "COPYING": 0, "TURN": 0, "PAUSE": 0}.items():
+    """On a clock of its own: a turn's first call is slow, and rounds are 1, 3 and 2 times as slow as the first."""
+    milliseconds, clock, count = {"float32": 40, "bfloat16": 20, "8 bits": 10, "4 bits": 5}, [0.0], [0]
+
+    def call(ms):
+        first, slower = count[0] % 2 == 0, (1, 3, 2)[count[0] // 8]  # two calls of each of four in a round
+        clock[0] += slower * ms / 1000 * (10 if first else 1)
+        count[0] += 1
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr(machine_speed, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=sleep))
+    for name, value in {"SECONDS": 3, "COPYING": 0, "TURN": 0.001}.items():
         monkeypatch.setattr(machine_speed, name, value)
+    calls = {name: functools.partial(call, ms) for name, ms in milliseconds.items()}
     monkeypatch.setattr(machine_speed, "candidates", lambda backend: calls)
-    found = machine_speed.measure(False, 2**26)
-    assert 2 <= found["rounds"] <= 3
+    monkeypatch.setattr(machine_speed, "copy_rate", lambda nbytes, seconds: nbytes)
+    found = machine_speed.measure(False, 2**30)
+    assert (found["rounds"], found["copy_gb_per_second"]) == (3, 2**26 / 1e9)
     for name, ms in milliseconds.items():
-        one = found["products"][name]
-        assert one["ms"] == pytest.approx(ms, rel=0.3, abs=2)
-        assert one["gops"] == pytest.approx(2 * 197 * 768 * 3072 / one["ms"] / 1e6)
-        assert one["to_float32"] == pytest.approx(40 / ms, rel=0.5)
-        assert one["to_bfloat16"] == pytest.approx(20 / ms, rel=0.5)
+        expected = {"ms": 2 * ms, "gops": 2 * 197 * 768 * 3072 / (2 * ms) / 1e6}
+        assert found["products"][name] == pytest.approx(expected | {"to_float32": 40 / ms, "to_bfloat16": 20 / ms})
 
 
 def test_copies_are_read_and_written(monkeypatch):
