@@ -256,7 +256,7 @@ def test_times_and_ratios_are_those_of_the_turns(monkeypatch):
         clock[0] += seconds
 
     monkeypatch.setattr(machine_speed, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=sleep))
-    for name, value in {"SECONDS": 3, "COPYING": 0, "TURN": 0.001}.items():
+    for name, value in {"SECONDS": 4, "COPYING": 0, "TURN": 0.001}.items():
         monkeypatch.setattr(machine_speed, name, value)
     calls = {name: functools.partial(call, ms) for name, ms in milliseconds.items()}
     monkeypatch.setattr(machine_speed, "candidates", lambda backend: calls)
