@@ -10,6 +10,7 @@ from fairseq.cli.options import Json, Quiet
 from fairseq.cli.output import finish, table, with_examples, working
 
 GAIN = 1.05  # times as fast, from which on it is no noise
+BUSY = 0.5  # load for each core, above which threads that wait for one another often wait for other programs
 
 
 class Advice(NamedTuple):
@@ -94,14 +95,17 @@ def _speed(found: dict[str, Any]) -> str:
         )
     if found["measured"] is None:
         return "Nothing needs attention; without --no-measure this says how fast 8 and 4 bits are here."
+    if processor["load"] is not None and processor["load"] > BUSY * processor["cores"]:
+        return (
+            f"Other programs keep this machine busy (load {processor['load']:.1f} on "
+            f"{_count(processor['cores'], 'core')}), so these times say little: measure again when it is idle."
+        )
     eight, four = (found["measured"]["products"][f"{bits} bits"] for bits in (8, 4))
-    busy = (processor["load"] or 0) > processor["cores"]
-    end = "; other programs kept this machine busy, so measure again when it is idle." if busy else "."
     if eight["to_float32"] < GAIN:
-        return f"An 8-bit model will not be faster than float32 here; it will be smaller, a quarter of the size{end}"
+        return "An 8-bit model will not be faster than float32 here; it will be smaller, a quarter of the size."
     return (
         f"8 bits are {eight['to_float32']:.1f} times as fast as float32 here ({eight['to_bfloat16']:.1f} times "
-        f"bfloat16); quantize with bits=8, or with bits=4 for half of the size at {four['to_float32']:.1f} times{end}"
+        f"bfloat16); quantize with bits=8, or with bits=4 for half of the size at {four['to_float32']:.1f} times."
     )
 
 

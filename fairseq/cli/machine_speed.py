@@ -15,15 +15,16 @@ from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
 from fairseq.modules.quantization.packed.kernels.choose import TABLE, disagreement
 
 TOKENS, INPUTS, OUTPUTS = 197, 768, 3072  # fc1 of a ViT-Base, one picture
-SECONDS, COPYING = 5.0, 0.7  # for the products in turns, and for copies of memory
+SECONDS, COPYING = 4.5, 0.5  # for the products in turns, and for copies of memory
 TURN, PAUSE = 0.04, 0.02  # seconds of a turn, and before it, in which idle threads of the one before stop spinning
+CALLS = 3  # of a turn at least, so that one that was interrupted does not count
 BUFFER = 256 * 2**20  # bytes, more than caches hold
 
 Candidates = dict[str, Callable[[], Any]]
 
 
 def measure(native: bool, memory: int | None) -> dict[str, Any]:
-    """Of the CPU, with the threads that PyTorch has now, in about six seconds.
+    """Of the CPU, with the threads that PyTorch has now, in five to six seconds.
 
     Args:
         native: whether the native kernels run.
@@ -71,14 +72,14 @@ def candidates(backend: str) -> Candidates:
 def in_turns(candidates: Candidates, seconds: float) -> dict[str, list[float]]:
     """Seconds of a call of each candidate in each round, as many rounds as begin in ``seconds``, at least one.
 
-    The time of a turn is the median of the calls that begin in it, after one that does not count.
+    The time of a turn is the median of its calls, after one that does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     end = time.perf_counter() + seconds
     while True:
         for name, call in candidates.items():
             time.sleep(PAUSE)
-            times[name].append(_median(call, TURN))
+            times[name].append(statistics.median(_seconds(call, TURN, CALLS)))
         if time.perf_counter() > end:
             return times
 
@@ -87,15 +88,16 @@ def copy_rate(nbytes: int, seconds: float) -> float:
     """Bytes per second that copying a buffer of ``nbytes`` reads and writes together, the median of the copies."""
     source = torch.ones(nbytes // 4, device="cpu", dtype=torch.float32)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _median(lambda: target.copy_(source), seconds)
+    return 2 * source.nbytes / statistics.median(_seconds(lambda: target.copy_(source), seconds, 1))
 
 
-def _median(call: Callable[[], Any], seconds: float) -> float:
+def _seconds(call: Callable[[], Any], seconds: float, least: int) -> list[float]:
+    """What each of the calls takes that begin within ``seconds``, ``least`` at least, after one that does not count."""
     call()
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while not times or time.perf_counter() < end:
+    while len(times) < least or time.perf_counter() < end:
         started = time.perf_counter()
         call()
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return times
