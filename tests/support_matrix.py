@@ -33,6 +33,16 @@ COLUMNS = {
     "torch.export": ("export.test_families", "test_export[{}-torch_export]"),
 }
 """Title -> folder and file, and name, of the test."""
+OTHER_COLUMNS = {
+    "packed": ("architectures.test_other_heads", "test_the_vision_tower_is_quantized_and_nothing_else[{}]"),
+    "calibrated": ("architectures.test_other_heads", "test_it_is_close_and_calibration_brings_it_closer[{}]"),
+    "saved": ("architectures.test_other_heads", "test_it_comes_back_equal[{}]"),
+    "fused": ("architectures.test_other_heads", "test_fused_blocks_give_what_their_layers_do[{}]"),
+    "ONNX": ("export.test_other_heads", "test_export[{}-onnx]"),
+    "TorchScript": ("export.test_other_heads", "test_export[{}-torchscript]"),
+    "torch.export": ("export.test_other_heads", "test_export[{}-torch_export]"),
+}
+"""The same of models with other heads."""
 
 OLDEST = "4.57"
 """Tested with torch 2.9."""

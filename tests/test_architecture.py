@@ -62,6 +62,7 @@ ALLOWED = {
     },
     "quantization/__init__.py": (),
     "models": ("fairseq.quantization", CONTEXT),
+    "cli/machine": ("fairseq.cli", f"{Q}.calibration.precision", PACKED),
     "cli": ("fairseq.cli", "fairseq.models", "fairseq.quantization", f"{PACKED}.packing"),
     "__init__.py": (),
 }

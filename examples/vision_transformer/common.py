@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from fairseq.cli.loading import hub_problem
+from fairseq.cli.machine import processor_name
 from fairseq.cli.output import UserError, first_line, table
 from fairseq.cli.pictures import Reader, batches, labelled_images, pictures_in, read_image
 from fairseq.models.vit_quantization import ViTQuantizer
@@ -163,16 +163,6 @@ def memory() -> dict[str, int]:
     """What this process holds and the most it ever held, in bytes; Linux only, where there is ``PROC``."""
     lines = dict(line.split(":", 1) for line in PROC.read_text().splitlines() if ":" in line)
     return {key: 1024 * int(lines[field].split()[0]) for key, field in (("resident", "VmRSS"), ("peak", "VmHWM"))}
-
-
-def processor_name() -> str:
-    """As the system calls it; on Linux ``platform`` knows no more than the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())
 
 
 def parse_configuration(text: str) -> tuple[int, str]:

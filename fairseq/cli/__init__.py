@@ -1,1 +1,1 @@
-"""The program ``fairseq-vit``: quantize, distill, pareto, compare, evaluate, benchmark, report, export, inspect."""
+"""The program ``fairseq-vit``: a command for each thing that people do with models, and ``doctor`` for the machine."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import fairseq
-from fairseq.cli import check, distill, files, pareto, quantize, report
+from fairseq.cli import check, distill, doctor, files, pareto, quantize, report
 from fairseq.cli.output import UserError, first_line
 
 FINE, MISTAKE, STOPPED = 0, 2, 130
@@ -24,6 +24,7 @@ COMMANDS = (
     report.report,
     files.export,
     files.inspect,
+    doctor.doctor,
 )
 
 app = typer.Typer(
@@ -37,7 +38,7 @@ Examples:
   fairseq-vit inspect vit-int4
 \b
 Results go to stdout, progress and errors to stderr. Exit codes: 0 fine, 1 a check failed (too large a difference,
-nothing quantized), 2 a mistake in the call, 130 stopped by Ctrl-C.""",
+nothing quantized, no kernels), 2 a mistake in the call, 130 stopped by Ctrl-C.""",
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import platform
 import statistics
 import time
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 import fairseq
 from fairseq.cli.loading import Loaded, load, needs_processor
+from fairseq.cli.machine import processor_name
 from fairseq.cli.measure import PAUSE, seconds
 from fairseq.cli.output import Say, UserError, mistakes
 from fairseq.cli.pictures import batches, pictures_in
@@ -118,7 +118,7 @@ def with_facts(page: Page, command: str, machine: str) -> Page:
     return replace(
         page,
         facts=[
-            ("command", command), ("versions", text), ("machine", machine), ("processor", _processor()),
+            ("command", command), ("versions", text), ("machine", machine), ("processor", processor_name()),
             ("threads", str(torch.get_num_threads())),
         ],
     )  # fmt: skip
@@ -246,12 +246,3 @@ def _paths(folder: Path) -> list[Path]:
 
 def _bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -19,7 +19,18 @@ NAMES = [command.__name__ for command in COMMANDS]
 
 
 def test_there_are_the_commands_that_were_promised():
-    assert set(NAMES) == {"quantize", "compare", "evaluate", "benchmark", "export", "inspect", "distill", "pareto"}
+    assert set(NAMES) == {
+        "quantize",
+        "compare",
+        "evaluate",
+        "benchmark",
+        "export",
+        "inspect",
+        "distill",
+        "pareto",
+        "doctor",
+        "report",
+    }
 
 
 @pytest.mark.parametrize("words", [[], *([name] for name in NAMES)], ids=lambda words: " ".join(words) or "top")

@@ -17,7 +17,7 @@ def multiplies_in_half(model: nn.Module) -> bool:
     Hidden states between blocks stay float32. What 4-bit weights change is some twenty times as large.
     """
     like = where(model)
-    if like.dtype != torch.float32 or not _has_bfloat16(like.device):
+    if like.dtype != torch.float32 or not has_bfloat16(like.device):
         return False
     return max((m.in_features for m in model.modules() if isinstance(m, nn.Linear)), default=0) >= WIDE
 
@@ -34,7 +34,8 @@ def where(model: nn.Module) -> Tensor:
     return next(p for p in model.parameters() if p.is_floating_point() and p.numel())
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU, or an x86 processor, multiplies in bfloat16 in hardware; False for every other processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

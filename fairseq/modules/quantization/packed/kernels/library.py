@@ -36,23 +36,40 @@ def load() -> ctypes.CDLL | None:
 
     torch's OpenMP is in the process by then, and the loader takes it for this library, too: one pool of threads.
     """
-    chosen = os.environ.get(LIBRARY)
-    file = Path(chosen) if chosen else Path(__file__).with_name("_native" + sysconfig.get_config_var("EXT_SUFFIX"))
     try:
-        loaded = ctypes.CDLL(str(file))
-        for name, arguments in SIGNATURES.items():
-            function = getattr(loaded, name)
-            function.argtypes, function.restype = arguments, c_int
-        loaded.fairseq_level_name.restype = c_char_p
-        kinds = (Linear, Block, Call, Patches, IntegerBlock, IntegerModel)
-        if [loaded.fairseq_size(i) for i in range(len(kinds))] != [ctypes.sizeof(kind) for kind in kinds]:
-            raise OSError(f"{file} was built from another version of its sources; reinstall fairseq")
+        return _open()
     except (OSError, AttributeError) as error:
-        if chosen:
+        if os.environ.get(LIBRARY):
             raise
-        if file.exists():
+        if _file().exists():
             warnings.warn(f"the native kernels do not load: {error}", stacklevel=2)
         return None
+
+
+def reason_not_loaded() -> str | None:
+    """Why there is no compiled library here: :data:`NOT_BUILT`, or what loading it says; None if there is one."""
+    try:
+        _open()
+    except (OSError, AttributeError) as error:
+        return f"they do not load: {error}" if os.environ.get(LIBRARY) or _file().exists() else NOT_BUILT
+    return None
+
+
+def _file() -> Path:
+    chosen = os.environ.get(LIBRARY)
+    return Path(chosen) if chosen else Path(__file__).with_name("_native" + sysconfig.get_config_var("EXT_SUFFIX"))
+
+
+def _open() -> ctypes.CDLL:
+    file = _file()
+    loaded = ctypes.CDLL(str(file))
+    for name, arguments in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, c_int
+    loaded.fairseq_level_name.restype = c_char_p
+    kinds = (Linear, Block, Call, Patches, IntegerBlock, IntegerModel)
+    if [loaded.fairseq_size(i) for i in range(len(kinds))] != [ctypes.sizeof(kind) for kind in kinds]:
+        raise OSError(f"{file} was built from another version of its sources; reinstall fairseq")
     return loaded
 
 

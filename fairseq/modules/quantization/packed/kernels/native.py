@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -27,14 +28,37 @@ def level_names() -> tuple[str, ...]:
     return tuple(names)
 
 
+class Level(NamedTuple):
+    """An instruction set of the library.
+
+    Attributes:
+        name: as ``FAIRSEQ_QUANTIZATION_LEVEL`` takes it.
+        runs_here: whether this processor has it, and the operating system allows it.
+        problem: how it differs from the reference on small cases; None where it agrees, or does not run.
+    """
+
+    name: str
+    runs_here: bool
+    problem: str | None
+
+
+def check_levels() -> tuple[Level, ...]:
+    """The instruction sets that the library was compiled for, the slowest first, each checked; empty without it."""
+    found = []
+    for number, name in enumerate(level_names()):
+        here = bool(library.loaded().fairseq_supports(number))
+        found.append(Level(name, here, functional.aside(_disagreement, number) if here else None))
+    return tuple(found)
+
+
 @functools.cache
 def levels() -> tuple[str, ...]:
     """The instruction sets that run here and agree with the reference, the slowest first; empty without the library."""
-    here = [level for level in range(len(level_names())) if library.loaded().fairseq_supports(level)]
-    wrong = {level: problem for level in here if (problem := functional.aside(_disagreement, level))}
-    for level, problem in wrong.items():
-        warnings.warn(f"the native kernels for {level_names()[level]} are not used: {problem}", stacklevel=2)
-    return tuple(level_names()[level] for level in here if level not in wrong)
+    here = [level for level in check_levels() if level.runs_here]
+    for level in here:
+        if level.problem:
+            warnings.warn(f"the native kernels for {level.name} are not used: {level.problem}", stacklevel=2)
+    return tuple(level.name for level in here if not level.problem)
 
 
 @functools.cache

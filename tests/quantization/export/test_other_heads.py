@@ -1,0 +1,42 @@
+"""Models with other heads as files: one each time, all with ``pytest -m matrix``; not language models."""
+
+import other_heads
+import pytest
+from quantization.export.test_families import run_here
+
+from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.quantization.export import export as exporting
+from fairseq.quantization.export import verify
+
+FORMS = ("onnx", "torch_export", "torchscript")
+NAMES = [name for name in other_heads.NAMES if name not in other_heads.SPEAKING and name != "owl-vit"]
+QUICK = {("yolos", "torchscript")}
+REFUSED = {}
+"""(architecture, format) -> what the error says."""
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(name, form, marks=[] if (name, form) in QUICK else pytest.mark.matrix, id=f"{name}-{form}")
+        for name in NAMES
+        for form in FORMS
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_export(name, form, tmp_path, monkeypatch):
+    for package in {"mask2former": ["scipy"], "open-clip": ["open_clip"]}.get(name, []):
+        pytest.importorskip(package)
+    monkeypatch.setattr(verify, "run_elsewhere", run_here)
+    quantized = ViTQuantizer(bits=8, method="channel").quantize_model(other_heads.build(name))
+    path = tmp_path / f"model{exporting.FORMATS[form]}"
+    refused = REFUSED.get((name, form))
+    if refused:
+        with pytest.raises(RuntimeError, match=refused):
+            ViTQuantizer.export(quantized, path, form, other_heads.pictures(name, 2))
+        assert not list(tmp_path.iterdir())
+        return
+    report = ViTQuantizer.export(quantized, path, form, other_heads.pictures(name, 2))
+    assert report.integer_weights >= 6
+    assert report.mean_difference < report.tolerance
+    assert report.bytes == path.stat().st_size
