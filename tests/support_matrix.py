@@ -1,6 +1,6 @@
 r"""Makes docs/support.rst from what the tests of every family said on two versions of transformers.
 
-    pytest tests/quantization -m "matrix or not matrix" -k "families or checkpoint or huggingface" \
+    pytest tests/quantization -m "matrix or not matrix" -k "families or other_heads or checkpoint or huggingface" \
         --junitxml=build/support-5.23.xml
     PYTHONPATH=tests python tests/support_matrix.py 4.57=build/support-4.57.xml 5.23=build/support-5.23.xml
 
@@ -15,7 +15,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from families import BUILDERS
+from other_heads import KINDS
 from quantization.export.test_families import REFUSED, REFUSED_BY_TORCH_2_9
+from quantization.export.test_other_heads import NAMES as EXPORTED
+from quantization.export.test_other_heads import REFUSED as REFUSED_OTHERS
 
 from fairseq.quantization.export.export import FORMATS
 
@@ -46,7 +49,7 @@ OTHER_COLUMNS = {
 
 OLDEST = "4.57"
 """Tested with torch 2.9."""
-NOT_BY_TORCH_2_9, NO_FOLDER, NO_FILE = "✓¹", "no²", "no³"
+NOT_BY_TORCH_2_9, NO_FOLDER, NO_FILE, BY_LAYERS, NO_TEXT, NO_EXPORTER = "✓¹", "no²", "no³", "no⁴", "no⁵", "no⁶"
 
 HEAD = """Support matrix
 ==============
@@ -79,6 +82,26 @@ What a tick says:
 """
 
 
+OTHERS = """
+Models with other heads
+-----------------------
+
+.. table::
+   :class: compact
+
+"""
+OTHER_NOTES = """
+⁴ Blocks of another kind, which run layer by layer on the native kernels.
+
+⁵ It reads text, which no file does: take its vision tower.
+
+⁶ PyTorch's exporter fails on it.
+
+- *saved*: in one file and, of models of HuggingFace, in a folder, and loaded with equal outputs, to the bit.
+- *fused*: blocks run as one native call each, and give what their layers do.
+"""
+
+
 def outcomes(path: str) -> dict[tuple[str, str], str]:
     """(folder and file, test) -> "passed", "skipped" or "failed", from a JUnit file of pytest."""
     found = {}
@@ -105,6 +128,23 @@ def cell(column: str, family: str, results: dict[str, dict[tuple[str, str], str]
     return NOT_BY_TORCH_2_9 if late else "✓"
 
 
+def other_cell(column: str, name: str, results: dict[str, dict[tuple[str, str], str]]) -> str:
+    """The same of a model with another head."""
+    file, test = OTHER_COLUMNS[column]
+    if column == "fused" and not KINDS[name].fused:
+        return BY_LAYERS
+    form = test.rpartition("-")[2].removesuffix("]")
+    if "test_export" in test and name not in EXPORTED:
+        return NO_TEXT
+    if (name, form) in REFUSED_OTHERS:
+        return NO_EXPORTER
+    for version, result in results.items():
+        outcome = result.get((file, test.format(name)), "not run")
+        if outcome != "passed":
+            raise SystemExit(f"{file}::{test.format(name)} on transformers {version}: {outcome}")
+    return "✓"
+
+
 def simple_table(rows: list[list[str]]) -> str:
     """Rows of cells, the first of titles, as the content of a table directive of reStructuredText."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -118,9 +158,14 @@ def main(arguments: list[str]) -> None:
     for version, _, path in (argument.partition("=") for argument in arguments):
         results.setdefault(version, {}).update(outcomes(path))  # a later file of a version wins
     rows = [["family", *COLUMNS], *([family, *(cell(c, family, results) for c in COLUMNS)] for family in BUILDERS)]
+    others = [
+        ["model", *OTHER_COLUMNS],
+        *([name, *(other_cell(c, name, results) for c in OTHER_COLUMNS)] for name in KINDS),
+    ]
     head = HEAD.format(versions=" and ".join(results), oldest=OLDEST)
-    PAGE.write_text(head + simple_table(rows) + NOTES, encoding="utf-8")
-    print(f"{PAGE.name}: {len(rows) - 1} families, {len(COLUMNS)} columns")
+    text = head + simple_table(rows) + NOTES + OTHERS + simple_table(others) + OTHER_NOTES
+    PAGE.write_text(text, encoding="utf-8")
+    print(f"{PAGE.name}: {len(rows) - 1} families, {len(COLUMNS)} columns; {len(others) - 1} other models")
 
 
 if __name__ == "__main__":
