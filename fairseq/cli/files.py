@@ -10,11 +10,12 @@ import typer
 from fairseq.cli.options import Json, Quiet
 from fairseq.cli.output import UserError, finish, mistakes, with_examples, working
 
-FORMATS = {".onnx": "onnx", ".pt": "torchscript", ".pt2": "torch_export", ".bin": "c"}
+FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt": "torchscript", ".pt2": "torch_export", ".bin": "c"}
 
 
 @with_examples(
     "export vit-int8 vit-int8.onnx --ops standard --external-data",
+    "export vit-int8 vit-int8.xml --format openvino",
     "export vit-int8 vit-int8.pt2 --format torch_export",
     "export vit-integer model.bin",
 )
@@ -23,7 +24,9 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The file; its suffix tells the format.")],
     format: Annotated[
         str | None,
-        typer.Option(metavar="onnx|torchscript|torch_export|c", help="By default from .onnx, .pt, .pt2 or .bin."),
+        typer.Option(
+            metavar="onnx|openvino|torchscript|torch_export|c", help="By default from .onnx, .xml, .pt, .pt2 or .bin."
+        ),
     ] = None,
     ops: Annotated[
         str, typer.Option(metavar="onnxruntime|standard", help="standard: operators of ONNX alone.")

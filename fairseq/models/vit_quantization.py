@@ -463,8 +463,8 @@ class ViTQuantizer:
 
         Args:
             model: what ``quantize_model`` returned, on the CPU; it is not changed.
-            path: ending in .onnx, .pt, .pt2 or .bin.
-            format: "onnx", "torchscript", "torch_export" or, of an integer-only model, "c".
+            path: ending in .onnx, .xml (of OpenVINO, with its .bin beside it), .pt, .pt2 or .bin.
+            format: "onnx", "openvino", "torchscript", "torch_export" or, of an integer-only model, "c".
             sample: a processor's output or pixel values, for verification; None for noise.
             external_data: keep the weights of an ONNX file in a second one; None for only where they exceed 2 GB.
             onnx_ops: "standard" for operators of ONNX alone, "onnxruntime" for what is fastest there.
@@ -473,7 +473,7 @@ class ViTQuantizer:
         Raises:
             TypeError, ValueError: not a packed model on the CPU, an unknown format, a suffix that does not fit it.
             FileNotFoundError: the folder does not exist.
-            ImportError: ``pip install "fairseq[onnx]"`` is needed.
+            ImportError: ``pip install "fairseq[onnx]"``, or ``"fairseq[openvino]"``, is needed.
             RuntimeError: the file does not run, gives other outputs, or holds float weights; nothing is left.
         """
         return export(model, path, format, sample, external_data=external_data, onnx_ops=onnx_ops, pixels=pixels)

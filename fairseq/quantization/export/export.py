@@ -1,4 +1,4 @@
-"""export: a quantized model as a file for ONNX, TorchScript or torch.export that is verified before it is there."""
+"""export: a quantized model as a file of ONNX, OpenVINO, TorchScript or torch.export, verified before it is there."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ from fairseq.quantization.export.integer import sample_inputs, verify_integers, 
 from fairseq.quantization.export.integer_c import write_c
 from fairseq.quantization.export.integer_graph import INPUTS
 from fairseq.quantization.export.onnx_graph import ONNX_OPS, onnx_model
+from fairseq.quantization.export.openvino_ir import write_openvino
 from fairseq.quantization.export.verify import verify
 from fairseq.quantization.export.written import any_batch, save_onnx
 from fairseq.quantization.integer_only.layers import IntegerLinear
 from fairseq.quantization.integer_only.model import IntegerViT
 
-FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "torch_export": ".pt2", "c": ".bin"}
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".pt", "torch_export": ".pt2", "c": ".bin"}
+
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+NAMES = {"onnx": "ONNX", "openvino": "OpenVINO"}
 
 
 class Positional(nn.Module):
@@ -64,9 +68,9 @@ def export(
 
     Args:
         model: what ``quantize_model`` returned with ``execution="packed"``, on the CPU; it is not changed.
-        path: with the suffix .onnx, .pt, .pt2 or .bin.
-        format: "onnx", "torchscript" or "torch_export"; or "c", of an integer-only model, for the program in
-            ``examples/vision_transformer/integer_c``, with a header beside it.
+        path: with the suffix .onnx, .xml, .pt, .pt2 or .bin. Beside an .xml lies its .bin.
+        format: "onnx", "openvino", "torchscript" or "torch_export"; or "c", of an integer-only model, for the program
+            in ``examples/vision_transformer/integer_c``, with a header beside it.
         sample: what a processor returned, a mapping of names to tensors or a tensor of pixel values, batch first; None
             for noise of the size that the model's configuration names.
         external_data: whether the weights of an ONNX file lie in a second one, ``path`` with .data added; None for
@@ -80,7 +84,8 @@ def export(
         TypeError: not a module, or a sample that is none.
         ValueError: an unknown format or suffix; the model is not packed, or not on the CPU; ``pixels`` of a packed one.
         FileNotFoundError: the folder does not exist.
-        ImportError: onnx, onnxscript or onnxruntime is missing ("onnx" only).
+        ImportError: onnx, onnxscript or onnxruntime is missing ("onnx" only), or openvino, onnx or onnxscript
+            ("openvino" only).
         RuntimeError: the file does not run, gives other numbers, or holds float weights; it was not kept.
     """
     path = Path(path)
@@ -170,14 +175,22 @@ def _check(model: nn.Module, path: Path, format: str, external_data: bool | None
     if format == "c" and not isinstance(model, IntegerViT):
         raise ValueError(f"format 'c' is for integer-only models, arithmetic='integer', not {type(model).__name__}")
     functions = model.blocks[0].attention.functions if isinstance(model, IntegerViT) else "default"  # type: ignore[union-attr]
+    if format == "openvino" and isinstance(model, IntegerViT):
+        raise ValueError(
+            "OpenVINO multiplies wide integers in float32, so format 'openvino' has no integer-only models; onnx, "
+            "torchscript, torch_export and c have"
+        )
     if format in ("onnx", "c") and functions != "default":
         raise ValueError(f"format {format!r} has no functions={functions!r}; torchscript and torch_export have")
-    if format == "onnx":
-        for package in ("onnx", *(["onnxscript"] if not isinstance(model, IntegerViT) else []), "onnxruntime"):
-            try:
-                importlib.import_module(package)
-            except ImportError as error:
-                raise ImportError(f'exporting to ONNX needs {package}: pip install "fairseq[onnx]"') from error
+    for package in PACKAGES.get(format, ()):
+        if package == "onnxscript" and isinstance(model, IntegerViT):
+            continue
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(
+                f'exporting to {NAMES[format]} needs {package}: pip install "fairseq[{format}]"'
+            ) from error
 
 
 def _inputs(model: nn.Module, sample: Any) -> dict[str, Tensor]:
@@ -223,6 +236,8 @@ def _write(
         torch.jit.trace(wrapper, tuple(inputs.values()), check_trace=False).save(str(file))
     elif format == "torch_export":
         torch.export.save(torch.export.export(wrapper, tuple(inputs.values()), dynamic_shapes=shapes), str(file))
+    elif format == "openvino":
+        write_openvino(onnx_model(wrapper, inputs, wrapper.outputs, shapes, "openvino"), file)  # type: ignore[arg-type]
     else:
         proto = onnx_model(wrapper, inputs, wrapper.outputs, shapes, ops)  # type: ignore[arg-type]
         save_onnx(proto, file, external)

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.quantization.export.export_report import ExportReport
+from fairseq.quantization.export.openvino_ir import openvino_tensors
 
 INTEGER_OPS = (
     "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QuantizeLinear", "DequantizeLinear",
+    "FakeQuantize",
 )  # fmt: skip
 PERTURBATION = 1e-4
 """Of the inputs, relative to their largest value: rounding turns it into the difference that another runtime makes."""
@@ -38,6 +40,10 @@ if form == "onnx":
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     run = lambda inputs: session.run(None, dict(zip(names, inputs)))
+elif form == "openvino":
+    import openvino
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    run = lambda inputs: list(compiled(dict(zip(names, inputs))).values())
 else:
     import torch
     model = torch.jit.load(path) if form == "torchscript" else torch.export.load(path).module()
@@ -58,8 +64,8 @@ def verify(wrapper: Any, inputs: dict[str, Tensor], file: Path, format: str) -> 
     Args:
         wrapper: the :class:`~fairseq.quantization.export.export.Positional` that was exported.
         inputs: what it was exported with, the batch first.
-        file: alone in its folder, but for external data; the report names it as if it lay one folder higher.
-        format: "onnx", "torchscript" or "torch_export".
+        file: alone in its folder, but for that of its constants; the report names it as if it lay one folder higher.
+        format: "onnx", "openvino", "torchscript" or "torch_export".
 
     Raises:
         RuntimeError: it does not run, or it is not what the model is: other numbers, or float weights.
@@ -174,6 +180,8 @@ def tensors_of(
     """What an exported file holds: integers by name (type, shape, bytes), float tensors by name, and its operators."""
     if form == "onnx":
         return _onnx_tensors(path)
+    if form == "openvino":
+        return openvino_tensors(path)
     if form == "torchscript":
         loaded = torch.jit.load(str(path))
         operators = Counter(node.kind() for node in loaded.inlined_graph.nodes())
