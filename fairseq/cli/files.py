@@ -16,7 +16,7 @@ FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt": "torchscript", ".pt2": "t
 @with_examples(
     "export vit-int8 vit-int8.onnx --ops standard --external-data",
     "export vit-int8 vit-int8.xml --format openvino",
-    "export vit-int8 vit-int8.pt2 --format torch_export",
+    "export vit-int8 vit-int8.pt2 --format torch_export --free-size",
     "export vit-integer model.bin",
 )
 def export(
@@ -41,6 +41,9 @@ def export(
             help="What the file of an integer-only model takes: pixels, or values to round first.  [default: uint8]",
         ),
     ] = None,
+    free_size: Annotated[
+        bool, typer.Option("--free-size", help="Take pictures of any height and width, in whole patches.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
@@ -63,8 +66,9 @@ def export(
         say(f"Exporting {output}" + (", and verifying it in another process" if form != "c" else ""))
         with mistakes(ValueError, OSError, ImportError):
             report = ViTQuantizer.export(
-                loaded.model, output, form, external_data=external_data or None, onnx_ops=ops, pixels=pixels
-            )
+                loaded.model, output, form,
+                external_data=external_data or None, onnx_ops=ops, pixels=pixels, free_size=free_size,
+            )  # fmt: skip
     return finish({"model": model, **report.to_dict()}, str(report), as_json)
 
 
