@@ -35,6 +35,7 @@ FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".pt", "torch_exp
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 FREE_SIZE = ("onnx", "openvino", "torch_export")
+OLDEST_FREE_SIZE = "2.10"
 NAMES = {"onnx": "ONNX", "openvino": "OpenVINO"}
 
 
@@ -98,7 +99,7 @@ def export(
     Raises:
         TypeError: not a module, or a sample that is none.
         ValueError: an unknown format or suffix; the model is not packed, or not on the CPU; ``pixels`` of a packed one;
-            ``free_size`` of a model that takes pictures of one size only, or for a format without it.
+            ``free_size`` of a model that takes pictures of one size only, or for a format or a torch without it.
         FileNotFoundError: the folder does not exist.
         ImportError: onnx, onnxscript or onnxruntime is missing ("onnx" only), or openvino, onnx or onnxscript
             ("openvino" only).
@@ -130,7 +131,7 @@ def export(
         others = other_sizes(wrapper, portable, inputs) if free_size else []
         with _in_place(path) as file:
             with _errors_of_writers(model, format), always_resized(portable) if free_size else nullcontext():
-                _write(wrapper, inputs, file, format, external_data, onnx_ops, shapes)
+                _write(wrapper, inputs, file, format, external_data, onnx_ops, shapes, free_size)
             return verify(wrapper, inputs, file, format, others)
 
 
@@ -181,6 +182,10 @@ def _check(
         raise ValueError(f"external_data is for format 'onnx' only, got {format!r}")
     if free_size and format not in FREE_SIZE:
         raise ValueError(f"free_size is for the formats {', '.join(map(repr, FREE_SIZE))}, got {format!r}")
+    if free_size and torch.__version__ < OLDEST_FREE_SIZE:
+        raise ValueError(
+            f"free_size needs torch {OLDEST_FREE_SIZE} or later, whose exporter can; got {torch.__version__}"
+        )
     if free_size and isinstance(model, IntegerViT):
         raise ValueError("free_size is not for integer-only models: their position embeddings are of one size")
     if not any(isinstance(module, PackedLinear | IntegerLinear) for module in model.modules()):
@@ -262,15 +267,16 @@ def _write(
     external: bool | None,
     ops: str,
     free: Sequence[Any],
+    strict: bool,
 ) -> None:
-    """``free``: the free dimensions of each input, as ``torch.export`` takes them."""
+    """``free``: the free dimensions of each input, as ``torch.export`` takes them; if ``strict``, all or none."""
     shapes = (tuple(free),)
     if format == "torchscript":
         torch.jit.trace(wrapper, tuple(inputs.values()), check_trace=False).save(str(file))
     elif format == "torch_export":
         torch.export.save(torch.export.export(wrapper, tuple(inputs.values()), dynamic_shapes=shapes), str(file))
     elif format == "openvino":
-        write_openvino(onnx_model(wrapper, inputs, wrapper.outputs, shapes, "openvino"), file)
+        write_openvino(onnx_model(wrapper, inputs, wrapper.outputs, shapes, "openvino", strict), file)
     else:
-        proto = onnx_model(wrapper, inputs, wrapper.outputs, shapes, ops)
+        proto = onnx_model(wrapper, inputs, wrapper.outputs, shapes, ops, strict)
         save_onnx(proto, file, external)

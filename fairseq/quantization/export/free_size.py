@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +30,17 @@ def free_shapes(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, dict[i
     """The free dimensions of each input, for torch.export: the batch, and height and width of the pictures.
 
     Raises:
-        ValueError: the size of a patch is unknown, or the pictures are not of two whole patches or more.
+        ValueError: the size of a patch is unknown, the pictures are not of two whole patches or more, or the windows
+            of the model depend on them.
     """
     shapes = {name: {0: any_batch()} for name in inputs}
     pictures = inputs.get("pixel_values")
     if pictures is None or pictures.ndim != 4:
         raise ValueError("free_size is for models that are called with pixel_values of shape (batch, channels, H, W)")
+    if any(hasattr(part, "set_shift_and_window_size") for part in model.modules()):
+        raise ValueError(
+            f"free_size: {type(model).__name__} chooses its windows by the size of the pictures, which no file can"
+        )
     for i, name in ((2, "height"), (3, "width")):
         patch, size = patch_size(model)[i - 2], pictures.shape[i]
         if size % patch or size < 2 * patch:
@@ -85,17 +92,28 @@ def always_resized(model: nn.Module) -> Iterator[None]:
     """Inside, transformers' position embeddings are also resized to the size that they have, to the same values.
 
     The methods leave that out, by a comparison that would fix the size in a file. They compare the number of the
-    embeddings that they get; so here they get none, and only their width counts.
+    embeddings that they get; so here they get none, and only their width counts. And ``torch_int``, which some of them
+    call, leaves sizes without a value as they are.
     """
     parts = [part for part in model.modules() if callable(getattr(type(part), FLAG, None))]
     kinds = [type(part) for part in parts]
+    files = [sys.modules[name] for name in {kind.__module__ for kind in kinds}]
+    calls = [(file, file.torch_int) for file in files if hasattr(file, "torch_int")]
     try:
         for part, kind in zip(parts, kinds):
             part.__class__ = _resizing(kind)
+        for file, to_int in calls:
+            vars(file)["torch_int"] = partial(_sizes_as_they_are, to_int)
         yield
     finally:
         for part, kind in zip(parts, kinds):
             part.__class__ = kind
+        for file, to_int in calls:
+            vars(file)["torch_int"] = to_int
+
+
+def _sizes_as_they_are(to_int: Callable[[Any], Any], x: Any) -> Any:
+    return x if isinstance(x, torch.SymInt) else to_int(x)
 
 
 def _resizing(kind: type[nn.Module]) -> type[nn.Module]:
