@@ -15,8 +15,7 @@ FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt": "torchscript", ".pt2": "t
 
 @with_examples(
     "export vit-int8 vit-int8.onnx --ops standard --external-data",
-    "export vit-int8 vit-int8.xml --format openvino",
-    "export vit-int8 vit-int8.pt2 --format torch_export --free-size",
+    "export vit-int8 vit-int8.xml --format openvino --free-size",
     "export vit-integer model.bin",
 )
 def export(
