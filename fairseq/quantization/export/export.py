@@ -131,7 +131,7 @@ def export(
         others = other_sizes(wrapper, portable, inputs) if free_size else []
         with _in_place(path) as file:
             with _errors_of_writers(model, format), always_resized(portable) if free_size else nullcontext():
-                _write(wrapper, inputs, file, format, external_data, onnx_ops, shapes, free_size)
+                _write(wrapper, inputs, file, format, external_data, onnx_ops, shapes)
             return verify(wrapper, inputs, file, format, others)
 
 
@@ -267,16 +267,15 @@ def _write(
     external: bool | None,
     ops: str,
     free: Sequence[Any],
-    strict: bool,
 ) -> None:
-    """``free``: the free dimensions of each input, as ``torch.export`` takes them; if ``strict``, all or none."""
+    """``free``: the free dimensions of each input, as ``torch.export`` takes them."""
     shapes = (tuple(free),)
     if format == "torchscript":
         torch.jit.trace(wrapper, tuple(inputs.values()), check_trace=False).save(str(file))
     elif format == "torch_export":
         torch.export.save(torch.export.export(wrapper, tuple(inputs.values()), dynamic_shapes=shapes), str(file))
     elif format == "openvino":
-        write_openvino(onnx_model(wrapper, inputs, wrapper.outputs, shapes, "openvino", strict), file)
+        write_openvino(onnx_model(wrapper, inputs, wrapper.outputs, shapes, "openvino"), file)
     else:
-        proto = onnx_model(wrapper, inputs, wrapper.outputs, shapes, ops, strict)
+        proto = onnx_model(wrapper, inputs, wrapper.outputs, shapes, ops)
         save_onnx(proto, file, external)

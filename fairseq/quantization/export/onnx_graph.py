@@ -59,12 +59,7 @@ def has_rounding_node(layer: PackedLinear) -> bool:
 
 
 def onnx_model(
-    wrapper: nn.Module,
-    inputs: dict[str, Tensor],
-    outputs: list[str],
-    dynamic_shapes: Any,
-    ops: str = "onnxruntime",
-    strict_shapes: bool = False,
+    wrapper: nn.Module, inputs: dict[str, Tensor], outputs: list[str], dynamic_shapes: Any, ops: str = "onnxruntime"
 ) -> Any:
     """The ONNX model of a portable packed model.
 
@@ -75,7 +70,6 @@ def onnx_model(
         dynamic_shapes: as ``torch.export`` takes them.
         ops: "standard" uses operators of ONNX only; "onnxruntime" also those that onnxruntime adds; "openvino" those
             of ONNX, in the forms that OpenVINO leaves as integers.
-        strict_shapes: fail where a model cannot have the free dimensions; PyTorch's exporter would fix them.
     """
     wrapper = copy.deepcopy(wrapper)
     layers: list[PackedLinear] = []
@@ -88,11 +82,8 @@ def onnx_model(
             layers.append(layer)
             names.append(name.removeprefix("model."))
     with fast_attention(wrapper) if ops == "onnxruntime" else contextlib.nullcontext():
-        model: Any = wrapper
-        if strict_shapes:
-            model = torch.export.export(wrapper, tuple(inputs.values()), dynamic_shapes=dynamic_shapes)
         program = torch.onnx.export(
-            model, tuple(inputs.values()), dynamo=True, dynamic_shapes=dynamic_shapes, opset_version=OPSET,
+            wrapper, tuple(inputs.values()), dynamo=True, dynamic_shapes=dynamic_shapes, opset_version=OPSET,
             input_names=list(inputs), output_names=outputs, verbose=False,
         )  # fmt: skip
     assert program is not None

@@ -19,6 +19,7 @@ REFUSED_BY_TORCH_2_9 = {
     ("vit-masked", "onnx"), ("swinv2", "onnx"), ("siglip-vision", "onnx"),
     ("siglip", "onnx"), ("siglip-classifier", "onnx"), ("swin", "onnx"),
 }  # fmt: skip
+REFUSED_BY_TORCH_2_9 |= {(name, "openvino") for name, form in REFUSED_BY_TORCH_2_9 if form == "onnx"}
 """Its exporter wants another range of batch sizes, or loses a guard."""
 
 
