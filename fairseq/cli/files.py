@@ -10,12 +10,12 @@ import typer
 from fairseq.cli.options import Json, Quiet
 from fairseq.cli.output import UserError, finish, mistakes, with_examples, working
 
-FORMATS = {".onnx": "onnx", ".pt": "torchscript", ".pt2": "torch_export", ".bin": "c"}
+FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt": "torchscript", ".pt2": "torch_export", ".bin": "c"}
 
 
 @with_examples(
     "export vit-int8 vit-int8.onnx --ops standard --external-data",
-    "export vit-int8 vit-int8.pt2 --format torch_export",
+    "export vit-int8 vit-int8.xml --format openvino --free-size",
     "export vit-integer model.bin",
 )
 def export(
@@ -23,7 +23,9 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The file; its suffix tells the format.")],
     format: Annotated[
         str | None,
-        typer.Option(metavar="onnx|torchscript|torch_export|c", help="By default from .onnx, .pt, .pt2 or .bin."),
+        typer.Option(
+            metavar="onnx|openvino|torchscript|torch_export|c", help="By default from .onnx, .xml, .pt, .pt2 or .bin."
+        ),
     ] = None,
     ops: Annotated[
         str, typer.Option(metavar="onnxruntime|standard", help="standard: operators of ONNX alone.")
@@ -38,6 +40,9 @@ def export(
             help="What the file of an integer-only model takes: pixels, or values to round first.  [default: uint8]",
         ),
     ] = None,
+    free_size: Annotated[
+        bool, typer.Option("--free-size", help="Take pictures of any height and width, in whole patches.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
@@ -60,8 +65,9 @@ def export(
         say(f"Exporting {output}" + (", and verifying it in another process" if form != "c" else ""))
         with mistakes(ValueError, OSError, ImportError):
             report = ViTQuantizer.export(
-                loaded.model, output, form, external_data=external_data or None, onnx_ops=ops, pixels=pixels
-            )
+                loaded.model, output, form,
+                external_data=external_data or None, onnx_ops=ops, pixels=pixels, free_size=free_size,
+            )  # fmt: skip
     return finish({"model": model, **report.to_dict()}, str(report), as_json)
 
 

@@ -22,8 +22,8 @@ from fairseq.quantization.calibration.precision import has_bfloat16
 
 NEEDED = ("torchvision", "transformers", "numpy", "safetensors")
 OPTIONAL = {
-    "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "matplotlib": "plot", "jinja2": "report",
-    "accelerate": "training", "peft": "lora", "timm": None, "triton": None,
+    "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino", "matplotlib": "plot",
+    "jinja2": "report", "accelerate": "training", "peft": "lora", "timm": None, "triton": None,
 }  # fmt: skip
 """Packages and the extras that bring them. Not read from the metadata: an editable installation keeps its first."""
 CPUINFO, CGROUP = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup")

@@ -458,25 +458,32 @@ class ViTQuantizer:
         external_data: bool | None = None,
         onnx_ops: str = "onnxruntime",
         pixels: str | None = None,
+        free_size: bool = False,
     ) -> ExportReport:
         """Write a packed model as a file that runs without this library, verified before it appears at ``path``.
 
         Args:
             model: what ``quantize_model`` returned, on the CPU; it is not changed.
-            path: ending in .onnx, .pt, .pt2 or .bin.
-            format: "onnx", "torchscript", "torch_export" or, of an integer-only model, "c".
+            path: ending in .onnx, .xml (of OpenVINO, with its .bin beside it), .pt, .pt2 or .bin.
+            format: "onnx", "openvino", "torchscript", "torch_export" or, of an integer-only model, "c".
             sample: a processor's output or pixel values, for verification; None for noise.
             external_data: keep the weights of an ONNX file in a second one; None for only where they exceed 2 GB.
             onnx_ops: "standard" for operators of ONNX alone, "onnxruntime" for what is fastest there.
             pixels: what the file of an integer-only model takes: "uint8" (None) or "float32", rounded first.
+            free_size: take pictures of any height and width in whole patches, too, as the model does when it resizes
+                its position embeddings; ONNX, OpenVINO and torch.export only.
 
         Raises:
-            TypeError, ValueError: not a packed model on the CPU, an unknown format, a suffix that does not fit it.
+            TypeError, ValueError: not a packed model on the CPU, an unknown format, a suffix that does not fit it, a
+                model that takes one size only.
             FileNotFoundError: the folder does not exist.
-            ImportError: ``pip install "fairseq[onnx]"`` is needed.
+            ImportError: ``pip install "fairseq[onnx]"``, or ``"fairseq[openvino]"``, is needed.
             RuntimeError: the file does not run, gives other outputs, or holds float weights; nothing is left.
         """
-        return export(model, path, format, sample, external_data=external_data, onnx_ops=onnx_ops, pixels=pixels)
+        return export(
+            model, path, format, sample,
+            external_data=external_data, onnx_ops=onnx_ops, pixels=pixels, free_size=free_size,
+        )  # fmt: skip
 
 
 def _check_not_integers(model: nn.Module, what: str) -> None:

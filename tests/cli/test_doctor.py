@@ -92,7 +92,7 @@ def test_extras_are_those_of_the_distribution(monkeypatch):
     extras = runpy.run_path(str(ROOT / "setup.py"))["EXTRAS"]
     brought = {
         package.partition(">=")[0]: name
-        for name in ("onnx", "report", "plot", "training", "lora")
+        for name in ("openvino", "onnx", "report", "plot", "training", "lora")
         for package in extras[name]
     }
     assert {name: extra for name, extra in machine.OPTIONAL.items() if extra} == brought

@@ -21,17 +21,26 @@ def short(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("vit.onnx", ["--ops", "standard", "--external-data"]), ("vit.pt", []), ("vit.pt2", ["--format", "torch_export"])],
+    [
+        ("vit.onnx", ["--ops", "standard", "--external-data"]),
+        ("vit.xml", []),
+        ("vit.pt", []),
+        ("vit.pt2", ["--format", "torch_export"]),
+    ],
 )
 def test_export(cli, short, tmp_path, verified_here, name, options):
+    if name == "vit.xml":
+        pytest.importorskip("openvino")
     result = cli("export", short, tmp_path / name, *options, "--json")
     assert result.code == 0, result.err
     found = json.loads(result.out)
-    assert found["format"] == {"vit.onnx": "onnx", "vit.pt": "torchscript", "vit.pt2": "torch_export"}[name]
+    formats = {"vit.onnx": "onnx", "vit.xml": "openvino", "vit.pt": "torchscript", "vit.pt2": "torch_export"}
+    assert found["format"] == formats[name]
     assert found["integer_weights"] > 0
     assert found["max_difference"] <= found["tolerance"]
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == ({name, f"{name}.data"} if "--external-data" in options else {name})
+    beside = {"vit.onnx": {"vit.onnx.data"}, "vit.xml": {"vit.bin"}}
+    assert names == {name, *beside.get(name, ())}
     assert "warning" not in result.err
 
 
@@ -39,10 +48,10 @@ def test_export(cli, short, tmp_path, verified_here, name, options):
     ("words", "said"),
     [
         ("vit x.onnx", "vit is not quantized; quantize it first: fairseq-vit quantize vit -o OUT"),
-        ("packed x.tflite", ".onnx, .pt, .pt2, .bin"),
+        ("packed x.tflite", ".onnx, .xml, .pt, .pt2, .bin"),
         ("packed x.bin", "format 'c' is for integer-only models"),
         ("packed x.pt --format onnx", "ends in .onnx"),
-        ("packed x.onnx --format tflite", "'onnx', 'torchscript', 'torch_export'"),
+        ("packed x.onnx --format tflite", "'onnx', 'openvino', 'torchscript', 'torch_export'"),
         ("packed x.onnx --ops other", "onnx_ops"),
         ("packed nowhere/x.onnx", "does not exist"),
     ],

@@ -13,13 +13,13 @@ class ExportReport:
     """What :func:`~fairseq.quantization.export.export.export` wrote, and how it was found.
 
     Attributes:
-        format: "onnx", "torchscript", "torch_export" or "c".
-        paths: the file, and the one with external data if there is one.
+        format: "onnx", "openvino", "torchscript", "torch_export" or "c".
+        paths: the file, and the one with its constants if there is one.
         bytes: of all files.
         integer_weights: number of tensors that hold packed weights.
         integer_weight_bytes: of them.
         float_weight_bytes: of all float tensors.
-        integer_nodes: how often each operator on integers occurs; ONNX only.
+        integer_nodes: how often each operator on integers occurs; ONNX and OpenVINO only.
         outputs: their names, in order.
         max_difference: the largest from the model's outputs, over both batches.
         mean_difference: the mean of the absolute differences.

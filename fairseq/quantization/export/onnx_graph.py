@@ -15,6 +15,7 @@ from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding
 from fairseq.modules.quantization.scalar.modules.replace import names_of
 from fairseq.quantization.export.onnx_nodes import CONTRIB, DOMAIN, GraphBuilder
+from fairseq.quantization.export.openvino_nodes import OpenVINOBuilder
 
 OPSET = 21
 ONNX_OPS = ("onnxruntime", "standard")
@@ -67,7 +68,8 @@ def onnx_model(
         inputs: by name, the batch first and at least 2.
         outputs: their names.
         dynamic_shapes: as ``torch.export`` takes them.
-        ops: "standard" uses operators of ONNX only; "onnxruntime" also those that onnxruntime adds.
+        ops: "standard" uses operators of ONNX only; "onnxruntime" also those that onnxruntime adds; "openvino" those
+            of ONNX, in the forms that OpenVINO leaves as integers.
     """
     wrapper = copy.deepcopy(wrapper)
     layers: list[PackedLinear] = []
@@ -85,6 +87,8 @@ def onnx_model(
             input_names=list(inputs), output_names=outputs, verbose=False,
         )  # fmt: skip
     assert program is not None
+    if ops == "openvino":
+        return OpenVINOBuilder(program.model_proto, layers, names).build()
     return GraphBuilder(program.model_proto, layers, names, ops).build()
 
 

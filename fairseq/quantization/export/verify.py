@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.quantization.export.export_report import ExportReport
+from fairseq.quantization.export.openvino_ir import openvino_tensors
 
 INTEGER_OPS = (
     "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QuantizeLinear", "DequantizeLinear",
+    "FakeQuantize",
 )  # fmt: skip
 PERTURBATION = 1e-4
 """Of the inputs, relative to their largest value: rounding turns it into the difference that another runtime makes."""
@@ -38,6 +40,10 @@ if form == "onnx":
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     run = lambda inputs: session.run(None, dict(zip(names, inputs)))
+elif form == "openvino":
+    import openvino
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    run = lambda inputs: list(compiled(dict(zip(names, inputs))).values())
 else:
     import torch
     model = torch.jit.load(path) if form == "torchscript" else torch.export.load(path).module()
@@ -52,14 +58,17 @@ np.savez(target, **results)
 """
 
 
-def verify(wrapper: Any, inputs: dict[str, Tensor], file: Path, format: str) -> ExportReport:
+def verify(
+    wrapper: Any, inputs: dict[str, Tensor], file: Path, format: str, others: Sequence[dict[str, Tensor]] = ()
+) -> ExportReport:
     """Run an exported file and look into it.
 
     Args:
         wrapper: the :class:`~fairseq.quantization.export.export.Positional` that was exported.
         inputs: what it was exported with, the batch first.
-        file: alone in its folder, but for external data; the report names it as if it lay one folder higher.
-        format: "onnx", "torchscript" or "torch_export".
+        file: alone in its folder, but for that of its constants; the report names it as if it lay one folder higher.
+        format: "onnx", "openvino", "torchscript" or "torch_export".
+        others: further inputs that it must take, with pictures of other sizes.
 
     Raises:
         RuntimeError: it does not run, or it is not what the model is: other numbers, or float weights.
@@ -72,17 +81,18 @@ def verify(wrapper: Any, inputs: dict[str, Tensor], file: Path, format: str) -> 
     def run(batch: dict[str, Tensor]) -> list[Tensor]:
         return list(wrapper(*batch.values()))
 
-    batches = [inputs, {name: tensor[:1] for name, tensor in inputs.items()}]
+    batches = [inputs, {name: tensor[:1] for name, tensor in inputs.items()}, *others]
     with _called(wrapper) as layers:
         expected = [run(batch) for batch in batches]
     count = len({id(layer.weight_codes) for layer in layers})
     if len(weights) < count and len(weights) < count - len(_idle(run, inputs, layers, expected[0])):
         raise RuntimeError(f"the exported file holds {len(weights)} integer weights; the model runs {count} layers")
-    limits = tolerance(run, inputs, expected[0])
+    limits = [tolerance(run, inputs, expected[0])] * 2
+    limits += [tolerance(run, batch, ys) for batch, ys in zip(others, expected[2:])]
     got = run_elsewhere(format, file, batches)
-    largest, total, count, limit = 0.0, 0.0, 0, max(limits)
-    for ys, wanted in zip(got, expected):
-        for name, y, e, bound in zip(wrapper.outputs, ys, wanted, limits):
+    largest, total, count, limit = 0.0, 0.0, 0, max(map(max, limits))
+    for ys, wanted, bounds in zip(got, expected, limits):
+        for name, y, e, bound in zip(wrapper.outputs, ys, wanted, bounds):
             if y.shape != e.shape:
                 raise RuntimeError(f"{name} has the shape {tuple(y.shape)} in the exported file, not {tuple(e.shape)}")
             difference = (y - e).abs()
@@ -174,6 +184,8 @@ def tensors_of(
     """What an exported file holds: integers by name (type, shape, bytes), float tensors by name, and its operators."""
     if form == "onnx":
         return _onnx_tensors(path)
+    if form == "openvino":
+        return openvino_tensors(path)
     if form == "torchscript":
         loaded = torch.jit.load(str(path))
         operators = Counter(node.kind() for node in loaded.inlined_graph.nodes())

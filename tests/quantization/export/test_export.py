@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import vit_config
-from families import build, pictures
+from families import build, pictures, shortened
 from torch import nn
 from transformers import ViTForImageClassification
 
@@ -18,7 +18,7 @@ from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.quantization.architectures.layers import linear_layers
 from fairseq.quantization.export import export as module
-from fairseq.quantization.export import onnx_nodes, verify
+from fairseq.quantization.export import onnx_nodes, openvino_nodes, verify
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -114,6 +114,36 @@ def test_torch_files_give_the_outputs_of_the_model_from_integers(tmp_path):
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_openvino_files_give_the_outputs_of_the_model_from_integers(tmp_path, bits):
+    openvino = pytest.importorskip("openvino")
+    model = quantized(shortened(build("vit")), bits=bits)
+    report = ViTQuantizer.export(model, tmp_path / "vit.xml", "openvino", PICTURES)
+    assert report.paths == (str(tmp_path / "vit.xml"), str(tmp_path / "vit.bin"))
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "vit.bin", tmp_path / "vit.xml"]
+    assert report.integer_weights == 7
+    assert report.max_difference <= report.tolerance
+    weights = sum(layer.integers().numel() for layer in model.modules() if hasattr(layer, "weight_codes"))
+    assert report.integer_weight_bytes == weights * bits // 8
+    assert (tmp_path / "vit.bin").stat().st_size < weights * bits // 8 + 1.2 * report.float_weight_bytes
+    compiled = openvino.Core().compile_model(tmp_path / "vit.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    together = compiled({"pixel_values": PICTURES.numpy()})["logits"]
+    alone = compiled({"pixel_values": PICTURES[3:4].numpy()})["logits"]
+    np.testing.assert_allclose(alone[0], together[3], rtol=0, atol=2e-5)
+
+
+def test_openvino_constants_of_four_bytes_are_refused(toy, tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+
+    def wide(self, layer, name, codes):
+        return self.constant(f"{name}.weight_codes", codes.astype(np.int32))
+
+    monkeypatch.setattr(openvino_nodes.OpenVINOBuilder, "weight_codes", wide)
+    with pytest.raises(RuntimeError, match="holds 0 integer weights; the model runs 1 layers"):
+        ViTQuantizer.export(toy, tmp_path / "toy.xml", "openvino", TOY_PICTURES)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("name", "table_bits"), [("vit.onnx", 8), ("vit.onnx", 6), ("vit.pt", 8), ("vit.pt2", 6)])
 def test_embeddings_are_exported_from_integers(tiny_vit, tmp_path, name, table_bits):
     overrides = {"*position_embeddings": {"bits": table_bits}}
@@ -195,6 +225,7 @@ def test_what_cannot_be_exported_is_refused_with_what_to_do(tiny_vit, tmp_path):
         (quantized(tiny_vit, execution="emulated"), "vit.onnx", {}, ValueError, "execution='packed'"),
         (model, "vit.onnx", {"format": "tflite"}, ValueError, "format must be one of 'onnx', .* got 'tflite'"),
         (model, "vit.pt", {}, ValueError, r"format 'onnx' ends in \.onnx, got 'vit.pt'"),
+        (model, "vit.bin", {"format": "openvino"}, ValueError, r"format 'openvino' ends in \.xml, got 'vit.bin'"),
         (model, "no/vit.onnx", {}, FileNotFoundError, "create it first"),
         (model, "vit.onnx", {"onnx_ops": "fast"}, ValueError, "onnx_ops must be one of"),
         (model, "vit.pt", {"format": "torchscript", "external_data": True}, ValueError, "format 'onnx' only"),
@@ -208,7 +239,14 @@ def test_what_cannot_be_exported_is_refused_with_what_to_do(tiny_vit, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_extra_is_named(tiny_vit, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=r'needs onnxscript: pip install "fairseq\[onnx\]"'):
-        ViTQuantizer.export(quantized(tiny_vit), tmp_path / "vit.onnx")
+@pytest.mark.parametrize(
+    ("package", "name", "format", "message"),
+    [
+        ("onnxscript", "vit.onnx", "onnx", r'to ONNX needs onnxscript: pip install "fairseq\[onnx\]"'),
+        ("openvino", "vit.xml", "openvino", r'to OpenVINO needs openvino: pip install "fairseq\[openvino\]"'),
+    ],
+)
+def test_a_missing_extra_is_named(tiny_vit, tmp_path, monkeypatch, package, name, format, message):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=message):
+        ViTQuantizer.export(quantized(tiny_vit), tmp_path / name, format)
