@@ -125,6 +125,13 @@ def output_of(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> tuple[str
     return found
 
 
+def tensors_in(output: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among outputs, by name; where there are none, those in lists, as "feature_maps[0]"."""
+    found = {name: value for name, value in output.items() if isinstance(value, Tensor)}
+    lists = ((name, value) for name, value in output.items() if isinstance(value, list | tuple))
+    return found or {f"{name}[{i}]": x for name, value in lists for i, x in enumerate(value) if isinstance(x, Tensor)}
+
+
 def class_dimension(name: str, value: Tensor, pixel_values: Tensor | None = None) -> int | None:
     """The dimension of the classes in an output, 1 or -1; None if there are none, or not two to choose from.
 

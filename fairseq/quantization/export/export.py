@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.config import check_one_of
-from fairseq.quantization.architectures.forward import call, picture_inputs
+from fairseq.quantization.architectures.forward import call, picture_inputs, tensors_in
 from fairseq.quantization.conversion.convert import tuple_while_tracing
 from fairseq.quantization.engine.fuse import optimize
 from fairseq.quantization.export.export_report import ExportReport
@@ -58,7 +58,7 @@ class Positional(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         output = call(self.model, {**dict(zip(self.inputs, tensors)), **self.settings})
-        return tuple(value for value in output.values() if isinstance(value, Tensor))
+        return tuple(tensors_in(output).values())
 
 
 def export(
@@ -198,7 +198,8 @@ def _check(
             raise ValueError(
                 f"the model is on {tensor.device} ({name}); export a copy of it: copy.deepcopy(model).to('cpu')"
             )
-    if any("spatial_shapes" in inspect.signature(type(module).forward).parameters for module in model.modules()):
+    signatures = (inspect.signature(type(module).forward).parameters for module in model.modules())
+    if any({"pixel_values", "spatial_shapes"} <= names.keys() for names in signatures):
         raise ValueError(
             f"{type(model).__name__} resizes its position embeddings to each picture's shape, one by one, and no file "
             "for any batch size can"
@@ -255,8 +256,7 @@ def _noise(model: nn.Module) -> Tensor:
 
 
 def _output_names(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
-    output = call(model, inputs)
-    return [name for name, value in output.items() if isinstance(value, Tensor)]
+    return list(tensors_in(call(model, inputs)))
 
 
 def _write(

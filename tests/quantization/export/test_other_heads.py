@@ -11,7 +11,11 @@ from fairseq.quantization.export import verify
 FORMS = ("onnx", "torch_export", "torchscript")
 NAMES = [name for name in other_heads.NAMES if name not in other_heads.SPEAKING and name != "owl-vit"]
 QUICK = {("yolos", "torchscript")}
-REFUSED = {}
+REFUSED = {
+    ("sam", "onnx"): "cannot write SamModel",
+    ("rt-detr", "onnx"): "does not run by itself",
+    ("rt-detr", "torch_export"): "cannot write RTDetrForObjectDetection",
+}
 """(architecture, format) -> what the error says."""
 
 
