@@ -59,7 +59,7 @@ def compare(
         head = [f"top-{result['top_k']} match", "MSE", "MAE"]
         rows = [[quantized, f"{kept:.1%}", f"{result['mse_loss']:.3g}", f"{result['mae_loss']:.3g}"]]
     elif result["kind"] == "outputs":
-        kept = result["kept"]
+        kept = result["kept"]  # NaN, with nothing to look at, passes no check
         head = ["output", "relative error", "measure", "value"]
         rows = [
             [quantized, o["output"], f"{o['relative_error']:.3g}", o["measure"], f"{o['value']:.4f}"]

@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from fairseq.cli.loading import Loaded, load, needs_processor
 from fairseq.cli.output import Say, UserError, mistakes
-from fairseq.cli.pictures import batches, labelled_images, noise, pictures_in
+from fairseq.cli.pictures import all_pixels, batches, labelled_images, noise, pictures_in
 from fairseq.models.vit_quantization import compare_embeddings, compare_models, compare_outputs
 from fairseq.quantization.architectures.forward import call, picture_inputs
 from fairseq.quantization.calibration import processes
 from fairseq.quantization.evaluation.compare import EMBEDDINGS
-from fairseq.quantization.evaluation.outputs import COMMON
+from fairseq.quantization.evaluation.outputs import COMMON, least_kept
 
 PAUSE = 0.1  # seconds in which idle threads of the turn before stop spinning
 NEIGHBOURS = 5
@@ -80,7 +80,7 @@ def difference(
         images = pictures_in(folder)[:count]
         processor = needs_processor(original, "--images")
         with mistakes():
-            pixels = torch.cat(list(batches(images, processor, batch_size)))  # (N, C, H, W)
+            pixels = all_pixels(images, processor, batch_size)
     with mistakes():
         there = compare_outputs(original.model, quantized.model, pixels[:1])
         if any(row.measure not in COMMON for row in there) or not {row.output for row in there} & {*EMBEDDINGS}:
@@ -89,7 +89,7 @@ def difference(
             rows = compare_outputs(original.model, quantized.model, pixels, batch_size)
             return {
                 "kind": "outputs", "count": len(pixels), "outputs": [row._asdict() for row in rows],
-                "kept": min(row.kept for row in rows),
+                "kept": least_kept(rows),
             }  # fmt: skip
         total: list[float] = [0.0, 0.0, 0.0]
         for chunk in tqdm(pixels.split(batch_size), desc="Comparing", unit="batch", leave=False, delay=1):

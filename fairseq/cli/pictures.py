@@ -79,6 +79,19 @@ def batches(images: Sequence[Reader], processor: Any, size: int) -> Iterator[Ten
         yield processor(images=pictures, return_tensors="pt")["pixel_values"]
 
 
+def all_pixels(images: Sequence[Reader], processor: Any, size: int) -> Tensor:
+    """:func:`batches` as one tensor, (N, C, H, W).
+
+    Raises:
+        UserError: the processor makes pictures of several sizes.
+    """
+    parts = list(batches(images, processor, size))
+    if len({part.shape[1:] for part in parts}) > 1:
+        shapes = sorted({f"{part.shape[-2]}x{part.shape[-1]}" for part in parts})
+        raise UserError(f"--images: the image processor makes pictures of several sizes ({', '.join(shapes[:4])}, ...)")
+    return torch.cat(parts)
+
+
 def noise(model: nn.Module, count: int) -> Tensor:
     """The same noise each time, of the shape that a model's config names: (count, C, H, W), float32."""
     config = vision_config(model)

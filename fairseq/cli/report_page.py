@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,7 +22,7 @@ from fairseq.cli.loading import Loaded, load, needs_processor
 from fairseq.cli.machine import processor_name
 from fairseq.cli.measure import PAUSE, seconds
 from fairseq.cli.output import Say, UserError, mistakes
-from fairseq.cli.pictures import batches, pictures_in
+from fairseq.cli.pictures import all_pixels, pictures_in
 from fairseq.cli.report import ALONE, MAPS, SHOWN
 from fairseq.models.vit_quantization import compare_outputs
 from fairseq.quantization.architectures.families import component_of, family_of, kept_reason, tower_of
@@ -28,8 +30,9 @@ from fairseq.quantization.architectures.forward import call
 from fairseq.quantization.architectures.layers import block_of, linear_layers
 from fairseq.quantization.architectures.separate import separated
 from fairseq.quantization.evaluation.alone import errors_alone
+from fairseq.quantization.evaluation.compare import moved
 from fairseq.quantization.evaluation.layer_report import LayerReport
-from fairseq.quantization.evaluation.outputs import OutputComparison
+from fairseq.quantization.evaluation.outputs import OutputComparison, least_kept
 from fairseq.quantization.evaluation.page import Change, Page, summary
 from fairseq.quantization.evaluation.page_pictures import (
     Point,
@@ -62,9 +65,9 @@ def make(original: str, names: list[str], folder: Path, count: int, batch_size: 
     processor = needs_processor(reference, "--images")
     with mistakes():
         pictures = [read() for read in readers]
-        pixels = torch.cat(
-            list(batches([functools.partial(lambda p: p, picture) for picture in pictures], processor, batch_size))
-        )  # (N, C, H, W)
+        pixels = all_pixels(
+            [functools.partial(Image.Image.copy, picture) for picture in pictures], processor, batch_size
+        )
         say(f"Comparing on {len(pixels)} pictures")
         rows = {each.name: compare_outputs(reference.model, each.model, pixels, batch_size) for each in others}
         alone = _alone(reference, ours, pixels, say)
@@ -74,7 +77,7 @@ def make(original: str, names: list[str], folder: Path, count: int, batch_size: 
     times = _times([reference, *others], pixels[:1], rounds)
     layers = _layers(reference.model, ours.model)
     sizes = {each.name: _bytes(each.model) for each in (reference, *others)}
-    kept = {name: min(row.kept for row in found) for name, found in rows.items()}
+    kept = {name: least_kept(found) for name, found in rows.items()}
     what = _what(rows[ours.name])
     milliseconds = {name: 1000 * statistics.median(taken) for name, taken in times.items()}
     points = [Point(_short(reference.name), sizes[reference.name] / 1e6, 1.0, milliseconds[reference.name])]
@@ -176,9 +179,8 @@ def _changes(
 
 
 def _probabilities(model: nn.Module, pixels: Tensor) -> Tensor | None:
-    parameter = next(model.parameters())
     with torch.inference_mode():
-        logits = call(model, {"pixel_values": pixels.to(parameter.device, parameter.dtype)}).get("logits")
+        logits = call(model, moved(model, pixels)).get("logits")
     return None if logits is None or logits.ndim != 2 or logits.shape[1] < 2 else logits.float().cpu().softmax(-1)
 
 
@@ -236,7 +238,7 @@ def _short(name: str) -> str:
 
 def _what(rows: list[OutputComparison]) -> str:
     """What the least of the measures counts."""
-    least = min(rows, key=lambda row: row.kept)
+    least = min(rows, key=lambda row: math.inf if math.isnan(row.kept) else row.kept)
     return CLASSES if least.measure == "top-1 match" else f"{least.output} ({least.measure})"
 
 

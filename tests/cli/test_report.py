@@ -5,6 +5,8 @@ import re
 
 import other_heads
 import pytest
+import torch
+from PIL import Image
 from transformers import ViTImageProcessor
 
 from fairseq.cli.loading import load
@@ -55,6 +57,20 @@ def test_a_page_of_a_model_without_classes(cli, pictures, tmp_path):
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "Pictures whose class changed" not in page
     assert "mean IoU" in page
+
+
+def test_pictures_of_several_sizes(cli, models, pictures, three_bits, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        ViTImageProcessor, "__call__",
+        lambda self, images, **_: {"pixel_values": torch.zeros(len(images), 3, 16, 16 + images[0].width % 3)},
+    )  # fmt: skip
+    for i, side in enumerate((30, 31)):
+        Image.new("RGB", (side, side), (i, 9, 9)).save(tmp_path / f"{i}.png")
+    words = ["report", models / "vit", three_bits, "--images", tmp_path, "--batch-size", 1]
+    result = cli(*words, "-o", tmp_path / "page.html")
+    assert result.code == 2
+    assert "makes pictures of several sizes (16x16, 16x17" in result.err
+    assert "Traceback" not in result.err
 
 
 def test_mistakes(cli, models, pictures, tmp_path):

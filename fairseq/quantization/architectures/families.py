@@ -13,6 +13,8 @@ from fairseq.quantization.architectures.layers import block_of, linear_layers
 
 NEVER = r"(?!)"
 """Matches no name."""
+HEARS = r"\.[^.]*(audio|speech)[^.]*$"
+"""Names of modules for sounds, in models that also see."""
 GENERIC = "generic"
 """The name of what the generic rule makes."""
 
@@ -35,6 +37,7 @@ class Family:
         positions: pattern of tables of position embeddings, modules or parameters.
         parts: (prefix, family, tower) of models within this one; the patterns above hold outside of them.
         any_size: whether they resize their position embeddings to each picture, whatever the config says.
+        found: whether the generic rule made it.
     """
 
     name: str
@@ -49,11 +52,12 @@ class Family:
     positions: str = r"\.embeddings\.position_embeddings$"
     parts: tuple[tuple[str, Family, str], ...] = ()
     any_size: bool = False
+    found: bool = False
 
     @property
     def by_rule(self) -> bool:
         """Whether the generic rule found layers of its vision tower."""
-        return self.name == GENERIC or any(inner.by_rule for _, inner, tower in self.parts if tower == "vision")
+        return self.found or any(inner.by_rule for _, inner, tower in self.parts if tower == "vision")
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -82,6 +86,8 @@ POSITION_MLP = {
     r"\.continuous_position_bias_mlp\.\d+$": "makes the relative position bias, from a table that no picture changes"
 }
 DECODER_EMBED = {r"\.decoder_embed$": "makes the tokens of a decoder that only pretraining runs"}
+OPEN_CLIP_ATTENTION = r"\.resblocks\.\d+\.attn\.(q|k|v|out)_proj$|\.attn_pool\.attn\.(q|k|v|out)_proj$"
+OPEN_CLIP_MLP = r"\.resblocks\.\d+\.mlp\.c_(fc|proj)$"
 PATCH_LINEAR = {r"\.patch_embedding$": "the model asks it for the dtype of its weight"}
 
 FAMILIES = (
@@ -228,9 +234,18 @@ FAMILIES = (
     ),
     Family(
         "OpenCLIP",
-        classes=("open_clip.model.CLIP", "open_clip.model.CustomTextCLIP", "open_clip.transformer.VisionTransformer"),
-        attention=r"\.resblocks\.\d+\.attn\.(q|k|v|out)_proj$|\.attn_pool\.attn\.(q|k|v|out)_proj$",
-        mlp=r"\.resblocks\.\d+\.mlp\.c_(fc|proj)$",
+        classes=("open_clip.transformer.VisionTransformer",),
+        attention=OPEN_CLIP_ATTENTION,
+        mlp=OPEN_CLIP_MLP,
+        patches=r"\.conv1$",
+        positions=NEVER,
+    ),
+    Family(
+        "OpenCLIP",
+        classes=("open_clip.model.CLIP", "open_clip.model.CustomTextCLIP"),
+        attention=OPEN_CLIP_ATTENTION,
+        mlp=OPEN_CLIP_MLP,
+        kept={r"^\.(text\.)?transformer\.resblocks\.0\.mlp\.c_fc$": "the model asks it for the dtype of its weight"},
         text=r"^\.(text|transformer)\.",
         patches=r"\.conv1$",
         positions=NEVER,
@@ -260,24 +275,33 @@ def family_of(model: nn.Module) -> Family:
     known = _known(model)
     if known is not None:
         # with blocks in wrappers, its layers may have names that the family does not know
-        return known if {"attention", "mlp"} <= _components_by_name(model, known).keys() else _by_rule(model) or known
+        if {"attention", "mlp"} <= _components_by_name(model, known, "vision").keys():
+            return known
+        if inner := _inner(model):  # such as OpenCLIP with a trunk of timm
+            return replace(known, parts=inner)
+        texts = {"attention", "mlp"} <= _components_by_name(model, known).keys()
+        return known if texts else _by_rule(model) or known
     if getattr(getattr(model, "config", None), "model_type", None) == ENCODER_DECODER:
         return _encoder_decoder(model)
     towers = _towers(model)
     if towers is not None:
         return towers
     found = _components_by_name(model, VIT)
+    if parts := _inner(model):
+        return Family(type(model).__name__, classifier=VIT.classifier, parts=parts)
+    if {"attention", "mlp"} <= found.keys() and not _overlooked(model, found):
+        return VIT
+    return _by_rule(model) or VIT
+
+
+def _inner(model: nn.Module) -> tuple[tuple[str, Family, str], ...]:
+    """The models of known families within a model, as its parts."""
     parts: dict[str, Family] = {}
     for name, module in model.named_modules():
         inner = _known(module) if name and not any(name.startswith(f"{prefix}.") for prefix in parts) else None
         if inner is not None:
             parts[name] = inner
-    if parts:
-        whole = tuple((prefix, inner, "vision") for prefix, inner in parts.items())
-        return Family(type(model).__name__, classifier=VIT.classifier, parts=whole)
-    if {"attention", "mlp"} <= found.keys() and not _overlooked(model, found):
-        return VIT
-    return _by_rule(model) or VIT
+    return tuple((prefix, inner, "vision") for prefix, inner in parts.items())
 
 
 def _by_rule(model: nn.Module) -> Family | None:
@@ -314,10 +338,11 @@ def _towers(model: nn.Module) -> Family | None:
     """The family of a model with a vision and a text config, such as a language model that sees; None of others.
 
     A tower is what is built from such a config, by its own family, and the text tower ends with the output embeddings.
-    What is in neither, such as a projector or a head, is of the vision tower; unless its name begins with "text".
+    What is in neither, such as a projector or a head, is of the vision tower; unless its name begins with "text". What
+    hears is neither.
     """
     config = getattr(model, "config", None)
-    vision, text = (getattr(config, name, None) for name in ("vision_config", "text_config"))
+    vision, text, audio = (getattr(config, name, None) for name in ("vision_config", "text_config", "audio_config"))
     if vision is None or text is None:
         return None
     parts: dict[str, tuple[str, Family, str]] = {}
@@ -328,15 +353,19 @@ def _towers(model: nn.Module) -> Family | None:
                 parts[name] = (name, family_of(module), "vision")
             elif type(own) is type(text) and linear_layers(module):
                 parts[name] = (name, _generic(module), "text")
+            elif re.search(HEARS, f".{name}") or (audio is not None and type(own) is type(audio)):
+                parts[name] = (name, Family("audio"), "text")
     if {tower for *_, tower in parts.values()} != {"vision", "text"}:
         return None
     rest = [name for name in linear_layers(model) if not any(name.startswith(f"{prefix}.") for prefix in parts)]
+    rest = [name for name in rest if not re.search(HEARS, f".{name}")]
     outside = _generic(model, rest)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     words = [name for name in rest if model.get_submodule(name) is head or re.search(r"(^|\.)text[^.]*$", name)]
     blocks = rf"{outside.attention}|{outside.mlp}"
     return replace(
         outside,
+        found=any(re.search(blocks, f".{name}") for name in rest),
         name=type(model).__name__,
         classifier=_one_of(name for name in rest if not re.search(blocks, f".{name}")),
         text=_one_of(words),
@@ -373,6 +402,7 @@ def _generic(model: nn.Module, among: Sequence[str] | None = None) -> Family:
         classifier=_one_of(behind),
         patches=r"\.patch_embed",
         positions=r"\.embeddings\.position_embeddings?$",
+        found=True,
     )
 
 
@@ -380,11 +410,11 @@ def _one_of(names: Iterable[str]) -> str:
     return "|".join(rf"^\.{re.escape(name)}$" for name in names) or NEVER
 
 
-def _components_by_name(model: nn.Module, family: Family) -> dict[str, list[str]]:
+def _components_by_name(model: nn.Module, family: Family, tower: str | None = None) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in linear_layers(model):
         component = component_of(name, family)
-        if component is not None:
+        if component is not None and tower in (None, tower_of(name, family)):
             found.setdefault(component, []).append(name)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
@@ -116,7 +117,7 @@ def resolve(model: nn.Module, config: QuantizationConfig, pixel_values: Pixels |
 
     Raises:
         ValueError: it has not the layers, the tower or the embeddings that are asked for, nothing is left to quantize,
-            a glob matches nothing, or a setting needs pictures and there are none.
+            a glob matches nothing, a setting needs pictures and there are none, or it does not run on those there are.
     """
     layers, family = linear_layers(model), family_of(model)
     embeddings = find_embeddings(model, family, config)
@@ -143,6 +144,18 @@ def resolve(model: nn.Module, config: QuantizationConfig, pixel_values: Pixels |
     if pixel_values is None and not equalizes and not family.by_rule:
         return plan
     seen = observe(model, list(chosen), plan.blocks(None), pixel_values, text=config.towers != "vision")
+    if seen.failure is not None and pixel_values is not None:
+        raise ValueError(
+            f"{type(model).__name__} does not run on pictures alone, as calibration does: {seen.failure}. Calibrate a "
+            "part of it that does, such as its vision tower, or none"
+        )
+    if seen.failure is not None and family.by_rule:
+        warnings.warn(
+            f"{type(model).__name__} did not run on a picture of noise, so that nobody saw which of its layers are "
+            f"called: {seen.failure}",
+            UserWarning,
+            stacklevel=3,
+        )
     sources = {name: replace(layer, source=seen.source(name)) for name, layer in plan.layers.items()}
     if family.by_rule and seen.failure is None:
         sources = {name: _only_if_called(layer, seen) for name, layer in sources.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,11 @@ from torch.nn import functional as F
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 """Of queries, keys and values."""
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+"""Where modules keep them."""
 
 
 def separated(model: nn.Module) -> nn.Module:
@@ -29,9 +34,14 @@ def separated(model: nn.Module) -> nn.Module:
     for module in result.modules():
         if hasattr(module, "qkv_bias_separate"):
             module.qkv_bias_separate = True  # type: ignore[assignment]
+        if attentions and isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # for which it reads the weights itself
+    made: dict[int, SeparateAttention] = {}  # blocks may share one
     for name in attentions:
         parent, _, last = name.rpartition(".")
-        setattr(result.get_submodule(parent), last, SeparateAttention(cast(Any, result.get_submodule(name))))
+        attention: Any = result.get_submodule(name)
+        made[id(attention)] = made.get(id(attention)) or SeparateAttention(attention)
+        setattr(result.get_submodule(parent), last, made[id(attention)])
     return result
 
 
@@ -60,6 +70,8 @@ class SeparateAttention(nn.Module):
             self.add_module(name, _linear(weight, bias))
         self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
         self.train(attention.training)
+        for name in HOOKS:
+            setattr(self, name, getattr(attention, name))
 
     def forward(
         self,
@@ -105,7 +117,7 @@ def _multihead(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
     """By name, those that a SeparateAttention can stand for; not the model itself."""
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if name and type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
     }
 

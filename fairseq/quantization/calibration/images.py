@@ -67,7 +67,8 @@ def pictures(
             in the local folder that the model was loaded from.
         limit: where there are more pictures, which of them is drawn without repetition, and only those are decoded;
             they keep their order. Whatever cannot be indexed is read from its start, and no further than needed. "all"
-            takes all there are; an iterable without an end is then read forever.
+            takes all there are; an iterable without an end is then read forever. Files that a processor cuts into tiles
+            count once, and tensors that are tiles already each.
         seed: of the drawing, and of torch's CPU generator while a DataLoader, dataset or processor runs. A DataLoader's
             dataset, sampler and collate_fn are used, its workers are not. All generators are restored afterwards.
         augment: how many views of each picture there are: itself, and random crops of it, half of them flipped.

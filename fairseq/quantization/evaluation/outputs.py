@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,8 @@ class OutputComparison(NamedTuple):
         output: its name; "feature_maps[2]" of one among several.
         relative_error: the norm of the difference by that of the original's, over all pictures.
         measure: what ``value`` is: see :func:`compare_outputs`.
-        value: 0 to 1; 1 is the same, but for :data:`ERROR`, where 0 is. NaN if there was nothing to look at.
+        value: 0 to 1; 1 is the same, but for :data:`ERROR`, where 0 is and more than 1 may be. What is not a number
+            counts as lost. NaN if there was nothing to look at.
     """
 
     output: str
@@ -50,7 +52,12 @@ class OutputComparison(NamedTuple):
     @property
     def kept(self) -> float:
         """``value``, or of an error what is left to 1."""
-        return 1 - self.value if self.measure == ERROR else self.value
+        return max(0.0, 1 - self.value) if self.measure == ERROR else self.value
+
+
+def least_kept(rows: Sequence[OutputComparison]) -> float:
+    """The least of what is kept, of those outputs in which there was something to look at; NaN if in none."""
+    return min((row.kept for row in rows if not math.isnan(row.kept)), default=math.nan)
 
 
 def compare_outputs(
@@ -95,10 +102,10 @@ def compare_outputs(
             raise ValueError(f"{type(original).__name__} returned no floating tensor to compare")
         for name in expected:
             pair = errors.setdefault(name, [0.0, 0.0])
-            pair[0] += float((got[name].double() - expected[name].double()).square().sum())
-            pair[1] += float(expected[name].double().square().sum())
-        labels = getattr(getattr(original, "config", None), "num_labels", None)
-        for name, (kind, value) in _measures(expected, got, labels).items():
+            pair[0] += _squared_error(expected[name].double(), got[name].double())
+            pair[1] += float(expected[name].double().nan_to_num(0, 0, 0).square().sum())
+        pixels = part if isinstance(part, Tensor) else part.get("pixel_values")
+        for name, (kind, value) in _measures(expected, got, _labels(original), pixels).items():
             measured.setdefault(name, (kind, []))[1].append(value)
     found = []
     for name, (kind, sums) in measured.items():
@@ -108,6 +115,17 @@ def compare_outputs(
         error = (difference / size) ** 0.5 if size else float("nan") if difference else 0.0
         found.append(OutputComparison(name, error, kind, float(shares.mean()) if shares.numel() else float("nan")))
     return found
+
+
+def _squared_error(expected: Tensor, got: Tensor) -> float:
+    """Equal infinities, with which detectors pad, are no error."""
+    return float(torch.where(expected == got, 0.0, got - expected).square().sum())
+
+
+def _labels(model: nn.Module) -> int | None:
+    """How many classes a model has by its config; None where prompts are the classes."""
+    config = getattr(model, "config", None)
+    return None if hasattr(config, "text_config") else getattr(config, "num_labels", None)
 
 
 def _split(inputs: Any, batch_size: int) -> tuple[Tensor, ...]:
@@ -144,7 +162,9 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         yield from _tensors(*item)
 
 
-def _measures(expected: Values, got: Values, labels: int | None) -> dict[str, tuple[str, Measured]]:
+def _measures(
+    expected: Values, got: Values, labels: int | None, pixels: Tensor | None
+) -> dict[str, tuple[str, Measured]]:
     """By output, the name of its measure and the sums."""
     found: dict[str, tuple[str, Measured]] = {}
     for name, value in expected.items():
@@ -159,7 +179,7 @@ def _measures(expected: Values, got: Values, labels: int | None) -> dict[str, tu
             found[name] = "IoU of masks", _masks(own, other)
         elif name == SEGMENTATION:
             found[name] = "mean IoU", _mean_iou(own, other)
-        elif (dimension := class_dimension(name, value)) is not None and value.ndim < 4:
+        elif (dimension := class_dimension(name, value, pixels)) is not None and value.ndim < 4:
             found[name] = "top-1 match", _top1(own.movedim(dimension, -1), other.movedim(dimension, -1))
         elif dimension is not None:
             found[name] = "mean IoU", _mean_iou(own, other)
@@ -171,14 +191,13 @@ def _measures(expected: Values, got: Values, labels: int | None) -> dict[str, tu
 def _top1(expected: Tensor, got: Tensor) -> Measured:
     """(..., classes) each."""
     same = expected.argmax(-1) == got.argmax(-1)
-    finite = torch.isfinite(expected).all(-1) & torch.isfinite(got).all(-1)
-    return _share(same & finite)
+    return _share(same & ~(expected.isnan() | got.isnan()).any(-1))
 
 
 def _mean_iou(expected: Tensor, got: Tensor) -> Measured:
     """(N, classes, H, W) each: of each class, intersection and union, over all pictures."""
     classes = expected.shape[1]
-    first, second = expected.argmax(1), torch.where(torch.isfinite(got).all(1), got.argmax(1), -1)
+    first, second = expected.argmax(1), torch.where(got.isnan().any(1), -1, got.argmax(1))
     both = torch.bincount(first[first == second], minlength=classes)
     either = torch.bincount(first.flatten(), minlength=classes) - both
     either += torch.bincount(second[second >= 0], minlength=classes)
@@ -202,7 +221,8 @@ def _masks(expected: Tensor, got: Tensor) -> Measured:
 def _absolute_relative(expected: Tensor, got: Tensor) -> Measured:
     """(N, H, W) each."""
     deep = expected.abs() > DEEP * expected.abs().amax((-2, -1), keepdim=True)
-    return ((got - expected).abs() / expected.abs())[deep].double().sum(), deep.sum().double()
+    errors = ((got - expected).abs() / expected.abs())[deep]
+    return errors.nan_to_num(1.0, 1.0).double().sum(), deep.sum().double()
 
 
 def _key_points(expected: Tensor, got: Tensor) -> Measured:
@@ -215,7 +235,9 @@ def _key_points(expected: Tensor, got: Tensor) -> Measured:
 
 def _cosine(expected: Tensor, got: Tensor) -> Measured:
     """(N, ...) each."""
-    cosine = F.cosine_similarity(expected.flatten(1).double(), got.flatten(1).double(), dim=-1)
+    first, second = expected.flatten(1).double(), got.flatten(1).double()
+    cosine = F.cosine_similarity(first, second, dim=-1)
+    cosine = torch.where((first == second).all(1), 1.0, cosine.nan_to_num(0.0))
     return cosine.sum(), torch.tensor(float(len(cosine)), dtype=torch.float64)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.quantization.architectures.families import component_of, family_of, tower_of
@@ -58,6 +59,7 @@ def scatter(points: Sequence[Point], what: str) -> str:
         axes.annotate(
             point.name + time, (point.megabytes, 100 * point.kept), (-9 if right else 9, -4),
             textcoords="offset points", ha="right" if right else "left", va="top", fontsize=9, color=GREY,
+            parse_math=False,
         )  # fmt: skip
     axes.set_xlim(left=0)
     axes.margins(y=0.25)
@@ -89,8 +91,10 @@ def thumbnail(picture: Any) -> str:
 def hidden_states(model: nn.Module, pixel_values: Tensor, block: str) -> Tensor | None:
     """What a block gives for each patch: (N, rows, columns, width), float32 on the CPU; None if there is no such map.
 
-    Tokens before the patches, such as the class token, are left out.
+    Tokens before the patches, such as the class token, are left out; models with tokens behind them have none.
     """
+    if getattr(vision_config(model), "num_detection_tokens", 0):
+        return None
     seen: list[Tensor] = []
 
     def look(module: nn.Module, args: Any, output: Any) -> None:
@@ -107,6 +111,8 @@ def hidden_states(model: nn.Module, pixel_values: Tensor, block: str) -> Tensor 
     if len(seen) != 1 or seen[0].ndim != 3 or len(seen[0]) != len(pixel_values):
         return None
     tokens = seen[0].float().cpu()
+    if not tokens.isfinite().all():
+        return None
     grid = _grid(model, tokens.shape[1], pixel_values.shape)
     return None if grid is None else tokens[:, -grid[0] * grid[1] :].unflatten(1, grid)
 
@@ -133,6 +139,7 @@ def as_colours(expected: Tensor, got: Tensor) -> tuple[str, str]:
     flat = expected.reshape(-1, width).double()
     mean = flat.mean(0)
     axes = torch.linalg.svd(flat - mean, full_matrices=False).Vh[:3]
+    axes = F.pad(axes, (0, 0, 0, 3 - len(axes)))  # of a map of one or two patches
     first, second = (((x.reshape(-1, width).double() - mean) @ axes.T) for x in (expected, got))
     low, high = first.amin(0), first.amax(0)
     urls = []

@@ -132,3 +132,85 @@ def _pictures_of(model, name):
     from fairseq.quantization.architectures.forward import picture_inputs
 
     return picture_inputs(model, other_heads.pictures(name))
+
+
+@pytest.mark.parametrize("towers", ["vision", "text", "all"])
+def test_open_clip_has_two_towers(towers):
+    model = build("open-clip")
+    result, _ = quantized(model, config={"towers": towers})
+    packed = [key for key, module in result.named_modules() if isinstance(module, PackedLinear)]
+    assert {key.startswith("visual.") for key in packed} == {"vision": {True}, "text": {False}, "all": {True, False}}[
+        towers
+    ]
+    words = torch.randint(1, 100, (2, 16))
+    with torch.no_grad():
+        image, text, _ = result(other_heads.pictures("open-clip", 2), words)
+        expected = model(other_heads.pictures("open-clip", 2), words)
+    assert torch.equal(image, expected[0]) == (towers == "text")
+    assert torch.equal(text, expected[1]) == (towers == "vision")
+
+
+def test_a_tower_of_open_clip_by_itself():
+    visual = build("open-clip").visual
+    result, report = quantized(visual, calibration=other_heads.pictures("open-clip", 8))
+    assert len(report.quantized) == 12
+    assert 0 < compare_models(visual, result, other_heads.pictures("open-clip"))[0] < 0.1
+
+
+def test_open_clip_with_a_trunk_of_timm():
+    open_clip = pytest.importorskip("open_clip")
+    text = {"context_length": 16, "vocab_size": 120, "width": 24, "heads": 3, "layers": 2}
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False, "timm_pool": "token",
+              "timm_proj": "linear", "image_size": 224}  # fmt: skip
+    model = open_clip.CustomTextCLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).eval()
+    result, _ = quantized(model)
+    packed = [key for key, module in result.named_modules() if isinstance(module, PackedLinear)]
+    assert len(packed) >= 48
+    assert all(key.startswith("visual.") for key in packed)
+
+
+class Hears(nn.Module):
+    """LLaVA with layers for sounds."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.audio_tower = build("llava"), nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)])
+        self.embed_audio = nn.Linear(4, 4)
+        self.config = self.inner.config
+
+    def get_image_features(self, pixel_values):
+        return self.inner.get_image_features(pixel_values)
+
+
+def test_what_hears_stays_in_float():
+    _, report = quantized(Hears())
+    assert not [layer.name for layer in report.quantized if "audio" in layer.name]
+    assert len(report.quantized) == 14
+
+
+class NotOnNoise(nn.Module):
+    """Takes pictures of 8 x 8 pixels, which it does not say."""
+
+    def __init__(self):
+        super().__init__()
+        block = nn.ModuleDict({"attention": nn.Linear(192, 192), "mlp": nn.Linear(192, 192)})
+        self.blocks = nn.ModuleList(
+            [block, nn.ModuleDict({"attention": nn.Linear(192, 192), "mlp": nn.Linear(192, 192)})]
+        )
+
+    def forward(self, pixel_values):
+        x = pixel_values.flatten(1)
+        for block in self.blocks:
+            x = block["mlp"](block["attention"](x))
+        return x
+
+
+def test_a_model_that_nobody_saw_running_is_said_to_be_one():
+    model = NotOnNoise()
+    with pytest.warns(UserWarning, match="did not run on a picture of noise, so that nobody saw"):
+        result = ViTQuantizer(bits=8, method="channel").quantize_model(model)
+    assert 0 < compare_models(model, result, torch.randn(2, 3, 8, 8))[0] < 0.1
+    with pytest.raises(
+        ValueError, match="NotOnNoise does not run on pictures alone, as calibration does: RuntimeError"
+    ):
+        ViTQuantizer().quantize_model(model, calibration=torch.randn(8, 3, 9, 9))

@@ -90,6 +90,29 @@ def test_it_shares_the_weights_and_leaves_the_model():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_an_encoder_with_padding():
+    """Its fast path would read the weights itself."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS - 1, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, TOKENS, WIDTH), torch.tensor([[False] * TOKENS, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        expected, got = (each(x, src_key_padding_mask=padding) for each in (model, separated(model)))
+    assert torch.allclose(expected[~padding], got[~padding], atol=1e-5)
+
+
+def test_one_that_blocks_share_stays_shared_and_keeps_its_hooks():
+    shared = nn.MultiheadAttention(WIDTH, HEADS)
+    model = nn.ModuleList([nn.ModuleDict({"attention": shared}) for _ in range(2)])
+    seen = []
+    shared.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    result = separated(model)
+    assert result[0]["attention"] is result[1]["attention"]
+    x = torch.randn(TOKENS, 1, WIDTH)
+    result[0]["attention"](x, x, x)
+    assert seen == [SeparateAttention]
+
+
 def test_others_stay():
     kept = nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS, add_zero_attn=True), nn.Linear(3, 3))
     assert separated(kept) is kept

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fairseq.models.vit_quantization import compare_outputs
-from fairseq.quantization.evaluation.outputs import ERROR, SEGMENTATION
+from fairseq.quantization.evaluation.outputs import ERROR, SEGMENTATION, least_kept
 
 
 class Says(nn.Module):
@@ -47,6 +47,53 @@ def test_top1_and_relative_error(batch_size):
 def test_nan_keeps_no_class():
     expected, got = torch.tensor([[1.0, 0.0]]), torch.tensor([[math.nan, 0.0]])
     assert found(logits=(expected, got))["logits"].value == 0
+
+
+def test_padding_by_minus_infinity_is_no_difference():
+    padded = torch.tensor([[[1.0, 0.0, -math.inf], [0.0, 1.0, -math.inf]]])
+    row = found(logits=(padded, padded))["logits"]
+    assert (row.value, row.relative_error) == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["logits", "predicted_depth", "pred_masks", "heatmaps", "feature_maps"])
+def test_what_is_not_a_number_is_lost_wherever_it_is(name):
+    values = torch.rand(1, 2, 4, 4) + 1
+    other = torch.rand(1, 8)
+    rows = found(first=(other, other), **{name: (values, torch.full_like(values, math.nan))}).values()
+    assert least_kept(list(rows)) == 0
+    rows = found(**{name: (values, torch.full_like(values, math.nan))}, last=(other, other)).values()
+    assert least_kept(list(rows)) == 0
+
+
+def test_nothing_to_look_at_is_left_out():
+    masks, other = torch.full((1, 1, 2, 2), -1.0), torch.tensor([[1.0, 0.0]])
+    rows = list(found(pred_masks=(masks, masks), last=(other, torch.tensor([[1.0, 1.0]]))).values())
+    assert math.isnan(rows[0].kept)
+    assert least_kept(rows) == pytest.approx(0.5**0.5)
+    assert math.isnan(least_kept(rows[:1]))
+
+
+def test_two_outputs_of_zeros_are_the_same():
+    assert found(embeds=(torch.zeros(2, 3), torch.zeros(2, 3)))["embeds"].value == 1
+
+
+def test_a_map_without_classes_has_none():
+    maps = torch.rand(1, 2, 2)  # as large as the pictures
+    assert found(logits=(maps, maps))["logits"].measure == "cosine"
+
+
+def test_a_prompt_more_than_labels_is_no_missing_object():
+    """OWL-ViT's config has two labels, whatever it is asked for."""
+    unsure = torch.full((1, 3, 3), -9.0)
+    models = [Says(2, logits=unsure, pred_boxes=BOXES) for _ in (0, 1)]
+    for model in models:
+        model.config.text_config = None
+    rows = {row.output: row for row in compare_outputs(*models, pictures(1))}
+    assert rows["pred_boxes"].value == 1
+    far = Says(2, logits=unsure, pred_boxes=torch.cat([BOXES[:, :1], BOXES[:, 1:] / 9], 1))
+    far.config.text_config = None
+    rows = {row.output: row for row in compare_outputs(models[0], far, pictures(1))}
+    assert rows["pred_boxes"].value == 1  # it counts the best box, which is where it was
 
 
 @pytest.mark.parametrize("batch_size", [None, 1])
