@@ -19,6 +19,7 @@ from other_heads import KINDS
 from quantization.export.test_families import REFUSED, REFUSED_BY_TORCH_2_9
 from quantization.export.test_other_heads import NAMES as EXPORTED
 from quantization.export.test_other_heads import REFUSED as REFUSED_OTHERS
+from quantization.export.test_other_heads import REFUSED_BY_TORCH_2_9 as LATE_OTHERS
 
 from fairseq.quantization.export.export import FORMATS
 
@@ -86,6 +87,8 @@ OTHERS = """
 Models with other heads
 -----------------------
 
+On transformers {versions}, likewise.
+
 .. table::
    :class: compact
 
@@ -142,7 +145,7 @@ def other_cell(column: str, name: str, results: dict[str, dict[tuple[str, str], 
         outcome = result.get((file, test.format(name)), "not run")
         if outcome != "passed":
             raise SystemExit(f"{file}::{test.format(name)} on transformers {version}: {outcome}")
-    return "✓"
+    return NOT_BY_TORCH_2_9 if (name, form) in LATE_OTHERS else "✓"
 
 
 def simple_table(rows: list[list[str]]) -> str:
@@ -163,7 +166,14 @@ def main(arguments: list[str]) -> None:
         *([name, *(other_cell(c, name, results) for c in OTHER_COLUMNS)] for name in KINDS),
     ]
     head = HEAD.format(versions=" and ".join(results), oldest=OLDEST)
-    text = head + simple_table(rows) + NOTES + OTHERS + simple_table(others) + OTHER_NOTES
+    text = (
+        head
+        + simple_table(rows)
+        + NOTES
+        + OTHERS.format(versions=" and ".join(results))
+        + simple_table(others)
+        + OTHER_NOTES
+    )
     PAGE.write_text(text, encoding="utf-8")
     print(f"{PAGE.name}: {len(rows) - 1} families, {len(COLUMNS)} columns; {len(others) - 1} other models")
 

@@ -2,6 +2,7 @@
 
 import other_heads
 import pytest
+import torch
 from quantization.export.test_families import run_here
 
 from fairseq.models.vit_quantization import ViTQuantizer
@@ -13,10 +14,17 @@ NAMES = [name for name in other_heads.NAMES if name not in other_heads.SPEAKING 
 QUICK = {("yolos", "torchscript")}
 REFUSED = {
     ("sam", "onnx"): "cannot write SamModel",
-    ("rt-detr", "onnx"): "does not run by itself",
+    ("rt-detr", "onnx"): "Got invalid dimensions for input: pixel_values",
     ("rt-detr", "torch_export"): "cannot write RTDetrForObjectDetection",
 }
 """(architecture, format) -> what the error says."""
+REFUSED_BY_TORCH_2_9 = {
+    (name, "onnx")
+    for name in (
+        "dpt", "depth-anything", "segformer", "beit-segmentation", "mask2former", "backbone-dinov2", "torchvision-swin",
+    )
+}  # fmt: skip
+"""Its exporter wants another range of batch sizes."""
 
 
 @pytest.mark.parametrize(
@@ -35,8 +43,10 @@ def test_export(name, form, tmp_path, monkeypatch):
     quantized = ViTQuantizer(bits=8, method="channel").quantize_model(other_heads.build(name))
     path = tmp_path / f"model{exporting.FORMATS[form]}"
     refused = REFUSED.get((name, form))
+    if (name, form) in REFUSED_BY_TORCH_2_9 and torch.__version__ < "2.10":
+        refused = "cannot write"
     if refused:
-        with pytest.raises(RuntimeError, match=refused):
+        with pytest.raises(Exception, match=refused):  # onnxruntime has errors of its own
             ViTQuantizer.export(quantized, path, form, other_heads.pictures(name, 2))
         assert not list(tmp_path.iterdir())
         return
