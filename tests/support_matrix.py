@@ -165,15 +165,9 @@ def main(arguments: list[str]) -> None:
         ["model", *OTHER_COLUMNS],
         *([name, *(other_cell(c, name, results) for c in OTHER_COLUMNS)] for name in KINDS),
     ]
-    head = HEAD.format(versions=" and ".join(results), oldest=OLDEST)
-    text = (
-        head
-        + simple_table(rows)
-        + NOTES
-        + OTHERS.format(versions=" and ".join(results))
-        + simple_table(others)
-        + OTHER_NOTES
-    )
+    versions = " and ".join(results)
+    head, second = HEAD.format(versions=versions, oldest=OLDEST), OTHERS.format(versions=versions)
+    text = head + simple_table(rows) + NOTES + second + simple_table(others) + OTHER_NOTES
     PAGE.write_text(text, encoding="utf-8")
     print(f"{PAGE.name}: {len(rows) - 1} families, {len(COLUMNS)} columns; {len(others) - 1} other models")
 
