@@ -185,7 +185,7 @@ def test_benchmark_takes_turns_and_medians(cli, models, monkeypatch):
         turns.append((kind, len(pixels)))
         return times[kind] + (100 if len(turns) == 2 else 0)  # one that is disturbed
 
-    monkeypatch.setattr(measure, "_seconds", seconds)
+    monkeypatch.setattr(measure, "seconds", seconds)
     monkeypatch.setattr(measure, "PAUSE", 0)
     words = ["benchmark", models / "packed", "--reference", models / "vit", "--batch", "1,4", "--rounds", 3]
     found = json.loads(cli(*words, "--json").out)

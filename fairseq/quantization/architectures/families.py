@@ -275,12 +275,11 @@ def family_of(model: nn.Module) -> Family:
     known = _known(model)
     if known is not None:
         # with blocks in wrappers, its layers may have names that the family does not know
-        if {"attention", "mlp"} <= _components_by_name(model, known, "vision").keys():
-            return known
-        if inner := _inner(model):  # such as OpenCLIP with a trunk of timm
-            return replace(known, parts=inner)
-        texts = {"attention", "mlp"} <= _components_by_name(model, known).keys()
-        return known if texts else _by_rule(model) or known
+        of_parts = replace(known, parts=_inner(model))  # such as OpenCLIP with a trunk of timm
+        for family, tower in ((known, "vision"), (of_parts, "vision"), (known, None)):
+            if {"attention", "mlp"} <= _components_by_name(model, family, tower).keys():
+                return family
+        return _by_rule(model) or known
     if getattr(getattr(model, "config", None), "model_type", None) == ENCODER_DECODER:
         return _encoder_decoder(model)
     towers = _towers(model)

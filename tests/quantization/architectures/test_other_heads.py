@@ -178,6 +178,9 @@ class Hears(nn.Module):
         self.embed_audio = nn.Linear(4, 4)
         self.config = self.inner.config
 
+    def get_output_embeddings(self):
+        return self.inner.lm_head
+
     def get_image_features(self, pixel_values):
         return self.inner.get_image_features(pixel_values)
 

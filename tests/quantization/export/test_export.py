@@ -191,7 +191,7 @@ def test_other_numbers_are_refused(toy, tmp_path, monkeypatch):
 def test_nothing_is_left_and_what_was_there_stays_when_it_stops(toy, tmp_path, monkeypatch, stop):
     (tmp_path / "toy.pt").write_bytes(b"before")
 
-    def stopped(wrapper, inputs, file, form):
+    def stopped(wrapper, inputs, file, form, others):
         assert file.stat().st_size > 6  # it was written
         raise stop
 
