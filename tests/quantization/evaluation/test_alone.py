@@ -57,7 +57,7 @@ def test_what_equalization_moves_within_a_block_is_no_error():
     norm = f"{name}.layernorm_before.weight"
     assert not torch.allclose(equalized.get_parameter(norm), original.get_parameter(norm))
     errors = [errors_alone(original, each, families.pictures(4))[name] for each in (equalized, plain)]
-    assert 3 * errors[0] < errors[1]
+    assert errors[0] < 0.8 * errors[1]
 
 
 def test_of_attention_made_of_layers():
