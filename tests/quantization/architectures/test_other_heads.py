@@ -19,6 +19,12 @@ NEEDS = {"mask2former": "scipy", "open-clip": "open_clip"}
 BY_RULE = ("detr", "rt-detr", "torchvision-swin")
 NAMES = other_heads.NAMES
 BITS = 4
+QUICK = (
+    "dpt", "segformer", "beit-segmentation", "yolos", "owl-vit", "torchvision-vit", "torchvision-swin", "open-clip",
+    "llava", "smolvlm", "qwen2-vl",
+)  # fmt: skip
+EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.matrix) for name in NAMES]
+"""A half of them each time, all with ``pytest -m matrix``."""
 NATIVE = library.load() is not None
 
 
@@ -56,9 +62,7 @@ def test_the_vision_tower_is_quantized_and_nothing_else(name):
     assert report.fused_blocks == (other_heads.KINDS[name].fused if NATIVE else 0)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.matrix) if name in ("detr", "rt-detr") else name for name in NAMES]
-)
+@pytest.mark.parametrize("name", EACH)
 def test_it_is_close_and_calibration_brings_it_closer(name):
     model, pixels = build(name), other_heads.pictures(name, 8)
     plain, _ = quantized(model)
@@ -69,7 +73,7 @@ def test_it_is_close_and_calibration_brings_it_closer(name):
     assert sum(after.values()) < sum(before.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_it_comes_back_equal(name, tmp_path):
     model, pixels = build(name), other_heads.pictures(name)
     result, _ = quantized(model)
