@@ -17,6 +17,7 @@ from fairseq.cli.pictures import all_pixels, batches, labelled_images, noise, pi
 from fairseq.models.vit_quantization import compare_embeddings, compare_models, compare_outputs
 from fairseq.quantization.architectures.forward import call, picture_inputs
 from fairseq.quantization.calibration import processes
+from fairseq.quantization.conversion.convert import bytes_of
 from fairseq.quantization.evaluation.compare import EMBEDDINGS
 from fairseq.quantization.evaluation.outputs import COMMON, least_kept
 
@@ -154,7 +155,7 @@ def speed(models: dict[str, Loaded], sizes: list[int], rounds: int, threads: int
                 seconds(loaded.model, pixels)  # warms up
                 times[name].append(seconds(loaded.model, pixels))
         found[size] = {name: _summary(taken, times, size) for name, taken in times.items()}
-    weights = {name: _bytes(loaded.model) for name, loaded in models.items()}
+    weights = {name: bytes_of(loaded.model) for name, loaded in models.items()}
     return {"threads": torch.get_num_threads(), "rounds": rounds, "batches": found, "bytes": weights}
 
 
@@ -200,7 +201,3 @@ def _embeddings(original: nn.Module, quantized: nn.Module, pixels: Tensor, batch
         raise UserError("embeddings are compared on at least 2 pictures; raise --limit")
     found = compare_embeddings(original, quantized, pixels, min(NEIGHBOURS, len(pixels) - 1), batch_size)
     return {"kind": "embeddings", "count": len(pixels), **found._asdict()}
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))

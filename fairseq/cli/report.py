@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,9 +51,8 @@ def report(
     with working(quiet) as say:
         from fairseq.cli import report_page
 
-        page = report_page.make(original, names, images, count, batch_size, rounds, say)
+        page = report_page.make(original, names, images, count, batch_size, rounds, command, say)
         with mistakes(ImportError, OSError):
-            page = report_page.with_facts(page, command, f"{platform.system()}, Python {platform.python_version()}")
             page.write(output)
     result: dict[str, Any] = {
         "original": original, "quantized": quantized, "page": str(output), "bytes": output.stat().st_size,

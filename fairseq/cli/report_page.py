@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from fairseq.quantization.architectures.families import component_of, family_of,
 from fairseq.quantization.architectures.forward import call
 from fairseq.quantization.architectures.layers import block_of, linear_layers
 from fairseq.quantization.architectures.separate import separated
+from fairseq.quantization.conversion.convert import bytes_of
 from fairseq.quantization.evaluation.alone import errors_alone
 from fairseq.quantization.evaluation.compare import moved
 from fairseq.quantization.evaluation.layer_report import LayerReport
@@ -42,6 +43,7 @@ from fairseq.quantization.evaluation.page_pictures import (
     scatter,
     thumbnail,
 )
+from fairseq.quantization.evaluation.report import QuantizationReport
 
 FIRST = 5
 """So many classes of a picture are shown."""
@@ -49,8 +51,12 @@ CLASSES = "the classes"
 LEFT_OUT = "left in float when it was quantized"
 
 
-def make(original: str, names: list[str], folder: Path, count: int, batch_size: int, rounds: int, say: Say) -> Page:
+def make(
+    original: str, names: list[str], folder: Path, count: int, batch_size: int, rounds: int, command: str, say: Say
+) -> Page:
     """Measure the first of the quantized models called ``names``, and the others for the scatter plot.
+
+    ``command`` is what was typed.
 
     Raises:
         UserError: a model cannot be loaded or is not packed, or the pictures cannot be read.
@@ -70,13 +76,15 @@ def make(original: str, names: list[str], folder: Path, count: int, batch_size: 
         )
         say(f"Comparing on {len(pixels)} pictures")
         rows = {each.name: compare_outputs(reference.model, each.model, pixels, batch_size) for each in others}
-        alone = _alone(reference, ours, pixels, say)
+        say("Running each block by itself")
+        alone = errors_alone(reference.model, ours.model, pixels[:ALONE])
         maps = _maps(reference.model, ours.model, pixels[:MAPS], pictures)
-        changes, changed = _changes(reference.model, ours.model, pixels, pictures, folder, batch_size)
+        names = [str(Path(reader.args[1]).relative_to(folder)) for reader in readers]  # type: ignore[attr-defined]
+        changes, changed = _changes(reference.model, ours.model, pixels, pictures, names, batch_size)
     say("Timing one picture, in turns")
     times = _times([reference, *others], pixels[:1], rounds)
-    layers = _layers(reference.model, ours.model)
-    sizes = {each.name: _bytes(each.model) for each in (reference, *others)}
+    report = _report(reference.model, ours.model)
+    sizes = {each.name: bytes_of(each.model) for each in (reference, *others)}
     kept = {name: least_kept(found) for name, found in rows.items()}
     what = _what(rows[ours.name])
     milliseconds = {name: 1000 * statistics.median(taken) for name, taken in times.items()}
@@ -84,6 +92,7 @@ def make(original: str, names: list[str], folder: Path, count: int, batch_size: 
     points += [Point(_short(name), sizes[name] / 1e6, kept[name], milliseconds[name]) for name in kept]
     ratio = statistics.median(a / b for a, b in zip(times[reference.name], times[ours.name], strict=True))
     threads = torch.get_num_threads()
+    versions = {"fairseq": fairseq.__version__} | {name: metadata.version(name) for name in ("torch", "transformers")}
     with mistakes(ImportError):
         plot = scatter(points, what)
     return Page(
@@ -96,10 +105,10 @@ def make(original: str, names: list[str], folder: Path, count: int, batch_size: 
             ("kept" if what == CLASSES else f"kept of {what}", f"{kept[ours.name]:.1%}"),
             ("memory", f"{sizes[ours.name] / 1e6:.1f} MB of {sizes[reference.name] / 1e6:.1f}"),
             ("one picture", f"{milliseconds[ours.name]:.1f} ms of {milliseconds[reference.name]:.1f}"),
-            ("bits per weight", f"{_average(layers):.2f}"),
+            ("bits per weight", f"{_average(report.quantized):.2f}"),
         ],
-        layers=layers,
-        shares=[layer.bytes_after / sizes[ours.name] for layer in layers],
+        layers=report.layers,
+        shares=[report.share(layer) for layer in report.layers],
         alone=alone,
         outputs=[(r.output, f"{r.relative_error:.3g}", r.measure, f"{r.value:.4f}") for r in rows[ours.name]],
         pictures=len(pixels),
@@ -110,19 +119,10 @@ def make(original: str, names: list[str], folder: Path, count: int, batch_size: 
         others=[
             (p.name, f"{p.megabytes:.1f} MB", f"{p.kept:.1%}", f"{p.milliseconds:.1f} ms") for p in points
         ],
-        kept_in_float=_reasons(layers),
-    )  # fmt: skip
-
-
-def with_facts(page: Page, command: str, machine: str) -> Page:
-    """The page with how it was made."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    text = ", ".join([f"fairseq {fairseq.__version__}", *(f"{name} {version}" for name, version in versions.items())])
-    return replace(
-        page,
+        kept_in_float=report.kept_in_float,
         facts=[
-            ("command", command), ("versions", text), ("machine", machine), ("processor", processor_name()),
-            ("threads", str(torch.get_num_threads())),
+            ("command", command), ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+            ("processor", processor_name()), ("threads", str(threads)),
         ],
     )  # fmt: skip
 
@@ -136,11 +136,6 @@ def _times(models: list[Loaded], pixels: Tensor, rounds: int) -> dict[str, list[
             seconds(each.model, pixels)  # warms up
             times[each.name].append(seconds(each.model, pixels))
     return times
-
-
-def _alone(reference: Loaded, ours: Loaded, pixels: Tensor, say: Say) -> dict[str, float]:
-    say("Running each block by itself")
-    return errors_alone(reference.model, ours.model, pixels[:ALONE])
 
 
 def _maps(original: nn.Module, quantized: nn.Module, pixels: Tensor, pictures: list[Any]) -> list[tuple[str, str, str]]:
@@ -158,10 +153,9 @@ def _maps(original: nn.Module, quantized: nn.Module, pixels: Tensor, pictures: l
 
 
 def _changes(
-    original: nn.Module, quantized: nn.Module, pixels: Tensor, pictures: list[Any], folder: Path, batch_size: int
+    original: nn.Module, quantized: nn.Module, pixels: Tensor, pictures: list[Any], names: list[str], batch_size: int
 ) -> tuple[list[Change], int | None]:
     """The pictures whose class changed, and how many; None without classes of pictures."""
-    names = [str(path) for path in _paths(folder)]
     labels = getattr(getattr(original, "config", None), "id2label", None) or {}
     changes: list[Change] = []
     changed = 0
@@ -189,7 +183,7 @@ def _best(values: Tensor, labels: Mapping[int, str]) -> list[tuple[str, float]]:
     return [(labels.get(i, f"class {i}"), p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
 
-def _layers(original: nn.Module, quantized: nn.Module) -> list[LayerReport]:
+def _report(original: nn.Module, quantized: nn.Module) -> QuantizationReport:
     """Each Linear of the float model, and what it is in the quantized one."""
     original = separated(original)
     family, packed = family_of(original), dict(quantized.named_modules())
@@ -198,8 +192,8 @@ def _layers(original: nn.Module, quantized: nn.Module) -> list[LayerReport]:
         linear = cast(nn.Linear, layer)
         module: Any = packed.get(name, linear)
         row = LayerReport(
-            name, component_of(name, family), (linear.out_features, linear.in_features), _bytes(linear),
-            _bytes(module), block=block_of(name),
+            name, component_of(name, family), (linear.out_features, linear.in_features), bytes_of(linear),
+            bytes_of(module), block=block_of(name),
         )  # fmt: skip
         settings = getattr(module, "config", None)
         if settings is None or isinstance(module, nn.Linear):
@@ -208,7 +202,7 @@ def _layers(original: nn.Module, quantized: nn.Module) -> list[LayerReport]:
             rows.append(replace(row, skipped=why))
         else:
             rows.append(replace(row, bits=settings.bits, method=settings.method, activations=_activations(settings)))
-    return rows
+    return QuantizationReport(tuple(rows), bytes_of(original), bytes_of(quantized))
 
 
 def _activations(settings: Any) -> str | None:
@@ -217,18 +211,10 @@ def _activations(settings: Any) -> str | None:
     return f"{settings.activations}, {settings.activation_bits} bits"
 
 
-def _average(layers: list[LayerReport]) -> float:
+def _average(layers: Sequence[LayerReport]) -> float:
     """Bits per weight of the quantized layers."""
-    sizes = [(layer.bits, layer.shape[0] * layer.shape[1]) for layer in layers if layer.bits is not None]
+    sizes = [(layer.bits or 0, layer.shape[0] * layer.shape[1]) for layer in layers]
     return sum(bits * size for bits, size in sizes) / sum(size for _, size in sizes)
-
-
-def _reasons(layers: list[LayerReport]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for layer in layers:
-        if layer.skipped is not None:
-            found.setdefault(layer.skipped, []).append(layer.name)
-    return found
 
 
 def _short(name: str) -> str:
@@ -240,11 +226,3 @@ def _what(rows: list[OutputComparison]) -> str:
     """What the least of the measures counts."""
     least = min(rows, key=lambda row: math.inf if math.isnan(row.kept) else row.kept)
     return CLASSES if least.measure == "top-1 match" else f"{least.output} ({least.measure})"
-
-
-def _paths(folder: Path) -> list[Path]:
-    return [Path(reader.args[1]).relative_to(folder) for reader in pictures_in(folder)]  # type: ignore[attr-defined]
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))

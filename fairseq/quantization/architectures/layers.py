@@ -14,6 +14,11 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether a model is one of transformers, or derived from one; asked without importing that."""
+    return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
+
+
 def block_of(name: str) -> str | None:
     """The name of the encoder block that holds a layer, such as "vit.layers.3"; None outside of blocks."""
     # Swin: blocks within stages; torchvision: "encoder_layer_3"

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fairseq.quantization.architectures.layers import is_pretrained
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 """Of queries, keys and values."""
 HOOKS = (
@@ -26,7 +28,7 @@ def separated(model: nn.Module) -> nn.Module:
     torchvision and OpenCLIP, becomes a :class:`SeparateAttention`. Those within models of transformers stay, whose
     folders have the names of their weights.
     """
-    attentions = {} if _is_pretrained(model) else _multihead(model)
+    attentions = {} if is_pretrained(model) else _multihead(model)
     if not attentions and not any(hasattr(module, "qkv_bias_separate") for module in model.modules()):
         return model
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -120,10 +122,6 @@ def _multihead(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
         for name, module in model.named_modules(remove_duplicate=False)
         if name and type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
     }
-
-
-def _is_pretrained(model: nn.Module) -> bool:
-    return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

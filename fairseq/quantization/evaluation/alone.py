@@ -25,7 +25,7 @@ def errors_alone(
 
     Args:
         original: the float model; it stays as it is.
-        quantized: the packed one, made from it.
+        quantized: the packed one, made from it, on the same device.
         pixel_values: (N, C, H, W).
         batch_size: pictures per run.
 
@@ -55,9 +55,7 @@ def _with(original: nn.Module, quantized: nn.Module, name: str) -> nn.Module:
     shared = {id(t): t for t in (*original.parameters(), *original.buffers())}
     result = copy.deepcopy(original, shared)
     owner, _, last = name.rpartition(".")
-    part = quantized.get_submodule(name)
-    place = next(result.get_submodule(owner).parameters(), torch.empty(0)).device
-    setattr(result.get_submodule(owner), last, part.to(place))
+    setattr(result.get_submodule(owner), last, quantized.get_submodule(name))
     return result
 
 

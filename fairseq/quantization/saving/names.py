@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from fairseq.quantization.architectures.layers import is_pretrained
+
 REPAIRED = {"decoder.decoder_encoder.layer.": "decoder.decoder_layers."}
 """What transformers 5 makes of ViT-MAE's names on their way to disk -> what they are."""
 COMPUTED = ".relative_position_index"
@@ -30,7 +32,7 @@ def names_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         names: of its parameters, buffers or modules; a module's name may be looked up as that of a tensor in it.
     """
     names = list(names)
-    if _is_pretrained(model) and model not in _renaming:
+    if is_pretrained(model) and model not in _renaming:
         _renaming[model] = _way_to_disk(model)
     rename = _renaming.get(model, str)
     return {name: rename(name) for name in names}
@@ -93,10 +95,6 @@ def _arrives(model: Any, steps: Sequence[Any], loading: Any, rename: Callable[[s
         loading.rename_source_key(rename(name), renamings, [], model.base_model_prefix, state)[0] == name
         for name in state
     )
-
-
-def _is_pretrained(model: nn.Module) -> bool:
-    return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
 
 
 def _repaired(name: str) -> str:
