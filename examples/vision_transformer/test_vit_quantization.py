@@ -15,8 +15,9 @@ from common import CONFIGURATIONS, load_model, quantize, run, table
 from torch import nn
 
 from fairseq.models.vit_quantization import ViTQuantizer, compare_models
-from fairseq.quantization.architectures.families import component_of, family_of
+from fairseq.quantization.architectures.families import component_of
 from fairseq.quantization.architectures.layers import linear_layers
+from fairseq.quantization.architectures.recognition import family_of
 from fairseq.quantization.evaluation.report import megabytes
 
 

@@ -25,9 +25,10 @@ from fairseq.cli.output import Say, UserError, mistakes
 from fairseq.cli.pictures import all_pixels, pictures_in
 from fairseq.cli.report import ALONE, MAPS, SHOWN
 from fairseq.models.vit_quantization import compare_outputs
-from fairseq.quantization.architectures.families import component_of, family_of, kept_reason, tower_of
+from fairseq.quantization.architectures.families import component_of, kept_reason, tower_of
 from fairseq.quantization.architectures.forward import call
 from fairseq.quantization.architectures.layers import block_of, linear_layers
+from fairseq.quantization.architectures.recognition import family_of
 from fairseq.quantization.architectures.separate import separated
 from fairseq.quantization.conversion.convert import bytes_of
 from fairseq.quantization.evaluation.alone import errors_alone

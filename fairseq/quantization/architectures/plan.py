@@ -14,16 +14,11 @@ from fairseq.modules.quantization.scalar.modules import QuantizedWeight
 from fairseq.modules.quantization.scalar.modules.replace import reason_not_quantizable
 from fairseq.modules.quantization.scalar.ops import check_tensor
 from fairseq.quantization.architectures.embeddings import find_embeddings
-from fairseq.quantization.architectures.families import (
-    Family,
-    component_of,
-    family_of,
-    kept_reason,
-    tower_of,
-)
+from fairseq.quantization.architectures.families import Family, component_of, kept_reason, tower_of
 from fairseq.quantization.architectures.forward import Pixels
 from fairseq.quantization.architectures.layers import block_of, linear_layers, tied_blocks, tied_layers
 from fairseq.quantization.architectures.observe import NOTHING, Observation, observe
+from fairseq.quantization.architectures.recognition import family_of
 from fairseq.quantization.config import COMPONENTS, LayerConfig, QuantizationConfig
 
 UNCALLED = "no forward pass on pictures calls it; the model may multiply by its weight itself"

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.quantization.architectures.families import component_of, family_of, tower_of
+from fairseq.quantization.architectures.families import component_of, tower_of
 from fairseq.quantization.architectures.forward import call, evaluating, vision_config
 from fairseq.quantization.architectures.layers import block_of
+from fairseq.quantization.architectures.recognition import family_of
 from fairseq.quantization.evaluation.compare import moved
 
 THUMBNAIL = 128

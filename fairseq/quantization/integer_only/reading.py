@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.quantization.architectures.blocks import class_of
-from fairseq.quantization.architectures.families import component_of, embedding_kind, family_of, tower_of
+from fairseq.quantization.architectures.families import component_of, embedding_kind, tower_of
 from fairseq.quantization.architectures.forward import call
 from fairseq.quantization.architectures.layers import block_of
+from fairseq.quantization.architectures.recognition import family_of
 from fairseq.quantization.engine.reading import NORM_CLASSES, read
 from fairseq.quantization.engine.reference_block import run
 from fairseq.quantization.engine.spec import BlockSpec, Call, Norm, reason_not_plain

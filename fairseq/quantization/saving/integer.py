@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed.packing import pack, packed_length, unpack
-from fairseq.quantization.architectures.families import component_of, embedding_kind, family_of
+from fairseq.quantization.architectures.families import component_of, embedding_kind
+from fairseq.quantization.architectures.recognition import family_of
 from fairseq.quantization.integer_only.layers import IntegerLinear
 from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.integer_only.pretrained import as_pretrained

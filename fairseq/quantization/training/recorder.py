@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor, nn
 
 from fairseq.quantization.architectures.blocks import layer_paths
-from fairseq.quantization.architectures.families import component_of, family_of, tower_of
+from fairseq.quantization.architectures.families import component_of, tower_of
 from fairseq.quantization.architectures.layers import block_of, linear_layers
+from fairseq.quantization.architectures.recognition import family_of
 
 
 class Projection(NamedTuple):

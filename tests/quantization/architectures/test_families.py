@@ -19,11 +19,12 @@ from fairseq.modules.quantization.packed.kernels import library, native
 from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding
 from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedParameters
 from fairseq.quantization.architectures.blocks import block_plan, class_of
-from fairseq.quantization.architectures.families import component_of, family_of, kept_reason, tower_of
+from fairseq.quantization.architectures.families import component_of, kept_reason, tower_of
 from fairseq.quantization.architectures.forward import output_of, picture_inputs
 from fairseq.quantization.architectures.layers import linear_layers
 from fairseq.quantization.architectures.observe import folds
 from fairseq.quantization.architectures.plan import resolve
+from fairseq.quantization.architectures.recognition import family_of
 from fairseq.quantization.calibration.block_inputs import BlockInputs
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
 from fairseq.quantization.rounding.equalization import equalize

@@ -11,8 +11,9 @@ from torch import nn
 from fairseq.models.vit_quantization import ViTQuantizer, compare_models, compare_outputs
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.kernels import library
-from fairseq.quantization.architectures.families import family_of, tower_of
+from fairseq.quantization.architectures.families import tower_of
 from fairseq.quantization.architectures.plan import UNCALLED
+from fairseq.quantization.architectures.recognition import family_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 NEEDS = {"mask2former": "scipy", "open-clip": "open_clip"}
