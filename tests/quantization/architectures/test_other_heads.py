@@ -194,6 +194,14 @@ def test_what_hears_stays_in_float():
     _, report = quantized(Hears())
     assert not [layer.name for layer in report.quantized if "audio" in layer.name]
     assert len(report.quantized) == 14
+    why = {layer.skipped for layer in report.skipped if "audio" in layer.name}
+    assert why == {"not an attention, MLP or classifier layer"}  # not that pictures happen to reach none of them
+
+
+def test_words_that_stand_in_for_any_calibrate_no_text_tower():
+    _, report = quantized(build("owl-vit"), config={"towers": "all"}, calibration=other_heads.pictures("owl-vit", 8))
+    ways = {("text_model" in layer.name, layer.rounding) for layer in report.quantized if ".encoder." in layer.name}
+    assert ways == {(True, "nearest"), (False, "gptaq")}
 
 
 class NotOnNoise(nn.Module):
