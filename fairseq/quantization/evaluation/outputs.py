@@ -230,7 +230,7 @@ def _key_points(expected: Tensor, got: Tensor) -> Measured:
     width = expected.shape[-1]
     first, second = (x.flatten(2).argmax(-1) for x in (expected, got))
     moved_by = torch.maximum((first // width - second // width).abs(), (first % width - second % width).abs())
-    return _share(moved_by <= 1)
+    return _share((moved_by <= 1) & ~got.isnan().flatten(2).any(-1))
 
 
 def _cosine(expected: Tensor, got: Tensor) -> Measured:
