@@ -124,9 +124,13 @@ NAMES = list(BUILDERS)
 
 
 def build(name: str) -> nn.Module:
-    """The model of that name: weights large enough to matter, biases that are not zero; in eval mode."""
+    """The model of that name, :func:`with_weights`, the same ones each time."""
     torch.manual_seed(0)
-    model = BUILDERS[name]()
+    return with_weights(BUILDERS[name]())
+
+
+def with_weights(model: nn.Module) -> nn.Module:
+    """The model, with random weights large enough to matter and biases that are not zero; in eval mode."""
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("bias"):

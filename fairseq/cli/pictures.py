@@ -29,7 +29,9 @@ def read_image(source: Any, name: str) -> Image.Image:
         return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{name}: no such file") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError:  # its text holds the address of an open file
+        raise UserError(f"{name}: not a readable picture") from None
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{name}: not a readable picture ({first_line(error)})") from None
 
 

@@ -200,9 +200,14 @@ def fill(
         keys = _on_disk(model, packed_name(model, name), part)
         found = contents.read(keys.values()) if tensors is None else tensors
         dtypes = {key: tensor.dtype for key, tensor in part.state_dict().items()}  # biases follow the model
-        state = {key: found[place].to(_device(model, name), dtypes[key], copy=True) for key, place in keys.items()}
+        device = _device(model, name)
+        state = {key: found[place].to(device, dtypes[key], copy=True) for key, place in keys.items()}
         try:
             part.load_state_dict(state, assign=True)
+            for owner in part.modules():
+                for key, buffer in list(owner.named_buffers(recurse=False)):
+                    if buffer.is_meta:  # an empty one, that no file holds
+                        setattr(owner, key, buffer.new_empty(0, device=device))
             check_loaded(name, part)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{contents.files}: {' '.join(str(error).split())}") from None

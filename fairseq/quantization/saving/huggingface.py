@@ -178,7 +178,8 @@ class FairseqViTQuantizer(HfQuantizer):
                 table = None if part is not None else empty_part(model, name, self.fit.contents.parts[on_disk], "cpu")
                 put(model, name, table or Placeholder(part).train(part.training))
                 around = model.get_submodule(owner)
-                if not around._parameters:  # its code to initialize weights has only placeholders to write to
+                if not around._parameters and not around._buffers:
+                    # its code to initialize weights, which fills buffers that no file holds, has placeholders alone
                     vars(around)[INITIALIZED] = True
         self.told = tell(model, self.fit)
         return model
@@ -281,12 +282,15 @@ def _check_complete(model: Any, found: Fit) -> None:
 
 
 def _align(model: nn.Module) -> None:
-    """Move weights of float convolutions that lie anywhere in a mapped file to where memory of their own begins.
+    """Move float weights that lie anywhere in a mapped file to where memory of their own begins.
 
-    oneDNN chooses its kernel by the address, and each has another last bit.
+    oneDNN and MKL choose a kernel by the address, and each has another last bit. The Linears of a model that writes
+    text, which are many and large, stay mapped.
     """
+    writes = getattr(model, "can_generate", bool)()
+    kinds = CONVOLUTIONS if writes else (*CONVOLUTIONS, nn.Linear)
     for module in model.modules():
-        for parameter in module.parameters(recurse=False) if isinstance(module, CONVOLUTIONS) else ():
+        for parameter in module.parameters(recurse=False) if isinstance(module, kinds) else ():
             if parameter.device.type == "cpu" and parameter.data_ptr() % CACHE_LINE:
                 parameter.data = parameter.data.clone()
 

@@ -1,0 +1,103 @@
+"""Whatever a family may be configured as: its layers are exact, blocks agree with them, files bring the same bits back.
+
+RANDOM_MODELS=5000 draws that many, other ones each time; a failure prints the model, smaller than what was found.
+"""
+
+import copy
+import os
+import warnings
+
+import pytest
+import torch
+import transformers
+from bounds import agrees, rounding_noise
+from hypothesis import HealthCheck, given, settings
+from random_models import RandomModel, random_models
+
+from fairseq.models.vit_quantization import ViTQuantizer
+from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.quantization.architectures.forward import output_of
+
+pytest.importorskip("timm")
+EXAMPLES = int(os.environ.get("RANDOM_MODELS", 200))
+
+
+@settings(
+    max_examples=EXAMPLES,
+    derandomize="RANDOM_MODELS" not in os.environ,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(random_models())
+def test_it_is_quantized_saved_loaded_and_exported(tmp_path_factory, case):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(case, tmp_path_factory.mktemp("model"))
+
+
+def check(case: RandomModel, folder) -> None:
+    original, pixels = case.build(), case.pictures(case.batch)
+    before = copy.deepcopy(original.state_dict())
+    expected = output(original, pixels)
+    quantizer = ViTQuantizer(**case.quantizer)
+    calibration = case.pictures(case.calibration, seed=1) if case.calibration else None
+    layers = quantizer.quantize_model(original, calibration, engine="layers")
+    assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
+
+    got, wrong = output_and_wrong_layers(layers, pixels)
+    assert not wrong
+    assert got.shape == expected.shape
+    assert bool(got.isfinite().all()) or not bool(expected.isfinite().all())
+
+    fused = ViTQuantizer.optimize(layers, "auto")
+    own = output(fused, pixels)
+    noise = rounding_noise(2 * len(quantizer.report.quantized), case.quantizer["activation_bits"])
+    assert energy(own - got) <= energy(got) * noise + 4 * energy(got - output(ViTQuantizer.dequantize_model(layers), pixels))
+
+    ViTQuantizer.save(fused, folder / "model.safetensors")
+    loaded = ViTQuantizer.load(folder / "model.safetensors", case.build())
+    assert torch.equal(output(loaded, pixels), own)
+    if case.config is not None:
+        fused.save_pretrained(folder / "saved")
+        again = getattr(transformers, case.model).from_pretrained(
+            folder / "saved", attn_implementation=case.attention, dtype=pixels.dtype
+        )
+        assert torch.equal(output(again, pixels), own)
+    if case.export is not None:
+        suffix = {"onnx": "onnx", "openvino": "xml", "torchscript": "pt", "torch_export": "pt2"}[case.export]
+        ViTQuantizer.export(fused, folder / f"exported.{suffix}", case.export, pixels)  # verified, or it raises
+
+
+def output(model, pixels):
+    with torch.no_grad():
+        return output_of(model, pixels)[1]
+
+
+def output_and_wrong_layers(model, pixels):
+    """The output, and the names of packed layers whose own output is not the exact one for what they were given."""
+    wrong = []
+
+    def compare(name):
+        def hook(layer, given, found):
+            width = layer.in_features
+            if not agrees_with_exact(layer, given[0].reshape(-1, width), found.reshape(-1, layer.out_features)):
+                wrong.append(name)
+
+        return hook
+
+    hooks = [
+        m.register_forward_hook(compare(name)) for name, m in model.named_modules() if isinstance(m, PackedLinear)
+    ]
+    try:
+        return output(model, pixels), wrong
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def agrees_with_exact(layer, x, y):
+    return agrees(y, layer, x)
+
+
+def energy(x):
+    return float(x.double().square().sum())
