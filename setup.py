@@ -25,17 +25,18 @@ PLOT = ["matplotlib>=3.9"]
 REPORT = ["jinja2>=3.1", *PLOT]
 TRAINING = ["accelerate>=1.1"]
 LORA = ["peft>=0.17"]
+RAY = ["ray[data]>=2.46"]  # with pyarrow
 TEST = [
     "pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "pytest-xdist>=3.6", "timm>=1.0",
     "open_clip_torch>=2.30", "scipy>=1.13", "nbclient>=0.10", "ipykernel>=6.29",  # scipy: transformers' Mask2Former
-    *TRAINING, *LORA, *ONNX, *OPENVINO, *REPORT,
+    *TRAINING, *LORA, *ONNX, *OPENVINO, *RAY, *REPORT,
 ]  # fmt: skip
 DOCS = ["sphinx>=8", "furo>=2024.8", "sphinx-copybutton>=0.5"]
 LINT = ["ruff>=0.12", "mypy>=1.16", "pre-commit>=4", "clang-format==23.1.5", "setuptools>=77"]
 # clang-format: each version formats in its own way; setuptools: .ci/sanitize
 EXTRAS = {
     "onnx": ONNX, "openvino": OPENVINO, "plot": PLOT, "report": REPORT, "training": TRAINING, "lora": LORA,
-    "test": TEST, "docs": DOCS, "dev": [*TEST, *DOCS, *LINT],
+    "ray": RAY, "test": TEST, "docs": DOCS, "dev": [*TEST, *DOCS, *LINT],
 }  # fmt: skip
 
 KERNELS = Path("fairseq", "modules", "quantization", "packed", "kernels")

@@ -149,7 +149,7 @@ def _plain(draw: st.DrawFn) -> tuple[str, str, dict[str, Any], tuple[int, int, i
             ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig"),
         ])
     )  # fmt: skip
-    picture, size = _picture(draw, square=config in ("ViTMAEConfig", "Dinov2WithRegistersConfig"))
+    picture, size = _picture(draw, square=config.startswith(("ViTMAE", "Dinov2")))
     settings = {**_block(draw), **picture, "qkv_bias": draw(st.booleans()), "num_labels": draw(st.integers(1, 9))}
     if config == "ViTMAEConfig":
         settings["mask_ratio"] = 0.0
@@ -201,7 +201,11 @@ def _swin(draw: st.DrawFn) -> tuple[str, str, dict[str, Any], tuple[int, int, in
     """Stages, of windows that the picture need not be divisible by: they are padded."""
     name, stages, width = draw(st.sampled_from(["Swin", "Swinv2"])), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     window = draw(st.integers(2, 4))
-    patch, side, channels = draw(st.integers(1, 3)), draw(st.integers(2 ** (stages - 1) * window, 9)), draw(st.integers(1, 4))
+    patch, side, channels = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(2 ** (stages - 1) * window, 9)),
+        draw(st.integers(1, 4)),
+    )
     settings = {
         "image_size": patch * side,
         "patch_size": patch,

@@ -19,123 +19,29 @@ import argparse
 import hashlib
 import importlib
 import json
+import logging
 import os
+import pickle
 import time
-from collections.abc import Iterable, Iterator
-from io import BytesIO
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import UserError, positive, read_image, run
+from common import UserError, positive, run
+from embedder import Embedder, import_pyarrow, part
 from picture_chunks import Chunk, chunks_of, fingerprint
-from torch import Tensor
 from tqdm import tqdm
 
-from fairseq.cli.loading import load, needs_processor
-from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.quantization.evaluation.compare import embeddings
-from fairseq.quantization.files import replacing, write_file
+from fairseq.quantization.files import write_file
 
 MOST_TASKS = 2000  # chunks beyond share one: each costs Ray some milliseconds
 PLAN = "plan.json"
-assert ViTQuantizer  # registers the format of packed models
-
-
-class Embedder:
-    """Loads a model once, and writes a Parquet file for each chunk that it is called with."""
-
-    def __init__(self, model: str, output: str, what: str, batch: int, threads: int | None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        loaded = load(model)
-        self.model, self.processor = loaded.model, needs_processor(loaded, "MODEL")
-        self.labels = getattr(self.model.config, "id2label", {})
-        self.output, self.batch = Path(output), batch
-        self.classes = what == "classes" or (what == "auto" and _is_classifier(self.model))
-        if self.classes and not _is_classifier(self.model):
-            raise UserError(f"{model}: {type(self.model).__name__} has no classes; leave out --what classes")
-        if not self.classes and _is_classifier(self.model):
-            self.model = self.model.base_model
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, int]:
-        """``row["chunk"]`` -> how many pictures there were, and how many of them could not be read."""
-        pyarrow, parquet = _pyarrow()
-        chunk: Chunk = row["chunk"]
-        rows: list[dict[str, Any]] = []
-        for pictures in _in_batches(chunk.pictures(), self.batch):
-            rows += self._rows(pictures)
-        table = pyarrow.Table.from_pylist(rows, schema=self._schema(pyarrow))
-        with replacing(part(self.output, chunk.number)) as path:
-            parquet.write_table(table, path)
-        return {"pictures": len(rows), "bad": sum(row["error"] is not None for row in rows)}
-
-    def _schema(self, pyarrow: Any) -> Any:
-        found = {"embedding": pyarrow.list_(pyarrow.float32())}
-        if self.classes:
-            found = {"class_index": pyarrow.int64(), "label": pyarrow.string(), "probability": pyarrow.float32()}
-        return pyarrow.schema({"picture": pyarrow.string(), **found, "error": pyarrow.string()})
-
-    def _rows(self, pictures: list[tuple[str, bytes | None]]) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = [{"picture": name, "error": None} for name, _ in pictures]
-        inputs: list[Any] = []
-        good: list[dict[str, Any]] = []
-        for row, (name, content) in zip(rows, pictures, strict=True):
-            try:
-                if content is None:
-                    raise UserError(f"{name}: the row is empty")
-                inputs.append(self.processor(images=read_image(BytesIO(content), name), return_tensors="pt"))
-                good.append(row)
-            except (UserError, ValueError) as error:
-                row["error"] = str(error)
-        if inputs:
-            together = {key: torch.cat([one[key] for one in inputs]) for key in inputs[0]}
-            for row, found in zip(good, self._run(together), strict=True):
-                row.update(found)
-        return rows
-
-    def _run(self, inputs: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
-        if not self.classes:
-            return ({"embedding": values} for values in embeddings(self.model, inputs, self.batch)[1].numpy())
-        with torch.inference_mode():
-            best = self.model(**inputs).logits.float().softmax(-1).max(-1)
-        return (
-            {"class_index": index, "label": self.labels.get(index), "probability": probability}
-            for index, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        )
-
-
-def part(output: Path, number: int) -> Path:
-    """The file of a chunk."""
-    return output / f"part-{number:06}.parquet"
-
-
-def _in_batches(pictures: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for picture in pictures:
-        batch.append(picture)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _is_classifier(model: Any) -> bool:
-    return "ForImageClassification" in type(model).__name__
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise UserError('Parquet files need pyarrow: pip install "fairseq[ray]"') from None
 
 
 def here(chunks: list[Chunk], worker: tuple[Any, ...]) -> Iterator[dict[str, int]]:
     """What :class:`Embedder` says of each chunk, in this process."""
     embedder = Embedder(*worker)
-    return (embedder({"chunk": chunk}) for chunk in chunks)
+    return (embedder({"chunk": pickle.dumps(chunk)}) for chunk in chunks)
 
 
 def on_ray(
@@ -147,23 +53,24 @@ def on_ray(
         importlib.import_module("ray.data")
     except ImportError:
         raise UserError('--workers needs Ray: pip install "fairseq[ray]"') from None
-    # Actors import this file's own modules, and load what was saved as this process does.
+    # Actors import this folder's modules, too.
     paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(
         address=address,
         num_cpus=None if address else workers * threads,
         runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)}},
         include_dashboard=False,
-        logging_level="warning",
+        logging_level="error",
         log_to_driver=False,
     )
+    logging.getLogger("ray.data").setLevel("ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
-        rows = ray.data.from_items(
-            [{"chunk": chunk} for chunk in chunks], override_num_blocks=min(len(chunks), MOST_TASKS)
-        )
-        done = rows.map(Embedder, fn_constructor_args=worker, concurrency=workers, num_cpus=threads)
-        yield from done.iter_rows()
+        rows = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
+        pool = ray.data.ActorPoolStrategy(size=workers)
+        data = ray.data.from_items(rows, override_num_blocks=min(len(chunks), MOST_TASKS))
+        yield from data.map(Embedder, fn_constructor_args=worker, compute=pool, num_cpus=threads).iter_rows()
     finally:
         ray.shutdown()
 
@@ -203,7 +110,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("pictures", type=Path, help="a folder of pictures, a .parquet or .tar file, a folder of those")
     parser.add_argument("output", type=Path, help="a folder for Parquet files; what is done already is left out")
     parser.add_argument("--what", choices=("auto", "embeddings", "classes"), default="auto", help="auto: by the model")
-    parser.add_argument("--workers", type=positive, default=1, metavar="N", help="1: this process; more: Ray (default 1)")
+    parser.add_argument(
+        "--workers", type=positive, default=1, metavar="N", help="1: this process; more: Ray (default 1)"
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="of each worker (default: all cores, shared)")
     parser.add_argument("--address", help='of a Ray cluster, or "auto"; else Ray is started on this machine')
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="pictures per run (default 16)")
@@ -216,7 +125,7 @@ def main() -> int:
     args = parse()
     if not (args.model / "config.json").is_file():
         raise UserError(f"{args.model}: no model in this folder: it has no config.json")
-    _pyarrow()
+    import_pyarrow()
     chunks = chunks_of(args.pictures, args.chunk, args.column)
     settings = f"{args.what}, {args.batch_size} per run"
     left = resumed(
@@ -244,7 +153,7 @@ def main() -> int:
 
 def summary(output: Path, chunks: list[Chunk], total: int) -> int:
     """Print how many rows there are, and the first of the pictures that could not be read; 0, or 1 if rows lack."""
-    _, parquet = _pyarrow()
+    _, parquet = import_pyarrow()
     rows, errors = 0, []
     for chunk in chunks:
         found = parquet.read_table(part(output, chunk.number), columns=["error"]).column(0)

@@ -13,8 +13,9 @@ from common import UserError, first_line
 
 from fairseq.quantization.calibration.images import SUFFIXES
 
-Picture = tuple[str, bytes | None]
-"""What a picture is called, and its file's content; None where its row has none."""
+ARCHIVES = (".tar", ".parquet")
+Picture = tuple[str, bytes | str]
+"""What a picture is called, and its file's content, or why that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Chunk:
         """
         source = Path(self.source)
         if source.is_dir():
-            return ((name, (source / name).read_bytes()) for name in self.parts)
+            return ((name, _content(source / name, name)) for name in self.parts)
         return self._from_parquet() if source.suffix == ".parquet" else self._from_tar()
 
     def _from_tar(self) -> Iterator[Picture]:
@@ -63,7 +64,8 @@ class Chunk:
                 value = column[row].as_py()
                 if isinstance(value, dict):  # of the datasets library: {"bytes": ..., "path": ...}
                     value = value.get("bytes")
-                yield f"{name}/{wanted}/{row}", value
+                place = f"{name}/{wanted}/{row}"
+                yield place, value if isinstance(value, bytes) else f"{place}: holds no bytes of a picture"
 
 
 def chunks_of(source: Path, size: int, column: str) -> list[Chunk]:
@@ -76,7 +78,9 @@ def chunks_of(source: Path, size: int, column: str) -> list[Chunk]:
         UserError: no pictures, or a file is damaged.
     """
     found: list[tuple[str, Sequence[Any]]] = []
-    archives = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix in (".tar", ".parquet"))
+    archives = (
+        [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix in (".tar", ".parquet"))
+    )
     for archive in archives:
         if archive.suffix not in (".tar", ".parquet"):
             raise UserError(f"{archive} must be a folder of pictures, or end in .tar or .parquet")
@@ -101,12 +105,21 @@ def fingerprint(chunks: Sequence[Chunk]) -> str:
     return digest.hexdigest()
 
 
+def _content(path: Path, name: str) -> bytes | str:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+
+
 def _in_tar(path: Path) -> list[tuple[str, int, int]]:
     try:
         with tarfile.open(path, "r:") as opened:
             members = [m for m in opened if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES]
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path}: not a readable tar file, which must not be compressed ({first_line(error)})") from None
+        raise UserError(
+            f"{path}: not a readable tar file, which must not be compressed ({first_line(error)})"
+        ) from None
     return [(m.name, m.offset_data, m.size) for m in members]
 
 

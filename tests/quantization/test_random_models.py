@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from bounds import agrees, rounding_noise
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from random_models import RandomModel, random_models
 
 from fairseq.models.vit_quantization import ViTQuantizer
@@ -39,6 +39,7 @@ def check(case: RandomModel, folder) -> None:
     original, pixels = case.build(), case.pictures(case.batch)
     before = copy.deepcopy(original.state_dict())
     expected = output(original, pixels)
+    assume(bool(expected.isfinite().all()))  # Swin V2 may overflow float16
     quantizer = ViTQuantizer(**case.quantizer)
     calibration = case.pictures(case.calibration, seed=1) if case.calibration else None
     layers = quantizer.quantize_model(original, calibration, engine="layers")
@@ -47,12 +48,14 @@ def check(case: RandomModel, folder) -> None:
     got, wrong = output_and_wrong_layers(layers, pixels)
     assert not wrong
     assert got.shape == expected.shape
-    assert bool(got.isfinite().all()) or not bool(expected.isfinite().all())
+    assert bool(got.isfinite().all())
 
     fused = ViTQuantizer.optimize(layers, "auto")
     own = output(fused, pixels)
     noise = rounding_noise(2 * len(quantizer.report.quantized), case.quantizer["activation_bits"])
-    assert energy(own - got) <= energy(got) * noise + 4 * energy(got - output(ViTQuantizer.dequantize_model(layers), pixels))
+    assert energy(own - got) <= energy(got) * noise + 4 * energy(
+        got - output(ViTQuantizer.dequantize_model(layers), pixels)
+    )
 
     ViTQuantizer.save(fused, folder / "model.safetensors")
     loaded = ViTQuantizer.load(folder / "model.safetensors", case.build())
@@ -79,24 +82,18 @@ def output_and_wrong_layers(model, pixels):
 
     def compare(name):
         def hook(layer, given, found):
-            width = layer.in_features
-            if not agrees_with_exact(layer, given[0].reshape(-1, width), found.reshape(-1, layer.out_features)):
+            x, y = given[0].reshape(-1, layer.in_features), found.reshape(-1, layer.out_features)
+            if not agrees(y, layer, x):
                 wrong.append(name)
 
         return hook
 
-    hooks = [
-        m.register_forward_hook(compare(name)) for name, m in model.named_modules() if isinstance(m, PackedLinear)
-    ]
+    hooks = [m.register_forward_hook(compare(name)) for name, m in model.named_modules() if isinstance(m, PackedLinear)]
     try:
         return output(model, pixels), wrong
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def agrees_with_exact(layer, x, y):
-    return agrees(y, layer, x)
 
 
 def energy(x):
