@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -121,6 +122,15 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "timm-eva": _timm("eva02_tiny_patch14_224", **TIMM),
 }
 NAMES = list(BUILDERS)
+QUICK = (
+    "vit", "deit-teacher", "beit", "swinv2", "dinov2-registers", "dinov3-gated", "vit-mae", "clip", "siglip",
+    "siglip2-vision", "encoder-decoder", "timm-vit", "timm-eva",
+)  # fmt: skip
+
+
+def each(names: Iterable[str] = NAMES) -> list[Any]:
+    """Those of ``QUICK`` each time, all of ``names`` with ``pytest -m matrix``; random_models.py draws from all."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.matrix) for name in names]
 
 
 def build(name: str) -> nn.Module:

@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 import families
+import pytest
 import torch
 from conftest import vit_config
 from PIL import Image
@@ -37,6 +38,9 @@ KINDS = {
     "norm before": ("clip-vision-projection", {"activations": "static"}),
     "attention pooling": ("siglip-vision", {}),
 }
+QUICK = ("spread", "4 bits", "two heads", "class token and mean", "attention pooling")
+EACH = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.matrix) for kind in KINDS]
+"""Five of them each time, all with ``pytest -m matrix``."""
 
 
 def quantize(kind):

@@ -21,6 +21,7 @@ from fairseq.models.vit_quantization import BitAssignment, ViTQuantizer, compare
 from fairseq.modules.quantization.scalar.ops import METHODS
 
 SETTINGS = [(8, "tensor", 1.0), (4, "tensor", 1.0), (4, "channel", 1.0), (4, "histogram", 1.0), (4, "tensor", 0.5)]
+TWO = [{"bits": 8}, pytest.param({"bits": 4, "activations": None}, marks=pytest.mark.matrix)]
 
 
 def quantize(model, bits, method, p, engine="auto"):
@@ -173,7 +174,7 @@ def test_moves_and_casts(tiny_vit, pixels, device):
             assert other.classifier.scale.dtype == torch.float32
 
 
-@pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4, "activations": None}], ids=str)
+@pytest.mark.parametrize("settings", TWO, ids=str)
 def test_compile_and_export_take_the_whole_model(tiny_vit, pixels, settings):
     """Exported to the bit; compiled, whose norms have sums of their own, to what falls on the other side of an edge.
 
@@ -253,7 +254,7 @@ def test_torchscript_runs_in_a_process_without_fairseq(tiny_vit, pixels, tmp_pat
 @pytest.mark.parametrize(
     ("settings", "nodes"),
     [
-        ({"bits": 8, "method": "histogram"}, {"MatMulInteger": 7}),
+        pytest.param({"bits": 8, "method": "histogram"}, {"MatMulInteger": 7}, marks=pytest.mark.matrix),
         ({"bits": 4}, {"MatMulInteger": 7, "BitShift": 14}),
         ({"bits": 4, "method": "channel", "activations": None}, {"DequantizeLinear": 7, "BitShift": 14}),
     ],
@@ -290,7 +291,7 @@ def test_onnx_holds_integers_and_gives_the_same_logits(tmp_path, settings, nodes
     assert rms(torch.from_numpy(got) - expected) < bound
 
 
-@pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4, "activations": None}], ids=str)
+@pytest.mark.parametrize("settings", TWO, ids=str)
 def test_the_reference_kernels_can_be_recorded(tiny_vit, pixels, tmp_path, settings):
     """Processors without exact products of bytes, as with AVX2 alone, run them, and trace and export all the same."""
     import onnxruntime
@@ -403,7 +404,9 @@ USERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("limit", [{"average_bits": 4.5}, {"max_accuracy_drop": 60}], ids=str)
+@pytest.mark.parametrize(
+    "limit", [{"average_bits": 4.5}, pytest.param({"max_accuracy_drop": 60}, marks=pytest.mark.matrix)], ids=str
+)
 def test_assigned_bits_carry_on_the_users_overrides(tiny_vit, images, limit, tmp_path):
     overrides = {glob: own for glob, own in USERS.items() if any(fnmatch(n, glob) for n, _ in tiny_vit.named_modules())}
     quantizer = ViTQuantizer(method="channel", overrides=overrides, quantize_embeddings=True)

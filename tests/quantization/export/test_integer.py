@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from families import build, shortened
-from integer_models import KINDS, PICTURES, embedded, embedded_pictures, quantize
+from integer_models import EACH, KINDS, PICTURES, embedded, embedded_pictures, quantize
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.quantization.export import integer_nodes
@@ -21,7 +21,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=EACH)
 def exported(request, tmp_path_factory):
     """(the model, the file, the report)"""
     model, path = quantize(request.param), tmp_path_factory.mktemp("integers") / "vit.onnx"
@@ -183,7 +183,7 @@ def test_a_file_with_a_float_or_another_integer_is_not_kept(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("format", "suffix", "pixels"),
-    [("torchscript", ".pt", "uint8"), ("torchscript", ".pt", "float32"), ("torch_export", ".pt2", "uint8")],
+    [("torchscript", ".pt", "float32"), ("torch_export", ".pt2", "uint8")],
 )
 def test_files_of_torch(tmp_path, verified_here, format, suffix, pixels):
     quantizer = ViTQuantizer(arithmetic="integer", rounding="nearest")

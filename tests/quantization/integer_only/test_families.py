@@ -32,7 +32,12 @@ OUTPUTS = {
     "siglip-classifier": ("logits",),
     "siglip-vision": ("last_hidden_state", "pooler_output"),
 }
-CASES = [(name, kind) for name in OUTPUTS for kind in ("dynamic", "static")]
+CASES = [
+    pytest.param(name, kind, marks=[] if place % 2 == turn else pytest.mark.matrix)
+    for place, name in enumerate(OUTPUTS)
+    for turn, kind in enumerate(("dynamic", "static"))
+]
+"""A kind of activations for each, in turns; both with ``pytest -m matrix``."""
 
 
 def build(name):

@@ -42,7 +42,11 @@ def same(first, second):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"method": "tensor"}, {"activations": "dynamic", "activation_bits": 3}, {"group_size": 32}],
+    [
+        {},
+        {"activations": "dynamic", "activation_bits": 3},
+        *(pytest.param(more, marks=pytest.mark.matrix) for more in ({"method": "tensor"}, {"group_size": 32})),
+    ],
     ids=str,
 )
 def test_it_errs_less_on_other_pictures(tiny_vit, changes):
@@ -58,7 +62,7 @@ def test_it_errs_less_on_other_pictures(tiny_vit, changes):
     assert "error left" in report.table()
 
 
-@pytest.mark.parametrize("execution", ["packed", "emulated"])
+@pytest.mark.parametrize("execution", ["packed", pytest.param("emulated", marks=pytest.mark.matrix)])
 def test_what_errs_more_on_pictures_held_back_is_taken_back(monkeypatch, tiny_vit, execution):
     plain, _ = quantize(tiny_vit, False, execution=execution)
     with monkeypatch.context() as patch:

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from families import BUILDERS, build
+from families import build, each
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -113,7 +113,7 @@ def test_static_activations_and_biases_that_calibration_added(tiny_vit, pixels, 
     assert loaded.vit.layernorm.weight.requires_grad
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", each())
 def test_every_family(name, tmp_path):
     if name.startswith("timm"):
         pytest.importorskip("timm")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from beside import Beside, new_folder, python
-from families import BUILDERS, build
+from families import BUILDERS, build, each
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import (
@@ -76,7 +76,7 @@ def test_a_folder_gives_the_same_model_to_the_bit(folder, pixels):
     assert loaded.config.quantization_config.quant_method == "fairseq_vit"
 
 
-@pytest.mark.parametrize("name", HUGGINGFACE)
+@pytest.mark.parametrize("name", each(HUGGINGFACE))
 def test_every_family_comes_back(name, tmp_path):
     model = build(name)
     quantized = ViTQuantizer(bits=4, method="channel", quantize_embeddings="siglip2" not in name).quantize_model(model)
@@ -86,7 +86,7 @@ def test_every_family_comes_back(name, tmp_path):
     loaded.to("cpu")  # and nothing is left on the meta device
 
 
-@pytest.mark.parametrize("name", HUGGINGFACE)
+@pytest.mark.parametrize("name", each(HUGGINGFACE))
 def test_every_family_is_quantized_while_it_is_loaded(name, tmp_path):
     model = build(name)
     model.save_pretrained(tmp_path)

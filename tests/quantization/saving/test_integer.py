@@ -10,7 +10,7 @@ import families
 import pytest
 import safetensors.torch
 import torch
-from integer_models import KINDS, PICTURES, quantize
+from integer_models import EACH, KINDS, PICTURES, quantize
 from PIL import Image
 from transformers import (
     AutoModel,
@@ -26,7 +26,7 @@ from fairseq.quantization.saving import contents
 from fairseq.quantization.saving.integer import bits_of
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=EACH)
 def model(request):
     return quantize(request.param)
 

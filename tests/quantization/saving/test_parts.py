@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from beside import Beside, new_folder, python
-from families import BUILDERS, build, pictures
+from families import BUILDERS, build, each, pictures
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -53,7 +53,7 @@ def inner(model):
     return {name: part for name, part in model.named_modules() if isinstance(part, PreTrainedModel) and name}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", each(FAMILIES))
 def test_every_part_of_every_family_comes_back(name, tmp_path):
     model = build(name)
     towers = "all" if hasattr(model, "get_text_features") else "vision"
