@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from families import build, shortened
-from integer_models import EACH, KINDS, PICTURES, embedded, embedded_pictures, quantize
+from integer_models import EACH, PICTURES, embedded, embedded_pictures, quantize
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.quantization.export import integer_nodes
