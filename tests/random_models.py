@@ -78,7 +78,7 @@ def random_models(draw: st.DrawFn) -> RandomModel:
         config=config,
         settings=settings,
         size=size,
-        attention="eager" if config == "Swinv2Config" else draw(st.sampled_from(["sdpa", "eager"])),
+        attention="eager" if config in ("SwinConfig", "Swinv2Config") else draw(st.sampled_from(["sdpa", "eager"])),
         dtype=draw(st.sampled_from([*DTYPES[:1] * 3, *DTYPES])),
         seed=draw(st.integers(0, 1000)),
         batch=draw(st.integers(1, 4)),
