@@ -6,10 +6,12 @@ The native kernels are compiled if there is a C++ compiler; without one everythi
 import os
 import platform
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -69,26 +71,35 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext):
         native, kernels = ext.sources
-        openmp = self.openmp()
+        openmp, linked = self.openmp()
         ext.extra_compile_args = [*ext.extra_compile_args, *openmp]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = list(pool.map(lambda level: self.compile_level(ext, kernels, level), LEVELS))
         known = " ".join(f"X({level})" for level, objects in zip(LEVELS, compiled) if objects)
         objects = sum(compiled, self.compile(native, [*ext.extra_compile_args, f"-DLEVELS(X)={known}"], "native"))
         target = self.get_ext_fullpath(ext.name)
-        self.compiler.link_shared_object(objects, target, extra_postargs=[*openmp, "-pthread"], target_lang="c++")
+        self.compiler.link_shared_object(objects, target, extra_postargs=[*linked, "-pthread"], target_lang="c++")
 
     def openmp(self):
-        """The flag for OpenMP; none where the compiler refuses it, as Apple's does: all runs on one thread then."""
+        """The flags for OpenMP, of compiling and of linking.
+
+        None where the compiler refuses it, as Apple's does: all runs on one thread then. What gcc makes on Linux is
+        linked to no OpenMP: PyTorch's is in the process before it, under a name that depends on PyTorch's build.
+        """
         source = Path(self.build_temp, "openmp.cpp")
         source.parent.mkdir(parents=True, exist_ok=True)
-        source.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
+        source.write_text("#include <omp.h>\nvoid region(void (*run)()) {\n#pragma omp parallel\n  run();\n}\n")
         try:
-            self.compile(str(source), OPENMP, "openmp")
+            (compiled,) = self.compile(str(source), OPENMP, "openmp")
         except CompileError as error:
             self.warn(f"this compiler has no OpenMP, the native kernels will run on one thread: {error}")
-            return []
-        return OPENMP
+            return [], []
+        from_torch = sys.platform == "linux" and b"GOMP_parallel" in Path(compiled).read_bytes()
+        return OPENMP, [] if from_torch else OPENMP
+
+    def get_ext_filename(self, fullname):
+        """Without the version of Python, on which the library does not depend: ctypes loads it."""
+        return f"{os.path.join(*fullname.split('.'))}.so"
 
     def compile_level(self, ext, source, level):
         """The object of one instruction set; none where the compiler does not know it."""
@@ -103,6 +114,13 @@ class BuildNative(build_ext):
     def compile(self, source, flags, name):
         folder = str(Path(self.build_temp, name))
         return self.compiler.compile([source], output_dir=folder, extra_postargs=flags)
+
+
+class Wheel(bdist_wheel):
+    """One for every version of Python; only the system and the processor matter to the kernels."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
 
 
 NATIVE = Extension(
@@ -127,11 +145,13 @@ setup(
     package_data={"fairseq": ["py.typed", "quantization/evaluation/page.html"]},
     entry_points={"console_scripts": ["fairseq-vit = fairseq.cli.main:main"]},
     ext_modules=[NATIVE],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     classifiers=[
-        "Programming Language :: Python :: 3",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(11, 15)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

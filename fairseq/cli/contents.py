@@ -10,7 +10,7 @@ from typing import Any
 
 from fairseq.cli.output import table
 from fairseq.quantization.evaluation.report import megabytes
-from fairseq.quantization.saving.contents import FORMAT, Contents, Entry, inspect
+from fairseq.quantization.saving.contents import FORMAT, Contents, Entry, inspect, names_format
 
 DEFAULTS = {"bits": 8, "method": "tensor", "activations": "dynamic", "activation_bits": 8, "group_size": None}
 BYTES = {"U8": 1, "I8": 1, "BOOL": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
@@ -31,8 +31,7 @@ def read(path: Path, verify: bool = False) -> dict[str, Any] | None:
     files = [path]
     if path.is_dir():
         config, files = _config(path), _weights(path)
-        saved = config.get("quantization_config")
-        if not isinstance(saved, dict) or saved.get("quant_method") != FORMAT:
+        if not names_format(config.get("quantization_config")):
             return None
     elif path.is_file() and path.suffix == ".safetensors" and _is_float(path):
         return None

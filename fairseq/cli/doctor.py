@@ -56,10 +56,8 @@ def advise(found: dict[str, Any]) -> Advice:
     if native["problem"] and "FAIRSEQ_QUANTIZATION_LIBRARY" in set_here:
         return Advice(f"Unset FAIRSEQ_QUANTIZATION_LIBRARY; the native kernels are missing: {native['problem']}.", True)
     if native["problem"]:
-        first = "" if native["compiler"] else "install a C++ compiler (Debian and Ubuntu: apt install g++), and "
         return Advice(
-            f"The native kernels are missing, which make quantized models fast on the CPU: {first}install fairseq "
-            f"again, in the folder of the clone: {native['install']}",
+            f"The native kernels are missing, which make quantized models fast on the CPU: {_where_kernels_are(found)}",
             True,
         )
     wrong = [level for level in native["levels"] if level["problem"]]
@@ -74,6 +72,16 @@ def advise(found: dict[str, Any]) -> Advice:
             True,
         )
     return Advice(_speed(found), False)
+
+
+def _where_kernels_are(found: dict[str, Any]) -> str:
+    """How to get them; the rest of the sentence."""
+    native = found["native"]
+    if found["system"].startswith("Windows"):
+        return "Windows has none, its Linux (WSL) has them: install fairseq there."
+    wheel = "the wheel for this system, which has them, or " if native["wheel"] else ""
+    compiler = "" if native["compiler"] else "a C++ compiler (Debian and Ubuntu: apt install g++), and then "
+    return f"install {wheel}{compiler}fairseq again, in the folder of the clone: {native['install']}"
 
 
 def _speed(found: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 import fairseq.models.vit_quantization  # noqa: F401  # registers the format of packed models
 from fairseq.cli.output import UserError, first_line, mistakes
 from fairseq.quantization.integer_only.model import IntegerViT
-from fairseq.quantization.saving.contents import FORMAT
+from fairseq.quantization.saving.contents import names_format
 from fairseq.quantization.saving.description import packed_parts
 
 SECONDS_TO_REACH_HUB = 3.0
@@ -71,9 +71,7 @@ def quiet_transformers() -> Any:
 
 def is_packed(config: Any) -> bool:
     """Whether a config is that of a model which this library quantized."""
-    found = getattr(config, "quantization_config", None)
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    return str(method) == FORMAT
+    return names_format(getattr(config, "quantization_config", None))
 
 
 def device_of(name: str) -> torch.device:

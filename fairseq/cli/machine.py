@@ -28,6 +28,8 @@ OPTIONAL = {
 """Packages and the extras that bring them. Not read from the metadata: an editable installation keeps its first."""
 CPUINFO, CGROUP = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup")
 NVIDIA = Path("/proc/driver/nvidia/version")
+WHEELS = (("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64"))
+"""What there are wheels for with native kernels in them."""
 OURS, OPENMP = "FAIRSEQ_QUANTIZATION_", ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -196,6 +198,7 @@ def kernels() -> dict[str, Any]:
 
     Keys:
         problem: why there are none; None where they were built and load.
+        wheel: whether there is a wheel for this system that has them.
         install: the line that builds them, in the folder of the clone.
         compiler: the C++ compiler that is here, or None.
         levels: every instruction set of the build, the slowest first: ``name``, ``runs_here`` and ``problem``, which
@@ -211,8 +214,9 @@ def kernels() -> dict[str, Any]:
         except ValueError as error:
             mistake = f"{native.ENVIRONMENT}: {first_line(error)}"
     return {
-        "problem": problem, "install": f"{installer()} -e .", "compiler": compiler(),
-        "levels": [level._asdict() for level in levels], "used": used, "mistake": mistake,
+        "problem": problem, "wheel": (platform.system(), platform.machine()) in WHEELS,
+        "install": f"{installer()} -e .", "compiler": compiler(), "levels": [level._asdict() for level in levels],
+        "used": used, "mistake": mistake,
     }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def holds_packed_model(folder: Path) -> bool:
     """Whether a folder's config.json is that of a packed model."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == FORMAT)
+        return str(config["quantization_config"]["quant_method"]).partition(" ")[0] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -107,19 +107,22 @@ def test_what_is_not_installed_comes_with_its_line(cli, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("compiler", "said"),
+    ("wheel", "compiler", "said"),
     [
-        (None, "install a C++ compiler (Debian and Ubuntu: apt install g++), and install fairseq again"),
-        ("g++", "CPU: install"),
+        (True, None, "install the wheel for this system, which has them, or a C++ compiler (Debian and Ubuntu: apt"),
+        (True, "g++", "install the wheel for this system, which has them, or fairseq again, in the folder of the"),
+        (False, None, "install a C++ compiler (Debian and Ubuntu: apt install g++), and then fairseq again, in the"),
+        (False, "g++", "install fairseq again, in the folder of the"),
     ],
 )
-def test_kernels_that_were_not_built(cli, quick, monkeypatch, tmp_path, compiler, said):
+def test_kernels_that_were_not_built(cli, quick, monkeypatch, tmp_path, wheel, compiler, said):
     monkeypatch.setattr(library, "_file", lambda: tmp_path / "_native.so")
     monkeypatch.setattr(machine, "compiler", lambda: compiler)
+    monkeypatch.setattr(machine, "WHEELS", [(platform.system(), platform.machine())] if wheel else [])
     result = cli("doctor", "--json")
     found = json.loads(result.out)
     assert (result.code, found["native"]["problem"], found["native"]["levels"]) == (1, library.NOT_BUILT, [])
-    assert said in found["advice"]
+    assert f"missing, which make quantized models fast on the CPU: {said}" in found["advice"]
     assert found["advice"].endswith(f"in the folder of the clone: {found['native']['install']}")
     assert found["measured"]["kernels"] != "native"
 
@@ -177,12 +180,13 @@ def level(name, runs_here=True, problem=None):
 
 
 FINE = {
+    "system": "Linux-6.18",
     "processor": {"threads": 4, "cores": 4, "load": 2.0},
     "gpu": {"devices": [], "triton_problem": None},
     "environment": {},
     "native": {
-        "problem": None, "install": "uv pip install -e .", "compiler": "c++", "used": "avx2", "mistake": None,
-        "levels": [level("portable"), level("avx2"), level("amx", runs_here=False)],
+        "problem": None, "wheel": True, "install": "uv pip install -e .", "compiler": "c++", "used": "avx2",
+        "mistake": None, "levels": [level("portable"), level("avx2"), level("amx", runs_here=False)],
     },
     "measured": {"products": {
         "8 bits": {"to_float32": 3.24, "to_bfloat16": 1.61}, "4 bits": {"to_float32": 3.06, "to_bfloat16": 1.5},
@@ -208,6 +212,7 @@ H100 = {"name": "H100"}
         ({"native.levels": [level("avx2", problem="off")], "native.used": None, "processor.threads": 5}, True,
          "avx2 is left out, as its self-check fails, and no native kernels run: please report it."),
         ({"native.problem": "gone", "native.levels": [], "processor.threads": 5}, True, "clone: uv pip install -e ."),
+        ({"native.problem": "gone", "system": "Windows-11"}, True, "Windows has none, its Linux (WSL) has them"),
         ({"native.problem": "gone", "native.mistake": "that is no level"}, True, "variable: that is no level."),
     ],
 )  # fmt: skip

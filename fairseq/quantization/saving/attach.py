@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from fairseq.quantization.integer_only.model import IntegerViT
-from fairseq.quantization.saving.contents import FORMAT
+from fairseq.quantization.saving.contents import names_format
 from fairseq.quantization.saving.description import packed_parts
 from fairseq.quantization.saving.pretrained import information_of, save_pretrained
 
@@ -108,8 +108,7 @@ def _choose(model: Any, original: Callable[..., Any], args: tuple[Any, ...], key
 def _float_config(model: Any) -> Iterator[None]:
     """The config of a float part without what it says of the packed model that it shares the config with."""
     settings = vars(model.config)
-    said = settings.get("quantization_config")
-    ours = (said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)) == FORMAT
+    ours = names_format(settings.get("quantization_config"))
     kept = settings.pop("quantization_config") if ours else None
     try:
         yield

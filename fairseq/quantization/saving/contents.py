@@ -23,10 +23,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = "fairseq_vit"
+LOAD_WITH = "import fairseq.models.vit_quantization before from_pretrained"
+QUANT_METHOD = f"{FORMAT} ({LOAD_WITH})"
+"""The method in config.json, which transformers repeats in a warning, before it fails, where it is not registered.
+
+It has no entry points by which an installed package could register it, and says nothing else of what is in a folder.
+"""
 VERSION = 1
 INTEGER_VERSION = 2
 """Of files of integer-only models, which a library that knows version 1 alone refuses."""
 DESCRIPTION = "description"
+
+
+def names_format(quantization_config: Any) -> bool:
+    """Whether a ``quantization_config``, a dict or an object of transformers, is of this library, or an earlier one."""
+    config = quantization_config
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return method in (QUANT_METHOD, FORMAT)
 
 
 @dataclass(frozen=True)

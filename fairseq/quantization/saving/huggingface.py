@@ -31,7 +31,7 @@ from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.integer_only.pretrained import become
 from fairseq.quantization.saving import checkpoint, integer
 from fairseq.quantization.saving.attach import enable_save_pretrained, of_parts
-from fairseq.quantization.saving.contents import FORMAT, check_description, inspect
+from fairseq.quantization.saving.contents import FORMAT, QUANT_METHOD, check_description, inspect
 from fairseq.quantization.saving.description import Placeholder, empty_part, put
 from fairseq.quantization.saving.excluding import exclude_modules
 from fairseq.quantization.saving.fitting import Fit, fit
@@ -318,7 +318,8 @@ def _passing_class() -> Any:
 
 def _register() -> None:
     if FORMAT not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(FORMAT)(FairseqViTConfig)
+        for method in (FORMAT, QUANT_METHOD):
+            register_quantization_config(method)(FairseqViTConfig)
         register_quantizer(FORMAT)(FairseqViTQuantizer)
 
 

@@ -20,7 +20,6 @@ from fairseq.quantization.saving import checkpoint, contents, integer
 from fairseq.quantization.saving.description import packed_parts
 from fairseq.quantization.saving.model_card import model_card
 
-LOAD_WITH = "import fairseq.models.vit_quantization before from_pretrained"
 UPLOAD = ("repo_id", "commit_message", "private", "token", "use_auth_token", "revision", "create_pr")
 NO_DIFFERENCE = ("save_function", "save_peft_format", "ignore_metadata_errors")
 """Keywords of transformers for what a packed model is not: a pickle, adapters, a card made there."""
@@ -34,7 +33,7 @@ FIXED: dict[str, tuple[bool, str]] = {
 
 def config_entry(description: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of a packed model."""
-    return {"quant_method": contents.FORMAT, "load_with": LOAD_WITH, "description": dict(description)}
+    return {"quant_method": contents.QUANT_METHOD, "load_with": contents.LOAD_WITH, "description": dict(description)}
 
 
 def parts_of_config(config: Any) -> list[Any]:

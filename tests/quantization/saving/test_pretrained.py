@@ -33,7 +33,7 @@ def test_the_files(quantized, tmp_path):
     assert config["architectures"] == ["ViTForImageClassification"]
     assert config["dtype" if "dtype" in config else "torch_dtype"] == "float32"
     said = config["quantization_config"]
-    assert said["quant_method"] == "fairseq_vit"
+    assert said["quant_method"] == f"fairseq_vit ({said['load_with']})"
     assert said["description"] == contents.inspect([folder / "model.safetensors"]).description
     assert "quantization_config" not in quantized.config.to_dict()  # the model in memory is as it was
     size = (folder / "model.safetensors").stat().st_size

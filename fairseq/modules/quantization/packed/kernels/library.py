@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import functools
 import os
-import sysconfig
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -27,6 +27,10 @@ from fairseq.modules.quantization.packed.kernels.structures import (
 
 LIBRARY = "FAIRSEQ_QUANTIZATION_LIBRARY"
 """Names another build of the library, such as one with a sanitizer."""
+MAPS = Path("/proc/self/maps")
+"""What is loaded into this process, on Linux: five words, and the file if it is one."""
+OPENMP = re.compile(r"lib(gomp|omp|iomp5)\b")
+"""Begins the names of the files of OpenMP that have gcc's functions: gcc's own, LLVM's and Intel's."""
 NOT_BUILT = "they were not built; install a C++ compiler (gcc or clang) and reinstall fairseq"
 
 
@@ -34,7 +38,7 @@ NOT_BUILT = "they were not built; install a C++ compiler (gcc or clang) and rein
 def load() -> ctypes.CDLL | None:
     """The compiled library, or None where it was not built or does not load; torch is imported before it.
 
-    torch's OpenMP is in the process by then, and the loader takes it for this library, too: one pool of threads.
+    torch's OpenMP is in the process by then, and is this library's, too: one pool of threads.
     """
     try:
         return _open()
@@ -57,12 +61,18 @@ def reason_not_loaded() -> str | None:
 
 def _file() -> Path:
     chosen = os.environ.get(LIBRARY)
-    return Path(chosen) if chosen else Path(__file__).with_name("_native" + sysconfig.get_config_var("EXT_SUFFIX"))
+    return Path(chosen) if chosen else Path(__file__).with_name("_native.so")
 
 
 def _open() -> ctypes.CDLL:
     file = _file()
-    loaded = ctypes.CDLL(str(file))
+    try:
+        loaded = ctypes.CDLL(str(file))
+    except OSError as error:
+        if "undefined symbol" not in str(error):
+            raise
+        _show_openmp()
+        loaded = ctypes.CDLL(str(file))
     for name, arguments in SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, c_int
@@ -71,6 +81,15 @@ def _open() -> ctypes.CDLL:
     if [loaded.fairseq_size(i) for i in range(len(kinds))] != [ctypes.sizeof(kind) for kind in kinds]:
         raise OSError(f"{file} was built from another version of its sources; reinstall fairseq")
     return loaded
+
+
+def _show_openmp() -> None:
+    """Make the OpenMP of this process visible to the library, or the system's where there is none.
+
+    Most builds of torch do so themselves; those for ARM of 2.9 keep theirs to themselves.
+    """
+    files = [file for line in MAPS.read_text().splitlines() for file in line.split(maxsplit=5)[5:]]
+    ctypes.CDLL(next((file for file in files if OPENMP.match(Path(file).name)), "libgomp.so.1"), ctypes.RTLD_GLOBAL)
 
 
 def loaded() -> ctypes.CDLL:
