@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +27,7 @@ from fairseq.quantization.export.onnx_graph import ONNX_OPS, onnx_model
 from fairseq.quantization.export.openvino_ir import write_openvino
 from fairseq.quantization.export.verify import verify
 from fairseq.quantization.export.written import any_batch, save_onnx
+from fairseq.quantization.files import folder_beside, move_files
 from fairseq.quantization.integer_only.layers import IntegerLinear
 from fairseq.quantization.integer_only.model import IntegerViT
 
@@ -138,16 +138,12 @@ def export(
 @contextmanager
 def _in_place(path: Path) -> Iterator[Path]:
     """A file in a new folder beside ``path``; at the end, what lies in there takes its place, or nothing does."""
-    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        folder.mkdir()
+    with folder_beside(path) as folder:
         file = folder / path.name
         yield file
-        files = sorted(folder.iterdir(), key=lambda written: written == file)  # the one that is opened comes last
-        for written in files:
-            os.replace(written, path.with_name(written.name))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        move_files(
+            sorted(folder.iterdir(), key=lambda written: written == file), path.parent
+        )  # what is opened comes last
 
 
 @contextmanager

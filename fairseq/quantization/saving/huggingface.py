@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from fairseq.quantization.config import FORMER_NAMES, QuantizationConfig, with_c
 from fairseq.quantization.conversion.convert import finish
 from fairseq.quantization.conversion.incremental import WhileLoading
 from fairseq.quantization.engine.fuse import check_engine
+from fairseq.quantization.files import plain_file
 from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.integer_only.pretrained import become
 from fairseq.quantization.saving import checkpoint, integer
@@ -35,6 +37,7 @@ from fairseq.quantization.saving.contents import FORMAT, check_description, insp
 from fairseq.quantization.saving.description import Placeholder, empty_part, put
 from fairseq.quantization.saving.excluding import exclude_modules
 from fairseq.quantization.saving.fitting import Fit, fit
+from fairseq.quantization.saving.folder import check_inside, check_size
 from fairseq.quantization.saving.names import names_on_disk
 from fairseq.quantization.saving.pretrained import config_entry, parts_of_config
 from fairseq.quantization.saving.told import empty_of_floats, tell
@@ -157,6 +160,10 @@ class FairseqViTQuantizer(HfQuantizer):
             self.arriving = WhileLoading(model, settings, config.engine)
             return model
         files = checkpoint_files or _files_of(model.config)
+        folder = str(model.config.name_or_path)
+        if os.path.isdir(folder):
+            check_inside((str(file).removeprefix(os.path.join(folder, "")) for file in files), folder)
+        check_size(model, map(plain_file, files), str(files[0]))
         contents = inspect(files)
         if json.loads(json.dumps(config.description)) != contents.description:
             raise ValueError(

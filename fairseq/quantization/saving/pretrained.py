@@ -145,7 +145,10 @@ def _save_whole(
     tensors = checkpoint.tensors_on_disk(model, state)
     for guard in guards_of(tensors, description):
         tensors[guard] = torch.empty(0, dtype=torch.uint8)
+    split = _shards(tensors, size, variant)
     description = {**description, "tensors": len(tensors)}
+    if split.is_sharded:  # shards of another save of the same settings have another one
+        description["weights"] = contents.digest_of(tensors)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
@@ -154,20 +157,20 @@ def _save_whole(
     config.save_pretrained(folder)
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    _write_shards(tensors, folder, description, size, variant)
-
-
-def _write_shards(
-    tensors: dict[str, Tensor], folder: Path, description: dict[str, Any], size: Any, variant: str | None
-) -> None:
-    pattern = f"model{{suffix}}{f'.{variant}' if variant else ''}.safetensors"
-    split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=size)
     for file, names in split.filename_to_tensors.items():
         contents.write({name: tensors[name] for name in names}, folder / file, description)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
-        name = f"{pattern.format(suffix='')}.index.json"
+        name = f"{_pattern(variant).format(suffix='')}.index.json"
         (folder / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _pattern(variant: str | None) -> str:
+    return f"model{{suffix}}{f'.{variant}' if variant else ''}.safetensors"
+
+
+def _shards(tensors: dict[str, Tensor], size: Any, variant: str | None) -> Any:
+    return split_torch_state_dict_into_shards(tensors, filename_pattern=_pattern(variant), max_shard_size=size)
 
 
 def guards_of(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> tuple[str, ...]:
