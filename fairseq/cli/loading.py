@@ -54,11 +54,11 @@ def load(source: str, device: str = "cpu") -> Loaded:
     transformers = quiet_transformers()
     check_source(source)
     place = device_of(device)
-    with _failures(source):
+    with failures(source):
         read_config(_folder_of(source, transformers))
         config = transformers.AutoConfig.from_pretrained(source)
     packed = is_packed(config)
-    with _failures(source):
+    with failures(source):
         kind = _class_of(config, transformers)
         if Path(source).is_dir() and not packed:
             _check_float(source, kind, config)
@@ -72,8 +72,8 @@ def load(source: str, device: str = "cpu") -> Loaded:
 
 
 @contextmanager
-def _failures(source: str) -> Iterator[None]:
-    """What transformers makes of files that are damaged is nearly any error; those of this library are few."""
+def failures(source: str) -> Iterator[None]:
+    """Inside, an error is one of what ``source`` holds: transformers raises nearly any, this library a few."""
     with mistakes(*FAILURES, prefix=f"cannot load {source}: "):
         try:
             yield
@@ -192,7 +192,7 @@ def _class_of(config: Any, transformers: Any) -> Any:
 
 def _processor_of(source: str, transformers: Any) -> Any:
     try:
-        with _failures(source):
+        with failures(source):
             return cast(Any, transformers.AutoImageProcessor.from_pretrained(source))
     except UserError:
         return None

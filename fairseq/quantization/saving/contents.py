@@ -32,7 +32,7 @@ VERSION = 1
 INTEGER_VERSION = 2
 """Of files of integer-only models, which a library that knows version 1 alone refuses."""
 DESCRIPTION = "description"
-MOST_HEADER = 32 * 2**20
+MOST_HEADER = 8 * 2**20
 """Bytes; a header has some hundred for each tensor."""
 INTEGER_BITS = (2, 3, 4, 8)
 """Of the weights of integer-only models."""
@@ -197,6 +197,20 @@ def opened(path: Path) -> Iterator[Any]:
     Raises:
         FileNotFoundError, ValueError: it is none; its header is longer than the file, or than :data:`MOST_HEADER`.
     """
+    check_header(path)
+    try:
+        with safe_open(path, framework="pt") as source:
+            yield source
+    except (SafetensorError, OSError, UnicodeDecodeError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def check_header(path: Path) -> None:
+    """See how long the header of a safetensors file is before somebody reads it.
+
+    Raises:
+        FileNotFoundError, ValueError: no plain file; it is longer than the file, or than :data:`MOST_HEADER`.
+    """
     with plain_file(path).open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     size = path.stat().st_size
@@ -205,11 +219,6 @@ def opened(path: Path) -> Iterator[Any]:
             f"{path} is not a whole safetensors file: its header says that it has {length} bytes, of {size} in all; "
             f"accepted are from 2 to {MOST_HEADER}"
         )
-    try:
-        with safe_open(path, framework="pt") as source:
-            yield source
-    except (SafetensorError, OSError, UnicodeDecodeError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def _inspect(path: Path, verify: bool) -> tuple[dict[str, Any], dict[str, Entry]]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fairseq.quantization.files import plain_file
 from fairseq.quantization.json_files import read_json
+from fairseq.quantization.saving.contents import check_header
 
 INDEX = "model.safetensors.index.json"
 READ_BY_TRANSFORMERS = (
@@ -52,7 +53,7 @@ def check_folder(folder: Path) -> None:
             read_json(folder / name)
     for file in weight_files(folder):
         if os.path.lexists(file):  # of several kinds of files, there is one
-            plain_file(file)
+            check_header(file)
     for file in folder.glob("*.json"):
         plain_file(file)
 
