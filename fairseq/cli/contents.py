@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fairseq.cli.output import table
 from fairseq.quantization.evaluation.report import megabytes
-from fairseq.quantization.saving.contents import FORMAT, Contents, Entry, inspect, opened
+from fairseq.quantization.saving.contents import FORMAT, Contents, Entry, beginning, inspect, opened
 from fairseq.quantization.saving.folder import read_config, weight_files
 
 DEFAULTS = {"bits": 8, "method": "tensor", "activations": "dynamic", "activation_bits": 8, "group_size": None}
@@ -74,7 +72,7 @@ def text(result: dict[str, Any], layers: bool) -> str:
 def _result(path: Path, files: list[Path], config: dict[str, Any], found: Contents, verify: bool) -> dict[str, Any]:
     layers, packed, names = {}, 0, sorted(found.tensors)
     for name, entry in found.parts.items():
-        tensors = {key: found.tensors[key] for key in _beginning(names, f"{name}.")}
+        tensors = {key: found.tensors[key] for key in beginning(names, f"{name}.")}
         size = sum(_bytes(e) for e in tensors.values())
         packed += size
         settings = {**DEFAULTS, **{key: value for key, value in entry.items() if key in DEFAULTS}}
@@ -106,14 +104,6 @@ def _is_float(file: Path) -> bool:
             return FORMAT not in (source.metadata() or {})
     except ValueError:
         return False  # the reader says what is wrong
-
-
-def _beginning(names: list[str], prefix: str) -> Iterator[str]:
-    """Those of sorted ``names`` that begin so."""
-    for place in range(bisect.bisect_left(names, prefix), len(names)):
-        if not names[place].startswith(prefix):
-            return
-        yield names[place]
 
 
 def _bytes(entry: Entry) -> int:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import itertools
 import os
 import shutil
 import signal
 import stat
 import threading
+import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
@@ -20,12 +30,15 @@ KINDS = {
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 """That ask a program to end; Windows does not have the last."""
 
+SECONDS_TO_LOCK = 60
+"""That a new folder is given until whoever made it holds it."""
+
 _numbers = itertools.count()
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to, which becomes ``path`` at the end; nothing is left after an error.
+    """A temporary file to write to, which becomes ``path`` at the end; nothing is left after an error.
 
     Whoever reads ``path`` finds what was there before, or all of the new.
 
@@ -35,27 +48,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
-    temporary = path.with_name(f".{path.stem}.{_own_number()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        with uninterrupted():
-            temporary.unlink(missing_ok=True)
+    with folder_beside(path) as folder:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
 
 
 @contextmanager
 def folder_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder beside ``path``, to write to and to move things from; at the end it is gone with all that is in it.
 
-    One of the same name is what a process left that was killed, and goes first.
+    Those of processes that were killed, and could not see to it, go, too.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{_own_number()}.tmp")
+    _remove_abandoned(path)
+    names = (path.with_name(f".{path.name}.{os.getpid()}-{number}.tmp") for number in _numbers)
+    temporary = next(name for name in names if not os.path.lexists(name))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        yield temporary
+        with _held(temporary):
+            yield temporary
     finally:
         with uninterrupted():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -152,6 +163,28 @@ def check_stored(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path} is no file of torch.save: it has {size:,} bytes, and {inside:,} when it is unpacked")
 
 
-def _own_number() -> str:
-    """Of a temporary name: two threads that write the same file do not share it."""
-    return f"{os.getpid()}-{next(_numbers)}"
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Inside, the folder is locked; the system frees it whatever becomes of this process."""
+    handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    try:
+        if handle is not None:
+            with contextlib.suppress(OSError):  # a file system without locks: nobody takes the folder for abandoned
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Take away folders of :func:`folder_beside` that nobody holds."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp") if fcntl is not None else ():
+        with contextlib.suppress(OSError):  # it is held, or is gone by now
+            if time.time() - folder.stat().st_mtime > SECONDS_TO_LOCK:
+                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(handle)

@@ -38,7 +38,30 @@ from fairseq.quantization.saving.huggingface import FairseqViTConfig
 
 DOCUMENTED = (ValueError, OSError, UserError)
 """What a loader may raise about a file."""
-NUMBERS = (0, 1, -1, 2, 3, 7, 8, 9, 16, 31, 32, 128, 255, 256, 65536, 2**31 - 1, 2**31, 2**63, 10**18, 10**30, 0.5, -0.0)
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    16,
+    31,
+    32,
+    128,
+    255,
+    256,
+    65536,
+    2**31 - 1,
+    2**31,
+    2**63,
+    10**18,
+    10**30,
+    0.5,
+    -0.0,
+)
 VALUES = (*NUMBERS, None, True, False, "", "x", "classifier", "\0", "..", "a.b", [], [[]], {}, {"": 0}, [0, 1])
 
 warnings.simplefilter("ignore")

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from fairseq.quantization.saving.contents import FORMAT, check_description, insp
 from fairseq.quantization.saving.description import Placeholder, empty_part, put
 from fairseq.quantization.saving.excluding import exclude_modules
 from fairseq.quantization.saving.fitting import Fit, fit
-from fairseq.quantization.saving.folder import check_inside, check_size
+from fairseq.quantization.saving.folder import check_folder, check_inside, check_size
 from fairseq.quantization.saving.names import names_on_disk
 from fairseq.quantization.saving.pretrained import config_entry, parts_of_config
 from fairseq.quantization.saving.told import empty_of_floats, tell
@@ -147,6 +148,16 @@ class FairseqViTQuantizer(HfQuantizer):
 
     def adjust_target_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Look at a folder before transformers 5 builds a model of what its config.json says."""
+        if self.pre_quantized and os.path.isdir(folder := str(config.name_or_path)):
+            check_folder(Path(folder))
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same for transformers 4, which asks this at that moment."""
+        return self.update_attn_implementation(config)
 
     def get_special_dtypes_update(self, model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
         return {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from huggingface_hub import HfApi, split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
-from fairseq.quantization.files import move_into
+from fairseq.quantization.files import folder_beside, move_into
 from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.saving import checkpoint, contents, integer
 from fairseq.quantization.saving.description import packed_parts
@@ -92,8 +91,7 @@ def save_pretrained(
     _check_state(model, state)
     vars(model)["quantization_information"] = information
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-        temporary = Path(name)
+    with folder_beside(folder / "model") as temporary:  # in it, as the folder above need not be ours to write to
         _save_whole(model, temporary, description, state, max_shard_size, variant)
         if not (folder / "README.md").exists():
             (temporary / "README.md").write_text(model_card(model, description), encoding="utf-8")
