@@ -76,6 +76,7 @@ class Command:
         if not child:
             code = 1
             try:
+                signal.alarm(600)
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 warnings.simplefilter("ignore")
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -100,7 +101,8 @@ class Command:
             self.old(out)
         before, temporary = files(place), os.listdir(tempfile.gettempdir())
         code = self.forked(out, number=number, after=after)
-        assert os.listdir(tempfile.gettempdir()) == temporary, "something is left in the temporary folder"
+        left = set(os.listdir(tempfile.gettempdir())) - set(temporary)
+        assert not left, f"left in the temporary folder: {left}"
         assert code in (0, ENDED[number]), f"exit code {code}"
         kept = {path: content for path, content in files(place).items() if not self.may_stay(path, code)}
         if kept.keys() == before.keys() | {out} and out.is_dir() and not any(map(out.is_relative_to, before)):
@@ -126,12 +128,19 @@ class Command:
         killed = callable(self.words) and code == ENDED[signal.SIGTERM]
         return ".checkpoints" in str(path) or (killed and ".tmp" in str(path))
 
-    def interrupt(self, moments: int, rng: random.Random, every: int = 10) -> Counter[str]:
-        """How often there was what, over so many moments for each signal."""
+    def interrupt(self, moments: int, rng: random.Random, every: int = 10, runs: int = 3) -> Counter[str]:
+        """How often there was what, over so many moments for each signal.
+
+        Args:
+            moments: of each signal.
+            rng: draws them.
+            every: of so many, one is followed by a second run.
+            runs: at first, uninterrupted ones, to see how long one takes.
+        """
         found: Counter[str] = Counter()
         saving.SECONDS_TO_LOCK = 0  # the second run comes at once
         taken = []
-        for _ in range(3):
+        for _ in range(runs):
             out = Path(tempfile.mkdtemp(dir=self.room)) / self.output
             started = time.monotonic()
             assert self.forked(out) == 0, "it does not run"

@@ -9,7 +9,7 @@ from typing import Any
 
 from fairseq.cli.output import table
 from fairseq.quantization.evaluation.report import megabytes
-from fairseq.quantization.saving.contents import FORMAT, Contents, Entry, beginning, inspect, opened
+from fairseq.quantization.saving.contents import FORMAT, Contents, Entry, inspect, names_of_part, opened
 from fairseq.quantization.saving.folder import read_config, weight_files
 
 DEFAULTS = {"bits": 8, "method": "tensor", "activations": "dynamic", "activation_bits": 8, "group_size": None}
@@ -72,7 +72,7 @@ def text(result: dict[str, Any], layers: bool) -> str:
 def _result(path: Path, files: list[Path], config: dict[str, Any], found: Contents, verify: bool) -> dict[str, Any]:
     layers, packed, names = {}, 0, sorted(found.tensors)
     for name, entry in found.parts.items():
-        tensors = {key: found.tensors[key] for key in beginning(names, f"{name}.")}
+        tensors = {key: found.tensors[key] for key in names_of_part(names, name)}
         size = sum(_bytes(e) for e in tensors.values())
         packed += size
         settings = {**DEFAULTS, **{key: value for key, value in entry.items() if key in DEFAULTS}}

@@ -15,7 +15,10 @@ import resource
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
+
+from transformers.utils import logging
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -94,6 +97,9 @@ def fuzz(names: list[str], seconds: float, seed: int, folder: Path) -> None:
     else:
         with atheris.instrument_imports(include=["fairseq"]):
             import targets
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     watch = Watch(names or list(targets.TARGETS), folder)
     rng = random.Random(seed)
     end = time.monotonic() + seconds

@@ -8,7 +8,6 @@ import json
 import random
 import struct
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,6 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from transformers import ViTImageProcessor
-from transformers.utils import logging
 
 from fairseq.cli import contents as cli_contents
 from fairseq.cli import loading, pictures
@@ -63,10 +61,6 @@ NUMBERS = (
     -0.0,
 )
 VALUES = (*NUMBERS, None, True, False, "", "x", "classifier", "\0", "..", "a.b", [], [[]], {}, {"": 0}, [0, 1])
-
-warnings.simplefilter("ignore")
-logging.set_verbosity_error()
-logging.disable_progress_bar()
 
 
 class Target(NamedTuple):

@@ -136,19 +136,21 @@ def inspect(files: Iterable[str | os.PathLike[str]], *, verify: bool = True) -> 
     wanted, found = descriptions[0].get("tensors", len(tensors)), len(tensors)
     if found != wanted:
         raise ValueError(f"{path}: its model has {wanted} tensors, and {found} are here; a file of it is missing")
-    names_in_order = sorted(tensors)
+    names = sorted(tensors)
     for name in descriptions[0]["layers"]:
-        if next(beginning(names_in_order, f"{name}."), None) is None:
+        if next(names_of_part(names, name), None) is None:
             raise ValueError(f"{path}: {name!r:.80} is described as packed, and has no tensors")
     return Contents(descriptions[0], tensors)
 
 
-def beginning(names: Sequence[str], prefix: str) -> Iterator[str]:
-    """Those of sorted ``names`` that begin so."""
-    for place in range(bisect.bisect_left(names, prefix), len(names)):
-        if not names[place].startswith(prefix):
-            return
-        yield names[place]
+def names_of_part(names: Sequence[str], part: str) -> Iterator[str]:
+    """Those of sorted ``names`` of tensors that are of the packed part called so, a layer or a table."""
+    owner, dot, last = part.rpartition(".")
+    for prefix in (f"{part}.", f"{owner}{dot}packed_{last}."):
+        for place in range(bisect.bisect_left(names, prefix), len(names)):
+            if not names[place].startswith(prefix):
+                break
+            yield names[place]
 
 
 def write(tensors: dict[str, Tensor], path: Path, description: Mapping[str, Any]) -> None:
