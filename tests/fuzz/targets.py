@@ -289,10 +289,7 @@ def quantization_config(data: bytes) -> object:
     values = parse_json(data.decode(), "quantization_config")
     if not isinstance(values, dict):
         raise ValueError("transformers takes objects alone")
-    try:
-        return FairseqViTConfig.from_dict(values)
-    except TypeError:  # documented, as of ViTQuantizer, whose settings these are
-        return None
+    return FairseqViTConfig.from_dict(values)
 
 
 @functools.cache

@@ -108,9 +108,16 @@ class FairseqViTConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """What :meth:`to_dict` wrote, or an earlier version."""
+        """What :meth:`to_dict` wrote, or an earlier version.
+
+        Raises:
+            ValueError: a setting that is none; it is of a file.
+        """
         settings = {FORMER_NAMES.get(key, key): value for key, value in config_dict.items()}
-        return super().from_dict(settings, return_unused_kwargs, **kwargs)
+        try:
+            return super().from_dict(settings, return_unused_kwargs, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"quantization_config: {error}") from error
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As :meth:`to_dict`."""
