@@ -47,6 +47,7 @@ ALLOWED = {
     "quantization/utils": (INTEGER,),
     "quantization/config.py": (f"{PACKED}.config",),
     "quantization/files.py": (),
+    "quantization/json_files.py": (f"{Q}.files",),
     "quantization/synthetic.py": (f"{Q}.calibration.synthetic",),
     **{
         f"quantization/{room}/": (
@@ -55,6 +56,7 @@ ALLOWED = {
             CONTEXT,
             f"{Q}.config",
             f"{Q}.files",
+            f"{Q}.json_files",
             *(f"{Q}.{r}" for r in (room, *below)),
             *((INTEGER,) if room in ("integer_only", "export") else ()),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 
 from fairseq.cli.output import table
 from fairseq.quantization.evaluation.report import megabytes
-from fairseq.quantization.saving.contents import FORMAT, Contents, Entry, inspect, names_format
+from fairseq.quantization.saving.contents import FORMAT, Contents, Entry, inspect, names_format, names_of_part, opened
+from fairseq.quantization.saving.folder import read_config, weight_files
 
 DEFAULTS = {"bits": 8, "method": "tensor", "activations": "dynamic", "activation_bits": 8, "group_size": None}
+INFORMATION = {"bytes_before": int, "calibration_images": int, "metrics": dict}
 BYTES = {"U8": 1, "I8": 1, "BOOL": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
 
 
@@ -30,7 +31,7 @@ def read(path: Path, verify: bool = False) -> dict[str, Any] | None:
     config: dict[str, Any] | None = None
     files = [path]
     if path.is_dir():
-        config, files = _config(path), _weights(path)
+        config, files = read_config(path), weight_files(path)
         if not names_format(config.get("quantization_config")):
             return None
     elif path.is_file() and path.suffix == ".safetensors" and _is_float(path):
@@ -68,14 +69,17 @@ def text(result: dict[str, Any], layers: bool) -> str:
 
 
 def _result(path: Path, files: list[Path], config: dict[str, Any], found: Contents, verify: bool) -> dict[str, Any]:
-    layers, packed = {}, 0
+    layers, packed, names = {}, 0, sorted(found.tensors)
     for name, entry in found.parts.items():
-        tensors = {key: e for key, e in found.tensors.items() if key.startswith(f"{name}.")}
+        tensors = {key: found.tensors[key] for key in names_of_part(names, name)}
         size = sum(_bytes(e) for e in tensors.values())
         packed += size
         settings = {**DEFAULTS, **{key: value for key, value in entry.items() if key in DEFAULTS}}
         layers[name] = {**settings, "weights": _weight_count(tensors, name, settings["bits"]), "bytes": size}
-    information = found.description.get("information", {})
+    information = dict(found.description.get("information", {}))
+    for key, kind in INFORMATION.items():  # anything that JSON can hold may be there
+        if not isinstance(information.get(key), kind):
+            information.pop(key, None)
     total = sum(file.stat().st_size for file in files)
     count = sum(layer["weights"] for layer in layers.values())
     return {
@@ -92,39 +96,12 @@ def _result(path: Path, files: list[Path], config: dict[str, Any], found: Conten
     }  # fmt: skip
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder}: no saved model in this folder: it has no config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(config).__name__}")
-    return config
-
-
-def _weights(folder: Path) -> list[Path]:
-    """The files that hold the weights: those of the index, if there is one."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [folder / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged ({type(error).__name__}: {error})") from None
-
-
 def _is_float(file: Path) -> bool:
     """Whether a whole safetensors file is of a model that nothing was packed in."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(file, framework="pt") as opened:
-            return FORMAT not in (opened.metadata() or {})
-    except (SafetensorError, UnicodeDecodeError, RuntimeError):
+        with opened(file) as source:
+            return FORMAT not in (source.metadata() or {})
+    except ValueError:
         return False  # the reader says what is wrong
 
 

@@ -29,6 +29,7 @@ from fairseq.cli.options import (
 )
 from fairseq.cli.output import Say, UserError, finish, mistakes, with_examples, working
 from fairseq.cli.saving import check_output, whole_folder
+from fairseq.quantization.json_files import read_json
 
 RUN = "run.json"
 
@@ -121,7 +122,7 @@ def _begin(folder: Path, run: dict[str, Any], resume: bool) -> None:
     file = folder / RUN
     if resume and file.is_file():
         with mistakes(OSError, ValueError, prefix=f"--resume: {file}: "):
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = read_json(file)
         for name, old, new in _differences(before, json.loads(json.dumps(run))):
             raise UserError(f"--resume: the run in {folder} has {name} {old!r}, and this one {new!r}")
     elif any(folder.glob("checkpoint-*")):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -12,13 +16,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 import fairseq.models.vit_quantization  # noqa: F401  # registers the format of packed models
-from fairseq.cli.output import UserError, first_line, mistakes
+from fairseq.cli.output import HOUSE, UserError, first_line, mistakes
 from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.saving.contents import names_format
 from fairseq.quantization.saving.description import packed_parts
+from fairseq.quantization.saving.folder import check_folder, check_size, read_config
 
 SECONDS_TO_REACH_HUB = 3.0
 FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+WEIGHTS = (".safetensors", ".bin")
 
 
 class Loaded(NamedTuple):
@@ -48,17 +54,51 @@ def load(source: str, device: str = "cpu") -> Loaded:
     transformers = quiet_transformers()
     check_source(source)
     place = device_of(device)
-    with mistakes(*FAILURES, prefix=f"cannot load {source}: "):
+    with failures(source):
+        read_config(_folder_of(source, transformers))
         config = transformers.AutoConfig.from_pretrained(source)
     packed = is_packed(config)
-    with mistakes(*FAILURES, prefix=f"cannot load {source}: "):
-        model, loading = _class_of(config, transformers).from_pretrained(
+    with failures(source):
+        kind = _class_of(config, transformers)
+        if Path(source).is_dir() and not packed:
+            _check_float(source, kind, config)
+        model, loading = kind.from_pretrained(
             source, dtype="auto" if packed else torch.float32, output_loading_info=True
         )
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(f"{source} is not a whole {type(model).__name__}: it has no weights for {missing}")
     return Loaded(model.eval().to(place), _processor_of(source, transformers), source)
+
+
+@contextmanager
+def failures(source: str) -> Iterator[None]:
+    """Inside, an error is one of what ``source`` holds: transformers raises nearly any, this library a few."""
+    with mistakes(*FAILURES, prefix=f"cannot load {source}: "):
+        try:
+            yield
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            if isinstance(error, FAILURES) or Path(frames[-1].filename).is_relative_to(HOUSE):
+                raise
+            raise ValueError(f"transformers cannot read it ({type(error).__name__}: {first_line(error)})") from error
+
+
+def _folder_of(source: str, transformers: Any) -> Path:
+    """The folder with config.json: the local one, looked at, or the hub's in the cache."""
+    if Path(source).is_dir():
+        check_folder(Path(source))
+        return Path(source)
+    return Path(transformers.utils.cached_file(source, "config.json")).parent
+
+
+def _check_float(source: str, kind: Any, config: Any) -> None:
+    """ValueError if a model of this config is far larger than its files: what is missing would be made up."""
+    files = [file for file in Path(source).iterdir() if file.suffix in WEIGHTS]
+    build = getattr(kind, "_from_config", None) or kind.from_config
+    with torch.device("meta"):
+        model = build(copy.deepcopy(config))
+    check_size(model, files, source)
 
 
 def quiet_transformers() -> Any:
@@ -143,11 +183,14 @@ def _class_of(config: Any, transformers: Any) -> Any:
     names = getattr(config, "architectures", None)
     if not names:
         return transformers.AutoModelForImageClassification
-    return getattr(transformers, names[0], transformers.AutoModel)
+    found = getattr(transformers, names[0], None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModel
 
 
 def _processor_of(source: str, transformers: Any) -> Any:
     try:
-        return cast(Any, transformers.AutoImageProcessor.from_pretrained(source))
-    except FAILURES:
+        with failures(source):
+            return cast(Any, transformers.AutoImageProcessor.from_pretrained(source))
+    except UserError:
         return None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +16,8 @@ from fairseq.cli import check, distill, doctor, files, pareto, quantize, report
 from fairseq.cli.output import UserError, first_line
 
 FINE, MISTAKE, STOPPED = 0, 2, 130
+ENDED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals by which a system, a scheduler or a closed terminal ends programs: exit code 128 + their number."""
 COMMAND_LINE_ERROR: Any = typer.BadParameter.__mro__[2]  # click's own base class, wherever this typer has it
 COMMANDS = (
     quantize.quantize,
@@ -38,7 +43,7 @@ Examples:
   fairseq-vit inspect vit-int4
 \b
 Results go to stdout, progress and errors to stderr. Exit codes: 0 fine, 1 a check failed (too large a difference,
-nothing quantized, no kernels), 2 a mistake in the call, 130 stopped by Ctrl-C.""",
+nothing quantized, no kernels), 2 a mistake in the call, 130 stopped by Ctrl-C, 143 by SIGTERM.""",
 )
 
 
@@ -68,9 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Mistakes of the person at the keyboard are one line on stderr; errors of the program keep their traceback.
     """
     try:
-        code = typer.main.get_command(app).main(
-            None if arguments is None else list(arguments), prog_name="fairseq-vit", standalone_mode=False
-        )
+        with _ending():
+            code = typer.main.get_command(app).main(
+                None if arguments is None else list(arguments), prog_name="fairseq-vit", standalone_mode=False
+            )
     except UserError as error:
         return _mistake(str(error), error.code)
     except COMMAND_LINE_ERROR as error:
@@ -78,11 +84,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _mistake(f"{first_line(error.format_message()).rstrip('.')}. See {path} --help")
     except OSError as error:  # a full disk, a folder that cannot be written
         return _mistake(first_line(error))
+    except MemoryError:
+        return _mistake("there is not enough memory for this")
+    except _Ended as ended:
+        code = 128 + ended.number
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED
-    if code == STOPPED:
+    if code in (STOPPED, *(128 + number for number in ENDED)):
         print("stopped", file=sys.stderr)
     return code or FINE
+
+
+class _Ended(BaseException):
+    """The system asked the program to end; what is half done is taken away, as with Ctrl-C."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """Inside, signals that would end the process at once raise :class:`_Ended`; those that are ignored still are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise _Ended(number)
+
+    numbers = [number for number in ENDED if signal.getsignal(number) == signal.SIG_DFL]
+    try:
+        for number in numbers:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _mistake(message: str, code: int = MISTAKE) -> int:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from fairseq.cli.output import UserError
-from fairseq.quantization.files import move_into
+from fairseq.quantization.files import folder_beside, move_into
+from fairseq.quantization.json_files import read_json
 
 FORMAT = "fairseq_vit"  # as in fairseq.quantization.saving.contents, which is not imported for a look at a folder
 
@@ -39,8 +35,8 @@ def check_output(folder: Path, source: str, force: bool) -> None:
 def holds_packed_model(folder: Path) -> bool:
     """Whether a folder's config.json is that of a packed model."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return str(config["quantization_config"]["quant_method"]).partition(" ")[0] == FORMAT
+        method = read_json(folder / "config.json")["quantization_config"]["quant_method"]
+        return str(method).partition(" ")[0] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -52,31 +48,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     If ``folder`` is there already, it gets the new files, config.json last, and loses the weights of an earlier save.
     """
     folder = Path(os.path.abspath(folder))
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
+    with folder_beside(folder) as temporary:
         yield temporary
-        with _uninterrupted():
-            if folder.exists():
-                move_into(temporary, folder)
-            else:
-                os.replace(temporary, folder)
-    finally:
-        with _uninterrupted():
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if pressed and callable(before):
-            before(*pressed[0])
+        if folder.exists():
+            move_into(temporary, folder)
+        else:
+            os.replace(temporary, folder)

@@ -44,13 +44,27 @@ from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.reconstruction.settings import Reconstruction, resolve_reconstruction
 from fairseq.quantization.saving import checkpoint
 from fairseq.quantization.saving.attach import disable_save_pretrained, enable_save_pretrained
+from fairseq.quantization.saving.folder import check_folder
 from fairseq.quantization.saving.huggingface import FairseqViTConfig
 from fairseq.quantization.training.pack import pack
 
 __all__ = [
-    "BitAssignment", "EmbeddingComparison", "ExportReport", "FairseqViTConfig", "LayerReport", "ModelComparison",
-    "OutputComparison", "Pareto", "QuantizationReport", "Reconstruction", "ViTQuantizer", "compare_embeddings",
-    "compare_models", "compare_outputs", "zero_shot_agreement",
+    "BitAssignment",
+    "EmbeddingComparison",
+    "ExportReport",
+    "FairseqViTConfig",
+    "LayerReport",
+    "ModelComparison",
+    "OutputComparison",
+    "Pareto",
+    "QuantizationReport",
+    "Reconstruction",
+    "ViTQuantizer",
+    "check_folder",
+    "compare_embeddings",
+    "compare_models",
+    "compare_outputs",
+    "zero_shot_agreement",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)

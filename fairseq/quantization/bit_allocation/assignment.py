@@ -14,12 +14,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from fairseq.quantization.bit_allocation.knapsack import Errors, check_errors, check_limit, check_size, choose_bits
 from fairseq.quantization.config import merge_bits
 from fairseq.quantization.files import write_file
+from fairseq.quantization.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class BitAssignment:
             ValueError: it is not such a file; the message names the file and the layer.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(path, finite=False)  # an error may be infinite
             read = {name: _read_layer(name, layer) for name, layer in content["layers"].items()}
             return cls(
                 {name: bits for name, (bits, _, _) in read.items()},

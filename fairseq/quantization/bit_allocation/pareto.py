@@ -23,6 +23,7 @@ from fairseq.quantization.conversion.convert import convert
 from fairseq.quantization.evaluation.compare import agreement
 from fairseq.quantization.evaluation.report import QuantizationReport
 from fairseq.quantization.files import write_file
+from fairseq.quantization.json_files import read_json, record
 
 AVERAGES = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 BATCH_SIZE = 16
@@ -85,9 +86,10 @@ class Pareto:
             ValueError: it is not such a file.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**{**content, "points": tuple(Point(**point) for point in content["points"])})
-        except (KeyError, TypeError, ValueError) as error:
+            content = read_json(path, finite=False)  # an error may be infinite
+            points = tuple(record(Point, point) for point in content.pop("points"))
+            return record(cls, content, points=points)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not what Pareto.save writes: {error}") from error
 
     def plot(self, path: str | os.PathLike[str]) -> None:

@@ -22,6 +22,7 @@ from fairseq.quantization.calibration import processes
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
 from fairseq.quantization.conversion.quantize_layer import QuantizedLayer
 from fairseq.quantization.files import write_file
+from fairseq.quantization.json_files import parse_json, read_json
 
 RUN = "run.json"
 STAGES = "stage-*.safetensors"
@@ -84,7 +85,7 @@ class Resume:
             write_file(run, json.dumps(wanted, indent=2).encode())
             return None
         try:
-            found = json.loads(run.read_text(encoding="utf-8"))
+            found = read_json(run)
             different = [key for key, value in wanted.items() if found[key] != value]
         except (ValueError, KeyError, TypeError):
             return ValueError(f"{run} is damaged: remove the folder to start from the beginning")
@@ -110,7 +111,7 @@ class Resume:
             return None
         try:
             tensors = load_tensors(content)
-            said = json.loads(bytes(tensors.pop("said").tolist()))
+            said = parse_json(bytes(tensors.pop("said").tolist()).decode(), "what it says")
             done = DoneStage({key.removeprefix("="): x for key, x in tensors.items() if key.startswith("=")})
             for layer in stage:
                 integers, scale, zero_point = (tensors[f"{layer.name}:{part}"] for part in PARTS[:3])

@@ -18,6 +18,7 @@ from fairseq.quantization.evaluation.layer_report import LayerReport
 from fairseq.quantization.evaluation.page import Page
 from fairseq.quantization.evaluation.report_plot import picture
 from fairseq.quantization.files import write_file
+from fairseq.quantization.json_files import read_json, record
 
 __all__ = ["LayerReport", "QuantizationReport", "megabytes"]
 
@@ -134,12 +135,15 @@ class QuantizationReport:
             ValueError: the file holds something else.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(path)
             layers = tuple(
-                LayerReport(**{key: _from_json(key, value) for key, value in layer.items()})
+                record(LayerReport, {key: _from_json(key, value) for key, value in layer.items()})
                 for layer in content.pop("layers")
             )
-            return cls(layers, **content)
+            found = record(cls, content, layers=layers)
+            if min(found.bytes_before, found.bytes_after) < 1:
+                raise ValueError("a model has at least one byte")
+            return found
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a report that to_json wrote: {error}") from error
 

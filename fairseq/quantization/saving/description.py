@@ -88,7 +88,7 @@ def empty_part(model: nn.Module, name: str, entry: Mapping[str, Any], device: st
     """
     holder = _part(model, name)
     part = holder.kept[0] if isinstance(holder, Placeholder) else holder
-    config, flags = _read(name, entry)
+    config, flags = read_entry(name, entry)
     training = isinstance(holder, nn.Module) and holder.training
     scale_dtype = torch.float64 if flags["double"] else torch.float32
     settings: dict[str, Any] = {"device": device, "dtype": _dtype(part)}
@@ -195,8 +195,12 @@ def _entry(part: nn.Module) -> dict[str, Any]:
     return entry
 
 
-def _read(name: str, entry: Mapping[str, Any]) -> tuple[LinearConfig, dict[str, bool]]:
-    """The settings and flags in one entry, checked."""
+def read_entry(name: str, entry: Mapping[str, Any]) -> tuple[LinearConfig, dict[str, bool]]:
+    """The settings and flags in one entry of a :func:`describe`.
+
+    Raises:
+        ValueError: one is unknown or is not accepted; the message names the layer.
+    """
     if not isinstance(entry, Mapping):
         raise ValueError(f"{name}: its entry must be a mapping of settings, got {entry!r}")
     unknown = set(entry) - set(SETTINGS) - set(FLAGS)

@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from fairseq.quantization.config import FORMER_NAMES, QuantizationConfig, with_c
 from fairseq.quantization.conversion.convert import finish
 from fairseq.quantization.conversion.incremental import WhileLoading
 from fairseq.quantization.engine.fuse import check_engine
+from fairseq.quantization.files import plain_file
 from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.integer_only.pretrained import become
 from fairseq.quantization.saving import checkpoint, integer
@@ -35,6 +38,7 @@ from fairseq.quantization.saving.contents import FORMAT, QUANT_METHOD, check_des
 from fairseq.quantization.saving.description import Placeholder, empty_part, put
 from fairseq.quantization.saving.excluding import exclude_modules
 from fairseq.quantization.saving.fitting import Fit, fit
+from fairseq.quantization.saving.folder import check_folder, check_inside, check_size
 from fairseq.quantization.saving.names import names_on_disk
 from fairseq.quantization.saving.pretrained import config_entry, parts_of_config
 from fairseq.quantization.saving.told import empty_of_floats, tell
@@ -104,9 +108,16 @@ class FairseqViTConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """What :meth:`to_dict` wrote, or an earlier version."""
+        """What :meth:`to_dict` wrote, or an earlier version.
+
+        Raises:
+            ValueError: a setting that is none; it is of a file.
+        """
         settings = {FORMER_NAMES.get(key, key): value for key, value in config_dict.items()}
-        return super().from_dict(settings, return_unused_kwargs, **kwargs)
+        try:
+            return super().from_dict(settings, return_unused_kwargs, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"quantization_config: {error}") from error
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As :meth:`to_dict`."""
@@ -145,6 +156,16 @@ class FairseqViTQuantizer(HfQuantizer):
     def adjust_target_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Look at a folder before transformers 5 builds a model of what its config.json says."""
+        if self.pre_quantized and os.path.isdir(folder := str(config.name_or_path)):
+            check_folder(Path(folder))
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same for transformers 4, which asks this at that moment."""
+        return self.update_attn_implementation(config)
+
     def get_special_dtypes_update(self, model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
         return {}
 
@@ -157,6 +178,10 @@ class FairseqViTQuantizer(HfQuantizer):
             self.arriving = WhileLoading(model, settings, config.engine)
             return model
         files = checkpoint_files or _files_of(model.config)
+        folder = str(model.config.name_or_path)
+        if os.path.isdir(folder):
+            check_inside((str(file).removeprefix(os.path.join(folder, "")) for file in files), folder)
+        check_size(model, map(plain_file, files), str(files[0]))
         contents = inspect(files)
         if json.loads(json.dumps(config.description)) != contents.description:
             raise ValueError(

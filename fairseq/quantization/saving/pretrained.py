@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from huggingface_hub import HfApi, split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
-from fairseq.quantization.files import move_into
+from fairseq.quantization.files import folder_beside, move_into
 from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.saving import checkpoint, contents, integer
 from fairseq.quantization.saving.description import packed_parts
@@ -91,8 +90,7 @@ def save_pretrained(
     _check_state(model, state)
     vars(model)["quantization_information"] = information
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-        temporary = Path(name)
+    with folder_beside(folder / "model") as temporary:  # in it, as the folder above need not be ours to write to
         _save_whole(model, temporary, description, state, max_shard_size, variant)
         if not (folder / "README.md").exists():
             (temporary / "README.md").write_text(model_card(model, description), encoding="utf-8")
@@ -144,7 +142,10 @@ def _save_whole(
     tensors = checkpoint.tensors_on_disk(model, state)
     for guard in guards_of(tensors, description):
         tensors[guard] = torch.empty(0, dtype=torch.uint8)
+    split = _shards(tensors, size, variant)
     description = {**description, "tensors": len(tensors)}
+    if split.is_sharded:  # shards of another save of the same settings have another one
+        description["weights"] = contents.digest_of(tensors)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
@@ -153,20 +154,20 @@ def _save_whole(
     config.save_pretrained(folder)
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    _write_shards(tensors, folder, description, size, variant)
-
-
-def _write_shards(
-    tensors: dict[str, Tensor], folder: Path, description: dict[str, Any], size: Any, variant: str | None
-) -> None:
-    pattern = f"model{{suffix}}{f'.{variant}' if variant else ''}.safetensors"
-    split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=size)
     for file, names in split.filename_to_tensors.items():
         contents.write({name: tensors[name] for name in names}, folder / file, description)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
-        name = f"{pattern.format(suffix='')}.index.json"
+        name = f"{_pattern(variant).format(suffix='')}.index.json"
         (folder / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _pattern(variant: str | None) -> str:
+    return f"model{{suffix}}{f'.{variant}' if variant else ''}.safetensors"
+
+
+def _shards(tensors: dict[str, Tensor], size: Any, variant: str | None) -> Any:
+    return split_torch_state_dict_into_shards(tensors, filename_pattern=_pattern(variant), max_shard_size=size)
 
 
 def guards_of(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,11 +8,14 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.quantization.json_files import read_json
+from fairseq.quantization.saving.contents import opened
 
 INSTALL = 'adapters need peft; install it with: pip install "fairseq[lora]"'
 
@@ -46,13 +49,23 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], trainable: bool 
 
     Raises:
         ImportError: peft is missing.
-        ValueError: nothing in ``model`` is packed, or there are no adapters in the folder.
+        ValueError: nothing in ``model`` is packed, or there are no adapters in the folder, or its files are no plain
+            ones, damaged, or a pickle.
     """
     peft = _peft()
+    _check_adapters(Path(folder))
     config = peft.PeftConfig.from_pretrained(os.fspath(folder))
     config.inference_mode = not trainable
     with _known_to_peft(model, config):
         return peft.PeftModel.from_pretrained(model, os.fspath(folder), config=config, is_trainable=trainable)
+
+
+def _check_adapters(folder: Path) -> None:
+    """ValueError for what peft would not refuse in a local folder; one that is none may be of the hub."""
+    if folder.is_dir() and os.path.lexists(folder / "adapter_config.json"):
+        read_json(folder / "adapter_config.json")
+        with opened(folder / "adapter_model.safetensors"):
+            pass  # its header is looked at
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import time
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.scalar.modules import QuantizedWeight
 from fairseq.quantization.architectures.forward import evaluating, output_of, picture_inputs
+from fairseq.quantization.files import check_stored
+from fairseq.quantization.json_files import read_json
 from fairseq.quantization.saving import checkpoint
 from fairseq.quantization.training.losses import Losses, attention_loss, feature_loss, output_loss
 from fairseq.quantization.training.pack import pack
@@ -30,6 +31,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 WEIGHTS = "pytorch_model.bin"
 STATE = "trainer_state.json"
+TORCH_FILES = (".bin", ".pt", ".pth")
 
 
 class DistillationTrainer(Trainer):
@@ -228,6 +230,8 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         file = Path(resume_from_checkpoint) / WEIGHTS
+        for packed in sorted(path for path in file.parent.iterdir() if path.suffix in TORCH_FILES):
+            check_stored(packed)  # those that transformers reads, too
         if not file.is_file():  # sharded, which transformers knows
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -304,7 +308,7 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 def _is_json(file: Path) -> bool:
     try:
-        json.loads(file.read_text(encoding="utf-8"))
+        read_json(file)
     except (OSError, ValueError):
         return False
     return True
