@@ -60,8 +60,8 @@ def load(source: str, device: str = "cpu") -> Loaded:
     packed = is_packed(config)
     with failures(source):
         kind = _class_of(config, transformers)
-        if Path(source).is_dir() and not packed:
-            _check_float(source, kind, config)
+        if Path(source).is_dir():
+            _check_size(source, kind, config)
         model, loading = kind.from_pretrained(
             source, dtype="auto" if packed else torch.float32, output_loading_info=True
         )
@@ -92,12 +92,14 @@ def _folder_of(source: str, transformers: Any) -> Path:
     return Path(transformers.utils.cached_file(source, "config.json")).parent
 
 
-def _check_float(source: str, kind: Any, config: Any) -> None:
+def _check_size(source: str, kind: Any, config: Any) -> None:
     """ValueError if a model of this config is far larger than its files: what is missing would be made up."""
     files = [file for file in Path(source).iterdir() if file.suffix in WEIGHTS]
     build = getattr(kind, "_from_config", None) or kind.from_config
+    plain = copy.deepcopy(config)
+    vars(plain).pop("quantization_config", None)
     with torch.device("meta"):
-        model = build(copy.deepcopy(config))
+        model = build(plain)
     check_size(model, files, source)
 
 

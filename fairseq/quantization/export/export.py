@@ -26,7 +26,7 @@ from fairseq.quantization.export.integer_graph import INPUTS
 from fairseq.quantization.export.onnx_graph import ONNX_OPS, onnx_model
 from fairseq.quantization.export.openvino_ir import write_openvino
 from fairseq.quantization.export.verify import verify
-from fairseq.quantization.export.written import any_batch, forgetting_shapes, save_onnx
+from fairseq.quantization.export.written import any_batch, save_onnx
 from fairseq.quantization.files import folder_beside, move_files
 from fairseq.quantization.integer_only.layers import IntegerLinear
 from fairseq.quantization.integer_only.model import IntegerViT
@@ -110,7 +110,7 @@ def export(
     if isinstance(model, IntegerViT):
         check_one_of("pixels", pixels or "uint8", tuple(INPUTS) if format != "c" else ("uint8",))
         inputs = sample_inputs(model, sample, pixels or "uint8")
-        with torch.no_grad(), _in_place(path) as file, forgetting_shapes():
+        with torch.no_grad(), _in_place(path) as file:
             if format == "c":
                 return write_c(model, inputs["pixels"], file)
             with _errors_of_writers(model, format):
@@ -129,7 +129,7 @@ def export(
         wrapper = Positional(portable, list(inputs), names, settings).eval()
         shapes = tuple(free_shapes(portable, inputs).values()) if free_size else tuple({0: any_batch()} for _ in inputs)
         others = other_sizes(wrapper, portable, inputs) if free_size else []
-        with _in_place(path) as file, forgetting_shapes():
+        with _in_place(path) as file:
             with _errors_of_writers(model, format), always_resized(portable) if free_size else nullcontext():
                 _write(wrapper, inputs, file, format, external_data, onnx_ops, shapes)
             return verify(wrapper, inputs, file, format, others)

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensorMode
 
 PROTOBUF_LIMIT = 2**31 - 2**24
 MAX_BATCH = 1024
-
-
-@contextmanager
-def forgetting_shapes() -> Iterator[None]:
-    """Empty torch's cache of operations on fake tensors afterwards: it keeps the sizes of each export for good."""
-    try:
-        yield
-    finally:
-        FakeTensorMode.cache_clear()
 
 
 def any_batch() -> Any:

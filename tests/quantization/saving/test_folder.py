@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from families import build
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
@@ -40,7 +41,8 @@ def changed(file, **changes):
 def refused(folder, *parts, look=True):
     """By the program, by the look that a person may take, and, if it is packed, by from_pretrained: one sentence."""
     calls = {lambda folder: load(str(folder)): UserError} | ({check_folder: ValueError} if look else {})
-    if "quantization_config" in (folder / "config.json").read_text():
+    packed = "quantization_config" in (folder / "config.json").read_text()
+    if packed and (look or transformers.__version__ >= "5"):  # 4 makes models in memory before it asks
         calls[AutoModelForImageClassification.from_pretrained] = ValueError
     for call, kind in calls.items():
         with pytest.raises(kind) as caught:
