@@ -28,6 +28,7 @@ settings.load_profile("house")
 
 if "OMP_NUM_THREADS" not in os.environ:  # tiny tensors: more threads only wait for one another on a busy machine
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -33,6 +33,7 @@ class RandomModel:
         batch: number of pictures.
         quantizer: arguments of ViTQuantizer.
         calibration: the number of pictures that calibrate it; 0 for none.
+        saved: as a "file" or a "folder".
         export: one of its formats, or None.
     """
 
@@ -46,6 +47,7 @@ class RandomModel:
     batch: int
     quantizer: dict[str, Any]
     calibration: int
+    saved: str
     export: str | None
 
     def build(self) -> nn.Module:
@@ -82,6 +84,7 @@ def random_models(draw: st.DrawFn) -> RandomModel:
         dtype=draw(st.sampled_from([*DTYPES[:1] * 3, *DTYPES])),
         seed=draw(st.integers(0, 1000)),
         batch=draw(st.integers(1, 4)),
+        saved="file" if config is None else draw(st.sampled_from(["file", "folder"])),
         export=None if towers or draw(st.integers(0, 19)) else draw(st.sampled_from(sorted(set(FORMATS) - {"c"}))),
         **draw(_quantizers()),
     )

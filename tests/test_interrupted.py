@@ -1,20 +1,18 @@
-"""Some of the moments of tests/interrupted.py, which has the others."""
+"""Some of the moments of tests/interrupted.py, which has the others; in a process of its own, that can be forked."""
 
 import os
-import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
-from interrupted import commands
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes that begin where this one is")
-@pytest.mark.parametrize(("name", "moments"), [("quantize", 1), ("save_pretrained", 3)])
-def test_a_signal_leaves_the_old_or_the_new(name, moments, tmp_path, monkeypatch):
-    (tmp_path / "temporary").mkdir()
-    (tmp_path / "models").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr("fairseq.quantization.files.SECONDS_TO_LOCK", 0)
-    torch.manual_seed(0)
-    found = commands(tmp_path / "models")[name].interrupt(moments, random.Random(1), every=moments, runs=1)
-    assert found.total() == 2 * moments
+def test_a_signal_leaves_the_old_or_the_new():
+    script = Path(__file__).with_name("interrupted.py")
+    command = [sys.executable, str(script), "quantize", "save_pretrained", "--moments", "2", "--seed", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert [line.partition(":")[0] for line in ran.stdout.splitlines()] == ["quantize", "save_pretrained"]

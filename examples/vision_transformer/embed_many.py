@@ -90,8 +90,6 @@ def resumed(output: Path, plan: dict[str, str], chunks: list[Chunk]) -> list[Chu
     elif any(output.iterdir()):
         raise UserError(f"{output} is not empty, and was not made by this script; take another folder")
     write_file(output / PLAN, json.dumps(plan, indent=2).encode())
-    for left in output.glob(".part-*"):  # by a worker that was killed as it wrote
-        left.unlink(missing_ok=True)
     return [chunk for chunk in chunks if not part(output, chunk.number).is_file()]
 
 

@@ -49,22 +49,9 @@ from fairseq.quantization.saving.huggingface import FairseqViTConfig
 from fairseq.quantization.training.pack import pack
 
 __all__ = [
-    "BitAssignment",
-    "EmbeddingComparison",
-    "ExportReport",
-    "FairseqViTConfig",
-    "LayerReport",
-    "ModelComparison",
-    "OutputComparison",
-    "Pareto",
-    "QuantizationReport",
-    "Reconstruction",
-    "ViTQuantizer",
-    "check_folder",
-    "compare_embeddings",
-    "compare_models",
-    "compare_outputs",
-    "zero_shot_agreement",
+    "BitAssignment", "EmbeddingComparison", "ExportReport", "FairseqViTConfig", "LayerReport", "ModelComparison",
+    "OutputComparison", "Pareto", "QuantizationReport", "Reconstruction", "ViTQuantizer", "check_folder",
+    "compare_embeddings", "compare_models", "compare_outputs", "zero_shot_agreement",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)

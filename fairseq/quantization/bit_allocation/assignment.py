@@ -105,8 +105,8 @@ class BitAssignment:
         Raises:
             ValueError: it is not such a file; the message names the file and the layer.
         """
+        content = read_json(path, finite=False)  # an error may be infinite
         try:
-            content = read_json(path, finite=False)  # an error may be infinite
             read = {name: _read_layer(name, layer) for name, layer in content["layers"].items()}
             return cls(
                 {name: bits for name, (bits, _, _) in read.items()},

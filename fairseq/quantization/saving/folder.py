@@ -38,7 +38,7 @@ WEIGHTS_A_BYTE, MADE_UP = 4, 2**26
 """Numbers that a model has at most: for each byte of its files (as integers of 2 bits), and in a head that is new."""
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: str | os.PathLike[str]) -> None:
     """Look at what transformers would read in a folder.
 
     Links are followed, as HuggingFace's cache is made of them: what counts is that a plain file is at the end.
@@ -47,6 +47,7 @@ def check_folder(folder: Path) -> None:
         FileNotFoundError: no config.json.
         OSError, ValueError: a file is no plain one, or its JSON says what no model has; the message names the file.
     """
+    folder = Path(folder)
     read_config(folder)
     for name in READ_BY_TRANSFORMERS[1:]:
         if os.path.lexists(folder / name):

@@ -118,7 +118,7 @@ def test_a_failed_save_leaves_the_file(assignment, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("{", r"bits.json: Expecting property name"),
+        ("{", r"bits.json is damaged: Expecting property name"),
         ("[]", r'bits.json must hold \{"layers"'),
         ('{"layers": []}', "must hold"),
         ('{"layers": {}}', "at least one"),
