@@ -138,7 +138,7 @@ class Command:
             runs: at first, uninterrupted ones, to see how long one takes.
         """
         found: Counter[str] = Counter()
-        saving.SECONDS_TO_LOCK = 0  # the second run comes at once
+        saving.SECONDS_TO_ABANDON = 0  # the second run comes at once
         taken = []
         for _ in range(runs):
             out = Path(tempfile.mkdtemp(dir=self.room)) / self.output

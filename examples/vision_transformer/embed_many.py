@@ -35,7 +35,7 @@ from tqdm import tqdm
 from fairseq.quantization.files import write_file
 
 MOST_TASKS = 2000  # chunks beyond share one: each costs Ray some milliseconds
-PLAN = "plan.json"
+PLAN = "_plan.json"  # which readers of Parquet folders pass over
 
 
 def here(chunks: list[Chunk], worker: tuple[Any, ...]) -> Iterator[dict[str, int]]:
@@ -94,11 +94,11 @@ def resumed(output: Path, plan: dict[str, str], chunks: list[Chunk]) -> list[Chu
 
 
 def of_files(folder: Path) -> str:
-    """A hash of the names, sizes and beginnings of a model's files."""
+    """A hash of the names and contents of a model's files."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
         with path.open("rb") as opened:
-            digest.update(f"{path.name}:{path.stat().st_size}:".encode() + opened.read(1 << 20))
+            digest.update(f"{path.name}:{hashlib.file_digest(opened, 'sha256').hexdigest()}".encode())
     return digest.hexdigest()
 
 
@@ -124,6 +124,8 @@ def main() -> int:
     if not (args.model / "config.json").is_file():
         raise UserError(f"{args.model}: no model in this folder: it has no config.json")
     import_pyarrow()
+    if args.output.resolve().is_relative_to(args.pictures.resolve()):
+        raise UserError(f"{args.output} lies in {args.pictures}, and would be read as pictures; take another folder")
     chunks = chunks_of(args.pictures, args.chunk, args.column)
     settings = f"{args.what}, {args.batch_size} per run"
     left = resumed(

@@ -33,7 +33,8 @@ class Embedder:
         if self.classes and not _is_classifier(self.model):
             raise UserError(f"{model}: {type(self.model).__name__} has no classes; leave out --what classes")
         if not self.classes and _is_classifier(self.model):
-            self.model = self.model.base_model
+            inner = self.model.base_model
+            self.model = inner if inner is not self.model else self.model.vision_model  # of CLIP and SigLIP
 
     def __call__(self, row: dict[str, Any]) -> dict[str, int]:
         """``row["chunk"]``, pickled -> how many pictures there were, and how many of them could not be read."""

@@ -77,20 +77,21 @@ def chunks_of(source: Path, size: int, column: str) -> list[Chunk]:
     Raises:
         UserError: no pictures, or a file is damaged.
     """
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder")
     found: list[tuple[str, Sequence[Any]]] = []
-    archives = (
-        [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix in (".tar", ".parquet"))
-    )
+    archives = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix in ARCHIVES)
+    files = (path.relative_to(source) for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+    names = sorted(path.as_posix() for path in files)
+    if names and archives:
+        raise UserError(f"{source} holds pictures ({names[0]}) and archives ({archives[0].name}); pass one kind")
+    if names:
+        found.append((str(source), names))
     for archive in archives:
-        if archive.suffix not in (".tar", ".parquet"):
+        if archive.suffix not in ARCHIVES:
             raise UserError(f"{archive} must be a folder of pictures, or end in .tar or .parquet")
         parts = _in_tar(archive) if archive.suffix == ".tar" else _in_parquet(archive, column)
         found.append((str(archive), parts))
-    if not archives:
-        if not source.is_dir():
-            raise UserError(f"{source}: no such file or folder")
-        files = (path.relative_to(source) for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
-        found.append((str(source), sorted(path.as_posix() for path in files)))
     cut = [(name, parts[at : at + size]) for name, parts in found for at in range(0, len(parts), size)]
     if not cut:
         raise UserError(f"{source}: no picture in it")
@@ -98,11 +99,17 @@ def chunks_of(source: Path, size: int, column: str) -> list[Chunk]:
 
 
 def fingerprint(chunks: Sequence[Chunk]) -> str:
-    """A hash of what the chunks are called and how they are cut; the same pictures have the same one."""
+    """A hash of the names and sizes of pictures, or of the files that hold them, and of how the chunks are cut."""
     digest = hashlib.sha256()
     for chunk in chunks:
-        digest.update(f"{Path(chunk.source).name}:{chunk.column}:{chunk.parts!r}\n".encode())
+        source = Path(chunk.source)
+        sizes = [_size(source / name) for name in chunk.parts] if source.is_dir() else _size(source)
+        digest.update(f"{source.name}:{chunk.column}:{chunk.parts!r}:{sizes!r}\n".encode())
     return digest.hexdigest()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
 
 
 def _content(path: Path, name: str) -> bytes | str:

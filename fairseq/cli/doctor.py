@@ -79,7 +79,7 @@ def _where_kernels_are(found: dict[str, Any]) -> str:
     native = found["native"]
     if found["system"].startswith("Windows"):
         return "Windows has none, its Linux (WSL) has them: install fairseq there."
-    wheel = "the wheel for this system, which has them, or " if native["wheel"] else ""
+    wheel = "a wheel, which has them (bash .ci/wheels, on any Linux with gcc, makes it), or " if native["wheel"] else ""
     compiler = "" if native["compiler"] else "a C++ compiler (Debian and Ubuntu: apt install g++), and then "
     return f"install {wheel}{compiler}fairseq again, in the folder of the clone: {native['install']}"
 

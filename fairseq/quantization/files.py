@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import itertools
 import os
+import re
+import secrets
 import shutil
 import signal
 import stat
@@ -30,10 +31,9 @@ KINDS = {
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 """That ask a program to end; Windows does not have the last."""
 
-SECONDS_TO_LOCK = 60
-"""That a new folder is given until whoever made it holds it."""
-
-_numbers = itertools.count()
+ABANDONED = "fairseq-[0-9a-f]{12}"
+SECONDS_TO_ABANDON = 24 * 3600
+"""After them a temporary folder that nobody holds goes; its owner may be on a machine whose locks are not seen here."""
 
 
 @contextmanager
@@ -61,10 +61,9 @@ def folder_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     _remove_abandoned(path)
-    names = (path.with_name(f".{path.name}.{os.getpid()}-{number}.tmp") for number in _numbers)
-    temporary = next(name for name in names if not os.path.lexists(name))
+    temporary = path.with_name(f".{path.name}.fairseq-{secrets.token_hex(6)}.tmp")
+    temporary.mkdir()
     try:
-        temporary.mkdir()
         with _held(temporary):
             yield temporary
     finally:
@@ -179,9 +178,10 @@ def _held(folder: Path) -> Iterator[None]:
 
 def _remove_abandoned(path: Path) -> None:
     """Take away folders of :func:`folder_beside` that nobody holds."""
-    for folder in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp") if fcntl is not None else ():
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{ABANDONED}\.tmp")
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if fcntl is not None else ():
         with contextlib.suppress(OSError):  # it is held, or is gone by now
-            if time.time() - folder.stat().st_mtime > SECONDS_TO_LOCK:
+            if pattern.fullmatch(folder.name) and time.time() - folder.stat().st_mtime > SECONDS_TO_ABANDON:
                 handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -106,11 +106,14 @@ def test_what_is_not_installed_comes_with_its_line(cli, monkeypatch):
     assert "onnxruntime 1.2.3" in out
 
 
+WHEEL = "a wheel, which has them (bash .ci/wheels, on any Linux with gcc, makes it), or "
+
+
 @pytest.mark.parametrize(
     ("wheel", "compiler", "said"),
     [
-        (True, None, "install the wheel for this system, which has them, or a C++ compiler (Debian and Ubuntu: apt"),
-        (True, "g++", "install the wheel for this system, which has them, or fairseq again, in the folder of the"),
+        (True, None, f"install {WHEEL}a C++ compiler (Debian and Ubuntu: apt"),
+        (True, "g++", f"install {WHEEL}fairseq again, in the folder of the"),
         (False, None, "install a C++ compiler (Debian and Ubuntu: apt install g++), and then fairseq again, in the"),
         (False, "g++", "install fairseq again, in the folder of the"),
     ],

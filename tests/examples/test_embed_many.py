@@ -9,6 +9,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import families
 import numpy as np
 import pyarrow
 import pytest
@@ -98,6 +99,7 @@ def test_classes_are_those_of_the_model(embed, classifier, pictures, tmp_path):
         ViTForImageClassification.from_pretrained(classifier),
         AutoImageProcessor.from_pretrained(classifier),
     )
+    assert parquet.read_table(tmp_path / "out").num_rows == COUNT  # as one data set
     for row in found:
         if row["error"] is None:
             with torch.no_grad():
@@ -162,13 +164,30 @@ def test_it_goes_on_where_it_stopped_and_mixes_nothing(embed, classifier, pictur
     assert rows(output) == before
     code, _, error = embed(classifier, pictures / "more", output, "--chunk", 8)
     assert (code, error) == (2, f"error: {output} was begun with other pictures; take another folder, or empty it\n")
-    code, _, error = embed(classifier, pictures, pictures)
-    assert (code, error) == (
-        2,
-        f"error: {pictures} is not empty, and was not made by this script; take another folder\n",
-    )
+    code, _, error = embed(classifier, pictures, classifier)
+    assert code == 2
+    assert error == f"error: {classifier} is not empty, and was not made by this script; take another folder\n"
 
 
+def test_what_would_mix_is_refused(embed, classifier, pictures, tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
+    code, _, error = embed(classifier, tmp_path / "in", tmp_path / "in" / "out")
+    assert code == 2
+    assert "would be read as pictures" in error
+    (tmp_path / "in" / "b.tar").write_bytes(b"")
+    code, _, error = embed(classifier, tmp_path / "in", tmp_path / "out")
+    assert code == 2
+    assert "holds pictures (a.png) and archives (b.tar)" in error
+
+
+def test_embeddings_of_a_clip_classifier_are_those_of_its_tower(embed, pictures, tmp_path):
+    model = saved(families.build("clip-classifier"), tmp_path / "model")
+    assert embed(model, pictures, tmp_path / "out", "--what", "embeddings")[0] == 0
+    assert len(rows(tmp_path / "out")[0]["embedding"]) == 24
+
+
+@pytest.mark.matrix  # a minute; .ci/run has it once
 def test_two_workers_of_which_one_is_killed_lose_nothing(embed, classifier, pictures, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     embed(classifier, pictures, one, "--chunk", 1, "--threads", 1)

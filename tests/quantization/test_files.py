@@ -45,30 +45,37 @@ def test_a_zip_file_that_inflates_is_refused(tmp_path):
         check_stored(tmp_path / "text.pt")
 
 
+OURS = "fairseq-0123456789a"
+
+
 def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path):
     for name in ("model", "model2"):
-        (tmp_path / f".{name}.1-0.tmp").mkdir()
-        (tmp_path / f".{name}.1-0.tmp" / "half").write_text("x")
-        os.utime(tmp_path / f".{name}.1-0.tmp", (0, 0))
+        (tmp_path / f".{name}.{OURS}0.tmp").mkdir()
+        (tmp_path / f".{name}.{OURS}0.tmp" / "half").write_text("x")
+        os.utime(tmp_path / f".{name}.{OURS}0.tmp", (0, 0))
     with folder_beside(tmp_path / "model") as held:
         os.utime(held, (0, 0))
         with replacing(tmp_path / "model") as file:
             file.write_text("x")
             assert held.is_dir()
-        young = tmp_path / ".model.1-1.tmp"
+        young, own = tmp_path / f".model.{OURS}1.tmp", tmp_path / ".model.fine-tuned.tmp"
+        own.mkdir()  # somebody's
+        os.utime(own, (0, 0))
         young.mkdir()
         with folder_beside(tmp_path / "model"):
             assert young.is_dir()
             assert held.is_dir()
         young.rmdir()
-    assert sorted(os.listdir(tmp_path)) == [".model2.1-0.tmp", "model"]
+    assert sorted(os.listdir(tmp_path)) == [".model.fine-tuned.tmp", f".model2.{OURS}0.tmp", "model"]
 
 
-def test_a_name_that_a_killed_process_of_this_number_left_is_not_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_numbers", iter((0, 1)))
-    (tmp_path / f".model.{os.getpid()}-0.tmp").mkdir()
-    with folder_beside(tmp_path / "model") as folder:
-        assert folder.name == f".model.{os.getpid()}-1.tmp"
+def test_the_folder_of_another_is_never_taken_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * 2 * size)
+    other = tmp_path / ".model.fairseq-000000000000.tmp"
+    other.mkdir()
+    with pytest.raises(FileExistsError), folder_beside(tmp_path / "model"):
+        pass
+    assert other.is_dir()
 
 
 def test_signals_wait_until_the_block_is_done():

@@ -18,7 +18,7 @@ from fairseq.quantization.engine.fuse import check_engine
 from fairseq.quantization.files import replacing
 from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.saving import integer
-from fairseq.quantization.saving.contents import VERSION, Contents, inspect, write
+from fairseq.quantization.saving.contents import VERSION, Contents, inspect, kept_information, write
 from fairseq.quantization.saving.description import check_loaded, describe, empty_part, packed_name, put
 from fairseq.quantization.saving.names import COMPUTED, names_on_disk
 
@@ -110,7 +110,7 @@ def description_of(model: nn.Module, information: Mapping[str, Any] | None = Non
         raise ValueError("nothing in the model is packed; pass what quantize_model returned with execution='packed'")
     names = names_on_disk(model, parts)
     layers = {names[name]: entry for name, entry in parts.items()}
-    return {"format_version": VERSION, "layers": layers, "information": dict(information or {})}
+    return {"format_version": VERSION, "layers": layers, "information": kept_information(information)}
 
 
 def tensors_on_disk(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

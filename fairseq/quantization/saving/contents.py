@@ -52,11 +52,25 @@ INTEGER_ENTRY = {
 """What an entry of a layer of an integer-only model has."""
 
 
+def kept_information(information: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is to be kept in a file for people, a copy.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON has not, and which is refused when it is read.
+    """
+    for key, value in (information or {}).items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise ValueError(f"information: JSON has only finite numbers, and {key} is {value!r:.80}") from None
+    return dict(information or {})
+
+
 def names_format(quantization_config: Any) -> bool:
     """Whether a ``quantization_config``, a dict or an object of transformers, is of this library, or an earlier one."""
     config = quantization_config
     method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-    return method in (QUANT_METHOD, FORMAT)
+    return isinstance(method, str) and method.partition(" ")[0] == FORMAT
 
 
 @dataclass(frozen=True)

@@ -157,9 +157,13 @@ class FairseqViTQuantizer(HfQuantizer):
         return dtype
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Look at a folder before transformers 5 builds a model of what its config.json says."""
-        if self.pre_quantized and os.path.isdir(folder := str(config.name_or_path)):
-            check_folder(Path(folder))
+        """Look at a folder before transformers 5 builds a model of what its config.json says, for the Auto classes.
+
+        A config that another class read does not know its folder, and none knows its subfolder.
+        """
+        folder = Path(str(config.name_or_path))
+        if self.pre_quantized and (folder / "config.json").is_file():
+            check_folder(folder)
         return config
 
     def update_tp_plan(self, config: Any) -> Any:

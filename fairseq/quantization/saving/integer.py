@@ -21,7 +21,7 @@ from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.integer_only.pretrained import as_pretrained
 from fairseq.quantization.integer_only.reading import block_names
 from fairseq.quantization.integer_only.structure import check_loaded, empty, present_name, structure
-from fairseq.quantization.saving.contents import INTEGER_VERSION, Contents
+from fairseq.quantization.saving.contents import INTEGER_VERSION, Contents, kept_information
 
 PREFIX = "integer."
 GUARDS = {
@@ -46,7 +46,8 @@ def description_of(model: IntegerViT, information: Mapping[str, Any] | None = No
         for name, layer in _linears(model).items()
     }  # fmt: skip
     return {
-        "format_version": INTEGER_VERSION, "layers": layers, "integer": said, "information": dict(information or {}),
+        "format_version": INTEGER_VERSION, "layers": layers, "integer": said,
+        "information": kept_information(information),
     }  # fmt: skip
 
 

@@ -64,7 +64,10 @@ def _check_adapters(folder: Path) -> None:
     """ValueError for what peft would not refuse in a local folder; one that is none may be of the hub."""
     if folder.is_dir() and os.path.lexists(folder / "adapter_config.json"):
         read_json(folder / "adapter_config.json")
-        with opened(folder / "adapter_model.safetensors"):
+        weights = folder / "adapter_model.safetensors"
+        if not os.path.lexists(weights) and os.path.lexists(folder / "adapter_model.bin"):
+            raise ValueError(f"{folder}: adapters are read from safetensors only, and these are a pickle")
+        with opened(weights):
             pass  # its header is looked at
 
 

@@ -314,6 +314,12 @@ def test_what_cannot_be_saved(tiny_vit, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_json_has_no_word_for_is_not_saved(saved, tmp_path):
+    with pytest.raises(ValueError, match="information: JSON has only finite numbers, and loss is inf"):
+        ViTQuantizer.save(saved[1], tmp_path / "a.safetensors", {"images": 3, "loss": float("inf")})
+    assert list(tmp_path.iterdir()) == [saved[2]]
+
+
 def test_a_save_that_is_stopped_leaves_the_old_file(saved, tiny_vit, monkeypatch):
     _, quantized, path = saved
     before = path.read_bytes()

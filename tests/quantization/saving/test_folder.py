@@ -78,7 +78,7 @@ def test_an_index_that_is_none(saved, tmp_path, names):
     ("changes", "part"),
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 1000, got 1000000000"),
-        ({"hidden_size": 10**18}, "hidden_size must be at most 2147483647"),
+        ({"hidden_size": 10**18}, "hidden_size must be at most 1099511627776"),
         ({"image_size": 40_000, "patch_size": 1}, "they do not belong together"),
     ],
     ids=str,
@@ -98,6 +98,15 @@ def test_sizes_that_no_model_has(saved, tmp_path, kind, changes, part):
     else:
         save_file(tensors, file, {"format": "pt"})
     refused(folder, part, look="together" not in part)
+
+
+def test_large_models_and_the_numbers_of_others_are_no_mistake(saved, tmp_path):
+    folder = copied(saved, "packed", tmp_path)
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    settings["description"]["information"]["bytes_before"] = 5 * 10**9
+    (folder / "tokenizer.json").symlink_to("nothing")  # as in a cache that is filled in part
+    changed(folder / "config.json", quantization_config=settings, some_id=2**32 - 1)
+    check_folder(str(folder))
 
 
 def test_labels_that_would_fill_the_memory(saved, tmp_path):
