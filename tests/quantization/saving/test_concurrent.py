@@ -7,6 +7,7 @@ from threading import Barrier
 
 import pytest
 import torch
+import transformers
 from families import build
 from transformers import AutoModelForImageClassification
 
@@ -72,6 +73,10 @@ def test_threads_that_call_one_model(model, inputs, kind):
         assert all(torch.equal(result, expected) for result in results)
 
 
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5,
+    reason="from_pretrained of transformers 4 changes torch for all threads",
+)
 def test_threads_that_load_one_folder(model, packed, inputs, tmp_path):
     packed.save_pretrained(tmp_path / "packed")
     ViTQuantizer.save(packed, tmp_path / "packed.safetensors")
