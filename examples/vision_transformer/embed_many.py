@@ -53,6 +53,7 @@ def on_ray(
         importlib.import_module("ray.data")
     except ImportError:
         raise UserError('--workers needs Ray: pip install "fairseq[ray]"') from None
+    Embedder(*worker)  # a mistake is told here, in a line, and not by an actor
     # Actors import this folder's modules, too.
     paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

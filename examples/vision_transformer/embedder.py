@@ -15,6 +15,7 @@ from picture_chunks import Chunk, Picture
 from torch import Tensor
 
 from fairseq.cli.loading import load, needs_processor
+from fairseq.cli.output import mistakes
 from fairseq.quantization.evaluation.compare import embeddings
 from fairseq.quantization.files import replacing
 
@@ -22,9 +23,8 @@ from fairseq.quantization.files import replacing
 class Embedder:
     """Loads a model once, and writes a Parquet file for each chunk that it is called with."""
 
-    def __init__(self, model: str, output: str, what: str, batch: int, threads: int | None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
+    def __init__(self, model: str, output: str, what: str, batch: int, threads: int) -> None:
+        torch.set_num_threads(threads)
         loaded = load(model)
         self.model, self.processor = loaded.model, needs_processor(loaded, "MODEL")
         self.labels = getattr(self.model.config, "id2label", {})
@@ -37,7 +37,7 @@ class Embedder:
             self.model = inner if inner is not self.model else self.model.vision_model  # of CLIP and SigLIP
 
     def __call__(self, row: dict[str, Any]) -> dict[str, int]:
-        """``row["chunk"]``, pickled -> how many pictures there were, and how many of them could not be read."""
+        """``row["chunk"]``, pickled -> how many pictures there were."""
         pyarrow, parquet = import_pyarrow()
         chunk: Chunk = pickle.loads(row["chunk"])
         rows: list[dict[str, Any]] = []
@@ -46,7 +46,7 @@ class Embedder:
         table = pyarrow.Table.from_pylist(rows, schema=self._schema(pyarrow))
         with replacing(part(self.output, chunk.number)) as path:
             parquet.write_table(table, path)
-        return {"pictures": len(rows), "bad": sum(row["error"] is not None for row in rows)}
+        return {"pictures": len(rows)}
 
     def _schema(self, pyarrow: Any) -> Any:
         found = {"embedding": pyarrow.list_(pyarrow.float32())}
@@ -74,7 +74,9 @@ class Embedder:
 
     def _run(self, inputs: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
         if not self.classes:
-            return ({"embedding": values} for values in embeddings(self.model, inputs, self.batch)[1].numpy())
+            with mistakes(ValueError):
+                found = embeddings(self.model, inputs, self.batch)[1]
+            return ({"embedding": values} for values in found.numpy())
         with torch.inference_mode():
             best = self.model(**inputs).logits.float().softmax(-1).max(-1)
         return (
