@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, positive, run
-from embedder import Embedder, import_pyarrow, part
+from embedder import Embedder, arithmetic, import_pyarrow, part
 from picture_chunks import Chunk, chunks_of, fingerprint
 from tqdm import tqdm
 
@@ -48,6 +48,9 @@ def on_ray(
     chunks: list[Chunk], worker: tuple[Any, ...], workers: int, threads: int, address: str | None
 ) -> Iterator[dict[str, int]]:
     """The same on actors of Ray Data, in any order; a chunk whose actor dies goes to another one."""
+    # Else Ray would start actors of "uv run" in a copy of the current folder, which may hold this library without its
+    # compiled part, and import that one.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         ray = importlib.import_module("ray")
         importlib.import_module("ray.data")
@@ -56,24 +59,33 @@ def on_ray(
     Embedder(*worker)  # a mistake is told here, in a line, and not by an actor
     # Actors import this folder's modules, too.
     paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    ours = {key: value for key, value in os.environ.items() if key.startswith("FAIRSEQ_")}
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(
         address=address,
         num_cpus=None if address else workers * threads,
-        runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)}},
+        runtime_env={"env_vars": {**ours, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)}},
         include_dashboard=False,
         logging_level="error",
         log_to_driver=False,
     )
-    logging.getLogger("ray.data").setLevel("ERROR")
+    logging.getLogger("ray.data").setLevel("CRITICAL")  # an error is told here, in a line
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         rows = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
         pool = ray.data.ActorPoolStrategy(size=workers)
         data = ray.data.from_items(rows, override_num_blocks=min(len(chunks), MOST_TASKS))
         yield from data.map(Embedder, fn_constructor_args=worker, compute=pool, num_cpus=threads).iter_rows()
+    except ray.exceptions.RayError as error:
+        raise UserError(f"a worker stopped: {_last_line(error)}") from error
     finally:
         ray.shutdown()
+
+
+def _last_line(error: Exception) -> str:
+    """Of the traceback that Ray repeats: what was raised there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ") if lines else type(error).__name__
 
 
 def resumed(output: Path, plan: dict[str, str], chunks: list[Chunk]) -> list[Chunk]:
@@ -136,7 +148,7 @@ def main() -> int:
     if count < total:
         print(f"{total - count} of {total} pictures were done before")
     threads = args.threads or max(1, (os.cpu_count() or 1) // args.workers)
-    worker = (str(args.model.resolve()), str(args.output.resolve()), args.what, args.batch_size, threads)
+    worker = (str(args.model.resolve()), str(args.output.resolve()), args.what, args.batch_size, threads, arithmetic())
     started = time.perf_counter()
     results: Iterator[dict[str, int]] = iter(())
     if left and (args.workers > 1 or args.address):

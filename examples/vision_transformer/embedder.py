@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import platform
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -14,8 +15,10 @@ from common import UserError, read_image
 from picture_chunks import Chunk, Picture
 from torch import Tensor
 
+import fairseq
 from fairseq.cli.loading import load, needs_processor
 from fairseq.cli.output import mistakes
+from fairseq.modules.quantization.packed.kernels import native, runs_native
 from fairseq.quantization.evaluation.compare import embeddings
 from fairseq.quantization.files import replacing
 
@@ -23,7 +26,10 @@ from fairseq.quantization.files import replacing
 class Embedder:
     """Loads a model once, and writes a Parquet file for each chunk that it is called with."""
 
-    def __init__(self, model: str, output: str, what: str, batch: int, threads: int) -> None:
+    def __init__(self, model: str, output: str, what: str, batch: int, threads: int, wanted: str) -> None:
+        if (found := arithmetic()) != wanted:
+            host = platform.node()
+            raise UserError(f"{host} has {found}, not {wanted}, so its rows would differ; install the same there")
         torch.set_num_threads(threads)
         loaded = load(model)
         self.model, self.processor = loaded.model, needs_processor(loaded, "MODEL")
@@ -83,6 +89,12 @@ class Embedder:
             {"class_index": index, "label": self.labels.get(index), "probability": probability}
             for index, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         )
+
+
+def arithmetic() -> str:
+    """What decides the bits of rows besides the processor: the library and whether its native kernels run."""
+    kernels = "native" if native.levels() and runs_native("auto") else "no native"
+    return f"fairseq {fairseq.__version__} with {kernels} kernels"
 
 
 def part(output: Path, number: int) -> Path:

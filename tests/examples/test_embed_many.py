@@ -25,6 +25,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from fairseq.cli.output import UserError
 from fairseq.models.vit_quantization import ViTQuantizer
 
 FOLDER = Path(__file__).parents[2] / "examples" / "vision_transformer"
@@ -184,11 +185,23 @@ def test_embeddings_of_a_clip_classifier_are_those_of_its_tower(embed, pictures,
     assert len(rows(tmp_path / "out")[0]["embedding"]) == 24
 
 
+def test_a_worker_with_other_kernels_is_refused(monkeypatch, classifier, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import embedder
+
+    assert embedder.arithmetic().endswith("with native kernels")
+    wanted = embedder.arithmetic()
+    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_BACKEND", "cpu")
+    with pytest.raises(UserError, match=r"has fairseq .* with no native kernels, not fairseq .* with native kernels"):
+        embedder.Embedder(str(classifier), str(tmp_path), "auto", 1, 1, wanted)
+
+
 @pytest.mark.matrix  # a minute; .ci/run has it once
 def test_two_workers_of_which_one_is_killed_lose_nothing(embed, classifier, pictures, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     embed(classifier, pictures, one, "--chunk", 1, "--threads", 1)
-    command = [sys.executable, FOLDER / "embed_many.py", classifier, pictures, two, "--chunk", 1, "--workers", 2]
+    uv = ["uv", "run", "--no-project"]  # which Ray knows: it would start workers elsewhere, without native kernels
+    command = [*uv, sys.executable, FOLDER / "embed_many.py", classifier, pictures, two, "--chunk", 1, "--workers", 2]
     running = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     killed = []
     while running.poll() is None and not killed:
