@@ -6,6 +6,7 @@ seconds.
 
 import ast
 import csv
+import importlib
 import re
 import shlex
 import shutil
@@ -19,8 +20,10 @@ from transformers import ViTImageProcessor
 
 from fairseq.cli import machine_speed
 from fairseq.cli.main import main
+from fairseq.models import vit_quantization
 from fairseq.modules.quantization.packed.kernels import native
 from fairseq.quantization.calibration.synthetic import synthetic_images
+from fairseq.quantization.utils import quant_modules, quant_utils
 
 ROOT = Path(__file__).parent.parent
 HUB_ID = "google/vit-base-patch16-224"
@@ -63,6 +66,40 @@ def test_every_block_runs(page, model_folder, tmp_path, monkeypatch, verified_he
     for block in blocks:
         code = block.replace(f'"{HUB_ID}"', repr(str(model_folder)))
         exec(compile(code, str(page), "exec"), namespace)
+
+
+def names_of_the_reference():
+    """The functions, classes and members that api.rst documents, each by its last name."""
+    text = (ROOT / "docs" / "api.rst").read_text()
+    for kind, path, options in re.findall(
+        r"^\.\. auto(class|function|module):: (\S+)\n((?:   .*\n)*)", text, re.MULTILINE
+    ):
+        module, _, name = path.rpartition(".")
+        members = re.search(r":members:(.*)", options)
+        if kind != "module":
+            yield name
+        if members and members[1].strip():
+            yield from members[1].strip().split(", ")
+        elif members:
+            documented = vars(getattr(importlib.import_module(module), name))
+            yield from (key for key, value in documented.items() if callable(value) and not key.startswith("_"))
+
+
+def words_of(code):
+    """The names and attributes in Python code; an import alone is no use of a name."""
+    for node in ast.walk(ast.parse(code)):
+        match node:
+            case ast.Name(id=word) | ast.Attribute(attr=word):
+                yield word
+
+
+def test_every_public_name_has_an_example():
+    blocks = [block for page in PAGES for block in python_blocks(page.read_text())]
+    used = {word for block in blocks for word in words_of(block)}
+    names = set(names_of_the_reference())
+    assert len(names) > 100
+    assert names - used == set()
+    assert {*vit_quantization.__all__, *quant_modules.__all__, *quant_utils.__all__} <= names
 
 
 def test_every_command_of_the_command_line_page_runs(model_folder, tmp_path, monkeypatch, verified_here):

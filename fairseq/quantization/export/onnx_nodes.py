@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fairseq.modules.quantization.packed import PackedLinear
@@ -13,6 +14,7 @@ from fairseq.modules.quantization.packed import PackedLinear
 CONTRIB = "com.microsoft"
 DOMAIN = "fairseq"
 NBITS_BLOCKS = (32, 64, 128)
+PROBE = 64
 TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -25,6 +27,7 @@ class GraphBuilder:
         self.model, self.layers, self.names, self.contrib = model, layers, names, ops == "onnxruntime"
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
+        self.exact_here: str | None = None
         self.rounded: dict[str, tuple[str, str]] = {}  # the query, key and value layers read one tensor
 
     def build(self) -> Any:
@@ -68,23 +71,65 @@ class GraphBuilder:
 
     def product(self, layer: PackedLinear, name: str, q: str, zero: str, scale: str | None) -> str:
         """Integer product times the weight's scale, and times ``scale``, a number."""
-        codes, zero_point = self.codes(layer, name)
         weight_scale = _flat(layer.scale).astype(np.float32)
         if self.contrib:
             one = scale or self.constant("fairseq.one", np.float32(1))
-            inputs = [q, codes, one, self.constant(f"{name}.scale", weight_scale), zero, zero_point]
-            return self.op("MatMulIntegerToFloat", inputs, domain=CONTRIB)
+            factors = one, self.constant(f"{name}.scale", weight_scale), zero
+            if _may_saturate(layer):
+                return self.either_product(layer, name, q, *factors)
+            codes, zero_point = self.codes(layer, name)
+            return self.op("MatMulIntegerToFloat", [q, codes, *factors, zero_point], domain=CONTRIB)
+        codes, zero_point = self.codes(layer, name, unsigned=_may_saturate(layer))
         if scale is not None:
             assert layer.input_scale is not None
             weight_scale = weight_scale * np.float32(layer.input_scale.item())
         y = self.op("Cast", [self.op("MatMulInteger", [q, codes, zero, zero_point])], to=self.onnx.TensorProto.FLOAT)
         return self.op("Mul", [y, self.constant(f"{name}.scale", weight_scale)])
 
-    def codes(self, layer: PackedLinear, name: str) -> tuple[str, str]:
-        """The weight as int8 (in, out), stored as 4-bit integers where they fit, and its zero point."""
+    def either_product(self, layer: PackedLinear, name: str, q: str, one: str, scale: str, zero: str) -> str:
+        """The product with signed bytes where that is exact, else with unsigned ones; decided when a file is loaded.
+
+        Signed ones are faster where a processor multiplies them exactly, and no slower elsewhere; see :meth:`exact`.
+        """
+        codes, zero_point = self.codes(layer, name)
+        shifted = self.constant(f"{name}.shifted_zero_point", _unsigned(_flat(layer.weight_matrix.code_zero_point())))
+        middle = self.constant("fairseq.code_middle", np.int32(128))
+        make, kinds = self.helper.make_node, self.onnx.TensorProto
+        result = self.helper.make_tensor_value_info(f"{name}.product", kinds.FLOAT, None)
+
+        def product(weight: str, weight_zero: str) -> Any:
+            inputs = [q, weight, one, scale, zero, weight_zero]
+            return make("MatMulIntegerToFloat", inputs, [result.name], domain=CONTRIB, name=f"{name}.product")
+
+        shift = [
+            make("Cast", [codes], [f"{name}.wide"], to=kinds.INT32),
+            make("Add", [f"{name}.wide", middle], [f"{name}.above"]),
+            make("Cast", [f"{name}.above"], [f"{name}.unsigned"], to=kinds.UINT8),
+        ]
+        signed = self.helper.make_graph([product(codes, zero_point)], "signed", [], [result])
+        unsigned = self.helper.make_graph([*shift, product(f"{name}.unsigned", shifted)], "unsigned", [], [result])
+        return self.op("If", [self.exact()], then_branch=signed, else_branch=unsigned)
+
+    def exact(self) -> str:
+        """Whether products of uint8 and int8 are exact on the processor that loads the file: a bool.
+
+        On x86 without VNNI onnxruntime adds two of them in 16 bits, which saturate. This is such a product of
+        constants, which onnxruntime computes before the first run; so of each If only one branch is left.
+        """
+        if self.exact_here is None:
+            x = self.constant("fairseq.probe", np.full((2, PROBE), 255, np.uint8))
+            w = self.constant("fairseq.probe_codes", np.full((PROBE, 16), 127, np.int8))
+            least = self.op("ReduceMin", [self.op("MatMulInteger", [x, w])], keepdims=0)
+            self.exact_here = self.op("Equal", [least, self.constant("fairseq.probe_sum", np.int32(255 * 127 * PROBE))])
+        return self.exact_here
+
+    def codes(self, layer: PackedLinear, name: str, unsigned: bool = False) -> tuple[str, str]:
+        """The weight as int8 or uint8 (in, out), stored as 4-bit integers where they fit, and its zero point."""
         weight = layer.weight_matrix
         codes, zero_point = weight.unpacked().numpy().T, _flat(weight.code_zero_point()).astype(np.int8)
         stored = f"{name}.weight_codes"
+        if unsigned:
+            codes, zero_point = _unsigned(codes), _unsigned(zero_point)
         if layer.config.bits > 4:
             self.constant(stored, codes)
         else:  # onnxruntime makes bytes of them when it loads the model
@@ -211,6 +256,16 @@ class GraphBuilder:
         name = f"fairseq_{kind}_{len(self.nodes)}"
         self.nodes.append(self.helper.make_node(kind, inputs, [out], name=name, domain=domain, **attributes))
         return out
+
+
+def _may_saturate(layer: PackedLinear) -> bool:
+    """Whether two products of a code and a byte may be past 16 bits."""
+    return int(layer.weight_matrix.unpacked().to(torch.int32).abs().max()) * 2 * 255 > 2**15 - 1
+
+
+def _unsigned(integers: Any) -> Any:
+    """int8 -> uint8, 128 more."""
+    return (integers.astype(np.int16) + 128).astype(np.uint8)
 
 
 def _flat(tensor: Tensor) -> Any:

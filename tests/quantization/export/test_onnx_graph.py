@@ -11,6 +11,7 @@ from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int
 from fairseq.quantization.export.onnx_graph import onnx_model
+from fairseq.quantization.export.verify import nodes_of
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -65,11 +66,12 @@ class SideBySide(nn.Module):
         return tuple(layer(sixes if narrow else eights) for layer, narrow in zip(self.layers, self.narrow, strict=True))
 
 
-def make(number, bias=True, factor=False, **settings):
+def make(number, bias=True, factor=False, room=1, **settings):
+    """The layer with that number; a grid with ``room`` for a multiple of its weight has integers in its middle."""
     config = LinearConfig(**settings)
     draw = torch.Generator().manual_seed(number)
     weight = torch.randn(OUT, IN, generator=draw)
-    grid = observe_weight(weight, config.bits, config.method, config.group_size, config.symmetric)
+    grid = observe_weight(room * weight, config.bits, config.method, config.group_size, config.symmetric)
     span = None
     if config.activations == "static":
         span = (-4.0, 3.875) if config.activation_bits == 6 else (-127 / 16, 8.0)
@@ -125,7 +127,8 @@ def test_each_layer_gives_its_outputs(exported):
 
 def test_each_layer_has_its_operator(exported):
     _, proto, column = exported
-    kinds = Counter(node.op_type for node in proto.graph.node)
+    kinds = Counter(node.op_type for node in nodes_of(proto.graph))
+    kinds["MatMulInteger"] -= column - 1  # the one that finds out what this processor does
     products = Counter(expected[column] for expected in LAYERS)
     assert {kind: kinds[kind] for kind in products} == products
     assert {node.domain for node in proto.graph.node} <= ({""} if column == 1 else {"", "com.microsoft"})
@@ -157,3 +160,27 @@ def test_weights_are_integers_of_their_width(exported):
             assert sorted(tensor.dims) == [OUT, IN]
         floats = [t for t in proto.graph.initializer if t.data_type == kinds.FLOAT and np.prod(t.dims) == OUT * IN]
         assert not floats
+
+
+@pytest.mark.parametrize(("ops", "elsewhere"), [("standard", False), ("onnxruntime", False), ("onnxruntime", True)])
+def test_the_largest_products_of_bytes_are_exact_on_every_processor(ops, elsewhere, tmp_path):
+    """Also where onnxruntime adds two of them in 16 bits, and in the branch for such processors, wherever this runs."""
+    codes = torch.tensor([[255, 255, 0, 255], [0, 0, 255, 0], [255] * 4, [128, 127, 129, 128]], dtype=torch.uint8)
+    config = LinearConfig(bits=8, method="channel")
+    zero_point = torch.full((12,), 128, dtype=torch.uint8)
+    layer = PackedLinear.from_integers(codes.repeat(3, 8), torch.ones(12), zero_point, None, config)
+    x = torch.cat([torch.full((1, 2, 32), 127.0), torch.full((1, 2, 32), -127.0)])
+    with torch.no_grad():
+        proto = onnx_model(SideBySide([layer]), {"eights": x, "sixes": x}, ["y"], None, ops)
+        expected = layer(x)
+    if elsewhere:
+        (probe,) = (tensor for tensor in proto.graph.initializer if tensor.name == "fairseq.probe_sum")
+        probe.raw_data = np.int32(0).tobytes()
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (got,) = session.run(["y"], {"eights": x.numpy(), "sixes": x.numpy()})
+    assert torch.equal(torch.from_numpy(got), expected)
+    kinds = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+    assert kinds["If"] == 0  # the processor is asked once, when the file is loaded
+    assert kinds["MatMulIntegerToFloat"] + kinds["MatMulInteger"] == 1
