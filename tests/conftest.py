@@ -30,6 +30,7 @@ if "OMP_NUM_THREADS" not in os.environ:  # tiny tensors: more threads only wait 
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
+LONGEST = "test_random_models.py"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
@@ -58,6 +59,11 @@ def exact_int_mm(monkeypatch):
         here = torch._int_mm
         monkeypatch.setattr(torch, "_int_mm", lambda a, b, **out: (here if a.is_cuda else in_float64)(a, b, **out))
         monkeypatch.setattr(choosing, "_checked", {})
+
+
+def pytest_collection_modifyitems(items):
+    """The file that takes longest comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != LONGEST)
 
 
 def pytest_collection_finish(session):

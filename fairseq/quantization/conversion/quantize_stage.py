@@ -237,7 +237,8 @@ def replace_layer(
         model: whose layer it is.
         layer: shares its weight with no other.
         done, factor: of the new one.
-        real: the weight before it is rounded, (out, in), which an emulated layer holds if it gives these integers.
+        real: the weight before it is rounded, (out, in), which an emulated layer holds where it gives these integers;
+            elsewhere it holds what they stand for.
     """
     old = model.get_submodule(layer.name)
     new: PackedLinear | EmulatedLinear
@@ -248,6 +249,9 @@ def replace_layer(
                 new.bias.copy_(done.bias)
             if real is not None:
                 new.weight.copy_(real)
+                new.set_range(done.scale, done.zero_point)
+                on_grid = weight_to_real(*done[:3], done.settings.group_size).to(new.weight.dtype)
+                new.weight.copy_(torch.where(new.integers() == done.integers, new.weight, on_grid))
         static = static_qparams(done.settings.activations, done.input_range, done.settings.activation_bits, layer.name)
         for key, value in zip(("input_scale", "input_zero_point"), static, strict=True):
             new.register_buffer(key, None if value is None else value.to(new.weight.device))
