@@ -21,7 +21,7 @@ REQUIREMENTS = [
     line for line in (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"
 ]
 
-ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
+ONNX = ["onnx>=1.17", "onnxruntime>=1.23", "onnxscript>=0.5"]
 OPENVINO = ["onnx>=1.17", "onnxscript>=0.5", "openvino>=2025.3"]
 PLOT = ["matplotlib>=3.9"]
 REPORT = ["jinja2>=3.1", *PLOT]
@@ -29,7 +29,7 @@ TRAINING = ["accelerate>=1.1"]
 LORA = ["peft>=0.17"]
 RAY = ["ray[data]>=2.46"]  # with pyarrow
 TEST = [
-    "pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "pytest-xdist>=3.6", "timm>=1.0",
+    "pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "pytest-xdist>=3.7", "timm>=1.0",
     "open_clip_torch>=2.30", "scipy>=1.13", "nbclient>=0.10", "ipykernel>=6.29",  # scipy: transformers' Mask2Former
     *TRAINING, *LORA, *ONNX, *OPENVINO, *RAY, *REPORT,
 ]  # fmt: skip

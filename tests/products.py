@@ -1,6 +1,5 @@
 """torch._int_mm, which is exact on one processor and not on another: what is true of it here, and of it everywhere."""
 
-import numpy as np
 import torch
 
 SMALL = 64
@@ -20,20 +19,6 @@ def is_exact_here():
     """Whether the largest products, of either sign, have exact sums on this processor."""
     ends = torch.tensor([[127], [-128]], dtype=torch.int8).expand(2, 64).contiguous()
     return torch.equal(torch._int_mm(ends, ends.T), in_float64(ends, ends.T))
-
-
-def openvino_is_exact_here():
-    """The same of OpenVINO's products of rounded inputs and bytes."""
-    import openvino
-    from openvino import opset13 as ops
-
-    x = ops.parameter([2, 64], np.float32)
-    ends = [np.float32(end) for end in (-128, 127)]
-    rounded = ops.fake_quantize(x, *ends, *ends, 256)
-    weight = ops.multiply(ops.convert(ops.constant(np.full((64, 16), 127, np.int8)), np.float32), np.float32(0.5))
-    model = openvino.Model([ops.matmul(rounded, weight, False, False)], [x])
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return bool((compiled(np.full((2, 64), 127, np.float32))[0] == 64 * 127 * 127 / 2).all())
 
 
 def in_float64(a, b, *, out=None):

@@ -38,7 +38,7 @@ MOST_TASKS = 2000  # chunks beyond share one: each costs Ray some milliseconds
 PLAN = "_plan.json"  # which readers of Parquet folders pass over
 
 
-def here(chunks: list[Chunk], worker: tuple[Any, ...]) -> Iterator[dict[str, int]]:
+def here(chunks: list[Chunk], worker: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
     """What :class:`Embedder` says of each chunk, in this process."""
     embedder = Embedder(*worker)
     return (embedder({"chunk": pickle.dumps(chunk)}) for chunk in chunks)
@@ -46,7 +46,7 @@ def here(chunks: list[Chunk], worker: tuple[Any, ...]) -> Iterator[dict[str, int
 
 def on_ray(
     chunks: list[Chunk], worker: tuple[Any, ...], workers: int, threads: int, address: str | None
-) -> Iterator[dict[str, int]]:
+) -> Iterator[dict[str, Any]]:
     """The same on actors of Ray Data, in any order; a chunk whose actor dies goes to another one."""
     # Else Ray would start actors of "uv run" in a copy of the current folder, which may hold this library without its
     # compiled part, and import that one.
@@ -71,21 +71,23 @@ def on_ray(
     )
     logging.getLogger("ray.data").setLevel("CRITICAL")  # an error is told here, in a line
     ray.data.DataContext.get_current().enable_progress_bars = False
+    # The worker that lacks something says so in its rows: of an error Ray prints the traceback of every attempt.
     try:
         rows = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
         pool = ray.data.ActorPoolStrategy(size=workers)
         data = ray.data.from_items(rows, override_num_blocks=min(len(chunks), MOST_TASKS))
         yield from data.map(Embedder, fn_constructor_args=worker, compute=pool, num_cpus=threads).iter_rows()
     except ray.exceptions.RayError as error:
-        raise UserError(f"a worker stopped: {_last_line(error)}") from error
+        raise UserError(f"a worker stopped: {_summary(error)}") from error
     finally:
         ray.shutdown()
 
 
-def _last_line(error: Exception) -> str:
-    """Of the traceback that Ray repeats: what was raised there."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ") if lines else type(error).__name__
+def _summary(error: Exception) -> str:
+    """Of the traceback that Ray repeats: what was raised there, else what Ray says first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    mistake = f"{UserError.__module__}.{UserError.__name__}: "
+    return next((line.removeprefix(mistake) for line in lines if line.startswith(mistake)), lines[0])
 
 
 def resumed(output: Path, plan: dict[str, str], chunks: list[Chunk]) -> list[Chunk]:
@@ -141,22 +143,23 @@ def main() -> int:
         raise UserError(f"{args.output} lies in {args.pictures}, and would be read as pictures; take another folder")
     chunks = chunks_of(args.pictures, args.chunk, args.column)
     settings = f"{args.what}, {args.batch_size} per run"
-    left = resumed(
-        args.output, {"pictures": fingerprint(chunks), "model": of_files(args.model), "settings": settings}, chunks
-    )
+    plan = {"pictures": fingerprint(chunks), "model": of_files(args.model), "settings": settings}
+    left = resumed(args.output, {**plan, "kernels or versions": arithmetic()}, chunks)
     count, total = sum(len(chunk.parts) for chunk in left), sum(len(chunk.parts) for chunk in chunks)
     if count < total:
         print(f"{total - count} of {total} pictures were done before")
     threads = args.threads or max(1, (os.cpu_count() or 1) // args.workers)
     worker = (str(args.model.resolve()), str(args.output.resolve()), args.what, args.batch_size, threads, arithmetic())
     started = time.perf_counter()
-    results: Iterator[dict[str, int]] = iter(())
+    results: Iterator[dict[str, Any]] = iter(())
     if left and (args.workers > 1 or args.address):
         results = on_ray(left, worker, args.workers, threads, args.address)
     elif left:
         results = here(left, worker)
     with tqdm(total=count, unit="picture", disable=None) as bar:
         for result in results:
+            if result["refused"]:
+                raise UserError(f"a worker was refused: {result['refused']}; install and set the same there")
             bar.update(result["pictures"])
     seconds = time.perf_counter() - started
     if count:

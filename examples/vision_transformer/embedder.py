@@ -19,6 +19,7 @@ import fairseq
 from fairseq.cli.loading import load, needs_processor
 from fairseq.cli.output import mistakes
 from fairseq.modules.quantization.packed.kernels import native, runs_native
+from fairseq.modules.quantization.packed.kernels.native_calls import attention_is_exact
 from fairseq.quantization.evaluation.compare import embeddings
 from fairseq.quantization.files import replacing
 
@@ -27,9 +28,8 @@ class Embedder:
     """Loads a model once, and writes a Parquet file for each chunk that it is called with."""
 
     def __init__(self, model: str, output: str, what: str, batch: int, threads: int, wanted: str) -> None:
-        if (found := arithmetic()) != wanted:
-            host = platform.node()
-            raise UserError(f"{host} has {found}, not {wanted}, so its rows would differ; install the same there")
+        found = arithmetic()
+        self.refused = "" if found == wanted else f"{platform.node()} has {found}, not {wanted}: its rows would differ"
         torch.set_num_threads(threads)
         loaded = load(model)
         self.model, self.processor = loaded.model, needs_processor(loaded, "MODEL")
@@ -42,8 +42,10 @@ class Embedder:
             inner = self.model.base_model
             self.model = inner if inner is not self.model else self.model.vision_model  # of CLIP and SigLIP
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, int]:
-        """``row["chunk"]``, pickled -> how many pictures there were."""
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """``row["chunk"]``, pickled -> how many pictures there were; or why this worker cannot do it."""
+        if self.refused:
+            return {"pictures": 0, "refused": self.refused}
         pyarrow, parquet = import_pyarrow()
         chunk: Chunk = pickle.loads(row["chunk"])
         rows: list[dict[str, Any]] = []
@@ -52,7 +54,7 @@ class Embedder:
         table = pyarrow.Table.from_pylist(rows, schema=self._schema(pyarrow))
         with replacing(part(self.output, chunk.number)) as path:
             parquet.write_table(table, path)
-        return {"pictures": len(rows)}
+        return {"pictures": len(rows), "refused": ""}
 
     def _schema(self, pyarrow: Any) -> Any:
         found = {"embedding": pyarrow.list_(pyarrow.float32())}
@@ -92,9 +94,10 @@ class Embedder:
 
 
 def arithmetic() -> str:
-    """What decides the bits of rows besides the processor: the library and whether its native kernels run."""
+    """What decides the bits of rows besides the processor, as far as it is known: versions and kernels."""
     kernels = "native" if native.levels() and runs_native("auto") else "no native"
-    return f"fairseq {fairseq.__version__} with {kernels} kernels"
+    attention = "float32" if attention_is_exact() else "bfloat16"
+    return f"fairseq {fairseq.__version__} with {kernels} kernels, attention in {attention}, torch {torch.__version__}"
 
 
 def part(output: Path, number: int) -> Path:

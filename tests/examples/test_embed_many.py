@@ -2,6 +2,8 @@
 
 import io
 import os
+import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +27,6 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from fairseq.cli.output import UserError
 from fairseq.models.vit_quantization import ViTQuantizer
 
 FOLDER = Path(__file__).parents[2] / "examples" / "vision_transformer"
@@ -149,7 +150,7 @@ def test_tar_and_parquet_files_give_the_same_rows(embed, classifier, pictures, t
     assert (code, error) == (2, f"error: {tmp_path / 'a.parquet'} has no column 'img'; it has image: pass --column\n")
 
 
-def test_it_goes_on_where_it_stopped_and_mixes_nothing(embed, classifier, pictures, tmp_path):
+def test_it_goes_on_where_it_stopped_and_mixes_nothing(monkeypatch, embed, classifier, pictures, tmp_path):
     output = tmp_path / "out"
     embed(classifier, pictures, output, "--chunk", 8)
     before = rows(output)
@@ -160,6 +161,11 @@ def test_it_goes_on_where_it_stopped_and_mixes_nothing(embed, classifier, pictur
     assert out.startswith(f"{COUNT - 8} of {COUNT} pictures were done before\n8 pictures in ")
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     assert rows(output) == before
+    with monkeypatch.context() as patch:
+        patch.setenv("FAIRSEQ_QUANTIZATION_ATTENTION", "float32")
+        code, _, error = embed(classifier, pictures, output, "--chunk", 8)
+    wanted = f"error: {output} was begun with other kernels or versions; take another folder, or empty it\n"
+    assert (code, error) == (2, wanted)
     code, _, error = embed(classifier, pictures / "more", output, "--chunk", 8)
     assert (code, error) == (2, f"error: {output} was begun with other pictures; take another folder, or empty it\n")
     code, _, error = embed(classifier, pictures, classifier)
@@ -185,15 +191,27 @@ def test_embeddings_of_a_clip_classifier_are_those_of_its_tower(embed, pictures,
     assert len(rows(tmp_path / "out")[0]["embedding"]) == 24
 
 
-def test_a_worker_with_other_kernels_is_refused(monkeypatch, classifier, tmp_path):
-    monkeypatch.syspath_prepend(str(FOLDER))
+def test_a_worker_with_other_kernels_is_refused(monkeypatch, embed, classifier, pictures, tmp_path):
+    import embed_many
     import embedder
 
-    assert embedder.arithmetic().endswith("with native kernels")
     wanted = embedder.arithmetic()
-    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_BACKEND", "cpu")
-    with pytest.raises(UserError, match=r"has fairseq .* with no native kernels, not fairseq .* with native kernels"):
-        embedder.Embedder(str(classifier), str(tmp_path), "auto", 1, 1, wanted)
+    assert "with native kernels, attention in bfloat16" in wanted
+    for name, value in (("BACKEND", "cpu"), ("ATTENTION", "float32")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"FAIRSEQ_QUANTIZATION_{name}", value)
+            worker = embedder.Embedder(str(classifier), str(tmp_path), "auto", 1, 1, wanted)
+        result = worker({"chunk": pickle.dumps(None)})
+        assert result["pictures"] == 0
+        assert re.search(
+            "has fairseq .*, not fairseq .* with native kernels, .*: its rows would differ", result["refused"]
+        )
+    monkeypatch.setattr(embed_many, "here", lambda *_: iter([result]))
+    code, _, error = embed(classifier, pictures, tmp_path / "out")
+    assert (code, error) == (
+        2,
+        f"error: a worker was refused: {result['refused']}; install and set the same there\n",
+    )
 
 
 @pytest.mark.matrix  # a minute; .ci/run has it once

@@ -6,7 +6,6 @@ import importlib
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fairseq.modules.quantization.packed import PackedLinear
@@ -14,7 +13,7 @@ from fairseq.modules.quantization.packed import PackedLinear
 CONTRIB = "com.microsoft"
 DOMAIN = "fairseq"
 NBITS_BLOCKS = (32, 64, 128)
-PROBE = 64
+PROBE, PROBE_CODES = 64, "fairseq.probe_codes"
 TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -75,11 +74,11 @@ class GraphBuilder:
         if self.contrib:
             one = scale or self.constant("fairseq.one", np.float32(1))
             factors = one, self.constant(f"{name}.scale", weight_scale), zero
-            if _may_saturate(layer):
+            if may_saturate(layer):
                 return self.either_product(layer, name, q, *factors)
             codes, zero_point = self.codes(layer, name)
             return self.op("MatMulIntegerToFloat", [q, codes, *factors, zero_point], domain=CONTRIB)
-        codes, zero_point = self.codes(layer, name, unsigned=_may_saturate(layer))
+        codes, zero_point = self.codes(layer, name, unsigned=may_saturate(layer))
         if scale is not None:
             assert layer.input_scale is not None
             weight_scale = weight_scale * np.float32(layer.input_scale.item())
@@ -89,11 +88,12 @@ class GraphBuilder:
     def either_product(self, layer: PackedLinear, name: str, q: str, one: str, scale: str, zero: str) -> str:
         """The product with signed bytes where that is exact, else with unsigned ones; decided when a file is loaded.
 
-        Signed ones are faster where a processor multiplies them exactly, and no slower elsewhere; see :meth:`exact`.
+        Where signed ones are exact they are faster, too; see :meth:`exact`. A cast to uint8 keeps the bits, and the
+        other sign bit adds 128: no wider copy of a weight is made.
         """
         codes, zero_point = self.codes(layer, name)
-        shifted = self.constant(f"{name}.shifted_zero_point", _unsigned(_flat(layer.weight_matrix.code_zero_point())))
-        middle = self.constant("fairseq.code_middle", np.int32(128))
+        shifted = self.constant(f"{name}.shifted_zero_point", _unsigned(_flat(centred_codes(layer)[1])))
+        middle = self.constant("fairseq.sign_bit", np.uint8(128))
         make, kinds = self.helper.make_node, self.onnx.TensorProto
         result = self.helper.make_tensor_value_info(f"{name}.product", kinds.FLOAT, None)
 
@@ -102,9 +102,8 @@ class GraphBuilder:
             return make("MatMulIntegerToFloat", inputs, [result.name], domain=CONTRIB, name=f"{name}.product")
 
         shift = [
-            make("Cast", [codes], [f"{name}.wide"], to=kinds.INT32),
-            make("Add", [f"{name}.wide", middle], [f"{name}.above"]),
-            make("Cast", [f"{name}.above"], [f"{name}.unsigned"], to=kinds.UINT8),
+            make("Cast", [codes], [f"{name}.same_bits"], to=kinds.UINT8),
+            make("BitwiseXor", [f"{name}.same_bits", middle], [f"{name}.unsigned"]),
         ]
         signed = self.helper.make_graph([product(codes, zero_point)], "signed", [], [result])
         unsigned = self.helper.make_graph([*shift, product(f"{name}.unsigned", shifted)], "unsigned", [], [result])
@@ -118,16 +117,15 @@ class GraphBuilder:
         """
         if self.exact_here is None:
             x = self.constant("fairseq.probe", np.full((2, PROBE), 255, np.uint8))
-            w = self.constant("fairseq.probe_codes", np.full((PROBE, 16), 127, np.int8))
+            w = self.constant(PROBE_CODES, np.full((PROBE, 16), 127, np.int8))
             least = self.op("ReduceMin", [self.op("MatMulInteger", [x, w])], keepdims=0)
             self.exact_here = self.op("Equal", [least, self.constant("fairseq.probe_sum", np.int32(255 * 127 * PROBE))])
         return self.exact_here
 
     def codes(self, layer: PackedLinear, name: str, unsigned: bool = False) -> tuple[str, str]:
         """The weight as int8 or uint8 (in, out), stored as 4-bit integers where they fit, and its zero point."""
-        weight = layer.weight_matrix
-        codes, zero_point = weight.unpacked().numpy().T, _flat(weight.code_zero_point()).astype(np.int8)
-        stored = f"{name}.weight_codes"
+        codes, zero_point = centred_codes(layer)
+        codes, zero_point, stored = codes.T, _flat(zero_point), f"{name}.weight_codes"
         if unsigned:
             codes, zero_point = _unsigned(codes), _unsigned(zero_point)
         if layer.config.bits > 4:
@@ -258,9 +256,20 @@ class GraphBuilder:
         return out
 
 
-def _may_saturate(layer: PackedLinear) -> bool:
-    """Whether two products of a code and a byte may be past 16 bits."""
-    return int(layer.weight_matrix.unpacked().to(torch.int32).abs().max()) * 2 * 255 > 2**15 - 1
+def centred_codes(layer: PackedLinear) -> tuple[Any, Any]:
+    """The weight's codes, int8 (out, in), and their zero point as it came; those of 7 bits from -64 to 63."""
+    weight, middle = layer.weight_matrix, 64 if layer.config.bits == 7 else 0
+    return weight.unpacked().numpy() - np.int8(middle), (weight.code_zero_point() - middle).numpy().astype(np.int8)
+
+
+def rounds_both(layer: PackedLinear) -> bool:
+    """Whether a layer multiplies integers by integers."""
+    return layer.config.activations is not None and layer.config.group_size is None
+
+
+def may_saturate(layer: PackedLinear) -> bool:
+    """Whether two products of a code and an unsigned byte may be past 16 bits: only at 8 bits."""
+    return int(np.abs(centred_codes(layer)[0].astype(np.int16)).max()) * 2 * 255 > 2**15 - 1
 
 
 def _unsigned(integers: Any) -> Any:
@@ -268,9 +277,10 @@ def _unsigned(integers: Any) -> Any:
     return (integers.astype(np.int16) + 128).astype(np.uint8)
 
 
-def _flat(tensor: Tensor) -> Any:
+def _flat(values: Any) -> Any:
     """A number if there is one value, else (out,)."""
-    return (tensor.reshape(()) if tensor.numel() == 1 else tensor).numpy()
+    array = np.asarray(values)
+    return array.reshape(()) if array.size == 1 else array
 
 
 def _inverse() -> Any:

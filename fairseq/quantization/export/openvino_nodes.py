@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from fairseq.modules.quantization.packed import PackedLinear
-from fairseq.quantization.export.onnx_nodes import GraphBuilder
+from fairseq.quantization.export.onnx_nodes import GraphBuilder, centred_codes
 
 
 class OpenVINOBuilder(GraphBuilder):
@@ -16,8 +15,8 @@ class OpenVINOBuilder(GraphBuilder):
 
     ``MatMulInteger`` runs in float32 there, and its weights may become constants of four bytes. Integers that are cast
     and scaled stay as they are, and with rounded inputs a CPU multiplies bytes, if the weight has no zero point. That
-    is subtracted before where a byte holds the difference, up to 7 bits, and after the product of 8 bits, x rounded
-    to q::
+    is subtracted before where the difference is small enough, up to 6 bits, and else after the product, x rounded to
+    q::
 
         sum q (w - z) s  =  s sum q w  -  s z sum q
     """
@@ -33,16 +32,16 @@ class OpenVINOBuilder(GraphBuilder):
         if scale is not None:
             assert layer.input_scale is not None
             weight_scale = weight_scale * np.float32(layer.input_scale.item())
-        weight = layer.weight_matrix
-        codes, zero_point = weight.unpacked().numpy(), _rows(weight.code_zero_point(), layer.out_features)
+        codes, zero_point = centred_codes(layer)
+        zero_point = _rows(zero_point, layer.out_features)
         if bits <= 4:  # 4 bits in the file, bytes in memory
             int8 = {"to": self.onnx.TensorProto.INT8}
             zeros = self.op("Cast", [self.constant4(f"{name}.zero_point", zero_point)], **int8)
             integers = self.op("Sub", [self.op("Cast", [self.weight_codes(layer, name, codes)], **int8), zeros])
         else:
-            integers = self.weight_codes(layer, name, codes if bits == 8 else (codes - zero_point).astype(np.int8))
+            integers = self.weight_codes(layer, name, codes if bits > 6 else (codes - zero_point).astype(np.int8))
         y = self.times(x, integers, self.constant(f"{name}.scale", weight_scale))
-        if bits < 8 or not zero_point.any():
+        if bits < 7 or not zero_point.any():
             return y
         shift = self.constant(f"{name}.shift", weight_scale[:, 0] * zero_point[:, 0].astype(np.float32))
         return self.op("Sub", [y, self.op("Mul", [self.token_sum(x, layer.in_features), shift])])
@@ -101,6 +100,6 @@ class OpenVINOBuilder(GraphBuilder):
         return self.op("Cast", [x], to=self.onnx.TensorProto.FLOAT)
 
 
-def _rows(tensor: Tensor, outputs: int) -> Any:
+def _rows(values: Any, outputs: int) -> Any:
     """A number, or one per output -> (out, 1)."""
-    return np.broadcast_to(tensor.numpy().reshape(-1, 1), (outputs, 1))
+    return np.broadcast_to(np.asarray(values).reshape(-1, 1), (outputs, 1))

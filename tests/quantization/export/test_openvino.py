@@ -6,7 +6,7 @@ import torch
 from quantization.export.test_onnx_graph import EPS, IN, INPUTS, LAYERS, OUT, SideBySide, make
 
 from fairseq.quantization.export.onnx_graph import onnx_model
-from fairseq.quantization.export.openvino_ir import openvino_tensors, write_openvino
+from fairseq.quantization.export.openvino_ir import multiplies_exactly, openvino_tensors, write_openvino
 
 openvino = pytest.importorskip("openvino")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -15,12 +15,12 @@ FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 def exact_everywhere(settings):
-    """Without ties, and without sums past 16 bits.
+    """Without ties, and without sums past 16 bits where they saturate.
 
     Half of a step, which factors would make, goes to the nearest even integer here before a zero point is added.
     """
     factor = settings.get("factor", False) and settings.get("activations") != "static"
-    return {**settings, "factor": factor, "room": 2 if settings["bits"] == 8 else 1}
+    return {**settings, "factor": factor, "room": 2 if settings["bits"] == 8 and not multiplies_exactly() else 1}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_weights_are_integers_of_their_width(written):
 def test_rounded_inputs_are_multiplied_as_bytes(written):
     layers, path = written
     rounded = [x for x in layers if x.config.activations is not None and x.config.group_size is None]
-    extra = sum(layer.config.bits == 8 for layer in rounded)  # of the sums of tokens, for zero points of 8 bits
+    extra = sum(layer.config.bits > 6 for layer in rounded)  # of the sums of tokens, for zero points of 7 and 8 bits
     model = openvino.Core().compile_model(path, "CPU", FLOAT32).get_runtime_model()
     products = [node.get_rt_info() for node in model.get_ordered_ops()]
     products = [info for info in products if info["layerType"].astype(str) == "FullyConnected"]
