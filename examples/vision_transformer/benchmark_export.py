@@ -47,7 +47,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f'{package} is not installed: pip install "fairseq[onnx]"')
+            raise UserError(f'{package} is not installed: pip install -e ".[onnx]"')
     model = load_model(args.model).model.eval() if args.model else build(args.size).eval()
     config = model.config
     pixels = torch.randn(max(args.batch), config.num_channels, config.image_size, config.image_size)

@@ -9,7 +9,7 @@ MODEL is a folder, packed or float. PICTURES is a folder of pictures, a Parquet 
 OUTPUT becomes a folder of Parquet files with a row for each picture: ``picture``, its name; ``embedding``, or of a
 classifier ``class_index``, ``label`` and ``probability``; and ``error``, which is null unless the picture cannot be
 read. The same call again goes on where it was stopped. One worker is this process; more are actors of Ray Data
-(``pip install "fairseq[ray]"``), each of which loads the model once. If one is killed, its chunk is done by another.
+(``pip install -e ".[ray]"``), each of which loads the model once. If one is killed, its chunk is done by another.
 The rows do not depend on the number of workers.
 """
 
@@ -55,7 +55,7 @@ def on_ray(
         ray = importlib.import_module("ray")
         importlib.import_module("ray.data")
     except ImportError:
-        raise UserError('--workers needs Ray: pip install "fairseq[ray]"') from None
+        raise UserError('--workers needs Ray: pip install -e ".[ray]"') from None
     Embedder(*worker)  # a mistake is told here, in a line, and not by an actor
     # Actors import this folder's modules, too.
     paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))

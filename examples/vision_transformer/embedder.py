@@ -125,4 +125,4 @@ def import_pyarrow() -> tuple[Any, Any]:
     try:
         return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise UserError('Parquet files need pyarrow: pip install "fairseq[ray]"') from None
+        raise UserError('Parquet files need pyarrow: pip install -e ".[ray]"') from None

@@ -478,7 +478,7 @@ class ViTQuantizer:
             TypeError, ValueError: not a packed model on the CPU, an unknown format, a suffix that does not fit it, a
                 model that takes one size only.
             FileNotFoundError: the folder does not exist.
-            ImportError: ``pip install "fairseq[onnx]"``, or ``"fairseq[openvino]"``, is needed.
+            ImportError: ``pip install -e ".[onnx]"``, or ``".[openvino]"``, is needed.
             RuntimeError: the file does not run, gives other outputs, or holds float weights; nothing is left.
         """
         return export(

@@ -73,4 +73,4 @@ def _matplotlib(part: str) -> Any:
     try:
         return importlib.import_module(f"matplotlib.{part}")
     except ImportError as error:
-        raise ImportError('the picture needs matplotlib: pip install "fairseq[plot]"') from error
+        raise ImportError('the picture needs matplotlib: pip install -e ".[plot]"') from error

@@ -85,7 +85,7 @@ class Page:
         try:
             jinja = importlib.import_module("jinja2")
         except ImportError as error:
-            raise ImportError('the page needs jinja2: pip install "fairseq[report]"') from error
+            raise ImportError('the page needs jinja2: pip install -e ".[report]"') from error
         environment = jinja.Environment(
             autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja.StrictUndefined
         )

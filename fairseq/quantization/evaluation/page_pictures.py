@@ -48,7 +48,7 @@ def scatter(points: Sequence[Point], what: str) -> str:
     try:
         figure_module = importlib.import_module("matplotlib.figure")
     except ImportError as error:
-        raise ImportError('the page needs matplotlib: pip install "fairseq[report]"') from error
+        raise ImportError('the page needs matplotlib: pip install -e ".[report]"') from error
     figure = figure_module.Figure(figsize=(7.2, 3.6), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.subplots()

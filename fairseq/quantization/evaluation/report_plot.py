@@ -41,7 +41,7 @@ def picture(layers: Sequence[LayerReport], shares: Sequence[float], title: str, 
     try:
         figure_module = importlib.import_module("matplotlib.figure")
     except ImportError as error:
-        raise ImportError('the picture needs matplotlib: pip install "fairseq[plot]"') from error
+        raise ImportError('the picture needs matplotlib: pip install -e ".[plot]"') from error
     rows = len(layers)
     panels: list[tuple[Any, int]] = [(partial(_draw_share, shares=shares), 2)]
     if any(value is not None for layer in layers for value in (layer.weight_sqnr, layer.output_sqnr)):

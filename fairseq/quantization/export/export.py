@@ -216,9 +216,7 @@ def _check(
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise ImportError(
-                f'exporting to {NAMES[format]} needs {package}: pip install "fairseq[{format}]"'
-            ) from error
+            raise ImportError(f'exporting to {NAMES[format]} needs {package}: pip install -e ".[{format}]"') from error
 
 
 def _inputs(model: nn.Module, sample: Any) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.quantization.json_files import read_json
 from fairseq.quantization.saving.contents import opened
 
-INSTALL = 'adapters need peft; install it with: pip install "fairseq[lora]"'
+INSTALL = 'adapters need peft; install it with: pip install -e ".[lora]"'
 
 
 def add_lora(model: nn.Module, config: Any, adapter_name: str = "default") -> Any:

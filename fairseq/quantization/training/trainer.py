@@ -25,7 +25,7 @@ from fairseq.quantization.training.recorder import Anatomy, Recorder, anatomy
 from fairseq.quantization.training.student import emulated_layers, learn_scales
 
 if importlib.util.find_spec("accelerate") is None:
-    raise ImportError('training with a teacher needs accelerate; install it with: pip install "fairseq[training]"')
+    raise ImportError('training with a teacher needs accelerate; install it with: pip install -e ".[training]"')
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 

@@ -151,7 +151,7 @@ def test_without_matplotlib(tmp_path, monkeypatch):
         return load(name, *args)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(ImportError, match=r'pip install "fairseq\[plot\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[plot\]"'):
         make_report(1).plot(tmp_path / "report.png")
 
 

@@ -249,8 +249,8 @@ def test_what_cannot_be_exported_is_refused_with_what_to_do(tiny_vit, tmp_path):
 @pytest.mark.parametrize(
     ("package", "name", "format", "message"),
     [
-        ("onnxscript", "vit.onnx", "onnx", r'to ONNX needs onnxscript: pip install "fairseq\[onnx\]"'),
-        ("openvino", "vit.xml", "openvino", r'to OpenVINO needs openvino: pip install "fairseq\[openvino\]"'),
+        ("onnxscript", "vit.onnx", "onnx", r'to ONNX needs onnxscript: pip install -e "\.\[onnx\]"'),
+        ("openvino", "vit.xml", "openvino", r'to OpenVINO needs openvino: pip install -e "\.\[openvino\]"'),
     ],
 )
 def test_a_missing_extra_is_named(tiny_vit, tmp_path, monkeypatch, package, name, format, message):

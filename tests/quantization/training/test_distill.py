@@ -213,7 +213,7 @@ def test_without_accelerate_it_says_what_to_install():
     hidden = "import importlib.util as u; found = u.find_spec; "
     hidden += "u.find_spec = lambda name, *more: None if name == 'accelerate' else found(name, *more); "
     done = python("-c", f"{hidden}import fairseq.quantization.training.trainer")
-    assert 'install it with: pip install "fairseq[training]"' in done.stderr
+    assert 'install it with: pip install -e ".[training]"' in done.stderr
 
 
 def _run_together():

@@ -97,5 +97,5 @@ def test_what_cannot_be_adapted(tiny_vit, monkeypatch):
 
 def test_without_peft_it_says_what_to_install(tiny_vit, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r'adapters need peft; install it with: pip install "fairseq\[lora\]"'):
+    with pytest.raises(ImportError, match=r'adapters need peft; install it with: pip install -e "\.\[lora\]"'):
         add_lora(tiny_vit, None)
