@@ -143,13 +143,17 @@ def main() -> int:
         raise UserError(f"{args.output} lies in {args.pictures}, and would be read as pictures; take another folder")
     chunks = chunks_of(args.pictures, args.chunk, args.column)
     settings = f"{args.what}, {args.batch_size} per run"
-    plan = {"pictures": fingerprint(chunks), "model": of_files(args.model), "settings": settings}
-    left = resumed(args.output, {**plan, "kernels or versions": arithmetic()}, chunks)
+    plan = {
+        "pictures": fingerprint(chunks), "model": of_files(args.model), "settings": settings,
+        "kernels or versions": arithmetic(),
+    }  # fmt: skip
+    left = resumed(args.output, plan, chunks)
     count, total = sum(len(chunk.parts) for chunk in left), sum(len(chunk.parts) for chunk in chunks)
     if count < total:
         print(f"{total - count} of {total} pictures were done before")
     threads = args.threads or max(1, (os.cpu_count() or 1) // args.workers)
-    worker = (str(args.model.resolve()), str(args.output.resolve()), args.what, args.batch_size, threads, arithmetic())
+    paths = str(args.model.resolve()), str(args.output.resolve())
+    worker = (*paths, args.what, args.batch_size, threads, plan["kernels or versions"])
     started = time.perf_counter()
     results: Iterator[dict[str, Any]] = iter(())
     if left and (args.workers > 1 or args.address):

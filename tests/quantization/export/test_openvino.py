@@ -6,12 +6,10 @@ import torch
 from quantization.export.test_onnx_graph import EPS, IN, INPUTS, LAYERS, OUT, SideBySide, make
 
 from fairseq.quantization.export.onnx_graph import onnx_model
-from fairseq.quantization.export.openvino_ir import multiplies_exactly, openvino_tensors, write_openvino
+from fairseq.quantization.export.openvino_ir import IN_FLOAT32, multiplies_exactly, openvino_tensors, write_openvino
 
 openvino = pytest.importorskip("openvino")
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 def exact_everywhere(settings):
@@ -39,7 +37,7 @@ def written(tmp_path_factory):
 def test_each_layer_gives_its_outputs(written):
     """By itself with no setting but the precision: nothing rounds the inputs of weight-only layers."""
     layers, path = written
-    compiled = openvino.Core().compile_model(path, "CPU", FLOAT32)
+    compiled = openvino.Core().compile_model(path, "CPU", IN_FLOAT32)
     got = compiled({name: x[:1].repeat(3, 1, 1).numpy() for name, x in INPUTS.items()})
     for i, (layer, (settings, *_)) in enumerate(zip(layers, LAYERS, strict=True)):
         x = INPUTS["sixes" if layer.config.activation_bits == 6 else "eights"][:1]
@@ -72,7 +70,7 @@ def test_rounded_inputs_are_multiplied_as_bytes(written):
     layers, path = written
     rounded = [x for x in layers if x.config.activations is not None and x.config.group_size is None]
     extra = sum(layer.config.bits > 6 for layer in rounded)  # of the sums of tokens, for zero points of 7 and 8 bits
-    model = openvino.Core().compile_model(path, "CPU", FLOAT32).get_runtime_model()
+    model = openvino.Core().compile_model(path, "CPU", IN_FLOAT32).get_runtime_model()
     products = [node.get_rt_info() for node in model.get_ordered_ops()]
     products = [info for info in products if info["layerType"].astype(str) == "FullyConnected"]
     assert len(products) == len(layers) + extra
