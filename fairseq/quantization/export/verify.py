@@ -92,8 +92,8 @@ def verify(
     wide = [layer.name for layer in layers if rounds_both(layer) and may_saturate(layer)]
     if format == "openvino" and wide and not multiplies_exactly():
         raise RuntimeError(
-            f"OpenVINO's products of 8-bit weights saturate on this processor ({', '.join(sorted(wide)[:3])}), as on x86 "
-            "without VNNI; take at most 7 bits, or export and run on one that has VNNI"
+            f"OpenVINO's products of 8-bit weights saturate on this processor ({', '.join(sorted(wide)[:3])}), as on "
+            "x86 without VNNI; take at most 7 bits, or export and run on one that has VNNI"
         )
     limits = [tolerance(run, inputs, expected[0])] * 2
     limits += [tolerance(run, batch, ys) for batch, ys in zip(others, expected[2:])]
