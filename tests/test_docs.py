@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from families import shortened
 from PIL import Image
 from transformers import ViTImageProcessor
 
 from fairseq.cli import machine_speed
-from fairseq.cli.main import main
+from fairseq.cli.main import app, main
 from fairseq.models import vit_quantization
 from fairseq.modules.quantization.packed.kernels import native
 from fairseq.quantization.calibration.synthetic import synthetic_images
@@ -55,7 +56,13 @@ def test_there_are_pages_with_code():
     assert {p.name for p in PAGES} >= {"README.rst", "index.rst", "usage.rst", "saving.rst", "export.rst"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+LONG = ("calibration.rst", "export.rst")
+"""Half a minute each."""
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=[pytest.mark.slow] * (p.name in LONG), id=p.name) for p in PAGES]
+)
 def test_every_block_runs(page, model_folder, tmp_path, monkeypatch, verified_here):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(synthetic_images, "__defaults__", (32, 16, 0))
@@ -97,6 +104,23 @@ def test_every_public_name_has_an_example():
     assert exported <= {name for _, name in names}
 
 
+def commands_of_the_command_line_page():
+    text = (ROOT / "docs" / "command_line.rst").read_text()
+    blocks = re.findall(r"^\.\. code-block:: bash\n\n((?:   .*\n|\n)+)", text, re.MULTILINE)
+    return [line.strip() for block in blocks for line in block.splitlines() if "fairseq-vit " in line]
+
+
+def test_every_command_of_the_command_line_page_parses():
+    commands, used = typer.main.get_command(app).commands, set()
+    for command in commands_of_the_command_line_page():
+        program, name, *words = shlex.split(command)
+        assert program == "fairseq-vit"
+        used.add(name)
+        assert commands[name].make_context(name, words).params, command
+    assert used >= {"quantize", "compare", "evaluate", "benchmark", "export", "inspect", "doctor"}
+
+
+@pytest.mark.slow
 def test_every_command_of_the_command_line_page_runs(model_folder, tmp_path, monkeypatch, verified_here):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TQDM_DISABLE", "1")
@@ -104,16 +128,9 @@ def test_every_command_of_the_command_line_page_runs(model_folder, tmp_path, mon
     torch.set_num_threads(1)  # another test may have left more than there are cores, of which doctor complains
     with open("labels.csv", "w", newline="") as opened:
         csv.writer(opened).writerows([("file", "class_index"), *((f"{i}.png", i % 7) for i in range(36))])
-    text = (ROOT / "docs" / "command_line.rst").read_text()
-    blocks = re.findall(r"^\.\. code-block:: bash\n\n((?:   .*\n|\n)+)", text, re.MULTILINE)
-    commands = [line.strip() for block in blocks for line in block.splitlines() if "fairseq-vit " in line]
-    used = set()
-    for command in commands:
-        words = shlex.split(command.replace(HUB_ID, str(model_folder)))
-        assert words.pop(0) == "fairseq-vit"
-        used.add(words[0])
+    for command in commands_of_the_command_line_page():
+        words = shlex.split(command.replace(HUB_ID, str(model_folder)))[1:]
         assert main(words) == (words[0] == "doctor" and not native.levels()), command
-    assert used >= {"quantize", "compare", "evaluate", "benchmark", "export", "inspect", "doctor"}
 
 
 FOREIGN = {"... size mismatch", "operator torchvision::nms does not exist"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes that begin where this one is")
 def test_a_signal_leaves_the_old_or_the_new():
     script = Path(__file__).with_name("interrupted.py")

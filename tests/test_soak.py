@@ -4,6 +4,7 @@ import pytest
 from soak import PROCESS, differences, soak
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (PROCESS / "status").is_file(), reason="what a process has is read from Linux' /proc")
 def test_nothing_grows():
     before, after = soak(loops=24, warm_up=12)

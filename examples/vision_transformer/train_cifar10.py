@@ -36,6 +36,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
+MAY_CHANGE = ("data", "output", "epochs", "max_minutes")
+"""Arguments that a run which goes on may be given anew; with others it would be another model, or none."""
 MEAN = (0.4914, 0.4822, 0.4465)  # of the training pictures, per channel, in [0, 1]
 STD = (0.2470, 0.2435, 0.2616)
 VALIDATION = 1000  # training pictures held out to watch the run; the test set is looked at once, at the end
@@ -203,9 +205,14 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     optimizers = make_optimizers(model, args.lr, args.weight_decay)
     precision = torch.autocast(device.type, torch.bfloat16) if args.mixed_precision else nullcontext()
 
+    settings = {k: value for k, value in vars(args).items() if k not in MAY_CHANGE}
     epoch, elapsed, checkpoint = 0, 0.0, args.output / "checkpoint.pt"
     if checkpoint.is_file():
         state = torch.load(checkpoint, map_location=device)
+        other = [k for k, value in settings.items() if state.get("settings", {}).get(k, value) != value]
+        if other:
+            said = ", ".join(f"--{k.replace('_', '-')} {state['settings'][k]}, not {settings[k]}" for k in other)
+            raise SystemExit(f"error: {checkpoint} was written with {said}; give the same, or another --output")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -255,7 +262,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         )
         state = {
             "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-            "epoch": epoch, "elapsed": elapsed,
+            "epoch": epoch, "elapsed": elapsed, "settings": settings,
         }  # fmt: skip
         torch.save(state, checkpoint.with_suffix(".tmp"))
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)

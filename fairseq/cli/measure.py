@@ -143,20 +143,24 @@ def accuracy(
 
 def speed(models: dict[str, Loaded], sizes: list[int], rounds: int, threads: int | None) -> dict[str, Any]:
     """Median times of each batch size, the models in turns, and the bytes of their weights."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+    before = torch.get_num_threads()
+    threads = threads or before
+    torch.set_num_threads(threads)
     found: dict[int, dict[str, Any]] = {}
-    for size in sizes:
-        pixels = noise(models["model"].model, size)
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for _ in tqdm(range(rounds), desc=f"Batch {size}", unit="round", leave=False):
-            for name, loaded in models.items():
-                time.sleep(PAUSE)
-                seconds(loaded.model, pixels)  # warms up
-                times[name].append(seconds(loaded.model, pixels))
-        found[size] = {name: _summary(taken, times, size) for name, taken in times.items()}
+    try:
+        for size in sizes:
+            pixels = noise(models["model"].model, size)
+            times: dict[str, list[float]] = {name: [] for name in models}
+            for _ in tqdm(range(rounds), desc=f"Batch {size}", unit="round", leave=False):
+                for name, loaded in models.items():
+                    time.sleep(PAUSE)
+                    seconds(loaded.model, pixels)  # warms up
+                    times[name].append(seconds(loaded.model, pixels))
+            found[size] = {name: _summary(taken, times, size) for name, taken in times.items()}
+    finally:
+        torch.set_num_threads(before)
     weights = {name: bytes_of(loaded.model) for name, loaded in models.items()}
-    return {"threads": torch.get_num_threads(), "rounds": rounds, "batches": found, "bytes": weights}
+    return {"threads": threads, "rounds": rounds, "batches": found, "bytes": weights}
 
 
 def _summary(taken: list[float], times: dict[str, list[float]], size: int) -> dict[str, float | None]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from families import build
+from families import build, shortened
 from PIL import Image
 from transformers import ViTImageProcessor
 from transformers.utils import logging
@@ -40,12 +40,16 @@ def cli(capsys, monkeypatch):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """A folder with "vit" and "clip" in float, and "packed", the first at 4 bits; not to be written to."""
+    """A folder with "vit", "short" (its first block) and "clip" in float, and "packed": "vit"; not to be written to.
+
+    That is at 4 bits, and its classifier at 8.
+    """
     folder = tmp_path_factory.mktemp("models")
     model = build("vit")
     packed = ViTQuantizer(bits=4, method="channel", overrides={"*classifier": {"bits": 8}}).quantize_model(model)
     processor = ViTImageProcessor(size={"height": 16, "width": 16})
-    for name, saved in {"vit": model, "packed": packed, "clip": build("clip")}.items():
+    floats = {"vit": model, "short": shortened(build("vit")), "clip": build("clip")}
+    for name, saved in {**floats, "packed": packed}.items():
         saved.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
     return folder

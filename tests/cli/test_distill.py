@@ -16,7 +16,7 @@ SETTINGS = ("--bits", 3, "--batch-size", 8, "--calibration", 36, "--override", "
 def test_the_folder_is_a_packed_model_with_its_processor(cli, models, pictures, tmp_path):
     out = tmp_path / "out"
     found = cli(
-        "distill", models / "vit", "--images", pictures, *SETTINGS, "--augment", "--held-back", 2, "-o", out, "--json"
+        "distill", models / "short", "--images", pictures, *SETTINGS, "--augment", "--held-back", 2, "-o", out, "--json"
     )
     assert found.code == 0, found.err
     result = json.loads(found.out)
@@ -30,7 +30,7 @@ def test_the_folder_is_a_packed_model_with_its_processor(cli, models, pictures, 
 
 
 def test_a_run_that_was_stopped_leaves_checkpoints_alone_and_goes_on(cli, models, pictures, tmp_path, monkeypatch):
-    out, words = tmp_path / "out", ("distill", models / "vit", "--images", pictures, *SETTINGS)
+    out, words = tmp_path / "out", ("distill", models / "short", "--images", pictures, *SETTINGS)
 
     class Stopped(trainer.Report):
         def on_epoch_begin(self, args, state, control, **more):

@@ -23,9 +23,9 @@ def short(tmp_path_factory):
     ("name", "options"),
     [
         ("vit.onnx", ["--ops", "standard", "--external-data"]),
-        ("vit.xml", []),
+        pytest.param("vit.xml", [], marks=pytest.mark.matrix),
         ("vit.pt", []),
-        ("vit.pt2", ["--format", "torch_export"]),
+        pytest.param("vit.pt2", ["--format", "torch_export"], marks=pytest.mark.matrix),
     ],
 )
 def test_export(cli, short, tmp_path, verified_here, name, options):
@@ -42,6 +42,22 @@ def test_export(cli, short, tmp_path, verified_here, name, options):
     beside = {"vit.onnx": {"vit.onnx.data"}, "vit.xml": {"vit.bin"}}
     assert names == {name, *beside.get(name, ())}
     assert "warning" not in result.err
+
+
+def test_the_name_tells_the_format(cli, short, monkeypatch):
+    formats = {"x.onnx": "onnx", "x.xml": "openvino", "x.pt": "torchscript", "x.pt2": "torch_export", "x.bin": "c"}
+    chosen = []
+
+    def stop(model, path, form, **options):
+        chosen.append((path.name, form, options["external_data"], options["onnx_ops"]))
+        raise ValueError("not this time")
+
+    monkeypatch.setattr(ViTQuantizer, "export", stop)
+    for name in formats:
+        assert cli("export", short, name).code == 2
+    assert chosen == [(name, form, None, "onnxruntime") for name, form in formats.items()]
+    assert cli("export", short, "x.onnx", "--format", "torch_export", "--external-data", "--ops", "standard").code == 2
+    assert chosen[-1] == ("x.onnx", "torch_export", True, "standard")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +79,7 @@ def test_exports_that_cannot_be(cli, models, monkeypatch, words, said):
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1
     assert said in result.err
-    assert {path.name for path in models.iterdir()} == {"vit", "packed", "clip"}
+    assert {path.name for path in models.iterdir()} == {"vit", "short", "packed", "clip"}
 
 
 @pytest.fixture

@@ -1,11 +1,15 @@
 """Integer-only models on the command line: made, run, looked into."""
 
+import io
 import json
+import shutil
+from contextlib import redirect_stdout
 
 import pytest
 import torch
 from transformers import ViTForImageClassification
 
+from fairseq.cli.main import main
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.quantization.integer_only import layers
 from fairseq.quantization.integer_only.model import IntegerViT
@@ -13,31 +17,34 @@ from fairseq.quantization.integer_only.model import IntegerViT
 SETTINGS = ["--arithmetic", "integer", "--method", "channel", "--rounding", "nearest"]
 
 
-@pytest.fixture
-def folder(cli, models, pictures, tmp_path):
-    """A folder that quantize wrote."""
-    result = cli("quantize", models / "vit", *SETTINGS, "--calibration", pictures, "-o", tmp_path / "out")
-    assert result.code == 0, result.err
-    assert "13 linear layers: 13 8-bit channel" in result.out
-    return tmp_path / "out"
+@pytest.fixture(scope="module")
+def folder(models, pictures, tmp_path_factory):
+    """A folder that quantize wrote; not to be written to."""
+    out = tmp_path_factory.mktemp("integers") / "out"
+    words = ["quantize", models / "short", *SETTINGS, "--calibration", pictures, "-o", out]
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main([str(word) for word in words]) == 0
+    assert "7 linear layers: 7 8-bit channel" in printed.getvalue()
+    return out
 
 
-def test_it_is_a_model_like_others(cli, models, pictures, folder):
+def test_it_is_a_model_like_others(cli, models, pictures, folder, tmp_path):
     loaded = ViTForImageClassification.from_pretrained(folder)
     assert isinstance(loaded, IntegerViT)
-    result = cli("compare", models / "vit", folder, "--images", pictures, "--at-least", "0.7", "--json")
+    result = cli("compare", models / "short", folder, "--images", pictures, "--at-least", "0.7", "--json")
     assert result.code == 0, result.err
     assert 0 < json.loads(result.out)["mse_loss"] < 0.01
     result = cli("evaluate", folder, "--images", pictures, "--labels", pictures.parent / "labels.csv")
     assert result.code == 0, result.err
-    result = cli("benchmark", folder, "--reference", models / "vit", "--batch", "1", "--rounds", "1")
+    result = cli("benchmark", folder, "--reference", models / "short", "--batch", "1", "--rounds", "1")
     assert result.code == 0, result.err
-    assert cli("quantize", models / "vit", *SETTINGS, "--calibration", pictures, "-o", folder).code == 0
+    again = shutil.copytree(folder, tmp_path / "again")
+    assert cli("quantize", models / "short", *SETTINGS, "--calibration", pictures, "-o", again).code == 0
 
 
 def test_inspect_says_what_it_is(cli, folder):
     found = json.loads(cli("inspect", folder, "--verify", "--json").out)
-    assert (found["arithmetic"], found["format_version"], len(found["layers"])) == ("integer", 2, 14)
+    assert (found["arithmetic"], found["format_version"], len(found["layers"])) == ("integer", 2, 8)
     assert found["layers"]["integer.head.readouts.logits.linear"]["weights"] == 7 * 24
     assert "integers alone" in cli("inspect", folder).out
 
@@ -49,8 +56,8 @@ def test_inspect_runs_it_and_no_float_is_seen(cli, folder):
         assert "on 2 pictures of noise, none with a floating number" in result.out
         assert "integer, dynamic" in result.out
     found = json.loads(cli("inspect", folder, "--integer", "--json").out)
-    assert found["operations"] > 500
-    assert found["layers"] == 14
+    assert found["operations"] > 250
+    assert found["layers"] == 8
     assert found["widths"]["LayerNorm, input"][0] == 22
     assert all(2 <= used <= bits for bits, used in found["widths"].values())
     model = ViTForImageClassification.from_pretrained(folder)
@@ -107,6 +114,6 @@ def test_what_quantize_refuses(cli, models, tmp_path, options, said):
 
 def test_widths_layer_by_layer_are_those_of_the_float_carried_model(cli, models, pictures, tmp_path):
     options = [*SETTINGS, "--average-bits", "6", "--calibration", pictures]
-    result = cli("quantize", models / "vit", *options, "-o", tmp_path / "x", "--json")
+    result = cli("quantize", models / "short", *options, "-o", tmp_path / "x", "--json")
     assert result.code == 0, result.err
     assert len({layer["bits"] for layer in json.loads(result.out)["layers"]}) > 1

@@ -7,13 +7,11 @@ import sys
 
 import pytest
 import typer
-from beside import Beside, new_folder, python
-from families import build
+from beside import python
 
 import fairseq
 from fairseq.cli import contents
 from fairseq.cli.main import COMMANDS, app, main
-from fairseq.models.vit_quantization import ViTQuantizer
 
 NAMES = [command.__name__ for command in COMMANDS]
 
@@ -105,25 +103,21 @@ def test_a_full_disk_is_one_line(cli, models, monkeypatch):
     assert result == (2, "", "error: [Errno 28] No space left on device\n")
 
 
-@Beside
-def inspected():
-    """The program as a float model and a packed one are inspected: in a pipe, in a terminal, by who goes away."""
-    plain, packed, model = new_folder("float"), new_folder("packed"), build("vit")
-    model.save_pretrained(plain)
-    ViTQuantizer(bits=4).quantize_model(model).save_pretrained(packed)
-    words = ["-m", "fairseq.cli", "inspect", str(packed), "--layers"]
-    gone = shlex.join([sys.executable, *words]) + " | true"
+@pytest.fixture(scope="module", params=["--help", pytest.param("inspect", marks=pytest.mark.slow)])
+def ran(request, models):
+    """The program in a pipe, in a terminal, and read by who goes away; for help it imports no torch, which takes long.
 
-    def run():
-        return {
-            "folder": plain,
-            "float": python(*words[:3], plain),
-            "pipe": python(*words),
-            "terminal": in_a_terminal([sys.executable, *words]) if hasattr(os, "openpty") else None,
-            "gone": subprocess.run(["bash", "-c", gone], capture_output=True, text=True),
-        }
-
-    return run
+    With the words that it was given, and the exit code and both streams in the pipe.
+    """
+    words = {"--help": ["--help"], "inspect": ["inspect", str(models / "packed"), "--layers"]}[request.param]
+    command = [sys.executable, "-m", "fairseq.cli", *words]
+    gone = shlex.join(command) + " | true"
+    return {
+        "words": words,
+        "pipe": python(*command[1:]),
+        "terminal": in_a_terminal(command) if hasattr(os, "openpty") else None,
+        "gone": subprocess.run(["bash", "-c", gone], capture_output=True, text=True),
+    }
 
 
 def in_a_terminal(words):
@@ -145,22 +139,31 @@ def _read(file):
         return b""
 
 
-@inspected
-def test_the_module_is_the_program():
-    found = inspected.result()
-    done, said = found["float"], f"{found['folder']} is not quantized\n"
+def test_the_module_is_the_program(cli, ran):
+    done = ran["pipe"]
+    assert done.stdout.startswith(("Usage: fairseq-vit", "Model:       ViTForImageClassification"))
+    assert (done.returncode, done.stdout, done.stderr) == cli(*ran["words"])
+
+
+def test_the_exit_code_of_the_process(cli):
+    done = python("-m", "fairseq.cli", "nothing")
+    assert (done.returncode, done.stdout, done.stderr) == cli("nothing")
+    assert done.returncode == 2
+
+
+@pytest.mark.slow
+def test_the_exit_code_of_a_check(models):
+    done, said = python("-m", "fairseq.cli", "inspect", models / "vit"), f"{models / 'vit'} is not quantized\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, said, "")
 
 
-@inspected
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
-def test_a_terminal_and_a_pipe_get_the_same():
-    seen, code = inspected.result()["terminal"]
+def test_a_terminal_and_a_pipe_get_the_same(ran):
+    seen, code = ran["terminal"]
     assert code == 0
-    assert seen.decode().replace("\r\n", "\n") == inspected.result()["pipe"].stdout
+    assert seen.decode().replace("\r\n", "\n") == ran["pipe"].stdout
     assert b"\x1b" not in seen
 
 
-@inspected
-def test_a_reader_that_goes_away_is_no_traceback():
-    assert "Traceback" not in inspected.result()["gone"].stderr
+def test_a_reader_that_goes_away_is_no_traceback(ran):
+    assert "Traceback" not in ran["gone"].stderr

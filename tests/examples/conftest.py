@@ -1,7 +1,14 @@
 """A model on disk, as the scripts load it."""
 
 import pytest
+from families import shortened
 from transformers import ViTImageProcessor
+
+
+@pytest.fixture
+def tiny_vit(tiny_vit):
+    """Of one block and 7 Linear layers: the second is like the first."""
+    return shortened(tiny_vit)
 
 
 @pytest.fixture

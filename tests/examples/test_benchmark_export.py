@@ -12,6 +12,7 @@ pytest.importorskip("onnxruntime")
 FOLDER = Path(__file__).parents[2] / "examples" / "vision_transformer"
 
 
+@pytest.mark.slow
 def test_it_measures_each_file(model, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))
     spec = importlib.util.spec_from_file_location("benchmark_export", FOLDER / "benchmark_export.py")

@@ -214,7 +214,7 @@ def test_a_worker_with_other_kernels_is_refused(monkeypatch, embed, classifier, 
     )
 
 
-@pytest.mark.matrix  # a minute; .ci/run has it once
+@pytest.mark.slow
 def test_two_workers_of_which_one_is_killed_lose_nothing(embed, classifier, pictures, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     embed(classifier, pictures, one, "--chunk", 1, "--threads", 1)

@@ -1,5 +1,6 @@
 """The notebook: every cell runs, in order, and says what it is there to say."""
 
+import ast
 import json
 import re
 import shutil
@@ -32,6 +33,16 @@ def test_it_is_committed_without_outputs():
     assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in notebook["cells"])
 
 
+def test_what_its_cells_import_is_there():
+    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))
+    codes = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    lines = [line for code in codes for line in ast.parse(code).body]
+    imports = [line for line in lines if isinstance(line, (ast.Import, ast.ImportFrom))]
+    assert any(getattr(line, "module", "") == "fairseq.models.vit_quantization" for line in imports)
+    exec(compile(ast.Module(imports, []), "tour.ipynb", "exec"), {})
+
+
+@pytest.mark.slow
 def test_every_cell_runs(executed):
     text = printed(executed)
     kept = float(re.search(r"([\d.]+)% of the classes kept", text)[1])

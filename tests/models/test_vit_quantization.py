@@ -20,7 +20,10 @@ from transformers import ViTConfig, ViTForImageClassification
 from fairseq.models.vit_quantization import BitAssignment, ViTQuantizer, compare_models
 from fairseq.modules.quantization.scalar.ops import METHODS
 
-SETTINGS = [(8, "tensor", 1.0), (4, "tensor", 1.0), (4, "channel", 1.0), (4, "histogram", 1.0), (4, "tensor", 0.5)]
+SETTINGS = [
+    (8, "tensor", 1.0), pytest.param(4, "tensor", 1.0, marks=pytest.mark.matrix), (4, "channel", 1.0),
+    (4, "histogram", 1.0), (4, "channel", 0.5),
+]  # fmt: skip
 TWO = [{"bits": 8}, pytest.param({"bits": 4, "activations": None}, marks=pytest.mark.matrix)]
 
 
@@ -55,7 +58,7 @@ def test_positional_arguments_and_keyword_only_ones():
 
 
 def test_excluded_layers_stay_in_float_and_the_report_says_why(tiny_vit):
-    quantizer = ViTQuantizer(bits=4, exclude=["*classifier", "*.0.*"], overrides={"*": {"bits": 6}})
+    quantizer = ViTQuantizer(4, "channel", exclude=["*classifier", "*.0.*"], overrides={"*": {"bits": 6}})
     quantized = quantizer.quantize_model(tiny_vit)
     reasons = {layer.name: layer.skipped for layer in quantizer.report.skipped}
     assert len(reasons) == 7
@@ -71,7 +74,7 @@ def test_excluded_layers_stay_in_float_and_the_report_says_why(tiny_vit):
 
 
 def test_excluded_embeddings_stay_in_float(tiny_vit):
-    quantizer = ViTQuantizer(quantize_embeddings=True, exclude=["*position_embeddings"])
+    quantizer = ViTQuantizer(method="channel", quantize_embeddings=True, exclude=["*position_embeddings"])
     quantizer.quantize_model(tiny_vit)
     reasons = {layer.name: layer.skipped for layer in quantizer.report.skipped}
     assert reasons["vit.embeddings.position_embeddings"] == "excluded by '*position_embeddings'"
@@ -97,7 +100,8 @@ def test_it_says_what_it_did(tiny_vit, caplog):
 @pytest.mark.parametrize("method", METHODS)
 def test_more_bits_are_closer(tiny_vit, pixels, method):
     """Each bit more is half the step and a quarter of the squared error: six are 1 / 4096, within a factor of ten."""
-    errors = [compare_models(tiny_vit, quantize(tiny_vit, b, method, 1.0), pixels).mse_loss for b in (2, 4, 6, 8)]
+    model = shortened(tiny_vit)
+    errors = [compare_models(model, quantize(model, bits, method, 1.0), pixels).mse_loss for bits in (2, 4, 6, 8)]
     assert errors == sorted(errors, reverse=True)
     assert errors[3] < 10 / 4**6 * errors[0]
 
@@ -136,13 +140,14 @@ def test_copies_pickles_and_whole_model_files(tiny_vit, pixels, tmp_path):
 
 
 def test_state_dicts_of_the_other_execution_are_refused(tiny_vit):
-    packed, emulated = (ViTQuantizer(execution=e).quantize_model(tiny_vit) for e in ("packed", "emulated"))
+    quantizers = [ViTQuantizer(method="channel", execution=execution) for execution in ("packed", "emulated")]
+    packed, emulated = (quantizer.quantize_model(tiny_vit) for quantizer in quantizers)
     with pytest.raises(ValueError, match="of one quantized with execution='emulated'"):
         packed.load_state_dict(emulated.state_dict())
     with pytest.raises(ValueError, match="quantize with execution='packed' to load it"):
         emulated.load_state_dict(packed.state_dict())
     with pytest.raises(ValueError, match=r"was saved with 4 bits, 24 inputs.*has 8 bits"):
-        packed.load_state_dict(quantize(tiny_vit, 4, "tensor", 1.0).state_dict())
+        packed.load_state_dict(quantize(tiny_vit, 4, "channel", 1.0).state_dict())
 
 
 def test_file_is_as_small_as_the_integers(tmp_path):
@@ -178,7 +183,7 @@ def test_moves_and_casts(tiny_vit, pixels, device):
 def test_compile_and_export_take_the_whole_model(tiny_vit, pixels, settings):
     """Exported to the bit; compiled, whose norms have sums of their own, to what falls on the other side of an edge.
 
-    Without rounded activations, to the rounding of float64.
+    Without rounded activations, to the rounding of float64. Exported for any batch; compiled for one, as each is anew.
     """
     quantized = ViTQuantizer(**settings).quantize_model(shortened(tiny_vit), engine="layers")
     rounds = "activations" not in settings
@@ -190,13 +195,16 @@ def test_compile_and_export_take_the_whole_model(tiny_vit, pixels, settings):
     with torch.no_grad():
         for x in (pixels, pixels[:2]):
             expected = quantized(pixel_values=x).logits
-            recorded, got = exported(pixel_values=x).logits, compiled(pixel_values=x).logits
+            recorded = exported(pixel_values=x).logits
             if rounds:
                 assert torch.equal(recorded, expected)
-                assert rms(got - expected) < flips(quantized, x)
             else:
                 torch.testing.assert_close(recorded, expected, **EXACT)
-                torch.testing.assert_close(got, expected, **EXACT)
+        got = compiled(pixel_values=x).logits
+        if rounds:
+            assert rms(got - expected) < flips(quantized, x)
+        else:
+            torch.testing.assert_close(got, expected, **EXACT)
 
 
 def test_threads_calling_one_model_at_once(tiny_vit):
@@ -214,7 +222,7 @@ def test_threads_calling_one_model_at_once(tiny_vit):
 
 
 def test_nan_in_one_picture_stays_in_that_picture(tiny_vit, pixels):
-    quantized = quantize(tiny_vit, 8, "tensor", 1.0)
+    quantized = quantize(tiny_vit, 8, "channel", 1.0)
     broken = pixels.clone()
     broken[2, 0, 3, 3] = float("nan")
     with torch.no_grad():
@@ -225,7 +233,7 @@ def test_nan_in_one_picture_stays_in_that_picture(tiny_vit, pixels):
 
 
 def test_call_signature_is_the_same(tiny_vit, pixels):
-    quantized = quantize(tiny_vit, 8, "tensor", 1.0)
+    quantized = quantize(tiny_vit, 8, "channel", 1.0)
     output = quantized(pixels, labels=torch.arange(5), output_hidden_states=True)
     assert type(output) is type(tiny_vit(pixels))
     assert output.loss.ndim == 0
@@ -233,8 +241,9 @@ def test_call_signature_is_the_same(tiny_vit, pixels):
     assert isinstance(quantized(pixels, return_dict=False), tuple)
 
 
+@pytest.mark.slow
 def test_torchscript_runs_in_a_process_without_fairseq(tiny_vit, pixels, tmp_path):
-    quantized = quantize(tiny_vit, 4, "tensor", 1.0, engine="layers")
+    quantized = quantize(tiny_vit, 4, "channel", 1.0, engine="layers")
     traced = torch.jit.trace(quantized, pixels)
     traced.save(str(tmp_path / "vit.pt"))
     np.save(tmp_path / "pixels.npy", pixels.numpy())
@@ -255,8 +264,16 @@ def test_torchscript_runs_in_a_process_without_fairseq(tiny_vit, pixels, tmp_pat
     ("settings", "nodes"),
     [
         pytest.param({"bits": 8, "method": "histogram"}, {"MatMulInteger": 7}, marks=pytest.mark.matrix),
-        ({"bits": 4}, {"MatMulInteger": 7, "BitShift": 14}),
-        ({"bits": 4, "method": "channel", "activations": None}, {"DequantizeLinear": 7, "BitShift": 14}),
+        pytest.param({"bits": 4}, {"MatMulInteger": 7, "BitShift": 14}, marks=pytest.mark.matrix),
+        pytest.param(
+            {"bits": 4, "method": "channel", "activations": None},
+            {"DequantizeLinear": 7, "BitShift": 14},
+            marks=pytest.mark.matrix,
+        ),
+        (
+            {"bits": 4, "method": "channel", "overrides": {"*.0.[mo]*[2e]": {"activations": None}}},  # fc2, by any name
+            {"MatMulInteger": 6, "DequantizeLinear": 1, "BitShift": 14},
+        ),
     ],
     ids=str,
 )
@@ -293,9 +310,13 @@ def test_onnx_holds_integers_and_gives_the_same_logits(tmp_path, settings, nodes
 
 @pytest.mark.parametrize("settings", TWO, ids=str)
 def test_the_reference_kernels_can_be_recorded(tiny_vit, pixels, tmp_path, settings):
-    """Processors without exact products of bytes, as with AVX2 alone, run them, and trace and export all the same."""
+    """Processors without exact products of bytes, as with AVX2 alone, run them, and trace and export all the same.
+
+    Of attention, whose layers are no others, nothing is packed.
+    """
     import onnxruntime
 
+    settings = {**settings, "method": "channel", "quantize_attention": False}
     quantized = ViTQuantizer(**settings, backend="reference").quantize_model(shortened(tiny_vit))
     traced = torch.jit.trace(quantized, pixels)
     torch.onnx.export(quantized, pixels, str(tmp_path / "vit.onnx"), input_names=["x"], verbose=False)
@@ -326,7 +347,7 @@ def test_bad_settings(settings, error, message):
 
 
 def test_a_failed_call_keeps_the_last_report(tiny_vit):
-    quantizer = ViTQuantizer()
+    quantizer = ViTQuantizer(method="channel")
     quantizer.quantize_model(tiny_vit)
     report = quantizer.report
     with pytest.raises(ValueError, match="no Linear layer"):
@@ -348,17 +369,18 @@ def test_neighbours_in_the_batch_do_not_matter(tiny_vit, pixels):
 
 @pytest.fixture
 def images():
-    return torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(6))
+    """As few as there can be without a warning."""
+    return torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(6))
 
 
 @pytest.mark.filterwarnings("error")
 def test_calibration_takes_what_users_have(tiny_vit, images):
-    quantizer = ViTQuantizer(bits=4, method="channel")
-    models = [quantizer.quantize_model(tiny_vit, calibration=data) for data in (images, list(images))]
-    one, other = (model.state_dict() for model in models)
+    model, quantizer = shortened(tiny_vit), ViTQuantizer(bits=4, method="channel")
+    models = [quantizer.quantize_model(model, calibration=data) for data in (images, list(images))]
+    one, other = (made.state_dict() for made in models)
     assert all(torch.equal(one[key], other[key]) for key in one)
-    plain = quantizer.quantize_model(tiny_vit)
-    errors = [compare_models(tiny_vit, m, images).mse_loss for m in (models[0], plain)]
+    plain = quantizer.quantize_model(model)
+    errors = [compare_models(model, made, images).mse_loss for made in (models[0], plain)]
     assert errors[0] < errors[1]
 
 
@@ -368,20 +390,21 @@ def test_a_processor_without_images_is_refused(tiny_vit):
 
 
 def test_a_static_model_survives_pickle(tiny_vit, images):
-    quantized = ViTQuantizer(method="channel", activations="static").quantize_model(tiny_vit, images)
+    quantizer = ViTQuantizer(method="channel", activations="static", rounding="nearest")
+    quantized = quantizer.quantize_model(tiny_vit, images)
     assert compare_models(quantized, pickle.loads(pickle.dumps(quantized)), images) == (0, 0, 1)
 
 
 def test_few_images_are_used_with_a_warning_and_none_are_refused(tiny_vit, images):
     with pytest.warns(UserWarning, match="128"):
-        ViTQuantizer(bits=4).quantize_model(tiny_vit, calibration=images[:4])
+        ViTQuantizer(bits=4, method="channel").quantize_model(tiny_vit, calibration=images[:4])
     with pytest.raises(ValueError, match="pictures, not"):
         ViTQuantizer(bits=4).quantize_model(tiny_vit, calibration=["cat", "dog"])
 
 
 def test_a_calibrated_state_dict_loads_into_a_model_that_was_not(tiny_vit, images):
-    quantizer = ViTQuantizer(bits=4, method="tensor")
-    calibrated = quantizer.quantize_model(tiny_vit, calibration=images)
+    quantizer = ViTQuantizer(bits=4, method="channel")
+    calibrated = quantizer.quantize_model(shortened(tiny_vit), calibration=images)
     other = quantizer.quantize_model(fresh(tiny_vit))
     other.load_state_dict(calibrated.state_dict())
     assert compare_models(calibrated, other, images) == (0, 0, 1)
@@ -429,10 +452,11 @@ def test_assigned_bits_carry_on_the_users_overrides(tiny_vit, images, limit, tmp
 
 def test_bits_are_assigned_within_a_drop_of_accuracy(tiny_vit, images):
     model = shortened(tiny_vit)
-    quantizer = ViTQuantizer(method="channel", overrides={"*classifier": {"activations": None}})
+    settings = {"method": "channel", "rounding": "nearest"}
+    quantizer = ViTQuantizer(**settings, overrides={"*classifier": {"activations": None}})
     assignment = quantizer.assign_bits(model, images, max_accuracy_drop=10)
     assert assignment.average_bits < 8
-    mixed = ViTQuantizer(method="channel", overrides=assignment.overrides).quantize_model(model, images)
+    mixed = ViTQuantizer(**settings, overrides=assignment.overrides).quantize_model(model, images)
     assert compare_models(model, mixed, images).top_k_match >= 0.8
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 import safetensors.torch
+import torch
+from conftest import make_tiny_vit
 
 from fairseq.models.vit_quantization import ViTQuantizer, compare_models
 from fairseq.quantization.bit_allocation import search
@@ -12,9 +14,10 @@ from fairseq.quantization.config import QuantizationConfig
 CONFIG = QuantizationConfig(method="channel", overrides={"classifier": {"bits": 7}})
 
 
-@pytest.fixture
-def widths(tiny_vit, pixels):
-    return Widths(tiny_vit, pixels, CONFIG)
+@pytest.fixture(scope="module")
+def widths():
+    """Of the tiny model on the five pictures; measured once, as no test changes them."""
+    return Widths(make_tiny_vit(), torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1)), CONFIG)
 
 
 def saved(model, pixels, chosen, folder):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import vit_config
-from rounded import CHANNEL, directly
+from rounded import CHANNEL, directly, probabilities
 from torch import nn
 from transformers import ViTModel
 
@@ -24,9 +24,10 @@ def test_measured_widths_are_those_of_a_model_with_one_narrower_layer(tiny_vit, 
     config = replace(CHANNEL, **changes)
     errors = measure(tiny_vit, pixels, config, choices=(3, 8), batch_size=2)
     assert list(errors) == list(linear_layers(tiny_vit))
+    widest = probabilities(tiny_vit, pixels, config)
     for name, layer in list(errors.items())[::3]:
         assert layer[8] == 0
-        assert layer[3] == pytest.approx(directly(tiny_vit, pixels, name, 3, config), rel=1e-3, abs=1e-9), name
+        assert layer[3] == pytest.approx(directly(tiny_vit, pixels, name, 3, config, widest), rel=1e-3, abs=1e-9), name
         assert layer[3] > 0
 
 
@@ -41,22 +42,23 @@ def test_it_is_the_final_rounding_that_is_measured(tiny_vit, pixels):
 
 def test_derived_widths_are_near_the_measured_ones(tiny_vit, pixels):
     errors = measure(tiny_vit, pixels, CHANNEL)
-    off = []
+    off, widest = [], probabilities(tiny_vit, pixels)
     for name, layer in list(errors.items())[::3]:
         assert list(layer) == [2, 3, 4, 5, 6, 8]
+        found = {bits: directly(tiny_vit, pixels, name, bits, widest=widest) for bits in (2, 3, 4, 5, 6)}
         for bits in (3, 6):
-            assert layer[bits] == pytest.approx(directly(tiny_vit, pixels, name, bits), rel=1e-3, abs=1e-9)
-        off += [abs(math.log(layer[bits] / directly(tiny_vit, pixels, name, bits))) for bits in (2, 4, 5)]
+            assert layer[bits] == pytest.approx(found[bits], rel=1e-3, abs=1e-9)
+        off += [abs(math.log(layer[bits] / found[bits])) for bits in (2, 4, 5)]
     assert sorted(off)[len(off) // 2] < math.log(1.6)
     assert sorted(off)[9 * len(off) // 10] < math.log(6)
 
 
 def test_every_width_is_run_where_two_disagree(tiny_vit, pixels, monkeypatch):
     monkeypatch.setattr(sensitivity, "SAME_CURVATURE", 1.0)
-    errors = measure(tiny_vit, pixels, CHANNEL, choices=(2, 4, 5, 8))
+    errors, widest = measure(tiny_vit, pixels, CHANNEL, choices=(2, 4, 5, 8)), probabilities(tiny_vit, pixels)
     for name in list(errors)[::5]:
         for bits, error in errors[name].items():
-            assert error == pytest.approx(directly(tiny_vit, pixels, name, bits), rel=1e-3, abs=1e-9)
+            assert error == pytest.approx(directly(tiny_vit, pixels, name, bits, widest=widest), rel=1e-3, abs=1e-9)
 
 
 def test_a_bare_model_is_measured_by_its_last_hidden_state(pixels):

@@ -15,7 +15,7 @@ from fairseq.quantization.rounding.round_weight import round_weight
 from fairseq.quantization.rounding.statistics import Statistics
 
 PLACE = "fairseq.quantization.conversion.quantize_layer.round_weight"
-IMAGES = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(7))
 
 
 def run(model, images, *names):
@@ -99,5 +99,5 @@ def test_it_is_seen_by_running_which_layer_ends_a_block(name, ends, monkeypatch)
         for key, parameter in model.named_parameters():
             if "lambda" in key:  # LayerScale
                 parameter.uniform_(0.3, 0.6)
-    found, _ = recorded(monkeypatch, model, QuantizationConfig(bits=3, method="channel"), families.pictures(8))
+    found, _ = recorded(monkeypatch, model, QuantizationConfig(bits=3, method="channel"), families.pictures(4))
     assert any(statistics.missing is not None for statistics in found.values()) == ends

@@ -58,7 +58,7 @@ def pvt():
 @pytest.mark.parametrize("make", [detr, segformer, pvt], ids=lambda make: make.__name__)
 def test_each_layer_is_rounded_by_what_it_reads(make, monkeypatch):
     """The statistics of every layer are those of its own input, whatever query, key and value are called."""
-    model, images = make(), noise(8, 32)
+    model, images = make(), noise(4, 32)
     moments = {}
     rounding = quantize_stage.quantize_layer
 
@@ -97,7 +97,7 @@ def test_a_layer_that_pictures_do_not_reach_is_rounded_without_them(tiny_vit):
         {"attention": nn.ModuleDict({"q_proj": spare})}
     )
     quantizer = ViTQuantizer(bits=4, method="channel", quantize_classifier=False)
-    quantizer.quantize_model(tiny_vit, calibration=noise(24))
+    quantizer.quantize_model(tiny_vit, calibration=noise(8))
     notes = {layer.name: (layer.rounding, layer.note) for layer in quantizer.report.quantized}
     missed = [name for name, (_, note) in notes.items() if note == "not calibrated: pictures do not reach it"]
     assert len(missed) == 1
@@ -126,7 +126,7 @@ def with_adapters(model):
 @pytest.mark.parametrize("settings", [{"method": "tensor"}, {"method": "channel", "activations": "static"}], ids=str)
 def test_a_norm_with_another_reader_is_not_rescaled(tiny_vit, settings):
     """The adapter goes on reading what it read; the layers that would have gained multiply their input themselves."""
-    model, images = with_adapters(tiny_vit), noise(24)
+    model, images = with_adapters(tiny_vit), noise(8)
     quantized = ViTQuantizer(bits=8, **settings).quantize_model(model, calibration=images)
     before, after = model.state_dict(), quantized.state_dict()
     norms = [name for name in before if "layernorm_after" in name or "layernorm_before" in name]

@@ -38,7 +38,7 @@ def tie(model):
 @pytest.mark.parametrize("calibrated", [False, True], ids=["nearest", "gptaq"])
 @pytest.mark.parametrize("settings", [{"bits": 4, "method": "tensor"}, {"bits": 3, "method": "channel"}], ids=str)
 def test_one_rounding(tiny_vit, settings, calibrated):
-    model, images = tie(tiny_vit), pictures(24, 5) if calibrated else None
+    model, images = tie(tiny_vit), pictures(8, 5) if calibrated else None
     first, second = names(model)
     found = {}
     for execution in ("packed", "emulated"):
@@ -72,7 +72,7 @@ def test_what_is_rounded_otherwise_keeps_its_own_weight(tiny_vit, execution, res
         model.table.weight = weight
     before = weight.detach().clone()
     quantizer = ViTQuantizer(bits=2, method="channel", execution=execution, overrides=overrides)
-    quantized = quantizer.quantize_model(model, calibration=pictures(24, 5))
+    quantized = quantizer.quantize_model(model, calibration=pictures(8, 5))
     assert torch.equal(weight, before)
     one, other = (quantized.get_submodule(name) for name in (first, second))
     if rest == "skip":

@@ -36,7 +36,9 @@ def lengths(monkeypatch):
 def built():
     torch.manual_seed(0)
     config = transformers.ViTConfig(**{**families.BLOCK, **families.PICTURE, "num_hidden_layers": 4})
-    return ViTQuantizer(bits=8).quantize_model(transformers.ViTForImageClassification(config).eval(), engine="fused")
+    return ViTQuantizer(bits=8, method="channel").quantize_model(
+        transformers.ViTForImageClassification(config).eval(), engine="fused"
+    )
 
 
 @pytest.fixture

@@ -75,8 +75,13 @@ def test_it_gives_what_a_block_is_defined_to_compute(name, device, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"bits": 4}, {"bits": 3}, {"activations": "static"}, {"activations": "static", "bits": 4}], ids=str
-)
+    "settings",
+    [
+        pytest.param({"bits": 4}, marks=pytest.mark.matrix), {"bits": 3},
+        pytest.param({"activations": "static"}, marks=pytest.mark.matrix), {"activations": "static", "bits": 4},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_weights_of_fewer_bits_and_fixed_ranges(settings, device, monkeypatch):
     monkeypatch.setenv(native_calls.ATTENTION, "float32")
     assert error(*first_call("vit", device, **settings)) < NOISE / 4

@@ -286,7 +286,7 @@ def test_a_compiled_block_keeps_its_position_bias():
 def test_a_check_that_fails_is_made_again(monkeypatch):
     """A setting that is wrong is an error, and nothing is remembered of a failure that passes."""
     monkeypatch.setattr(check, "_checked", {})
-    layers = ViTQuantizer(bits=8).quantize_model(families.build("vit"), engine="layers")
+    layers = ViTQuantizer(bits=8, method="channel").quantize_model(families.build("vit"), engine="layers")
     monkeypatch.setenv(native_calls.ATTENTION, "float64")
     with pytest.raises(ValueError, match="ATTENTION must be one of"):
         ViTQuantizer.optimize(layers)

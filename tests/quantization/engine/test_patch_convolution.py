@@ -167,14 +167,14 @@ def test_which_convolutions_become_one(tiny_vit, used):
     }
     for reason, module in reasons.items():
         assert reason in reason_not_patches(module)
-    quantizer = ViTQuantizer(bits=8)
+    quantizer = ViTQuantizer(bits=8, method="channel")
     fused = quantizer.quantize_model(tiny_vit, engine="fused")
     kinds = [type(module) for module in fused.modules() if isinstance(module, nn.Conv2d)]
     assert kinds == [PatchConvolution]
     layers = quantizer.optimize(fused, "layers")
     name = next(name for name, _ in tiny_vit.named_modules() if name.endswith(("q_proj", "attention.query")))
     glob = f"*{name.rpartition('.')[2]}"  # which rounds otherwise than key and value: nothing is fused
-    apart = ViTQuantizer(bits=8, overrides={glob: {"activations": None}}).quantize_model(tiny_vit)
+    apart = ViTQuantizer(bits=8, method="channel", overrides={glob: {"activations": None}}).quantize_model(tiny_vit)
     assert not any(isinstance(module, FusedBlock) for module in apart.modules())
     assert [type(module) for module in apart.modules() if isinstance(module, nn.Conv2d)] == [nn.Conv2d]
     assert [type(module) for module in layers.modules() if isinstance(module, nn.Conv2d)] == [nn.Conv2d]

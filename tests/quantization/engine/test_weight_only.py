@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 from bounds import rms
+from families import shortened
 from known_blocks import count_native
 from torch import nn
 
@@ -112,7 +113,7 @@ def test_weight_only_and_integer_layers_in_one_block(tiny_vit, pixels, engine, c
 
 def test_layers_that_read_one_tensor_round_it_alike(tiny_vit, pixels):
     glob = next(name for name in ("*attention.key", "*k_proj") if _matches(tiny_vit, name))
-    quantizer = ViTQuantizer(bits=8, overrides={glob: {"activations": None}})
+    quantizer = ViTQuantizer(bits=8, method="channel", overrides={glob: {"activations": None}})
     model = quantizer.quantize_model(tiny_vit)
     reason = "its query, key and value layers round their input differently"
     assert list(quantizer.report.not_fused.values()) == [reason] * 2
@@ -137,10 +138,10 @@ def test_where_bits_must_be_the_same_everywhere_its_layers_run(tiny_vit, pixels,
     assert calls == [4]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.matrix), "aot_eager"])
 def test_a_compiler_records_the_native_block(tiny_vit, pixels, backend, monkeypatch):
-    quantizer = ViTQuantizer(bits=4, method="channel", activations=None)
-    fused, layers = (quantizer.quantize_model(tiny_vit, engine=engine) for engine in ("fused", "layers"))
+    model, quantizer = shortened(tiny_vit), ViTQuantizer(bits=4, method="channel", activations=None)
+    fused, layers = (quantizer.quantize_model(model, engine=engine) for engine in ("fused", "layers"))
     expected = logits(fused, pixels)
     torch.compiler.reset()
     torch.testing.assert_close(logits(torch.compile(fused, backend=backend), pixels), expected, rtol=1e-5, atol=1e-6)

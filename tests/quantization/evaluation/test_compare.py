@@ -121,7 +121,7 @@ def test_pictures_help_models_of_every_output(make):
         for parameter in model.parameters():
             if parameter.ndim in (2, 4):
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
-    pictures = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    pictures = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     quantizer = ViTQuantizer(bits=3, method="channel")
     plain, calibrated = (quantizer.quantize_model(model, calibration=x) for x in (None, pictures))
     errors = [compare_models(model, quantized, pictures).mse_loss for quantized in (plain, calibrated)]

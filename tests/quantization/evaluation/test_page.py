@@ -157,8 +157,13 @@ def chromium(*arguments):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        (400, True), (1200, False),
+        *(pytest.param(*case, marks=pytest.mark.matrix) for case in ((400, False), (1200, True))),
+    ],
+)  # fmt: skip
 def test_in_a_browser(tmp_path, dark, width):
     page = tmp_path / "page.html"
     page.write_text(PAGE.html() + PROBE, encoding="utf-8")

@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -46,7 +45,7 @@ def figure(monkeypatch):
 def colors(path):
     with Image.open(path) as image:
         assert image.format == "PNG"
-        return {tuple(pixel) for pixel in np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)}
+        return {colour for _, colour in image.convert("RGB").getcolors(image.width * image.height)}
 
 
 def rgb(color):
@@ -70,7 +69,7 @@ def test_colour_of_a_width_that_is_not_there_is_not_drawn(tmp_path):
     assert not absent & colors(tmp_path / "report.png")
 
 
-@pytest.mark.parametrize("blocks", [1, 24])
+@pytest.mark.parametrize("blocks", [1, 12])
 def test_rows_keep_their_order_and_names_do_not_overlap(tmp_path, figure, blocks):
     report = make_report(blocks)
     report.plot(tmp_path / "report.png")

@@ -13,7 +13,7 @@ from fairseq.quantization.engine.fuse import optimize
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 CASES = [
-    ("vit", {"bits": 8}),
+    pytest.param("vit", {"bits": 8}, marks=pytest.mark.matrix),
     ("vit", {"bits": 4, "method": "tensor", "activations": "static"}),
     ("swin", {"bits": 8}),
     ("dinov2", {"bits": 4, "group_size": 32}),
@@ -60,10 +60,13 @@ def test_traced_exported_and_read_back(name, settings, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "settings", "form", "suffix"),
-    [("vit", {"bits": 8}, "torchscript", ".pt"), ("vit", {"bits": 4}, "torch_export", ".pt2"),
-     ("swin", {"bits": 4}, "torchscript", ".pt")],
+    [
+        pytest.param("vit", {"bits": 8}, "torchscript", ".pt", marks=pytest.mark.matrix),
+        pytest.param("vit", {"bits": 4}, "torch_export", ".pt2", marks=pytest.mark.matrix),  # as in test_export.py
+        ("swin", {"bits": 4}, "torchscript", ".pt"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_files(name, settings, form, suffix, tmp_path, verified_here):
     model, path = quantized(name, settings), tmp_path / f"model{suffix}"
     report = ViTQuantizer.export(model, path, form, pictures(5))

@@ -9,7 +9,7 @@ from fairseq.quantization.architectures.forward import picture_inputs
 from fairseq.quantization.export import export as exporting
 from fairseq.quantization.export import verify
 
-QUICK = {("swin", "onnx"), ("clip-vision", "onnx"), ("swin", "torchscript"), ("siglip-vision", "torchscript")}
+QUICK = {("swin", "onnx"), ("swin", "torchscript"), ("siglip-vision", "torchscript")}
 FORMATS = [form for form in exporting.FORMATS if form != "c"]  # that is for integer-only models
 SIGLIP2 = ("siglip2", "siglip2-vision")
 REFUSED = {(name, form): "to each picture's shape" for name in SIGLIP2 for form in FORMATS}

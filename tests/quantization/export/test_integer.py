@@ -1,16 +1,19 @@
 """Integer-only models in files for other runtimes: every integer the same, and no float on the way to it."""
 
+import copy
+import functools
 import json
 
 import families
+import integer_models
 import pytest
 import timm
 import torch
 from families import build, shortened
-from integer_models import EACH, PICTURES, embedded, embedded_pictures, quantize
+from integer_models import EACH, PICTURES, embedded, embedded_pictures
 
 from fairseq.models.vit_quantization import ViTQuantizer
-from fairseq.quantization.export import integer_nodes
+from fairseq.quantization.export import integer, integer_nodes
 from fairseq.quantization.export.integer_check import not_integers
 from fairseq.quantization.export.integer_graph import integer_model
 from fairseq.quantization.export.integer_nodes import IntegerNodes
@@ -21,11 +24,28 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+quantize = functools.cache(integer_models.quantize)
+"""Models that are not to be changed."""
+
+
+@functools.cache
+def dynamic_file():
+    """The file of such a model; it is to be copied before it is changed."""
+    return integer_model(quantize("dynamic"))
+
+
+def run_here(form, path, batches):
+    """The outputs of an exported file in this process; some of the tests below start a new one."""
+    return [run_all(path, "pixels", batch["pixels"]) for batch in batches]
+
+
 @pytest.fixture(scope="module", params=EACH)
 def exported(request, tmp_path_factory):
     """(the model, the file, the report)"""
     model, path = quantize(request.param), tmp_path_factory.mktemp("integers") / "vit.onnx"
-    return model, path, ViTQuantizer.export(model, path, sample=PICTURES[:3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(integer, "run_elsewhere", run_here)
+        return model, path, ViTQuantizer.export(model, path, sample=PICTURES[:3])
 
 
 def run(path, name, x):
@@ -85,7 +105,8 @@ def test_onnx_of_the_embedded_model(activations):
 def test_onnx_of_a_layer_on_every_token(tmp_path):
     torch.manual_seed(0)
     original = timm.create_model("vit_tiny_patch16_224", **families.TIMM, global_pool="").eval()
-    model = ViTQuantizer(arithmetic="integer", rounding="nearest").quantize_model(original, calibration=PICTURES)
+    quantizer = ViTQuantizer(method="channel", arithmetic="integer", rounding="nearest")
+    model = quantizer.quantize_model(original, calibration=PICTURES)
     name = model.main
     pixels = model.round_pixels(PICTURES[:3])
     expected = model.integer_outputs(pixels)[name]
@@ -151,7 +172,7 @@ def plant_branch(graph, helper):
     ],
 )
 def test_a_planted_float_is_seen(plant, said):
-    proto = integer_model(quantize("dynamic"))
+    proto = copy.deepcopy(dynamic_file())
     assert not_integers(proto) == []
     plant(proto.graph, onnx.helper)
     proto.opset_import.append(onnx.helper.make_opsetid("other", 1))
@@ -183,10 +204,13 @@ def test_a_file_with_a_float_or_another_integer_is_not_kept(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("format", "suffix", "pixels"),
-    [("torchscript", ".pt", "float32"), ("torch_export", ".pt2", "uint8")],
+    [
+        ("torchscript", ".pt", "float32"),
+        pytest.param("torch_export", ".pt2", "uint8", marks=pytest.mark.slow),  # each time: the graph in test_model.py
+    ],
 )
 def test_files_of_torch(tmp_path, verified_here, format, suffix, pixels):
-    quantizer = ViTQuantizer(arithmetic="integer", rounding="nearest")
+    quantizer = ViTQuantizer(method="channel", arithmetic="integer", rounding="nearest")
     model = quantizer.quantize_model(shortened(build("vit")), calibration=PICTURES)
     path = tmp_path / f"vit{suffix}"
     report = ViTQuantizer.export(model, path, format, PICTURES[:8], pixels=pixels)
@@ -211,7 +235,12 @@ def test_what_cannot_be_is_refused(tmp_path):
         (model, {"sample": torch.zeros(1, 3, 8, 8)}, ValueError, r"shape \(batch, 3, 16, 16\), got \(1, 3, 8, 8\)"),
         (model, {"sample": [1]}, TypeError, "must be a tensor, got list"),
         (model, {"format": "tflite"}, ValueError, "format must be one of"),
-        (ViTQuantizer().quantize_model(build("vit")), {"pixels": "uint8"}, ValueError, "is for integer-only models"),
+        (
+            ViTQuantizer(method="channel").quantize_model(build("vit")),
+            {"pixels": "uint8"},
+            ValueError,
+            "is for integer-only models",
+        ),
     ]
     for subject, settings, kind, message in cases:
         with pytest.raises(kind, match=message):

@@ -17,7 +17,7 @@ from fairseq.quantization.integer_only import head as heads
 from fairseq.quantization.integer_only.head import pool
 from fairseq.quantization.integer_only.native import native_outputs, reason_not_native
 
-PICTURES = families.pictures(40)
+PICTURES = families.pictures(12)
 OUTPUTS = {
     "deit-teacher": ("logits", "cls_logits", "distillation_logits"),
     "timm-deit": ("logits",),
@@ -113,7 +113,9 @@ def test_a_head_that_reads_columns_as_several_bytes():
     original = DeiTForImageClassificationWithTeacher(config).eval()
     with torch.no_grad():
         original.deit.layernorm.weight[3] = 6
-    quantizer = ViTQuantizer(rounding="nearest", arithmetic="integer", activations="static", equalize=False)
+    quantizer = ViTQuantizer(
+        8, "channel", rounding="nearest", arithmetic="integer", activations="static", equalize=False
+    )
     model = quantizer.quantize_model(original, calibration=PICTURES)
     assert isinstance(model.head.readouts["cls_logits"].norm.output, torch.nn.Sequential)
     pixels = model.round_pixels(PICTURES)

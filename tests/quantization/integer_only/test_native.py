@@ -19,7 +19,7 @@ from fairseq.quantization.integer_only.native_model import NativeViT, NotNative,
 
 pytestmark = pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 
-PICTURES = families.pictures(24)
+PICTURES = families.pictures(8)
 SHAPES = {  # width, heads, hidden, pixels, patch: heads of 8, 20 and 64 channels; 17 to 65 tokens
     "small": (32, 4, 40, 16, 4, "gelu"),  # heads end where a panel ends, and begin within a vector
     "odd": (40, 2, 100, 20, 5, "quick_gelu"),

@@ -14,13 +14,12 @@ from fairseq.quantization.integer_only.convert import telling_pictures
 from fairseq.quantization.integer_only.head_spec import distance
 from fairseq.quantization.integer_only.reading import read_model
 
-PICTURES = families.pictures(24)
+PICTURES = families.pictures(8)
 
 
 def convert(model, pictures=PICTURES, **settings):
-    return ViTQuantizer(arithmetic="integer", rounding="nearest", **settings).quantize_model(
-        model, calibration=pictures
-    )
+    quantizer = ViTQuantizer(method="channel", arithmetic="integer", rounding="nearest", **settings)
+    return quantizer.quantize_model(model, calibration=pictures)
 
 
 def beit(bias, reach):

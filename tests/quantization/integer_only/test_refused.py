@@ -6,7 +6,7 @@ import torch
 
 from fairseq.models.vit_quantization import ViTQuantizer
 
-PICTURES = families.pictures(40)
+PICTURES = families.pictures(4)
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,13 @@ def test_a_block_whose_sums_could_overflow():
             module.weight = torch.nn.Parameter(torch.randn(module.out_features, wide) / 99)
             module.in_features = wide
     with pytest.raises(ValueError, match="fc2 has 8200 inputs, more than 8192"):
-        ViTQuantizer(arithmetic="integer", rounding="nearest").quantize_model(model, calibration=PICTURES)
+        ViTQuantizer(8, "channel", arithmetic="integer", rounding="nearest", equalize=False).quantize_model(
+            model, calibration=PICTURES
+        )
 
 
 def test_what_has_integers_alone_is_told_so():
-    quantizer = ViTQuantizer(arithmetic="integer", rounding="nearest")
+    quantizer = ViTQuantizer(method="channel", arithmetic="integer", rounding="nearest")
     integers = quantizer.quantize_model(families.build("vit"), calibration=PICTURES)
     for call in (ViTQuantizer().quantize_model, ViTQuantizer.optimize, ViTQuantizer.dequantize_model):
         with pytest.raises(ValueError, match="an integer-only one already"):

@@ -56,7 +56,7 @@ def logits(model, pixels):
 
 KINDS = {
     "fused": ({"bits": 4, "method": "channel"}, {}),
-    "layers": ({"bits": 8}, {"engine": "layers"}),
+    "layers": ({"bits": 8, "method": "channel"}, {"engine": "layers"}),
     "integers": ({"bits": 8, "method": "channel", "arithmetic": "integer"}, {}),
 }
 
@@ -65,7 +65,7 @@ KINDS = {
 def test_threads_that_call_one_model(model, inputs, kind):
     settings, keywords = KINDS[kind]
     if "arithmetic" in settings:
-        keywords = {**keywords, "calibration": torch.randn(36, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+        keywords = {**keywords, "calibration": torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
     quantized = ViTQuantizer(**settings).quantize_model(model, **keywords)
     found = together(lambda k: [logits(quantized, inputs[k]) for _ in range(TURNS)])  # the first calls, too
     for k, results in enumerate(found):

@@ -124,7 +124,7 @@ def test_few_float_weights_are_there_at_any_time(tmp_path, monkeypatch):
     original = WhileLoading.advance
     monkeypatch.setattr(WhileLoading, "advance", advance)
     transformers.ViTModel.from_pretrained(
-        tmp_path, add_pooling_layer=False, quantization_config=FairseqViTConfig(bits=4)
+        tmp_path, add_pooling_layer=False, quantization_config=FairseqViTConfig(bits=4, method="channel")
     )
     assert len(seen) == 48
     assert 1 <= max(seen) <= 12  # of two blocks
@@ -233,7 +233,7 @@ def test_changed_entries_of_the_config_never_load_other_numbers(folder):
     text = (path / "config.json").read_text()
     start, rng, refused = text.index('"quantization_config"'), random.Random(0), 0
     end = text.index("transformers_version")
-    for _ in range(100):
+    for _ in range(50):
         bad = bytearray(text.encode())
         bad[rng.randrange(start + 30, end - 2)] = rng.choice(b'0123456789"ae,:}')
         (path / "config.json").write_bytes(bad)
@@ -243,7 +243,7 @@ def test_changed_entries_of_the_config_never_load_other_numbers(folder):
             refused += 1
         else:
             assert equal(loaded, quantized)
-    assert refused > 50
+    assert refused > 25
 
 
 def test_damaged_weights_are_refused(folder):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from beside import Beside, new_folder, python
-from families import BUILDERS, build, each, pictures
+from families import BUILDERS, build, each, pictures, shortened
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -178,7 +178,7 @@ def test_a_model_that_is_built_around_a_packed_part(tmp_path, pixels):
 
 
 def test_parts_of_an_emulated_model_say_what_gets_lost(tmp_path, recwarn):
-    emulated = ViTQuantizer(bits=4, execution="emulated").quantize_model(build("vit"))
+    emulated = ViTQuantizer(bits=4, execution="emulated").quantize_model(shortened(build("vit")))
     with pytest.warns(UserWarning, match="input_factor, which from_pretrained does not know"):
         copy.deepcopy(emulated.vit).save_pretrained(tmp_path / "lost")
     recwarn.clear()

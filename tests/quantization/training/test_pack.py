@@ -1,8 +1,12 @@
 """pack: the integers and grids of a trained student, in a packed model."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from bounds import EXACT, flips, rms
+from conftest import make_tiny_vit
 from families import pictures
 from transformers import AutoModelForImageClassification
 
@@ -22,10 +26,16 @@ SETTINGS = [
 ]
 
 
-def trained(model, settings, learned, x, steps=2):
+@functools.cache
+def quantized(number, dtype):
+    """The tiny model in the settings of that number, before it is trained."""
+    quantizer = ViTQuantizer(execution="emulated", **SETTINGS[number])
+    return quantizer.quantize_model(make_tiny_vit().to(dtype), calibration=pictures(4, 5))
+
+
+def trained(number, learned, x, steps=2):
     """A student, a few steps from where it was quantized; in training mode, as a loop leaves it."""
-    quantizer = ViTQuantizer(execution="emulated", **settings)
-    student = quantizer.quantize_model(model, calibration=pictures(24, 5))
+    student = copy.deepcopy(quantized(number, x.dtype))
     if learned:
         learn_scales(student)
     optimizer = torch.optim.SGD(student.train().parameters(), lr=0.02)
@@ -36,10 +46,10 @@ def trained(model, settings, learned, x, steps=2):
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["observed", "learned"])
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_it_is_the_student_with_its_very_integers(tiny_vit, pixels, settings, learned):
+@pytest.mark.parametrize("number", range(len(SETTINGS)), ids=lambda number: str(SETTINGS[number]))
+def test_it_is_the_student_with_its_very_integers(pixels, number, learned):
     x = pixels.double()
-    student = trained(tiny_vit.double(), settings, learned, x)
+    student = trained(number, learned, x)
     packed = pack(student, engine="layers")
     assert any(module.training for module in student.modules())
     student.eval()
@@ -61,7 +71,7 @@ def test_it_is_the_student_with_its_very_integers(tiny_vit, pixels, settings, le
 
 
 def test_it_runs_fused_is_saved_and_loaded(tiny_vit, pixels, tmp_path):
-    student = trained(tiny_vit, SETTINGS[0], True, pixels).eval()
+    student = trained(0, True, pixels).eval()
     packed = pack(student)
     with torch.no_grad():
         got, expected = (model(pixel_values=pixels).logits for model in (packed, student))

@@ -60,6 +60,8 @@ def test_round_trip_is_exact_and_the_bytes_are_those_drawn(bits, signed, data):
     packed = pack(q, bits)
     assert packed.dtype == torch.uint8
     assert packed.shape == (*q.shape[:-1], packed_length(q.shape[-1], bits))
+    empty = pack(q.to("meta"), bits)
+    assert (empty.is_meta, empty.dtype, empty.shape) == (True, packed.dtype, packed.shape)
     back = unpack(packed, bits, q.shape[-1], signed)
     assert back.dtype == q.dtype
     assert torch.equal(back, q)

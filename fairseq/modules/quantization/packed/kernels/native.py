@@ -43,7 +43,12 @@ class Level(NamedTuple):
 
 
 def check_levels() -> tuple[Level, ...]:
-    """The instruction sets that the library was compiled for, the slowest first, each checked; empty without it."""
+    """The instruction sets that the library was compiled for, the slowest first, each checked; empty without it.
+
+    Raises:
+        ValueError: an environment variable is wrong, with which each of them would be found to fail.
+    """
+    native_calls.attention_is_exact()
     found = []
     for number, name in enumerate(level_names()):
         here = bool(library.loaded().fairseq_supports(number))
@@ -53,7 +58,11 @@ def check_levels() -> tuple[Level, ...]:
 
 @functools.cache
 def levels() -> tuple[str, ...]:
-    """The instruction sets that run here and agree with the reference, the slowest first; empty without the library."""
+    """The instruction sets that run here and agree with the reference, the slowest first; empty without the library.
+
+    Raises:
+        ValueError: see :func:`check_levels`.
+    """
     here = [level for level in check_levels() if level.runs_here]
     for level in here:
         if level.problem:

@@ -68,6 +68,7 @@ def built_without():
     return build
 
 
+@pytest.mark.slow
 @built_without
 def test_a_compiler_without_openmp_and_instruction_sets_gives_the_same_bits():
     """As Apple's, which refuses -fopenmp: the library is built all the same, and runs on one thread."""

@@ -151,6 +151,12 @@ def test_a_level_that_disagrees_is_not_used(monkeypatch):
         native.levels.cache_clear()
 
 
+def test_a_wrong_environment_variable_is_no_fault_of_the_levels(monkeypatch):
+    monkeypatch.setenv(native_calls.ATTENTION, "flaot")
+    with pytest.raises(ValueError, match=r"ATTENTION must be one of bfloat16, float32; got 'flaot'"):
+        native.levels.__wrapped__()
+
+
 # Integer products.
 
 
