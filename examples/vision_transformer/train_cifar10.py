@@ -37,7 +37,7 @@ from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 MAY_CHANGE = ("data", "output", "epochs", "max_minutes")
-"""Arguments that a run which goes on may be given anew; with others it would be another model, or none."""
+"""What may be another when a run goes on; with another of the rest, its checkpoint would not fit, or mix two runs."""
 MEAN = (0.4914, 0.4822, 0.4465)  # of the training pictures, per channel, in [0, 1]
 STD = (0.2470, 0.2435, 0.2616)
 VALIDATION = 1000  # training pictures held out to watch the run; the test set is looked at once, at the end
@@ -211,7 +211,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         state = torch.load(checkpoint, map_location=device)
         other = [k for k, value in settings.items() if state.get("settings", {}).get(k, value) != value]
         if other:
-            said = ", ".join(f"--{k.replace('_', '-')} {state['settings'][k]}, not {settings[k]}" for k in other)
+            said = ", ".join(f"{k.replace('_', '-')} {state['settings'][k]}, not {settings[k]}" for k in other)
             raise SystemExit(f"error: {checkpoint} was written with {said}; give the same, or another --output")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):

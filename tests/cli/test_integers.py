@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 from transformers import ViTForImageClassification
+from transformers.utils import logging
 
 from fairseq.cli.main import main
 from fairseq.models.vit_quantization import ViTQuantizer
@@ -22,8 +23,11 @@ def folder(models, pictures, tmp_path_factory):
     """A folder that quantize wrote; not to be written to."""
     out = tmp_path_factory.mktemp("integers") / "out"
     words = ["quantize", models / "short", *SETTINGS, "--calibration", pictures, "-o", out]
+    verbosity = logging.get_verbosity()
     with redirect_stdout(io.StringIO()) as printed:
         assert main([str(word) for word in words]) == 0
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
     assert "7 linear layers: 7 8-bit channel" in printed.getvalue()
     return out
 

@@ -296,7 +296,7 @@ def test_the_embedded_model_has_its_pictures(benchmark_script, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
 @pytest.mark.parametrize("process", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_memory_is_that_of_another_process(benchmark_script, model, tmp_path, monkeypatch, process):
-    """Or, as a process takes seconds to import it all, of this one, called as that is."""
+    """Or of this one, called as that is: how it is called and read, as the figures are then those of the tests."""
     file = tmp_path / "result.json"
     asked = load("benchmark")
 

@@ -505,7 +505,7 @@ def test_training_resumes_and_writes_a_folder_that_loads(script, cifar, tmp_path
     assert "after 1 epochs" in out
     code, _, _ = script("train_cifar10", *arguments, "--epochs", 3, "--lr", 0.1)
     assert code == (
-        f"error: {tmp_path / 'run' / 'checkpoint.pt'} was written with --lr 0.002, not 0.1; "
+        f"error: {tmp_path / 'run' / 'checkpoint.pt'} was written with lr 0.002, not 0.1; "
         "give the same, or another --output"
     )
     result = json.loads((tmp_path / "run" / "training.json").read_text())

@@ -1,6 +1,6 @@
 """Whatever a family may be configured as: its layers are exact, blocks agree with them, files bring the same bits back.
 
-RANDOM_MODELS=5000 draws that many; where there are more than 50, others each time. A failure prints the model, made
+RANDOM_MODELS=5000 draws that many; where there are more than 200, others each time. A failure prints the model, made
 smaller.
 """
 
@@ -25,7 +25,7 @@ EXAMPLES = int(os.environ.get("RANDOM_MODELS", 50))
 
 @settings(
     max_examples=EXAMPLES,
-    derandomize=EXAMPLES <= 50,
+    derandomize=EXAMPLES <= 200,
     database=None,
     suppress_health_check=list(HealthCheck),
 )

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 
 from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.modules.quantization.packed.kernels import library, native
 from fairseq.modules.quantization.scalar import ops
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
@@ -564,3 +565,13 @@ def test_each_layer_gets_the_statistics_of_what_it_multiplies(tiny_vit, images, 
     for name, factor in zip(names, factors, strict=True):
         x = seen[0] * factor
         assert_moment(moments[name], x, x)
+
+
+@pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
+@pytest.mark.parametrize(("name", "said"), [("ATTENTION", "must be one of"), ("LEVEL", "does not run here")])
+def test_a_wrong_environment_variable_is_said_before_the_work(monkeypatch, tiny_vit, name, said):
+    monkeypatch.setenv(f"FAIRSEQ_QUANTIZATION_{name}", "none")
+    monkeypatch.setattr(native, "levels", native.levels.__wrapped__)
+    monkeypatch.setattr("fairseq.quantization.conversion.convert.resolve", lambda *_: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=said):
+        convert(tiny_vit, QuantizationConfig())

@@ -118,7 +118,7 @@ def test_torch_files_give_the_outputs_of_the_model_from_integers(tmp_path):
     assert torch.equal(again[1], expected[:3])
 
 
-@pytest.mark.parametrize("bits", [8, pytest.param(7, marks=pytest.mark.matrix), 4])
+@pytest.mark.parametrize("bits", [8, pytest.param(7, marks=pytest.mark.slow), 4])
 def test_openvino_files_give_the_outputs_of_the_model_from_integers(tmp_path, bits, request):
     """That of 4 bits in a process of its own."""
     openvino = pytest.importorskip("openvino")
