@@ -1,5 +1,6 @@
 """Fixtures: every device present, tiny ViTs with random weights, and no network."""
 
+import functools
 import gc
 import os
 import sys
@@ -17,6 +18,13 @@ if not torch.cuda.is_available():
 from hypothesis import settings
 from products import in_float64, is_exact_here
 from transformers import ViTConfig, ViTForImageClassification
+
+try:
+    import openvino
+except ImportError:
+    pass
+else:  # one for all that a process tests: see fairseq.quantization.export.openvino_ir.core
+    openvino.Core = functools.cache(openvino.Core)
 
 from fairseq.modules.quantization.packed.kernels import choose
 from fairseq.quantization.export import verify
