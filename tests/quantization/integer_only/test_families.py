@@ -17,7 +17,7 @@ from fairseq.quantization.integer_only import head as heads
 from fairseq.quantization.integer_only.head import pool
 from fairseq.quantization.integer_only.native import native_outputs, reason_not_native
 
-PICTURES = families.pictures(12)
+PICTURES = families.pictures(40)
 OUTPUTS = {
     "deit-teacher": ("logits", "cls_logits", "distillation_logits"),
     "timm-deit": ("logits",),
