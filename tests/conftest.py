@@ -23,7 +23,7 @@ try:
     import openvino
 except ImportError:
     pass
-else:  # one for all that a process tests: see fairseq.quantization.export.openvino_ir.core
+else:  # one for all that a process tests: of several, released oldest first, a signal crashes (docs/export.rst)
     openvino.Core = functools.cache(openvino.Core)
 
 from fairseq.modules.quantization.packed.kernels import choose

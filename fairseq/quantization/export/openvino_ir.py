@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import tempfile
 from collections import Counter
@@ -22,16 +21,6 @@ NO_ROUNDING_OF_ITS_OWN = ("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_S
 """OpenVINO rounds the inputs of layers with 4-bit weights, in groups of 32, unless a model says otherwise."""
 
 
-@functools.cache
-def core() -> Any:
-    """OpenVINO's ``Core``, one for the process.
-
-    Each that compiles sets the thread's stack for signals, and sets back the former one when it goes (2026.4). Where an
-    older one goes first, what is set in the end is gone, and the next signal, such as Ctrl-C, ends the process.
-    """
-    return importlib.import_module("openvino").Core()
-
-
 def write_openvino(proto: Any, file: Path) -> None:
     """Write the ONNX model ``proto`` of :func:`~fairseq.quantization.export.onnx_graph.onnx_model`, of ops "openvino".
 
@@ -43,7 +32,7 @@ def write_openvino(proto: Any, file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         source = Path(folder) / "model.onnx"
         save_onnx(proto, source, None)
-        model = core().read_model(source)
+        model = openvino.Core().read_model(source)
         model.set_rt_info(*NO_ROUNDING_OF_ITS_OWN)
         openvino.save_model(model, file, compress_to_fp16=False)
         del model  # it reads its constants from the file
@@ -60,7 +49,7 @@ def multiplies_exactly() -> bool:
     rounded = ops.fake_quantize(x, *ends, *ends, 256)
     integers = ops.convert(ops.constant(np.full((64, 16), 127, np.int8)), np.float32)
     product = ops.matmul(rounded, ops.multiply(integers, np.float32(0.5)), False, False)
-    compiled = core().compile_model(openvino.Model([product], [x]), "CPU", IN_FLOAT32)
+    compiled = openvino.Core().compile_model(openvino.Model([product], [x]), "CPU", IN_FLOAT32)
     return bool((compiled(np.full((2, 64), 127, np.float32))[0] == 64 * 127 * 127 / 2).all())
 
 
@@ -68,7 +57,7 @@ def openvino_tensors(
     path: Path,
 ) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, Tensor], Counter[str]]:
     """What the file holds: integers by name (type, shape, bytes), float tensors by name, and its operators."""
-    model = core().read_model(path)
+    model = importlib.import_module("openvino").Core().read_model(path)
     integers, floats = {}, {}
     operations = model.get_ordered_ops()
     for constant in (operation for operation in operations if operation.get_type_name() == "Constant"):
