@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.context import plain_context
+from fairseq.modules.quantization.packed.kernels import native
 from fairseq.quantization.architectures.forward import Pixels
 from fairseq.quantization.architectures.layers import linear_layers
 from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan, check_model, resolve
@@ -86,6 +87,8 @@ def convert(
             ``engine="fused"`` and no block can be. The message names the layer.
     """
     check_engine(engine, config.execution)
+    if config.execution == "packed":
+        native.check_environment()
     check_model(model)
     if reconstruct is not None:
         if pixel_values is None:

@@ -29,15 +29,10 @@ ENGINES = ("auto", "fused", "layers")
 
 
 def check_engine(engine: str, execution: str = "packed") -> None:
-    """ValueError unless it is one of :data:`ENGINES`, and one that such a model can have.
-
-    Also where an environment variable of the native kernels is wrong: that is said before the work, not after it.
-    """
+    """ValueError unless it is one of :data:`ENGINES`, and one that such a model can have."""
     check_one_of("engine", engine, ENGINES)
     if engine == "fused" and execution != "packed":
         raise ValueError(f"engine='fused' runs packed integers; execution={execution!r} holds none")
-    if execution == "packed" and native.levels():
-        native.level_number()
 
 
 def optimize(model: Model, engine: str = "fused") -> Model:

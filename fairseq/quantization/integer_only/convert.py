@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.integer.published import FUNCTIONS
 from fairseq.modules.quantization.packed.config import check_one_of
+from fairseq.modules.quantization.packed.kernels import native
 from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.conversion.convert import convert
@@ -96,6 +97,7 @@ def convert_to_integers(
     if engine == "fused":
         raise ValueError("arithmetic='integer' has no fused engine; leave engine at 'auto'")
     check_engine(engine, config.execution)
+    native.check_environment()
     if pixels is None:
         raise ValueError(
             "arithmetic='integer' needs calibration=pictures, such as 128 that the model could see: "

@@ -9,6 +9,7 @@ from bounds import EXACT, flips, rms, rounding_noise, sum_error
 from torch import nn
 from transformers import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 
+from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.kernels import library, native
 from fairseq.modules.quantization.scalar import ops
@@ -569,9 +570,12 @@ def test_each_layer_gets_the_statistics_of_what_it_multiplies(tiny_vit, images, 
 
 @pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 @pytest.mark.parametrize(("name", "said"), [("ATTENTION", "must be one of"), ("LEVEL", "does not run here")])
-def test_a_wrong_environment_variable_is_said_before_the_work(monkeypatch, tiny_vit, name, said):
+def test_a_wrong_environment_variable_is_said_before_the_work(monkeypatch, tiny_vit, pixels, name, said):
     monkeypatch.setenv(f"FAIRSEQ_QUANTIZATION_{name}", "none")
     monkeypatch.setattr(native, "levels", native.levels.__wrapped__)
     monkeypatch.setattr("fairseq.quantization.conversion.convert.resolve", lambda *_: pytest.fail("too late"))
     with pytest.raises(ValueError, match=said):
         convert(tiny_vit, QuantizationConfig())
+    monkeypatch.setattr("fairseq.quantization.integer_only.convert.within_bytes", lambda *_: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=said):
+        ViTQuantizer(arithmetic="integer").quantize_model(tiny_vit, calibration=pixels)

@@ -89,6 +89,12 @@ def level_number(level: str | None = None) -> int:
     return _checked_level(level or os.environ.get(ENVIRONMENT) or levels()[-1])
 
 
+def check_environment() -> None:
+    """ValueError where an environment variable of these kernels is wrong, for who would learn it after the work."""
+    if levels():
+        level_number()
+
+
 def fast_halves(level: int) -> bool:
     """Whether products of bfloat16 are many times as fast as those of floats at a level."""
     return bool(library.loaded().fairseq_fast_halves(level))
