@@ -53,6 +53,9 @@ def quantize(kind):
     return made
 
 
+made = functools.cache(quantize)
+"""Models that are not to be changed."""
+
 EXAMPLES = Path(__file__).parent.parent / "examples" / "vision_transformer"
 
 

@@ -220,7 +220,7 @@ def test_two_workers_of_which_one_is_killed_lose_nothing(embed, classifier, pict
     embed(classifier, pictures, one, "--chunk", 1, "--threads", 1)
     uv = ["uv", "run", "--no-project"]  # which Ray knows: it would start workers elsewhere, without native kernels
     command = [*uv, sys.executable, FOLDER / "embed_many.py", classifier, pictures, two, "--chunk", 1, "--workers", 2]
-    # Ray's workers are nice: beside two busy processes they had 3% of a core, and took twenty minutes.
+    # Ray's workers are nice (15): beside two busy processes they took a quarter of an hour.
     environment = os.environ | {"RAY_worker_niceness": "0"}
     running = subprocess.Popen(
         list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -1,6 +1,5 @@
 """The C program: the integers of the model, without a warning or undefined behaviour, and a sentence for a bad file."""
 
-import functools
 import importlib.util
 import math
 import random
@@ -12,7 +11,7 @@ import zlib
 import pytest
 import torch
 from families import shortened
-from integer_models import EACH, EXAMPLES, PICTURES, embedded, embedded_pictures, quantize
+from integer_models import EACH, EXAMPLES, PICTURES, embedded, embedded_pictures, made
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.quantization.export.integer_c import c_files
@@ -22,9 +21,6 @@ COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler here: neither cc, gcc nor clang")
-
-
-made = functools.cache(quantize)  # not to be changed
 
 
 def compile_for(folder, *flags):

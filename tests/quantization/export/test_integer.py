@@ -5,12 +5,11 @@ import functools
 import json
 
 import families
-import integer_models
 import pytest
 import timm
 import torch
 from families import build, shortened
-from integer_models import EACH, PICTURES, embedded, embedded_pictures
+from integer_models import EACH, PICTURES, embedded, embedded_pictures, made
 
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.quantization.export import integer, integer_nodes
@@ -24,14 +23,10 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-quantize = functools.cache(integer_models.quantize)
-"""Models that are not to be changed."""
-
-
 @functools.cache
 def dynamic_file():
     """The file of such a model; it is to be copied before it is changed."""
-    return integer_model(quantize("dynamic"))
+    return integer_model(made("dynamic"))
 
 
 def run_here(form, path, batches):
@@ -42,7 +37,7 @@ def run_here(form, path, batches):
 @pytest.fixture(scope="module", params=EACH)
 def exported(request, tmp_path_factory):
     """(the model, the file, the report)"""
-    model, path = quantize(request.param), tmp_path_factory.mktemp("integers") / "vit.onnx"
+    model, path = made(request.param), tmp_path_factory.mktemp("integers") / "vit.onnx"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(integer, "run_elsewhere", run_here)
         return model, path, ViTQuantizer.export(model, path, sample=PICTURES[:3])
@@ -117,7 +112,7 @@ def test_onnx_of_a_layer_on_every_token(tmp_path):
 
 
 def test_rounding_in_front_is_the_only_part_with_floats(tmp_path):
-    model = quantize("dynamic")
+    model = made("dynamic")
     path = tmp_path / "vit.onnx"
     ViTQuantizer.export(model, path, sample={"pixel_values": PICTURES[:1]}, pixels="float32")
     edges = model.pixel_start[:, None, None] + model.pixel_step[:, None, None] * (torch.arange(16) + 0.5)
@@ -180,7 +175,7 @@ def test_a_planted_float_is_seen(plant, said):
 
 
 def test_a_file_with_a_float_or_another_integer_is_not_kept(tmp_path, monkeypatch, verified_here):
-    model, add = quantize("dynamic"), IntegerNodes.add
+    model, add = made("dynamic"), IntegerNodes.add
 
     def through_float(self, x, value):
         return self.cast(self.cast(add(self, x, value), "DOUBLE"), "INT64")
@@ -222,14 +217,14 @@ def test_files_of_torch(tmp_path, verified_here, format, suffix, pixels):
 
 
 def test_external_data_lies_beside(tmp_path):
-    model = quantize("4 bits")
+    model = made("4 bits")
     report = ViTQuantizer.export(model, tmp_path / "vit.onnx", external_data=True)
     assert {path.name for path in tmp_path.iterdir()} == {"vit.onnx", "vit.onnx.data"}
     assert len(report.paths) == 2
 
 
 def test_what_cannot_be_is_refused(tmp_path):
-    model = quantize("dynamic")
+    model = made("dynamic")
     cases = [
         (model, {"pixels": "float16"}, ValueError, "pixels must be one of 'uint8', 'float32'"),
         (model, {"sample": torch.zeros(1, 3, 8, 8)}, ValueError, r"shape \(batch, 3, 16, 16\), got \(1, 3, 8, 8\)"),

@@ -1,7 +1,6 @@
 """Integer-only models in files and folders: the same bits, small, and what is damaged or foreign refused."""
 
 import copy
-import functools
 import io
 import pickle
 from pathlib import Path
@@ -10,7 +9,7 @@ import families
 import pytest
 import safetensors.torch
 import torch
-from integer_models import EACH, KINDS, PICTURES, quantize
+from integer_models import EACH, KINDS, PICTURES, made
 from PIL import Image
 from transformers import (
     AutoModel,
@@ -24,9 +23,6 @@ from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.quantization.integer_only.model import IntegerViT
 from fairseq.quantization.saving import contents
 from fairseq.quantization.saving.integer import bits_of
-
-made = functools.cache(quantize)
-"""Models that are not to be changed."""
 
 
 @pytest.fixture(scope="module", params=EACH)
