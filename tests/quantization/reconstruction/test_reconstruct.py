@@ -50,10 +50,12 @@ def same(first, second):
     ids=str,
 )
 def test_it_errs_less_on_other_pictures(tiny_vit, changes):
+    """The head is left in float: it is in no block, and its error may be as large as that of all blocks."""
+    changes = {**changes, "overrides": {"classifier": {"skip": True}}}
     before = copy.deepcopy(tiny_vit.state_dict())
     plain, _ = quantize(tiny_vit, False, **changes)
     learned, report = quantize(tiny_vit, **changes)
-    assert compare_models(tiny_vit, learned, OTHERS)[0] < compare_models(tiny_vit, plain, OTHERS)[0]
+    assert compare_models(tiny_vit, learned, OTHERS)[0] < 0.5 * compare_models(tiny_vit, plain, OTHERS)[0]
     shares = [layer.reconstructed for layer in report.quantized if layer.block is not None]
     assert all(0 < share <= 1 for share in shares)
     assert min(shares) < 0.97

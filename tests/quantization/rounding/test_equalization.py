@@ -154,8 +154,9 @@ def test_inputs_that_share_a_scale_are_rounded_better(model, images, monkeypatch
     assert errors[True] < 0.5 * errors[False]
 
 
-def test_a_layer_left_in_float_is_rescaled_with_its_norm(model, images):
+def test_a_layer_left_in_float_is_rescaled_with_its_norm(model):
     """What shares a LayerNorm with quantized layers has to follow, whether it is quantized or not."""
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(4))
     for settings in ({"quantize_mlp": False}, {"overrides": {"*attention*k*": {"skip": True}}}):
         quantized = ViTQuantizer(bits=8, method="tensor", activations=None, **settings).quantize_model(model)
         with torch.no_grad():
