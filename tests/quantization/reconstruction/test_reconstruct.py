@@ -21,11 +21,11 @@ from fairseq.quantization.reconstruction.task import Task, token_weights
 
 PICTURES = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 OTHERS = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(4))
-FAST = Reconstruction(epochs=40, batch_size=8)
+FAST = Reconstruction(epochs=12, batch_size=8)
 SETTINGS = {"bits": 2, "method": "channel", "activations": None, "rounding": "nearest"}
 
 
-def quantize(model, reconstruct=FAST, pictures=PICTURES, resume=None, **changes):
+def quantize(model, reconstruct=FAST, pictures=PICTURES[:24], resume=None, **changes):
     quantizer = ViTQuantizer(**{**SETTINGS, **changes})
     result = quantizer.quantize_model(model, calibration=pictures, reconstruct=reconstruct, resume=resume)
     return result, quantizer.report
@@ -53,8 +53,8 @@ def test_it_errs_less_on_other_pictures(tiny_vit, changes):
     """The head is left in float: it is in no block, and its error may be as large as that of all blocks."""
     changes = {**changes, "overrides": {"classifier": {"skip": True}}}
     before = copy.deepcopy(tiny_vit.state_dict())
-    plain, _ = quantize(tiny_vit, False, **changes)
-    learned, report = quantize(tiny_vit, **changes)
+    plain, _ = quantize(tiny_vit, False, PICTURES, **changes)
+    learned, report = quantize(tiny_vit, replace(FAST, epochs=20), PICTURES, **changes)
     assert compare_models(tiny_vit, learned, OTHERS)[0] < 0.5 * compare_models(tiny_vit, plain, OTHERS)[0]
     shares = [layer.reconstructed for layer in report.quantized if layer.block is not None]
     assert all(0 < share <= 1 for share in shares)
@@ -157,7 +157,7 @@ def test_what_is_left_behind(tiny_vit):
 def test_a_static_range_is_learned(tiny_vit, execution):
     settings = {"activations": "static", "activation_bits": 8, "bits": 2, "execution": execution}
     plain, _ = quantize(tiny_vit, False, **settings)
-    learned, report = quantize(tiny_vit, Reconstruction(epochs=40, batch_size=8, scale_rate=5e-3), **settings)
+    learned, report = quantize(tiny_vit, Reconstruction(epochs=12, batch_size=8, scale_rate=5e-3), **settings)
     static = [x.name for x in report.quantized if x.activations == "static" and (x.reconstructed or 1) < 1]
     assert static
     scales = [[m.get_submodule(name).input_scale for name in static] for m in (plain, learned)]
@@ -201,12 +201,12 @@ def test_minutes_become_epochs_that_fit(monkeypatch, tiny_vit, caplog):
     monkeypatch.setattr(Learner, "learn", learn)
     ticks = iter(range(1000))  # each step takes a second
     monkeypatch.setattr(reconstructing.time, "perf_counter", lambda: next(ticks))
-    quantize(tiny_vit, Reconstruction(minutes=1))  # 2 blocks, 3 steps an epoch
+    quantize(tiny_vit, Reconstruction(minutes=1))  # 2 blocks, 2 steps an epoch
     quantize(tiny_vit, Reconstruction(minutes=0.01))
-    assert epochs == [10, 10, 1, 1]
+    assert epochs == [15, 15, 1, 1]
     said = caplog.text
-    assert "2 blocks, 10 epochs of 3 steps each, about 60 s on this machine" in said
-    assert "2 blocks, 1 epoch of 3 steps each" in said
+    assert "2 blocks, 15 epochs of 2 steps each, about 60 s on this machine" in said
+    assert "2 blocks, 1 epoch of 2 steps each" in said
 
 
 @pytest.mark.parametrize("name", ["swin", "beit", "dinov2", "timm-vit"])
@@ -214,7 +214,7 @@ def test_other_families(name):
     model = build(name).eval()
     config = getattr(model, "config", None)
     size = getattr(config, "image_size", None) or model.patch_embed.img_size[0]
-    pictures = torch.randn(40, 3, size, size, generator=torch.Generator().manual_seed(5))
+    pictures = torch.randn(24, 3, size, size, generator=torch.Generator().manual_seed(5))
     _, report = quantize(model, FAST, pictures)
     shares = [layer.reconstructed for layer in report.quantized if layer.component != "classifier"]
     assert None not in shares
