@@ -83,6 +83,7 @@ def of_two(given):
     return list(zip(*together(everything, *given), strict=True))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_integers_of_one(given, of_two):
     expected = all_quantized(*given[:2])
     for got in of_two[0]:
@@ -92,15 +93,18 @@ def test_two_processes_give_the_integers_of_one(given, of_two):
                 assert torch.equal(one[name], value), name
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_measures(given, of_two):
     assert of_two[1] == (measured(*given[:2]),) * 2
 
 
+@pytest.mark.slow
 def test_what_one_process_finds_wrong_ends_all(of_two):
     """Without a word to the others they would wait forever."""
     assert len(set(of_two[2])) == 1
 
 
+@pytest.mark.slow
 def test_a_process_without_pictures_has_the_statistics_of_all(given, of_two):
     (expected,) = collected(*given[3])
     for (got,) in of_two[3]:

@@ -91,6 +91,7 @@ ViTQuantizer(bits=3, method="channel").quantize_model(model, calibration=torch.l
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed(tiny_vit, tmp_path):
     tiny_vit.save_pretrained(tmp_path / "model")
     model = ViTForImageClassification.from_pretrained(tmp_path / "model").eval()
