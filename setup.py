@@ -6,6 +6,7 @@ The native kernels are compiled if there is a C++ compiler; without one everythi
 import os
 import platform
 import re
+import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,9 +43,9 @@ EXTRAS = {
 }  # fmt: skip
 
 KERNELS = Path("fairseq", "modules", "quantization", "packed", "kernels")
-# Python's own flags ask for debugging information: a fifth of the time, and five times the size of the code.
-DEBUG = [] if "-g" in os.environ.get("CXXFLAGS", "").split() else ["-g0"]
-COMPILE = ["-std=c++17", "-O3", *DEBUG, "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi"]
+# -g0: Python's own flags ask for debugging information, a fifth of the time and five times the size of the code.
+COMPILE = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi"]
+COMPILE += shlex.split(os.environ.get("CXXFLAGS", ""))  # once more, as the last of two that disagree counts
 OPENMP = ["-fopenmp"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-Wno-uninitialized"]
@@ -66,6 +67,10 @@ if MACHINE in ("x86_64", "AMD64"):
     }
 elif MACHINE in ("aarch64", "arm64"):
     LEVELS |= {"neon": [NEON, UNSCHEDULED], "neon_i8mm": [f"{NEON}+i8mm+bf16", UNSCHEDULED]}
+if ONLY := os.environ.get("FAIRSEQ_QUANTIZATION_LEVELS", "").split():
+    if unknown := set(ONLY) - set(LEVELS):
+        raise SystemExit(f"FAIRSEQ_QUANTIZATION_LEVELS: {MACHINE} has {' '.join(LEVELS)}, not {' '.join(unknown)}")
+    LEVELS = {level: flags for level, flags in LEVELS.items() if level in ONLY}
 
 
 class BuildNative(build_ext):

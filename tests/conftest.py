@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read with torch: tests of two threads run beside other workers
 
 import beside
 import pytest

@@ -30,7 +30,7 @@ CPUINFO, CGROUP = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup")
 NVIDIA = Path("/proc/driver/nvidia/version")
 WHEELS = (("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64"))
 """What there are wheels for with native kernels in them."""
-OURS, OPENMP = "FAIRSEQ_QUANTIZATION_", ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+OURS, OPENMP = "FAIRSEQ_QUANTIZATION_", ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS")
 
 
 def facts() -> dict[str, Any]:

@@ -224,7 +224,14 @@ FAMILIES = (
         kept={r"^\.(text\.)?transformer\.resblocks\.0\.mlp\.c_fc$": "the model asks it for the dtype of its weight"},
         text=r"^\.(text|transformer)\.",
     ),
-    Family("VitDet", ("vitdet",), attention=r"\.attention\.(qkv|proj)$", mlp=MLP, positions=NEVER),
+    Family(
+        "VitDet",
+        ("vitdet",),
+        attention=r"\.attention\.(qkv|proj)$",
+        mlp=MLP,
+        patches=r"\.embeddings\.projection$",
+        positions=NEVER,
+    ),
     Family(
         "timm",
         classes=("timm.models.vision_transformer.VisionTransformer", "timm.models.beit.Beit", "timm.models.eva.Eva"),

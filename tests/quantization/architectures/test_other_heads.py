@@ -18,6 +18,8 @@ from fairseq.quantization.architectures.recognition import family_of
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 NEEDS = {"mask2former": "scipy", "open-clip": "open_clip"}
 BY_RULE = ("detr", "rt-detr", "torchvision-swin")
+NO_EMBEDDINGS = (*BY_RULE, "segformer", "qwen2-vl", "qwen2.5-vl")
+"""That are known: overlapping patches, other convolutions, positions of another kind."""
 NAMES = other_heads.NAMES
 BITS = 4
 QUICK = (
@@ -87,6 +89,27 @@ def test_it_comes_back_equal(name, tmp_path):
         loaded = type(model).from_pretrained(tmp_path / "folder")
         assert compare_models(result, loaded, pixels)[0] == 0
         assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in result.state_dict().items())
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_embeddings(name, tmp_path):
+    model, pixels, settings = build(name), other_heads.pictures(name), {"bits": 8, "method": "channel"}
+    quantizer = ViTQuantizer(**settings, quantize_embeddings=True)
+    if name in NO_EMBEDDINGS:
+        with pytest.raises(ValueError, match="no patch embedding and no position embeddings that are known"):
+            quantizer.quantize_model(model)
+        return
+    result = quantizer.quantize_model(model, engine="layers")
+    listed = [layer for layer in quantizer.report.layers if layer.component == "embeddings"]
+    packed = [layer for layer in listed if layer.skipped is None]
+    assert packed
+    assert all(layer.bytes_after < layer.bytes_before / 2 for layer in packed)
+    assert [layer.skipped for layer in listed if layer.skipped] == ["it pads pictures, by (2, 2)"] * (name == "vitpose")
+    without = ViTQuantizer(**settings).quantize_model(model, engine="layers")
+    assert 0 < max(errors(without, result, pixels).values()) < 0.05
+    ViTQuantizer.save(result, tmp_path / "file.safetensors")
+    loaded = ViTQuantizer.load(tmp_path / "file.safetensors", build(name), engine="layers")
+    assert compare_models(result, loaded, pixels)[0] == 0
 
 
 @pytest.mark.parametrize("name", [name for name, kind in other_heads.KINDS.items() if kind.fused])

@@ -54,7 +54,8 @@ def test_export(name, form, tmp_path, monkeypatch):
         pytest.importorskip("timm")
     monkeypatch.setattr(verify, "run_elsewhere", run_here)
     model = build(name)
-    quantized = ViTQuantizer(bits=8, method="channel").quantize_model(model)
+    bits = 7 if form == "openvino" else 8  # its products of 8 bits saturate on x86 without VNNI
+    quantized = ViTQuantizer(bits=bits, method="channel").quantize_model(model)
     path = tmp_path / f"model{exporting.FORMATS[form]}"
     sample = picture_inputs(model, pictures(2))
     refused = REFUSED.get((name, form))
