@@ -206,8 +206,8 @@ H100 = {"name": "H100"}
          "bits=4 for half of the size at 3.1 times."),
         ({"measured": None}, False, "without --no-measure"),
         ({"measured.products.8 bits.to_float32": 1.04}, False, "not be faster than float32 here; it will be smaller"),
-        ({"processor.load": 2.1}, False, "busy (load 2.1 on 4 cores), so these times say little: measure again when it is "
-         "idle, and to work beside them set OMP_WAIT_POLICY=passive."),
+        ({"processor.load": 2.1}, False, "busy (load 2.1 on 4 cores), so these times say little: measure again when it "
+         "is idle, and to work beside them set OMP_WAIT_POLICY=passive."),
         ({"processor.load": 2.1, "environment": {"OMP_WAIT_POLICY": "passive"}}, False, "again when it is idle."),
         ({"processor.load": 2.1, "processor.openmp": False}, False, "again when it is idle."),
         ({"processor.load": 2.1, "processor.threads": 1}, False, "again when it is idle."),
