@@ -6,7 +6,6 @@ The native kernels are compiled if there is a C++ compiler; without one everythi
 import os
 import platform
 import re
-import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,7 +44,9 @@ EXTRAS = {
 KERNELS = Path("fairseq", "modules", "quantization", "packed", "kernels")
 # -g0: Python's own flags ask for debugging information, a fifth of the time and five times the size of the code.
 COMPILE = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi"]
-COMPILE += shlex.split(os.environ.get("CXXFLAGS", ""))  # once more, as the last of two that disagree counts
+# Of .ci/sanitize: flags that come last, which of two that disagree counts, and instruction sets beside "portable".
+COMPILE += os.environ.get("FAIRSEQ_QUANTIZATION_BUILD_FLAGS", "").split()
+ONLY = os.environ.get("FAIRSEQ_QUANTIZATION_BUILD_LEVELS", "").split()
 OPENMP = ["-fopenmp"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-Wno-uninitialized"]
@@ -67,10 +68,8 @@ if MACHINE in ("x86_64", "AMD64"):
     }
 elif MACHINE in ("aarch64", "arm64"):
     LEVELS |= {"neon": [NEON, UNSCHEDULED], "neon_i8mm": [f"{NEON}+i8mm+bf16", UNSCHEDULED]}
-if ONLY := os.environ.get("FAIRSEQ_QUANTIZATION_LEVELS", "").split():
-    if unknown := set(ONLY) - set(LEVELS):
-        raise SystemExit(f"FAIRSEQ_QUANTIZATION_LEVELS: {MACHINE} has {' '.join(LEVELS)}, not {' '.join(unknown)}")
-    LEVELS = {level: flags for level, flags in LEVELS.items() if level in ONLY}
+if ONLY:
+    LEVELS = {level: LEVELS[level] for level in LEVELS if level in (*ONLY, "portable")}
 
 
 class BuildNative(build_ext):

@@ -85,7 +85,8 @@ What a tick says:
   loaded gives equal outputs, to the bit.
 - *while loading*: ``from_pretrained`` with a ``FairseqViTConfig`` gives the integers of ``quantize_model``.
 - *ONNX*, *OpenVINO*, *TorchScript*, *torch.export*: the file runs by itself, on two batch sizes, and gives the model's
-  outputs. For OpenVINO at 7 bits, which it multiplies exactly on every processor; at 8 it needs VNNI (:doc:`export`).
+  outputs. OpenVINO's files are tested at 7 bits, which it multiplies exactly on every processor; 8 bits need VNNI
+  (:doc:`export`).
 """
 
 
@@ -106,7 +107,7 @@ OTHER_NOTES = """
 
 ⁶ PyTorch's exporter fails on it, or keeps the number of pictures.
 
-⁷ None that are known: its patches overlap, or are of a video, or it begins with other convolutions.
+⁷ None that are known: its patches overlap or are of a video, it begins with other convolutions, or it is of no family.
 
 - *saved*: in one file and, of models of HuggingFace, in a folder, and loaded with equal outputs, to the bit.
 - *embeddings*: these can be packed, too, and come back from a file with equal outputs.

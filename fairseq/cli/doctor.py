@@ -104,11 +104,12 @@ def _speed(found: dict[str, Any]) -> str:
     if found["measured"] is None:
         return "Nothing needs attention; without --no-measure this says how fast 8 and 4 bits are here."
     if processor["load"] is not None and processor["load"] > BUSY * processor["cores"]:
-        spins = processor["openmp"] and processor["threads"] > 1 and set_here.get("OMP_WAIT_POLICY") is None
+        spins = processor["openmp"] and processor["threads"] > 1
+        spins &= set_here.get("OMP_WAIT_POLICY", "").lower() != "passive"
         return (
             f"Other programs keep this machine busy (load {processor['load']:.1f} on "
             f"{_count(processor['cores'], 'core')}), so these times say little: measure again when it is idle"
-            f"{', and to work beside them set OMP_WAIT_POLICY=passive' if spins else ''}."
+            f"{'; to work beside them, set OMP_WAIT_POLICY=passive' if spins else ''}."
         )
     eight, four = (found["measured"]["products"][f"{bits} bits"] for bits in (8, 4))
     if eight["to_float32"] < GAIN:

@@ -189,7 +189,7 @@ def installer() -> str:
 
 
 def environment() -> dict[str, str]:
-    """The environment variables of this library that are set, and those of the number of threads."""
+    """The environment variables of this library that are set, and those of OpenMP and MKL."""
     return {key: os.environ[key] for key in sorted(os.environ) if key.startswith(OURS) or key in OPENMP}
 
 

@@ -46,6 +46,7 @@ def quick(monkeypatch):
 def test_json_is_whole_and_true(cli, quick, monkeypatch):
     monkeypatch.setenv("FAIRSEQ_QUANTIZATION_ATTENTION", "float32")
     monkeypatch.setenv("FAIRSEQ_ELSE", "not ours")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     result = cli("doctor", "--json")
     found = json.loads(result.out)
     assert result.code == found["attention"] == (0 if NATIVE else 1), found["advice"]
@@ -69,6 +70,7 @@ def test_json_is_whole_and_true(cli, quick, monkeypatch):
     assert len(found["gpu"]["devices"]) == torch.cuda.device_count()
     own = {key: value for key, value in found["environment"].items() if key.startswith("FAIRSEQ")}
     assert own == {"FAIRSEQ_QUANTIZATION_ATTENTION": "float32"}
+    assert found["environment"]["OMP_WAIT_POLICY"] == "active"
     assert tuple(one["name"] for one in found["native"]["levels"]) == native.level_names()
     assert tuple(one["name"] for one in found["native"]["levels"] if one["runs_here"]) == native.levels()
     assert found["native"]["used"] == (native.levels()[-1] if NATIVE else None)
@@ -207,8 +209,9 @@ H100 = {"name": "H100"}
         ({"measured": None}, False, "without --no-measure"),
         ({"measured.products.8 bits.to_float32": 1.04}, False, "not be faster than float32 here; it will be smaller"),
         ({"processor.load": 2.1}, False, "busy (load 2.1 on 4 cores), so these times say little: measure again when it "
-         "is idle, and to work beside them set OMP_WAIT_POLICY=passive."),
-        ({"processor.load": 2.1, "environment": {"OMP_WAIT_POLICY": "passive"}}, False, "again when it is idle."),
+         "is idle; to work beside them, set OMP_WAIT_POLICY=passive."),
+        ({"processor.load": 2.1, "environment": {"OMP_WAIT_POLICY": "active"}}, False, "OMP_WAIT_POLICY=passive."),
+        ({"processor.load": 2.1, "environment": {"OMP_WAIT_POLICY": "PASSIVE"}}, False, "again when it is idle."),
         ({"processor.load": 2.1, "processor.openmp": False}, False, "again when it is idle."),
         ({"processor.load": 2.1, "processor.threads": 1}, False, "again when it is idle."),
         ({"gpu.devices": [H100]}, False, 'H100 is here: move the model to it, model.to("cuda", torch.bfloat16), or '

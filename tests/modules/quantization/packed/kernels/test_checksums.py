@@ -1,6 +1,7 @@
 """Every instruction set gives the portable one's bits, in a program without Python, which .ci/arm runs for ARM, too."""
 
 import os
+import runpy
 import shutil
 import stat
 import subprocess
@@ -45,6 +46,16 @@ def test_every_level_gives_the_bits_of_the_portable_one():
     sums, levels = installed.result()
     assert tuple(levels) == native.levels()
     assert len(sums) == len({line.split()[0] for line in sums}) > 20
+
+
+def test_what_is_sanitized_is_compiled_as_asked(monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("setuptools"), "setup", lambda **keywords: None)
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", "linux-x86_64")
+    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_BUILD_FLAGS", "-g -O1")
+    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_BUILD_LEVELS", "avx2")
+    settings = runpy.run_path(str(ROOT / "setup.py"))
+    assert list(settings["LEVELS"]) == ["portable", "avx2"]
+    assert settings["COMPILE"][-2:] == ["-g", "-O1"]
 
 
 @Beside
