@@ -25,7 +25,7 @@ REFUSED_BY_TORCH_2_9 = {
         "dpt", "depth-anything", "segformer", "beit-segmentation", "mask2former", "backbone-dinov2", "torchvision-swin",
     )
 }  # fmt: skip
-REFUSED_BY_TORCH_2_9 |= {(name, "openvino") for name, _ in REFUSED_BY_TORCH_2_9}
+REFUSED_BY_TORCH_2_9 |= {(name, "openvino") for name in ("sam", *(name for name, _ in REFUSED_BY_TORCH_2_9))}
 """Its exporter wants another range of batch sizes."""
 
 
