@@ -146,9 +146,7 @@ def test_models_of_integers_are_timed_on_random_weights_alone(benchmark_script, 
     assert all(name in out for name in module.INTEGERS)
 
 
-@pytest.mark.skipif(
-    not native.levels(), reason="no native kernels: there was no C++ compiler when the library was installed"
-)
+@pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 def test_the_profile(benchmark_script, model, tmp_path):
     file = tmp_path / "result.json"
     names = [EIGHT, "8-bit channel, layers"]
