@@ -79,8 +79,11 @@ class Command:
                 signal.alarm(600)
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 warnings.simplefilter("ignore")
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                said = io.StringIO()
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
                     code = self.run(out, *more)
+                if code not in (0, *ENDED.values()):
+                    print(said.getvalue(), file=sys.stderr, flush=True)
             except KeyboardInterrupt:
                 code = 130
             except BaseException:

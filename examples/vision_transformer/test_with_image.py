@@ -34,7 +34,7 @@ from torch import nn
 from fairseq.models.vit_quantization import ViTQuantizer, compare_models
 from fairseq.quantization.evaluation.report import megabytes
 
-SHORT = [(4, "tensor"), (8, "histogram")]
+SHORT = [(8, "channel"), (4, "channel")]
 
 
 def prediction(model: nn.Module, inputs: dict) -> str:

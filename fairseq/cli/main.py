@@ -77,22 +77,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = typer.main.get_command(app).main(
                 None if arguments is None else list(arguments), prog_name="fairseq-vit", standalone_mode=False
             )
-    except UserError as error:
-        return _mistake(str(error), error.code)
-    except COMMAND_LINE_ERROR as error:
-        path = error.ctx.command_path if error.ctx else "fairseq-vit"
-        return _mistake(f"{first_line(error.format_message()).rstrip('.')}. See {path} --help")
-    except OSError as error:  # a full disk, a folder that cannot be written
-        return _mistake(first_line(error))
-    except MemoryError:
-        return _mistake("there is not enough memory for this")
-    except _Ended as ended:
-        code = 128 + ended.number
-    except (KeyboardInterrupt, typer.Abort):
-        code = STOPPED
+    except BaseException as error:
+        code = _stopped_by(error) or _mistaken(error)
+        if code is None:
+            raise
     if code in (STOPPED, *(128 + number for number in ENDED)):
         print("stopped", file=sys.stderr)
     return code or FINE
+
+
+def _stopped_by(error: BaseException | None) -> int | None:
+    """The exit code if a signal is at the bottom of an error; None if there is none.
+
+    What was going on may have made another error of it: Python 3.11 does if it comes while a class gets its names
+    (``__set_name__``), and transformers, which imports such classes, of that again another.
+    """
+    while error is not None:
+        if isinstance(error, _Ended):
+            return 128 + error.number
+        if isinstance(error, KeyboardInterrupt | typer.Abort):
+            return STOPPED
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _mistaken(error: BaseException) -> int | None:
+    """The exit code if an error is a mistake of the person at the keyboard, who is told; None if it is not."""
+    if isinstance(error, UserError):
+        return _mistake(str(error), error.code)
+    if isinstance(error, COMMAND_LINE_ERROR):
+        path = error.ctx.command_path if error.ctx else "fairseq-vit"
+        return _mistake(f"{first_line(error.format_message()).rstrip('.')}. See {path} --help")
+    if isinstance(error, OSError):  # a full disk, a folder that cannot be written
+        return _mistake(first_line(error))
+    if isinstance(error, MemoryError):
+        return _mistake("there is not enough memory for this")
+    return None
 
 
 class _Ended(BaseException):

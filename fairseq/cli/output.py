@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -18,6 +17,9 @@ import fairseq
 Command = TypeVar("Command", bound=Callable[..., int])
 HOUSE = Path(fairseq.__file__).parent
 Say = Callable[[str], None]
+NO_PROGRESS = bool(os.environ.get("TQDM_DISABLE"))
+SECONDS_OF_A_LINE = 30.0
+"""Between two lines about progress, where there is no terminal."""
 
 
 class UserError(Exception):
@@ -53,7 +55,7 @@ def first_line(error: BaseException | str) -> str:
 def working(quiet: bool) -> Iterator[Say]:
     """What prints inside, prints to stderr; the result says more there, unless ``quiet``.
 
-    Progress bars appear on a terminal only, and warnings are a line each.
+    Progress is a bar on a terminal, elsewhere a line every half minute; warnings are a line each.
     """
 
     def say(text: str) -> None:
@@ -64,22 +66,46 @@ def working(quiet: bool) -> Iterator[Say]:
         if issubclass(category, UserWarning) and Path(file).is_relative_to(HOUSE):  # others are not for this person
             say(f"warning: {first_line(str(message))}")
 
-    bars = sys.stderr.isatty() and not quiet
-    if not bars:
+    terminal = sys.stderr.isatty() and not quiet
+    if not terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")  # for those of other processes
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr), nullcontext() if bars else _no_bars():
+    with (
+        warnings.catch_warnings(),
+        redirect_stdout(sys.stderr),
+        nullcontext() if terminal else _lines(quiet or NO_PROGRESS),
+    ):
         warnings.showwarning = show  # type: ignore[assignment]
         yield say
 
 
+class _Lines:
+    """A file for tqdm, in which each state of a bar is a line of its own."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """No progress bars inside, of whoever; tqdm reads its environment when it is imported, which may be long ago."""
+def _lines(hidden: bool) -> Iterator[None]:
+    """Inside, progress bars, of whoever, are lines from time to time, or nothing at all.
+
+    tqdm reads its environment when it is imported, which may be long ago.
+    """
     from tqdm import tqdm
 
     before = tqdm.__init__
-    tqdm.__init__ = functools.partialmethod(before, disable=True)
+    every = {"mininterval": SECONDS_OF_A_LINE, "delay": SECONDS_OF_A_LINE, "file": _Lines(), "ncols": 79, "ascii": True}
+
+    def begin(bar: Any, *arguments: Any, **keywords: Any) -> None:
+        disable = hidden or keywords.get("disable") is True
+        before(bar, *arguments, **{**keywords, **every, "leave": False, "disable": disable})
+
+    tqdm.__init__ = begin
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from beside import python
 import fairseq
 from fairseq.cli import contents
 from fairseq.cli.main import COMMANDS, app, main
+from fairseq.cli.output import mistakes
 
 NAMES = [command.__name__ for command in COMMANDS]
 
@@ -92,6 +94,24 @@ def test_ctrl_c_is_130(cli, models, monkeypatch):
 
     monkeypatch.setattr(contents, "read", stop)
     assert cli("inspect", models / "packed") == (130, "", "stopped\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_one_whatever_became_of_it(cli, models, monkeypatch, number, code):
+    class Noticed:
+        def __set_name__(self, owner, name):
+            signal.raise_signal(number)
+
+    def stop(*arguments):
+        with mistakes(ImportError):
+            try:
+                type("Named", (), {"name": Noticed()})  # as enumerations in transformers while they are imported
+            except RuntimeError as error:
+                raise ModuleNotFoundError("Could not import module 'PrinterCallback'") from error
+        raise AssertionError("the signal was lost")
+
+    monkeypatch.setattr(contents, "read", stop)
+    assert cli("inspect", models / "packed") == (code, "", "stopped\n")
 
 
 def test_a_full_disk_is_one_line(cli, models, monkeypatch):

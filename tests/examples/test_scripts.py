@@ -87,7 +87,7 @@ def test_demo_on_a_given_model(script, model):
     code, out, err = script("test_with_image", "--model", model)
     assert (code, err) == (0, "")
     assert out.count("Quantized 7 linear layers in ") == 2
-    for text in ("4-bit tensor", "8-bit histogram", "MSE: ", "MAE: ", "Top-1 Match: ✓", "ms per image", "Size in "):
+    for text in ("8-bit channel", "4-bit channel", "MSE: ", "MAE: ", "Top-1 Match: ✓", "ms per image", "Size in "):
         assert text in out
     assert "accuracy" not in out  # the 500 pictures are not of this model's classes
     code, out, _ = script("test_with_image", "--all", "--model", model)

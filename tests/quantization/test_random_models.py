@@ -21,6 +21,8 @@ from fairseq.quantization.architectures.forward import output_of
 from fairseq.quantization.export.openvino_ir import multiplies_exactly
 
 EXAMPLES = int(os.environ.get("RANDOM_MODELS", 50))
+ENOUGH = 64
+"""Numbers in an output, to compare an error with their size; a single logit may be near 0 by chance."""
 
 
 @settings(
@@ -55,9 +57,10 @@ def check(case: RandomModel, folder) -> None:
     own = output(fused, pixels)
     assert quantizer.report.quantized
     if case.quantizer["activation_bits"] == 8:  # coarser ones flip too much to tell anything
+        more = case.pictures(case.batch * max(1, ENOUGH // got.numel()))
+        one, other, unrounded = (output(m, more) for m in (layers, fused, ViTQuantizer.dequantize_model(layers)))
         noise = rounding_noise(2 * len(quantizer.report.quantized))
-        unrounded = output(ViTQuantizer.dequantize_model(layers), pixels)
-        assert energy(own - got) <= noise * energy(got) + 4 * energy(got - unrounded)
+        assert energy(one - other) <= noise * energy(one) + 4 * energy(one - unrounded)
 
     if case.saved == "file":
         ViTQuantizer.save(fused, folder / "model.safetensors")

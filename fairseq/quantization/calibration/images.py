@@ -113,7 +113,7 @@ def pictures(
                     checks.look(name, pixels)
                     source.append(pixels)
     if not checks.count:
-        raise ValueError(f"images holds no picture: got {_describe(images)}, empty or used up")
+        raise ValueError(f"there is no picture: got {_describe(images)}, empty or used up")
     checks.look_together()
     if checks.count < FEW:
         warnings.warn(
@@ -200,8 +200,8 @@ def _indices(loader: DataLoader) -> list[Any] | None:
 def _files(folder: Path) -> list[Path]:
     """The pictures in a folder and below it, sorted by their names relative to it."""
     if not os.path.isdir(folder):
-        what = "is a file: pass a list of paths" if os.path.isfile(folder) else "does not exist"
-        raise ValueError(f"images must be {ACCEPTED}; {str(folder)!r} {what}")
+        what = "is a file (pass a list of paths)" if os.path.isfile(folder) else "does not exist"
+        raise ValueError(f"the folder of pictures {str(folder)!r} {what}; accepted are {ACCEPTED}")
     found = ((path.relative_to(folder), path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     kept = [(name.as_posix(), path) for name, path in found if not any(part.startswith(".") for part in name.parts)]
     return [path for _, path in sorted(kept) if path.is_file()]

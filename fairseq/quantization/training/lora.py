@@ -33,7 +33,7 @@ def add_lora(model: nn.Module, config: Any, adapter_name: str = "default") -> An
         model: what ``quantize_model``, ``pack_model`` or ``from_pretrained`` returned, with packed layers.
         config: a ``peft.LoraConfig``; its ``target_modules`` name the layers. DoRA and initializations that look at
             the weight are not for integers.
-        adapter_name: of the adapter.
+        adapter_name: of the adapter; PeftModel's own ``add_adapter`` and ``set_adapter`` add others and choose one.
 
     Raises:
         ImportError: peft is missing.
@@ -44,8 +44,16 @@ def add_lora(model: nn.Module, config: Any, adapter_name: str = "default") -> An
         return peft.get_peft_model(model, config, adapter_name=adapter_name)
 
 
-def load_lora(model: nn.Module, folder: str | os.PathLike[str], trainable: bool = False) -> Any:
+def load_lora(
+    model: nn.Module, folder: str | os.PathLike[str], trainable: bool = False, adapter_name: str = "default"
+) -> Any:
     """The packed model with the adapters that ``PeftModel.save_pretrained`` wrote to a folder; ``model`` is changed.
+
+    Args:
+        model: as for :func:`add_lora`.
+        folder: with adapter_config.json and adapter_model.safetensors.
+        trainable: whether the adapters are trained further.
+        adapter_name: of the adapter; PeftModel's own ``load_adapter`` loads others beside it.
 
     Raises:
         ImportError: peft is missing.
@@ -57,7 +65,9 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], trainable: bool 
     config = peft.PeftConfig.from_pretrained(os.fspath(folder))
     config.inference_mode = not trainable
     with _known_to_peft(model, config):
-        return peft.PeftModel.from_pretrained(model, os.fspath(folder), config=config, is_trainable=trainable)
+        return peft.PeftModel.from_pretrained(
+            model, os.fspath(folder), adapter_name=adapter_name, config=config, is_trainable=trainable
+        )
 
 
 def _check_adapters(folder: Path) -> None:

@@ -307,7 +307,7 @@ def spoilt(value, i=37):
         ([*X, BYTES[0]], TypeError, r"images\[40\] must be .* uint8 .*normalise"),
         ({"pixel_values": BYTES}, TypeError, "normalise"),
         (iter([(BYTES, 0)]), TypeError, r"images\[0\] must be .* uint8"),
-        ("tabby, tabby cat", ValueError, "'tabby, tabby cat' does not exist"),
+        ("tabby, tabby cat", ValueError, "the folder of pictures 'tabby, tabby cat' does not exist; accepted"),
         (["tabby", "tench"], ValueError, r"images\[0\] \(tabby\) is no file: calibration needs pictures, not names"),
         (["x" * 5000], ValueError, "not names"),
         ([("tabby", "tench")], ValueError, "more than one of them a picture"),
@@ -355,7 +355,7 @@ def test_files_that_are_refused(tiny_vit, pictures, tmp_path):
         with pytest.raises(ValueError, match=message):
             pixel_values(images, tiny_vit, Processor())
 
-    check(tmp_path, "holds no picture")
+    check(tmp_path, "there is no picture: got")
     pictures[0].save(tmp_path / "a.png")
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "torn.jpg").write_bytes((tmp_path / "a.png").read_bytes()[:200])
@@ -363,7 +363,7 @@ def test_files_that_are_refused(tiny_vit, pictures, tmp_path):
     check([tmp_path / "a.png", tmp_path / "deep" / "torn.jpg"], r"images\[1\] \(.*torn\.jpg\) cannot be read")
     check([tmp_path / "a.png", tmp_path / "gone.png"], r"images\[1\] \(.*gone\.png\) is no file")
     check([tmp_path], r"images\[0\] .* is a folder")
-    check(tmp_path / "a.png", r"a\.png' is a file: pass a list of paths")
+    check(tmp_path / "a.png", r"a\.png' is a file \(pass a list of paths\)")
     Image.new("I;16", (16, 16)).save(tmp_path / "sixteen.png")
     check([tmp_path / "sixteen.png"], r"sixteen\.png\) cannot be read .* mode is I;16")
     check([pictures[0], Image.new("F", (16, 16))], r"images\[1\] cannot be read .* mode is F")

@@ -83,6 +83,30 @@ def test_it_trains_on_a_fused_model_and_its_adapter_is_saved_and_loaded(tiny_vit
         adapted.merge_and_unload()
 
 
+def test_several_adapters_are_switched_saved_and_loaded(tiny_vit, pixels, tmp_path):
+    peft = pytest.importorskip("peft")
+    packed = ViTQuantizer(bits=4, method="channel").quantize_model(tiny_vit)
+    base = copy.deepcopy(packed)
+    adapted = add_lora(packed, config(peft, packed, init_lora_weights=False), "first").eval()
+    adapted.add_adapter("second", config(peft, packed, init_lora_weights=False))
+    expected = {}
+    with torch.no_grad():
+        for name in ("first", "second", "first"):
+            adapted.set_adapter(name)
+            assert torch.equal(expected.setdefault(name, adapted(pixels).logits), adapted(pixels).logits)
+        rows = adapted(pixels, adapter_names=["first", "second", "first", "second", "second"]).logits
+    for row, name in enumerate(["first", "second", "first", "second", "second"]):
+        torch.testing.assert_close(rows[row], expected[name][row])
+    assert not torch.allclose(expected["first"], expected["second"])
+    adapted.save_pretrained(tmp_path)
+    loaded = load_lora(base, tmp_path / "first", adapter_name="first")
+    loaded.load_adapter(tmp_path / "second", "second")
+    with torch.no_grad():
+        for name in expected:
+            loaded.set_adapter(name)
+            assert torch.equal(loaded(pixels).logits, expected[name]), name
+
+
 def test_what_cannot_be_adapted(tiny_vit, monkeypatch):
     peft = pytest.importorskip("peft")
     settings = config(peft, tiny_vit)
