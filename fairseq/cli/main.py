@@ -87,17 +87,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _stopped_by(error: BaseException | None) -> int | None:
-    """The exit code if a signal is at the bottom of an error; None if there is none.
+    """The exit code if a signal is the cause of an error; None if there is none.
 
     What was going on may have made another error of it: Python 3.11 does if it comes while a class gets its names
     (``__set_name__``), and transformers, which imports such classes, of that again another.
     """
-    while error is not None:
+    seen: list[BaseException] = []
+    while error is not None and not any(error is one for one in seen):
         if isinstance(error, _Ended):
             return 128 + error.number
         if isinstance(error, KeyboardInterrupt | typer.Abort):
             return STOPPED
-        error = error.__cause__ or error.__context__
+        seen.append(error)
+        error = error.__cause__
     return None
 
 

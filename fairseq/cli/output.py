@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -20,6 +21,10 @@ Say = Callable[[str], None]
 NO_PROGRESS = bool(os.environ.get("TQDM_DISABLE"))
 SECONDS_OF_A_LINE = 30.0
 """Between two lines about progress, where there is no terminal."""
+ARGUMENTS_OF_TQDM = (
+    "iterable", "desc", "total", "leave", "file", "ncols", "mininterval", "maxinterval", "miniters", "ascii", "disable"
+)  # fmt: skip
+CURSOR_UP = "\x1b[A"
 
 
 class UserError(Exception):
@@ -80,10 +85,15 @@ def working(quiet: bool) -> Iterator[Say]:
 
 
 class _Lines:
-    """A file for tqdm, in which each state of a bar is a line of its own."""
+    """A file for one bar of tqdm: its state is a line of its own, from time to time."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
 
     def write(self, text: str) -> None:
-        if line := text.strip():
+        line = text.replace(CURSOR_UP, "").strip()
+        if line and time.monotonic() - self.last >= SECONDS_OF_A_LINE:
+            self.last = time.monotonic()
             print(line, file=sys.stderr, flush=True)
 
     def flush(self) -> None:
@@ -98,18 +108,18 @@ def _lines(hidden: bool) -> Iterator[None]:
     """
     from tqdm import tqdm
 
-    before = tqdm.__init__
-    every = {"mininterval": SECONDS_OF_A_LINE, "delay": SECONDS_OF_A_LINE, "file": _Lines(), "ncols": 79, "ascii": True}
+    stored, before = vars(tqdm)["__init__"], tqdm.__init__
 
     def begin(bar: Any, *arguments: Any, **keywords: Any) -> None:
-        disable = hidden or keywords.get("disable") is True
-        before(bar, *arguments, **{**keywords, **every, "leave": False, "disable": disable})
+        given = {**dict(zip(ARGUMENTS_OF_TQDM, arguments)), **keywords}
+        disable = hidden or bool(given.get("disable"))
+        before(bar, **{**given, "file": _Lines(), "ncols": 79, "ascii": True, "disable": disable})
 
     tqdm.__init__ = begin
     try:
         yield
     finally:
-        tqdm.__init__ = before
+        tqdm.__init__ = stored
 
 
 def finish(result: Mapping[str, Any], text: str, as_json: bool, code: int = 0) -> int:

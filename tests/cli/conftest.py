@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import ViTImageProcessor
 from transformers.utils import logging
 
+from fairseq.cli import output
 from fairseq.cli.main import main
 from fairseq.models.vit_quantization import ViTQuantizer
 
@@ -27,6 +28,7 @@ def cli(capsys, monkeypatch):
     """The program: takes words, returns exit code, stdout and stderr."""
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_TELEMETRY"):
         monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(output, "NO_PROGRESS", True)
     verbosity = logging.get_verbosity()
 
     def run(*words):

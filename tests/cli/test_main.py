@@ -83,7 +83,14 @@ def test_mistakes_in_the_call_are_one_line(cli, words, said):
 
 
 def test_bugs_keep_their_traceback(models, monkeypatch):
-    monkeypatch.setattr(contents, "read", lambda *arguments: 1 / 0)
+    def stumble(*arguments):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            error = ZeroDivisionError("in the clean-up")
+            raise error from error
+
+    monkeypatch.setattr(contents, "read", stumble)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", str(models / "packed")])
 

@@ -57,7 +57,7 @@ def check(case: RandomModel, folder) -> None:
     own = output(fused, pixels)
     assert quantizer.report.quantized
     if case.quantizer["activation_bits"] == 8:  # coarser ones flip too much to tell anything
-        more = case.pictures(case.batch * max(1, ENOUGH // got.numel()))
+        more = case.pictures(case.batch * -(-ENOUGH // got.numel()))
         one, other, unrounded = (output(m, more) for m in (layers, fused, ViTQuantizer.dequantize_model(layers)))
         noise = rounding_noise(2 * len(quantizer.report.quantized))
         assert energy(one - other) <= noise * energy(one) + 4 * energy(one - unrounded)

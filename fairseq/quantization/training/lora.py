@@ -45,7 +45,7 @@ def add_lora(model: nn.Module, config: Any, adapter_name: str = "default") -> An
 
 
 def load_lora(
-    model: nn.Module, folder: str | os.PathLike[str], trainable: bool = False, adapter_name: str = "default"
+    model: nn.Module, folder: str | os.PathLike[str], trainable: bool = False, *, adapter_name: str = "default"
 ) -> Any:
     """The packed model with the adapters that ``PeftModel.save_pretrained`` wrote to a folder; ``model`` is changed.
 
