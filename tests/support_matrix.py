@@ -29,7 +29,7 @@ COLUMNS = {
     "packed": ("architectures.test_families", "test_quantized_output_is_close_and_not_equal[{}]"),
     "emulated": ("architectures.test_families", "test_emulated_is_packed[{}]"),
     "calibrated": ("architectures.test_families", "test_calibration_lowers_the_error[{}]"),
-    "embeddings": ("architectures.test_families", "test_embeddings[nearest-{}]"),
+    "embeddings": ("architectures.test_families", "test_embeddings[{}-False]"),
     "one file": ("saving.test_checkpoint", "test_every_family[{}]"),
     "folder": ("saving.test_huggingface", "test_every_family_comes_back[{}]"),
     "while loading": ("saving.test_huggingface", "test_every_family_is_quantized_while_it_is_loaded[{}]"),
