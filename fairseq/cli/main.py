@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _stopped_by(error) or _mistaken(error)
         if code is None:
             raise
-    if code in (STOPPED, *(128 + number for number in ENDED)):
+    if code in (STOPPED, *(128 + number for number in ENDED)):  # typer makes a code of Ctrl-C, too
         print("stopped", file=sys.stderr)
     return code or FINE
 
