@@ -3,11 +3,14 @@
 import functools
 import gc
 import os
+import signal
 import sys
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read with torch: tests of two threads run beside other workers
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script; what tests start inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import beside
 import pytest

@@ -272,8 +272,7 @@ def test_an_error_while_it_saves_leaves_what_was_there(cli, models, tmp_path, mo
 
 
 SLOW = """
-import json, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+import json, sys, time
 from fairseq.cli.main import main
 from fairseq.quantization.saving import contents
 write = contents.write
