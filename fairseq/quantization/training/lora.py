@@ -30,17 +30,22 @@ def add_lora(model: nn.Module, config: Any, adapter_name: str = "default") -> An
     al., 2023, https://arxiv.org/abs/2305.14314.
 
     Args:
-        model: what ``quantize_model``, ``pack_model`` or ``from_pretrained`` returned, with packed layers.
+        model: what ``quantize_model``, ``pack_model`` or ``from_pretrained`` returned, with packed layers; or a
+            PeftModel of such a model, which gets one more adapter and keeps the active one.
         config: a ``peft.LoraConfig``; its ``target_modules`` name the layers. DoRA and initializations that look at
             the weight are not for integers.
-        adapter_name: of the adapter; PeftModel's own ``add_adapter`` and ``set_adapter`` add others and choose one.
+        adapter_name: of the adapter; PeftModel's own ``set_adapter`` chooses one of several.
 
     Raises:
         ImportError: peft is missing.
-        ValueError: nothing in ``model`` is packed, or as peft: no layer of such a name, a config of another method.
+        ValueError: nothing in ``model`` is packed, or as peft: no layer of such a name, a config of another method,
+            an adapter of this name is there.
     """
     peft = _peft()
     with _known_to_peft(model, config):
+        if isinstance(model, peft.PeftModel):
+            model.add_adapter(adapter_name, config)
+            return model
         return peft.get_peft_model(model, config, adapter_name=adapter_name)
 
 
@@ -53,7 +58,7 @@ def load_lora(
         model: as for :func:`add_lora`.
         folder: with adapter_config.json and adapter_model.safetensors.
         trainable: whether the adapters are trained further.
-        adapter_name: of the adapter; PeftModel's own ``load_adapter`` loads others beside it.
+        adapter_name: of the adapter, as for :func:`add_lora`.
 
     Raises:
         ImportError: peft is missing.
@@ -64,6 +69,10 @@ def load_lora(
     _check_adapters(Path(folder))
     config = peft.PeftConfig.from_pretrained(os.fspath(folder))
     config.inference_mode = not trainable
+    if isinstance(model, peft.PeftModel):  # its own load_adapter would take only layers that have an adapter already
+        add_lora(model, config, adapter_name)
+        model.load_adapter(os.fspath(folder), adapter_name, is_trainable=trainable)
+        return model
     with _known_to_peft(model, config):
         return peft.PeftModel.from_pretrained(
             model, os.fspath(folder), adapter_name=adapter_name, config=config, is_trainable=trainable

@@ -88,7 +88,9 @@ def test_several_adapters_are_switched_saved_and_loaded(tiny_vit, pixels, tmp_pa
     packed = ViTQuantizer(bits=4, method="channel").quantize_model(tiny_vit)
     base = copy.deepcopy(packed)
     adapted = add_lora(packed, config(peft, packed, init_lora_weights=False), "first").eval()
-    adapted.add_adapter("second", config(peft, packed, init_lora_weights=False))
+    more = [name for name, _ in packed.named_modules() if name.endswith((".query", ".q_proj", "classifier"))]
+    second = peft.LoraConfig(r=3, target_modules=more, init_lora_weights=False)  # on a layer that had none, too
+    assert add_lora(adapted, second, "second") is adapted
     expected = {}
     with torch.no_grad():
         for name in ("first", "second", "first"):
@@ -100,7 +102,15 @@ def test_several_adapters_are_switched_saved_and_loaded(tiny_vit, pixels, tmp_pa
     assert not torch.allclose(expected["first"], expected["second"])
     adapted.save_pretrained(tmp_path)
     loaded = load_lora(base, tmp_path / "first", adapter_name="first")
-    loaded.load_adapter(tmp_path / "second", "second")
+    assert load_lora(loaded, tmp_path / "second", adapter_name="second") is loaded
+    assert loaded.active_adapter == "first"
+    with pytest.raises(ValueError, match="already exists"):
+        load_lora(loaded, tmp_path / "second", adapter_name="second")
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    load_lora(loaded, tmp_path / "second", trainable=True, adapter_name="third")
+    loaded.set_adapter("third")
+    loaded(pixels).logits.sum().backward()
+    assert {name.split(".")[-2] for name, weight in loaded.named_parameters() if weight.grad is not None} == {"third"}
     with torch.no_grad():
         for name in expected:
             loaded.set_adapter(name)
