@@ -133,7 +133,11 @@ def test_every_command_of_the_command_line_page_runs(model_folder, tmp_path, mon
         assert main(words) == (words[0] == "doctor" and not native.levels()), command
 
 
-FOREIGN = {"... size mismatch", "operator torchvision::nms does not exist"}
+FOREIGN = {
+    "... size mismatch",
+    "operator torchvision::nms does not exist",
+    "symbolically traced variables cannot be used as inputs to control flow",
+}
 """What PyTorch says."""
 
 

@@ -34,9 +34,9 @@ class PatchConvolution(nn.Conv2d):
 
     def _fits(self, input: Tensor) -> bool:
         tensors = [tensor for tensor in (input, self.weight, self.bias) if tensor is not None]
-        if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
+        if not functional.plain(*tensors) or any(map(_has_tangent, tensors)):  # first: torch.fx takes no branches
             return False
-        if not functional.plain(*tensors) or any(map(_has_tangent, tensors)):
+        if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
             return False
         if input.ndim != 4 or input.shape[1] != self.in_channels or torch.is_autocast_enabled("cpu"):
             return False

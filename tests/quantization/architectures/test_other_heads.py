@@ -7,6 +7,7 @@ import other_heads
 import pytest
 import torch
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from fairseq.models.vit_quantization import ViTQuantizer, compare_models, compare_outputs
 from fairseq.modules.quantization.packed import PackedLinear
@@ -14,6 +15,7 @@ from fairseq.modules.quantization.packed.kernels import library
 from fairseq.quantization.architectures.families import tower_of
 from fairseq.quantization.architectures.plan import UNCALLED
 from fairseq.quantization.architectures.recognition import family_of
+from fairseq.quantization.architectures.separate import SeparateAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 NEEDS = {"mask2former": "scipy", "open-clip": "open_clip"}
@@ -254,3 +256,24 @@ def test_a_model_that_nobody_saw_running_is_said_to_be_one():
         ValueError, match="NotOnNoise does not run on pictures alone, as calibration does: RuntimeError"
     ):
         ViTQuantizer().quantize_model(model, calibration=torch.randn(8, 3, 9, 9))
+
+
+def test_torchvision_extracts_features_from_packed_layers():
+    """As the guide says it (troubleshooting)."""
+    model, pixels = build("torchvision-vit"), other_heads.pictures("torchvision-vit", 3)
+    result, _ = quantized(model, engine="layers")
+    leaves = [PackedLinear, SeparateAttention]
+    nodes = ["encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1.mlp", "heads"]
+    extractor = create_feature_extractor(result, nodes, tracer_kwargs={"leaf_modules": leaves})
+    seen = {}
+    for name in nodes:
+        result.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: seen.update({name: out}))
+    with torch.no_grad():
+        features, logits = extractor(pixels), result(pixels)
+    assert torch.equal(features["heads"], logits)
+    for name in nodes:
+        assert torch.equal(features[name], seen[name]), name
+    optimized = ViTQuantizer.optimize(result) if NATIVE else result
+    with torch.no_grad():
+        features = create_feature_extractor(optimized, nodes, tracer_kwargs={"leaf_modules": leaves})(pixels)
+    assert torch.equal(features["heads"], logits)  # a traced block runs layer by layer
