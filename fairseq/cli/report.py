@@ -11,9 +11,6 @@ import typer
 from fairseq.cli.options import Json, Quiet
 from fairseq.cli.output import UserError, finish, mistakes, with_examples, working
 
-SHOWN, MAPS, ALONE = 24, 4, 16
-"""How many pictures whose class changed, maps of hidden states, and pictures to measure blocks on, there are."""
-
 
 @with_examples(
     "report google/vit-base-patch16-224 vit-int4 --images pictures -o report.html",

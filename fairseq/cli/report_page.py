@@ -23,7 +23,6 @@ from fairseq.cli.machine import processor_name
 from fairseq.cli.measure import PAUSE, seconds
 from fairseq.cli.output import Say, UserError, mistakes
 from fairseq.cli.pictures import all_pixels, pictures_in
-from fairseq.cli.report import ALONE, MAPS, SHOWN
 from fairseq.models.vit_quantization import compare_outputs
 from fairseq.quantization.architectures.families import component_of, kept_reason, tower_of
 from fairseq.quantization.architectures.forward import call
@@ -48,6 +47,8 @@ from fairseq.quantization.evaluation.report import QuantizationReport
 
 FIRST = 5
 """So many classes of a picture are shown."""
+SHOWN, MAPS, ALONE = 24, 4, 16
+"""How many pictures whose class changed, maps of hidden states, and pictures to measure blocks on, there are."""
 CLASSES = "the classes"
 LEFT_OUT = "left in float when it was quantized"
 
