@@ -115,7 +115,7 @@ def _compare(level: int) -> str | None:
         low, high = (-128, 128) if bits == 8 else (0, 16)
         codes = torch.randint(low, high, (40, 70), generator=random).to(torch.int8)
         q = torch.randint(-128, 128, (19, 70), generator=random).to(torch.int8)
-        codes[0], q[0] = low, 127  # the largest products, which saturate where sums are kept in 16 bits
+        codes[0], codes[1], q[0], q[1] = low, high - 1, 127, -128  # products that saturate in sums of 16 bits
         scale = torch.rand(40, generator=random, dtype=real) + 0.1
         zero = torch.full((40,), 2 ** (bits - 1), dtype=torch.uint8)
         parts = to_panels(codes, bits), sums_of(codes, bits), scale, zero

@@ -186,6 +186,11 @@ def test_the_largest_sums_do_not_saturate(level):
         layer, _, _ = layer_of(inputs, 3, codes=torch.full((3, inputs), code, dtype=torch.int8))
         got = native_calls.product(torch.full((2, inputs), q, dtype=torch.int8), layer, level)
         assert bool((got == inputs * q * code).all())
+    for q, bits, inputs in itertools.product((-128, 127), (2, 4), (1, 15, 16, 63, 3072, 65535)):
+        code = 2**bits - 1
+        layer, _, _ = layer_of(inputs, 3, bits, codes=torch.full((3, inputs), code, dtype=torch.int8))
+        got = native_calls.product(torch.full((2, inputs), q, dtype=torch.int8), layer, level)
+        assert bool((got == inputs * q * code).all())
 
 
 def magnitudes(x, layer, weight):

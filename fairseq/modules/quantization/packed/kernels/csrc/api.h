@@ -239,8 +239,8 @@ struct Kernels {
   // Rounds one row into row `row` of a tile of `rows` rows; scale and sum are of the integers, 1 and 0 of bfloat16.
   void (*quantize)(const float* x, const Linear& grid, float* scratch, uint8_t* tile, int64_t row, int64_t rows,
                    float* scale, int32_t* sum);
-  // Integer sums of a tile, (rows, PANEL).
-  void (*product)(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums);
+  // Integer sums of a tile, (rows, PANEL), of codes that are a byte each, narrow ones of up to 4 bits.
+  void (*product)(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, bool narrow, int32_t* sums);
   // Panels first ... last - 1 for the tiles from `from` to `to`: out = y, activated if that is not -1, (+ residual).
   void (*linear)(const Linear& linear, const SharedWorkspace& shared, ThreadWorkspace& own, int64_t from, int64_t to,
                  int64_t first, int64_t last, int32_t activation, const float* residual, float* out);

@@ -138,7 +138,7 @@ static inline void multiply_in(const typename Arithmetic::Layer& linear, const R
           if (piece.left) panels.unpack_some(least(unpacked, piece.left));
         };
         const uint8_t* numbers = x.bytes + tile.row * x.stride + start * 4 * tile.rows;
-        Arithmetic::product(numbers, codes, tile.rows, count, sums, c > 0, pause);
+        panels.product(numbers, codes, tile.rows, count, sums, c > 0, pause);
         lap(own, STAGE_PRODUCT);
         if (done < rows) some(rows);
         lap(own, STAGE_EPILOGUE);

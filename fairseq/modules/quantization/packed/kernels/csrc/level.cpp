@@ -14,12 +14,16 @@
 #include "patches.h"
 
 namespace {
-void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums) {
-  Isa::product(tile, panel, rows, steps, sums);
+template <typename Own>
+void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, bool narrow, int32_t* sums) {
+  if constexpr (Own::FAST_NARROW) {
+    if (narrow) return Own::narrow_product(tile, panel, rows, steps, sums);
+  }
+  Own::product(tile, panel, rows, steps, sums);
 }
 }  // namespace
 
-extern const Kernels JOIN(kernels_, LEVEL) = {TEXT(LEVEL), Isa::ROWS,    Isa::GROUP,     Isa::OFFSET, Isa::FAST_HALVES,
-                                              Isa::enter,  Isa::leave,   norm,           activate,    quantize,
-                                              product,     linear,       attention_pack, attend,      block,
-                                              integers,    integer_norm, round_pixels,   patches};
+extern const Kernels JOIN(kernels_, LEVEL) = {TEXT(LEVEL),  Isa::ROWS,    Isa::GROUP,     Isa::OFFSET, Isa::FAST_HALVES,
+                                              Isa::enter,   Isa::leave,   norm,           activate,    quantize,
+                                              product<Isa>, linear,       attention_pack, attend,      block,
+                                              integers,     integer_norm, round_pixels,   patches};

@@ -362,7 +362,7 @@ EXPORT int fairseq_product(int level, const Linear* linear, const int8_t* q, int
       int32_t sums[PANEL] = {};
       for (int64_t k = 0; k < steps; k++)
         for (int64_t j = 0; j < PANEL * 4; j++) sums[j / 4] += (int8_t)codes[k * PANEL * 4 + j];
-      kernels.product(integers, codes, tile.rows, steps, work.own->accumulators);
+      kernels.product(integers, codes, tile.rows, steps, linear->narrow, work.own->accumulators);
       for (int64_t i = 0; i < tile.rows; i++)
         for (int64_t j = 0; j < PANEL && panel * PANEL + j < linear->out; j++)
           out[(tile.row + i) * linear->out + panel * PANEL + j] =

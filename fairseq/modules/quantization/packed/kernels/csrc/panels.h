@@ -175,10 +175,16 @@ struct InIntegers {
     });
   }
 
-  template <typename Pause>
-  static inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows,
-                                                            int64_t steps, int32_t* sums, bool go_on, Pause pause) {
-    Isa::product(tile, panel, rows, steps, sums, go_on, pause);
+  template <typename Pause, typename Own = Isa>
+  inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows,
+                                                     int64_t steps, int32_t* sums, bool go_on, Pause pause) const {
+    if constexpr (Own::FAST_NARROW) {
+      if (linear.narrow) {
+        pause();
+        return Own::narrow_product(tile, panel, rows, steps, sums);
+      }
+    }
+    Own::product(tile, panel, rows, steps, sums, go_on, pause);
   }
 };
 

@@ -6,8 +6,6 @@
 namespace {
 
 struct Isa : Registers<Isa> {
-  static const int64_t ROWS = 12;   // of a tile
-  static const int AT_ONCE = 6;     // rows, whose sums of bytes are 24 of 32 registers, beside 6 of the rows' own
   static const int32_t OFFSET = 0;  // signed bytes are multiplied as they are
 
   template <int... I>
@@ -29,15 +27,7 @@ struct Isa : Registers<Isa> {
   }
 
  private:
-  // multiply(rows as Numbers, the first of them), for all at once or for two parts that are nearly as large.
-  template <int count, typename Multiply>
-  static inline __attribute__((always_inline)) void in_two(Multiply multiply) {
-    const int first = count <= AT_ONCE ? count : (count + 1) / 2;
-    multiply(typename Count<first>::type(), 0);
-    if constexpr (first < count) multiply(typename Count<count - first>::type(), first);
-  }
-
-  // Rows of a tile of `count`, 16 outputs at a time.
+  // Rows of a tile of `count`, 16 outputs at a time: sums of bytes are 24 of 32 registers, beside 6 of the rows' own.
   template <int count, int... I>
   static inline __attribute__((always_inline)) void some(const int8_t* tile, const int8_t* panel, int64_t steps,
                                                          int32_t* sums, Numbers<I...> numbers) {

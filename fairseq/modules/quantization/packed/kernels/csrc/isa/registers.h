@@ -17,40 +17,25 @@ struct Count<0, I...> {
 };
 
 // What the instruction sets without tiles share. `Own` gives
-//   rows(tile, panel, steps, sums, Numbers<0, 1, ...>), the products of bytes, and
+//   rows(tile, panel, steps, sums, Numbers<0, 1, ...>), the products of bytes, and may give
 //   half_rows(tile, panel, steps, out, stride, Numbers<0, 1, ...>), those of bfloat16.
 template <typename Own>
 struct Registers {
-  static const int64_t ROWS = 14;     // of a tile: 28 accumulators, 2 weight vectors, 2 spare, of 32 registers
-  static const int64_t GROUP = 16;    // bytes of a row that lie together in a tile
-  static const int32_t OFFSET = 128;  // what is added to an integer to make it a byte
-  static const bool FAST_HALVES = false;
+  // Rows of a tile, and those that are multiplied at once, by two vectors of weights: of 32 registers 28 are sums, and
+  // 12 of 16.
+  static const int64_t ROWS = LANES == 16 ? 14 : 12;
+  static const int AT_ONCE = LANES == 16 ? 14 : 6;
+  static const int64_t GROUP = 16;        // bytes of a row that lie together in a tile
+  static const int32_t OFFSET = 128;      // what is added to an integer to make it a byte
+  static const bool FAST_HALVES = false;  // whether products of bfloat16 are
+  static const bool FAST_NARROW = false;  // whether there is a narrow_product, for codes of up to 4 bits
 
   static void enter() {}
   static void leave() {}
 
-  template <int count>
-  static __attribute__((noinline)) void some_rows(const uint8_t* tile, const uint8_t* panel, int64_t steps,
-                                                  int32_t* sums) {
-    Own::rows(tile, panel, steps, sums, typename Count<count>::type());
-  }
-
-  template <int count>
-  static __attribute__((noinline)) void some_half_rows(const uint16_t* tile, const uint16_t* panel, int64_t steps,
-                                                       float* out, int64_t stride) {
-    Own::half_rows(tile, panel, steps, out, stride, typename Count<count>::type());
-  }
-
   // Integer sums of a tile, (rows, PANEL), over 4 * steps inputs.
   static void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums) {
-    switch (rows) {
-      // clang-format off
-#define CASE(n) case n: return some_rows<n>(tile, panel, steps, sums)
-      CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7);
-      CASE(8); CASE(9); CASE(10); CASE(11); CASE(12); CASE(13); CASE(14);
-#undef CASE
-      // clang-format on
-    }
+    with_numbers(rows, [&](auto numbers) { all_rows(tile, panel, steps, sums, numbers); });
   }
 
   // The same for a caller that has something else to do in the pauses of a product: there is one, before it.
@@ -66,14 +51,7 @@ struct Registers {
   // Products of bfloat16, summed in float over 2 * steps numbers: (rows, PANEL), `stride` floats a row.
   static void half_product(const uint16_t* tile, const uint16_t* panel, int64_t rows, int64_t steps, float* out,
                            int64_t stride) {
-    switch (rows) {
-      // clang-format off
-#define CASE(n) case n: return some_half_rows<n>(tile, panel, steps, out, stride)
-      CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7);
-      CASE(8); CASE(9); CASE(10); CASE(11); CASE(12); CASE(13); CASE(14);
-#undef CASE
-      // clang-format on
-    }
+    with_numbers(rows, [&](auto numbers) { all_half_rows(tile, panel, steps, out, stride, numbers); });
   }
 
   // The same with something else to do in its pauses, `PANEL` floats a row.
@@ -84,27 +62,92 @@ struct Registers {
     half_product(tile, panel, rows, steps, out, PANEL);
   }
 
-  // For processors without instructions for bfloat16: pairs as floats, in the order of the inputs.
+  // For processors without instructions for bfloat16: as floats, in the order of the inputs, some groups at a time,
+  // which stay in the first cache.
   template <int... I>
   static inline __attribute__((always_inline)) void half_rows(const uint16_t* tile, const uint16_t* panel,
                                                               int64_t steps, float* out, int64_t stride,
                                                               Numbers<I...>) {
-    const int rows = sizeof...(I);
-    const int64_t halves = GROUP / 2;
-    for (int64_t column = 0; column < PANEL; column += LANES) {
-      Floats total[rows] = {};
-      for (int64_t step = 0; step < steps; step++) {
-        const Words pairs = load<Words>((const uint32_t*)(panel + 2 * (PANEL * step + column)));
-        const Floats even = (Floats)(pairs << 16), odd = (Floats)(pairs & 0xffff0000u);
-        const uint16_t* x = tile + step / 4 * halves * rows + step % 4 * 2;
-        ((total[I] = fma(odd, wide(x[halves * I + 1]), fma(even, wide(x[halves * I]), total[I]))), ...);
-      }
-      ((store(out + stride * I + column, total[I])), ...);
+    typedef uint16_t Eight __attribute__((vector_size(GROUP)));
+    typedef uint32_t EightWords __attribute__((vector_size(2 * GROUP)));
+    const int count = sizeof...(I);
+    const int64_t most_groups = 16;
+    alignas(ALIGNMENT) float wide[most_groups * HALVES * count];
+    for (int64_t step = 0; step < steps; step += 4 * most_groups) {
+      const int64_t groups = least(most_groups, (steps - step) / 4);
+      for (int64_t i = 0; i < groups * count; i++, tile += HALVES)
+        store(wide + HALVES * i, __builtin_convertvector(load<Eight>(tile), EightWords) << 16);
+      for (int64_t column = 0; column < PANEL; column += 2 * LANES)
+        in_two<count>([&](auto some, int64_t first) {
+          some_halves<count>(wide + HALVES * first, panel + 2 * (PANEL * step + column), groups,
+                             out + stride * first + column, stride, step > 0, some);
+        });
     }
   }
 
+ protected:
+  static const int64_t HALVES = GROUP / 2;
+
+  // with(Numbers<0, 1, ... rows - 1>).
+  template <typename With>
+  static inline __attribute__((always_inline)) void with_numbers(int64_t rows, With with) {
+    switch (rows) {
+      // clang-format off
+#define CASE(n) case n: if constexpr (n <= Own::ROWS) with(typename Count<n>::type()); return
+      CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7);
+      CASE(8); CASE(9); CASE(10); CASE(11); CASE(12); CASE(13); CASE(14);
+#undef CASE
+      // clang-format on
+    }
+  }
+
+  // multiply(rows as Numbers, the first of them), for all at once or for two parts that are nearly as large.
+  template <int count, typename Multiply>
+  static inline __attribute__((always_inline)) void in_two(Multiply multiply) {
+    const int first = count <= AT_ONCE ? count : (count + 1) / 2;
+    multiply(typename Count<first>::type(), 0);
+    if constexpr (first < count) multiply(typename Count<count - first>::type(), first);
+  }
+
  private:
-  static inline Floats wide(uint16_t half) { return (Floats)((Words){} + ((uint32_t)half << 16)); }
+  template <int... I>
+  static __attribute__((noinline)) void all_rows(const uint8_t* tile, const uint8_t* panel, int64_t steps,
+                                                 int32_t* sums, Numbers<I...> numbers) {
+    Own::rows(tile, panel, steps, sums, numbers);
+  }
+
+  template <int... I>
+  static __attribute__((noinline)) void all_half_rows(const uint16_t* tile, const uint16_t* panel, int64_t steps,
+                                                      float* out, int64_t stride, Numbers<I...> numbers) {
+    Own::half_rows(tile, panel, steps, out, stride, numbers);
+  }
+
+  // Rows of floats, of a tile of `count`, times two vectors of pairs.
+  template <int count, int... I>
+  static __attribute__((noinline)) void some_halves(const float* x, const uint16_t* panel, int64_t groups, float* out,
+                                                    int64_t stride, bool go_on, Numbers<I...>) {
+    Floats left[sizeof...(I)] = {}, right[sizeof...(I)] = {};
+    if (go_on) ((left[I] = load<Floats>(out + stride * I), right[I] = load<Floats>(out + stride * I + LANES)), ...);
+    for (int64_t group = 0; group < groups; group++, x += HALVES * count) {
+#pragma GCC unroll 4
+      for (int64_t two = 0; two < HALVES; two += 2, panel += 2 * PANEL) {
+        const uint32_t* pairs = (const uint32_t*)panel;
+        Floats first = (Floats)(load<Words>(pairs) << 16), second = (Floats)(load<Words>(pairs + LANES) << 16);
+        (add(x[HALVES * I + two], first, second, left[I], right[I]), ...);
+        asm volatile("" ::: "memory");  // they are loaded again: there are no registers to keep them in
+        first = (Floats)(load<Words>(pairs) & 0xffff0000u);
+        second = (Floats)(load<Words>(pairs + LANES) & 0xffff0000u);
+        (add(x[HALVES * I + two + 1], first, second, left[I], right[I]), ...);
+      }
+    }
+    ((store(out + stride * I, left[I]), store(out + stride * I + LANES, right[I])), ...);
+  }
+
+  static inline __attribute__((always_inline)) void add(float x, Floats first, Floats second, Floats& left,
+                                                        Floats& right) {
+    left = fma(floats(x), first, left);
+    right = fma(floats(x), second, right);
+  }
 };
 
 // The same with `Own::dot4(x, weights, sums)`: four products of bytes a lane, added up.
@@ -115,16 +158,24 @@ struct ByLanes : Registers<Own> {
   template <int... I>
   static inline __attribute__((always_inline)) void rows(const uint8_t* tile, const uint8_t* panel, int64_t steps,
                                                          int32_t* sums, Numbers<I...>) {
-    const int count = sizeof...(I);
-    for (int64_t column = 0; column < PANEL; column += LANES) {
-      Ints total[count] = {};
-      for (int64_t step = 0; step < steps; step++) {
-        const uint8_t* weights = panel + 4 * (PANEL * step + column);
-        const uint8_t* x = tile + step / 4 * GROUP * count + step % 4 * 4;
-        ((total[I] = Own::dot4(x + GROUP * I, weights, total[I])), ...);
-      }
-      ((store(sums + PANEL * I + column, total[I])), ...);
+    for (int64_t column = 0; column < PANEL; column += 2 * LANES)
+      Registers<Own>::template in_two<sizeof...(I)>([&](auto some, int64_t first) {
+        some_rows<sizeof...(I)>(tile + GROUP * first, panel + 4 * column, steps, sums + PANEL * first + column, some);
+      });
+  }
+
+ private:
+  template <int count, int... I>
+  static inline __attribute__((always_inline)) void some_rows(const uint8_t* tile, const uint8_t* panel, int64_t steps,
+                                                              int32_t* sums, Numbers<I...>) {
+    Ints left[sizeof...(I)] = {}, right[sizeof...(I)] = {};
+    for (int64_t step = 0; step < steps; step++, panel += 4 * PANEL) {
+      const uint8_t* x = tile + step / 4 * GROUP * count + step % 4 * 4;
+      ((left[I] = Own::dot4(x + GROUP * I, panel, left[I]),
+        right[I] = Own::dot4(x + GROUP * I, panel + 4 * LANES, right[I])),
+       ...);
     }
+    ((store(sums + PANEL * I, left[I]), store(sums + PANEL * I + LANES, right[I])), ...);
   }
 };
 
