@@ -90,7 +90,7 @@ def _speed(found: dict[str, Any]) -> str:
         found["native"], found["processor"], found["environment"], found["gpu"]["devices"]
     )  # fmt: skip
     backend = set_here.get("FAIRSEQ_QUANTIZATION_BACKEND") or "auto"
-    if backend in ("reference", "cpu"):
+    if backend in ("reference", "cpu", "floats"):
         return f"FAIRSEQ_QUANTIZATION_BACKEND={backend} rules out faster kernels: unset it for speed."
     fastest = [level["name"] for level in native["levels"] if level["runs_here"]][-1]
     if native["used"] != fastest:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
-from fairseq.modules.quantization.packed.kernels.choose import TABLE, disagreement
+from fairseq.modules.quantization.packed.kernels import choose
 
 TOKENS, INPUTS, OUTPUTS = 197, 768, 3072  # fc1 of a ViT-Base, one picture
 SECONDS, COPYING = 4.5, 0.5  # for the products in turns, and for copies of memory
@@ -36,7 +36,7 @@ def measure(native: bool, memory: int | None) -> dict[str, Any]:
         the medians of the ratios of each round, ``to_float32`` and ``to_bfloat16``, over 1 where the candidate is
         faster; ``copy_gb_per_second``: bytes read and written.
     """
-    backend = "native" if native else "reference" if disagreement(TABLE["cpu"], torch.device("cpu")) else "cpu"
+    backend = "native" if native else choose(torch.device("cpu")).name
     with torch.inference_mode():
         times = in_turns(candidates(backend), SECONDS)
         copied = copy_rate(min(BUFFER, (memory or 16 * BUFFER) // 16), COPYING)

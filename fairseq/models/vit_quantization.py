@@ -112,7 +112,7 @@ class ViTQuantizer:
             weights that are seen through the same integers, with gradients, for training; :meth:`pack_model` then
             packs the integers that were trained.
         weight_storage: "packed" or, for more speed below 5 bits and more memory, "unpacked".
-        backend: "auto", or the kernels that must run: "reference", "cpu", "cuda", "triton", "native".
+        backend: "auto", or the kernels that must run: "reference", "cpu", "floats", "cuda", "triton", "native".
         resident: the former name of ``weight_storage``; deprecated.
 
     Attributes:

@@ -9,7 +9,7 @@ from fairseq.modules.quantization.scalar.weights import check_group_size
 
 ACTIVATIONS = ("dynamic", "static", None)
 WEIGHT_STORAGE = ("packed", "unpacked")
-BACKENDS = ("auto", "reference", "cpu", "cuda", "triton", "native")
+BACKENDS = ("auto", "reference", "cpu", "floats", "cuda", "triton", "native")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class LinearConfig:
         symmetric: the weight's zero point is in the middle of the grid.
         weight_storage: "packed" keeps the weight's bits in memory and unpacks at each call; "unpacked" keeps a byte
             each, for speed. What is saved is the same.
-        backend: "auto", or the kernels that must run: "reference", "cpu", "cuda", "triton", or "native", the compiled
-            ones.
+        backend: "auto", or the kernels that must run: "reference", "cpu", "floats", "cuda", "triton", or "native", the
+            compiled ones.
         activation_bits: 2 to 8; of the integers that activations become. Their product is one of int8 all the same.
 
     Raises:

@@ -36,7 +36,7 @@ def test_equal_settings_make_equal_configs():
         *({"activations": kind, "activation_bits": bits} for kind in ("dynamic", "static") for bits in range(2, 9)),
         {"symmetric": True},
         {"weight_storage": "unpacked"},
-        *({"backend": backend} for backend in ("auto", "reference", "cpu", "cuda", "native")),
+        *({"backend": backend} for backend in ("auto", "reference", "cpu", "floats", "cuda", "native")),
     ],
 )
 def test_accepted(settings):
@@ -81,7 +81,7 @@ ONE_OF = r"{} must be one of {}; got {}$"
         (
             {"backend": "gpu"},
             ValueError,
-            ONE_OF.format("backend", "'auto', 'reference', 'cpu', 'cuda', 'triton', 'native'", "'gpu'"),
+            ONE_OF.format("backend", "'auto', 'reference', 'cpu', 'floats', 'cuda', 'triton', 'native'", "'gpu'"),
         ),
         ({"symmetric": 1}, TypeError, "symmetric must be True or False, got 1$"),
         ({"symmetric": None}, TypeError, "symmetric must be True or False, got None$"),

@@ -49,6 +49,7 @@ class Kernels(NamedTuple):
 TABLE = {
     "reference": Kernels("reference", None, reference.product, reference.integer, reference.weight_only),
     "cpu": Kernels("cpu", "cpu", cpu.product, cpu.integer, cpu.weight_only),
+    "floats": Kernels("floats", "cpu", cpu.product_of_floats, cpu.integer_of_floats, cpu.weight_only),
     "cuda": Kernels("cuda", "cuda", cuda.product, cuda.integer, cuda.weight_only),
     "triton": Kernels("triton", "cuda", triton.product, triton.integer, triton.weight_only),
     # The native kernels take a layer's tensors, not these arguments; these run where one is recorded into a graph.
@@ -78,26 +79,34 @@ def choose(device: torch.device, backend: str = "auto", in_panels: bool = False)
     if wanted not in BACKENDS:
         raise ValueError(f"{origin} must be one of {', '.join(BACKENDS)}; got {wanted!r}")
     if in_panels and runs_native(backend):
-        exact = not functional.recording() or disagreement(TABLE["cpu"], device) is None
-        return TABLE["native" if exact else "reference"]
+        usual = _best(device) if functional.recording() else TABLE["cpu"]
+        return TABLE["native"] if usual.name == "cpu" else usual
     if wanted == "auto":
-        right = (name for name in _usual(device) if disagreement(TABLE[name], device) is None)
-        return TABLE[next(right, "reference")]
+        return _best(device)
     kernels = TABLE[wanted]
     if kernels.device not in (None, device.type):
         raise ValueError(f"{origin}={wanted!r} runs on {kernels.device}, but the layer is on {device}")
     if wanted == "native":
-        return TABLE["reference" if disagreement(TABLE["cpu"], device) else "cpu"]
+        return _best(device)
     problem = reason_not_on(device) if wanted == "triton" else None
     if problem := problem or disagreement(kernels, device):
         raise RuntimeError(f"{origin}={wanted!r} cannot be used: {problem}")
     return kernels
 
 
+def _best(device: torch.device) -> Kernels:
+    """The first of the kernels for that type of device that agree with the reference, or that."""
+    right = (name for name in _usual(device) if disagreement(TABLE[name], device) is None)
+    return TABLE[next(right, "reference")]
+
+
 def _usual(device: torch.device) -> tuple[str, ...]:
     """The kernels for that type of device, the best first."""
+    if device.type == "cpu":
+        graph = functional.capturing() or functional.observed()  # may run on another processor
+        return ("floats", "cpu") if not graph and cpu.floats_are_faster() else ("cpu", "floats")
     if device.type != "cuda":
-        return (device.type,) if device.type in TABLE else ()
+        return ()
     reason = reason_not_on(device)
     if reason is None:
         return "triton", "cuda"

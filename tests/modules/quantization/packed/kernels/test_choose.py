@@ -1,5 +1,6 @@
 """The function that chooses the kernels of a layer, and the check of those that it chooses from."""
 
+import time
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ from broken_kernels import break_cpu, choosing, nudged, wrong_product
 from torch import nn
 
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear, kernels
-from fairseq.modules.quantization.packed.kernels import choose, library, native, reference
+from fairseq.modules.quantization.packed.kernels import choose, cpu, library, native, reference
 from fairseq.modules.quantization.packed.kernels.triton import support
 
 CPU = torch.device("cpu")
@@ -43,11 +44,28 @@ def test_auto_takes_the_kernels_of_the_device():
 
 
 @pytest.mark.usefixtures("fresh")
+def test_where_products_of_floats_are_faster_they_run(monkeypatch):
+    monkeypatch.setattr(cpu, "floats_are_faster", lambda: True)
+    layer, x = make(), torch.randn(3, 75)
+    assert choose(CPU).name == layer.backend == "floats"
+    assert torch.equal(layer(x), reference.integer(x, layer.weight_matrix, layer.bias, layer.input_grid))
+    monkeypatch.setenv(kernels.ENVIRONMENT, "cpu")
+    assert layer.backend == "cpu"
+
+
+@pytest.mark.parametrize("slow", ["product", "product_of_floats"])
+def test_which_products_are_faster_is_measured(monkeypatch, slow):
+    original = getattr(cpu, slow)
+    monkeypatch.setattr(cpu, slow, lambda *arguments: time.sleep(0.02) or original(*arguments))
+    assert cpu.floats_are_faster.__wrapped__() == (slow == "product")
+
+
+@pytest.mark.usefixtures("fresh")
 def test_a_device_without_kernels_gets_the_reference():
     assert choose(torch.device("meta")).name == "reference"
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["reference", "cpu", "floats"])
 @pytest.mark.usefixtures("fresh")
 def test_the_environment_forces(monkeypatch, name):
     layer = make()
@@ -124,7 +142,7 @@ def test_the_reason_why_a_layer_does_not_run_natively(monkeypatch, settings, sca
 @pytest.mark.usefixtures("fresh")
 def test_unknown_names_are_refused(monkeypatch):
     with pytest.raises(
-        ValueError, match=r"^backend must be one of auto, reference, cpu, cuda, triton, native; got 'gpu'"
+        ValueError, match=r"^backend must be one of auto, reference, cpu, floats, cuda, triton, native; got 'gpu'"
     ):
         choose(CPU, "gpu")
     monkeypatch.setenv(kernels.ENVIRONMENT, "gpu")
@@ -151,9 +169,19 @@ def test_kernels_with_wrong_numbers_are_left_out_with_one_warning(monkeypatch, p
         layer, x = make(), torch.randn(3, 75)
         for _ in range(3):
             assert torch.equal(layer(x), reference.integer(x, layer.weight_matrix, layer.bias, layer.input_grid))
-            assert layer.backend == "reference"
+            assert layer.backend == "floats"
     assert len(caught) == 1
     assert f"the cpu kernels of packed layers are not used: {message}" in str(caught[0].message)
+
+
+@pytest.mark.filterwarnings("ignore:the (cpu|floats) kernels")
+@pytest.mark.usefixtures("fresh")
+def test_where_all_kernels_have_wrong_numbers_the_reference_runs(monkeypatch):
+    break_cpu(monkeypatch, product=wrong_product)
+    monkeypatch.setitem(choosing.TABLE, "floats", choosing.TABLE["floats"]._replace(integer=nudged))
+    layer, x = make(), torch.randn(3, 75)
+    assert layer.backend == "reference"
+    assert torch.equal(layer(x), reference.integer(x, layer.weight_matrix, layer.bias, layer.input_grid))
 
 
 @pytest.mark.usefixtures("fresh")
@@ -164,7 +192,7 @@ def test_native_kernels_do_not_ask_for_those_of_the_cpu(monkeypatch):
     choosing._checked.clear()
     monkeypatch.setenv(kernels.ENVIRONMENT, "native")
     with pytest.warns(UserWarning, match="the cpu kernels of packed layers are not used"):
-        assert layer.backend == "reference"
+        assert layer.backend == "floats"
     assert torch.equal(layer(x), reference.integer(x, layer.weight_matrix, layer.bias, layer.input_grid))
     with pytest.raises(ValueError, match="='native' runs on cpu, but the layer is on meta"):
         choose(torch.device("meta"))
@@ -178,7 +206,7 @@ def test_kernels_that_fail_are_left_out(monkeypatch, error):
 
     break_cpu(monkeypatch, product=failing)
     with pytest.warns(UserWarning, match=f"they fail with {error.__name__}: no such instruction"):
-        assert choose(CPU).name == "reference"
+        assert choose(CPU).name == "floats"
 
 
 @pytest.mark.parametrize("forced_by", ["argument", "environment"])

@@ -60,6 +60,20 @@ def test_the_check_finds_whether_this_processor_has_exact_products():
     assert exact == (problem is None)
 
 
+@pytest.mark.parametrize("inner", [1, 63, 1024, 1025, 3072])
+def test_products_of_floats_are_exact_on_every_processor(inner):
+    """The largest of one sign, which add up to 2**24 in the pieces of 1,024, and mixed ones."""
+    ends = torch.tensor([127, -128], dtype=torch.int8)
+    q, codes = (torch.cat([ends[:, None].expand(-1, inner), integers(9, inner, seed=seed)]) for seed in (0, 1))
+    expected = reference.product(q, codes)
+    assert torch.equal(cpu.product_of_floats(q, codes), expected)
+    with torch.autocast("cpu"):
+        assert torch.equal(cpu.product_of_floats(q, codes), expected)
+    strided = torch.stack([q, q], -1)[..., 0]
+    assert not strided.is_contiguous()
+    assert torch.equal(cpu.product_of_floats(strided, codes), expected)
+
+
 @pytest.mark.parametrize("rows", [1, 10])
 def test_cpu_product_of_tensors_with_strides(rows):
     q, codes = integers(40, 2 * rows, half=SMALL).T[::2], integers(9, 80, seed=1, half=SMALL)[:, ::2]
@@ -95,7 +109,9 @@ def test_kernels_agree_with_the_reference(
     x[0] *= 100
     x = x[:, ::2] if strides else x[:, :75].contiguous()
     results = [run(kernel, layer, x) for kernel in (reference, cpu, functional)]
-    for got in (*results, run(functional, layer, x, cpu.product)):
+    if layer.config.activations is not None:
+        results.append(cpu.integer_of_floats(x, layer.weight_matrix, layer.bias, layer.input_grid))
+    for got in (*results, run(functional, layer, x, cpu.product), run(functional, layer, x, cpu.product_of_floats)):
         assert got.dtype == dtype
         assert agrees(got, layer, x)
 

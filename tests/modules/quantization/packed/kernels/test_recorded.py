@@ -76,7 +76,7 @@ def test_a_check_while_exporting_does_not_stand_for_all_of_them(monkeypatch):
     choosing._checked.clear()
     assert agrees(exported(layer, x)(x), layer, x)
     with pytest.warns(UserWarning, match="at 8 bits, dynamic, they are off by 0.01"):
-        assert layer.backend == "reference"
+        assert layer.backend == "floats"
 
 
 @needs_native

@@ -208,7 +208,7 @@ def test_where_bits_must_be_the_same_everywhere_other_kernels_run(monkeypatch):
     layer.use_native()
     rounded = layer(x)
     monkeypatch.setenv(native_calls.ATTENTION, "float32")
-    assert layer.backend == "cpu"
+    assert layer.backend in ("cpu", "floats")  # which are the same here
     assert torch.equal(layer(x), plain(x))
     assert layer.reason_not_native() == (
         "activations=None: its products are of bfloat16, which FAIRSEQ_QUANTIZATION_ATTENTION=float32 rules out"
