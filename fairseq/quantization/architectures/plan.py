@@ -13,6 +13,7 @@ from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.modules import QuantizedWeight
 from fairseq.modules.quantization.scalar.modules.replace import reason_not_quantizable
 from fairseq.modules.quantization.scalar.ops import check_tensor
+from fairseq.quantization.architectures.copies import check_forwards
 from fairseq.quantization.architectures.embeddings import find_embeddings
 from fairseq.quantization.architectures.families import Family, component_of, kept_reason, tower_of
 from fairseq.quantization.architectures.forward import Pixels
@@ -191,6 +192,7 @@ def check_model(model: nn.Module) -> None:
     meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if meta:
         raise ValueError(f"the model is on the meta device and holds no weights ({meta[0]!r}); load them first")
+    check_forwards(model)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.numel():
             check_tensor(parameter, name)

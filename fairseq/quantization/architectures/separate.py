@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fairseq.quantization.architectures.copies import copied
 from fairseq.quantization.architectures.layers import is_pretrained
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -32,7 +32,7 @@ def separated(model: nn.Module) -> nn.Module:
     if not attentions and not any(hasattr(module, "qkv_bias_separate") for module in model.modules()):
         return model
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    result = copy.deepcopy(model, shared)
+    result = copied(model, shared)
     for module in result.modules():
         if hasattr(module, "qkv_bias_separate"):
             module.qkv_bias_separate = True  # type: ignore[assignment]
@@ -120,7 +120,11 @@ def _multihead(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if name and type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
+        if name
+        and type(module) is nn.MultiheadAttention
+        and module.bias_k is None
+        and not module.add_zero_attn
+        and "forward" not in vars(module)
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed.kernels import native
+from fairseq.quantization.architectures.copies import copied
 from fairseq.quantization.architectures.forward import Pixels
 from fairseq.quantization.architectures.layers import linear_layers
 from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan, check_model, resolve
@@ -103,7 +103,7 @@ def convert(
         plan = resolve(model, config, pixel_values)
         packed = config.execution == "packed"
         weightless = [model.get_submodule(layer.name) for layer in plan.chosen]
-        result = copy.deepcopy(model, _without_weights(model, weightless) if packed else None)
+        result = copied(model, _without_weights(model, weightless) if packed else None)
         finished = Finished()
         kept = None if resume is None else Resume(resume, model, config, pixel_values, reconstruct)
         with Progress(model, plan, 0 if pixel_values is None else len(processes.share(len(pixel_values)))) as progress:

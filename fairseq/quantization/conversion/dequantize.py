@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +10,7 @@ from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding
 from fairseq.modules.quantization.packed.table import PackedEmbedding, PackedParameters, unpack_parameters
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
+from fairseq.quantization.architectures.copies import copied
 from fairseq.quantization.conversion.convert import tuple_while_tracing
 from fairseq.quantization.engine.fuse import unfuse
 
@@ -29,7 +28,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not any(isinstance(module, PackedLinear | EmulatedLinear) for module in model.modules()):
         raise ValueError("nothing in the model is quantized; pass what quantize_model returned")
-    result = copy.deepcopy(model)
+    result = copied(model)
     unfuse(result)
     for key, hook in list(result._forward_hooks.items()):
         if hook is tuple_while_tracing:

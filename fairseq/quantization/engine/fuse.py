@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import Counter
 from dataclasses import replace
@@ -15,6 +14,7 @@ from fairseq.modules.quantization.packed.config import check_one_of
 from fairseq.modules.quantization.packed.kernels import library, native
 from fairseq.modules.quantization.packed.linear import use_native
 from fairseq.quantization.architectures.blocks import class_of
+from fairseq.quantization.architectures.copies import copied
 from fairseq.quantization.architectures.layers import block_of
 from fairseq.quantization.engine.check import compare
 from fairseq.quantization.engine.fused_block import FusedBlock, fused_class
@@ -49,7 +49,7 @@ def optimize(model: Model, engine: str = "fused") -> Model:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ValueError("nothing in the model is packed; pass what quantize_model returned with execution='packed'")
-    result = copy.deepcopy(model)
+    result = copied(model)
     if engine == "layers":
         unfuse(result)
     else:

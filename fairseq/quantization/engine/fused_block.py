@@ -18,7 +18,7 @@ from fairseq.quantization.engine import ahead
 from fairseq.quantization.engine.calls import HARMLESS
 from fairseq.quantization.engine.check import compare
 from fairseq.quantization.engine.known_block import KnownBlock
-from fairseq.quantization.engine.plan import FusedPlan, fused_plan, unfused_class
+from fairseq.quantization.engine.plan import FusedPlan, fused_plan, other_attention, unfused_class
 from fairseq.quantization.engine.reading import heads_and_scaling
 from fairseq.quantization.engine.runners import reason_not_runnable, runner_of
 from fairseq.quantization.engine.spec import Call
@@ -80,6 +80,8 @@ class FusedBlock(nn.Module):
             return None
         x, *others = args
         if torch.compiler.is_compiling():
+            if functional.compiled_with_gradient(x, *self.parameters()):
+                return None  # of which the native block has none in a graph
             asked = [*others, *(value for key, value in kwargs.items() if key not in HARMLESS)]
             plain = not any(value is not None and value is not False for value in asked)
             return Call(x.shape[0], x.shape[1], x.shape[0] * x.shape[1]) if plain and self._fits_in_a_graph() else None
@@ -107,7 +109,9 @@ class FusedBlock(nn.Module):
         known = len(inner) == len(plan.classes) and all(type(m) is kind for m, kind in zip(inner, plan.classes))
         in_panels = all(layer.panels is not None for layer in layers)
         seen = plan.returns is not None and not any_watched(inner)
-        return known and set_as_planned and epsilons == plan.epsilons and in_panels and seen
+        fits = known and set_as_planned and epsilons == plan.epsilons and in_panels and seen
+        implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+        return fits and _still_known(self, implementation)
 
     def _returned(self, hidden_states: Tensor) -> Any:
         """As the class of the block returns them."""
@@ -165,6 +169,20 @@ class Recomputed(torch.autograd.Function):
             output = ctx.block.by_layers(x, *args, **kwargs)
         found = torch.autograd.grad(output, [x, *tuned], gradient, allow_unused=True)
         return None, None, None, None, *found
+
+
+def _still_known(block: FusedBlock, implementation: str | None) -> bool:
+    """Whether the code of a block is what its plan says, when a compiler asks; anew for another ``implementation``."""
+    if block._native is not None:
+        return block._native.same_code()
+    if torch.compiler.is_exporting():  # the block cannot be compared with its layers: there may be no numbers
+        return other_attention(block.get_submodule(block.plan.attention)) is None
+    with plain_context():
+        block._native = known_block_of(block)
+    return block._native is not None
+
+
+_still_known._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it takes what this returns
 
 
 def _fits(x: Tensor) -> bool:

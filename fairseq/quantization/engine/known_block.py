@@ -63,6 +63,13 @@ class KnownBlock:
         """Hidden states, (images, tokens, width) -> the block's output."""
         raise NotImplementedError
 
+    def same_code(self) -> bool:
+        """Whether its classes and the attention function that it calls are what they were."""
+        for kind, call, forward in self.code:
+            if kind.__call__ is not call or kind.forward is not forward:
+                return False
+        return attention_function(self.attention) == self.attention_function
+
     def holds(self) -> bool:
         """Whether the block still has the same code, modules, tensors and settings; of copies, that they are unchanged.
 
@@ -77,13 +84,10 @@ class KnownBlock:
         for module, kind in self.classes:
             if type(module) is not kind:
                 return False
-        for kind, call, forward in self.code:
-            if kind.__call__ is not call or kind.forward is not forward:
-                return False
-        if attention_function(self.attention) != self.attention_function:
-            return False
-        return self.pointers == list(map(Tensor.data_ptr, self.addressed)) and all(
-            arguments.version(tensor) == number for tensor, number in self.versions
+        return (
+            self.same_code()
+            and self.pointers == list(map(Tensor.data_ptr, self.addressed))
+            and all(arguments.version(tensor) == number for tensor, number in self.versions)
         )
 
 

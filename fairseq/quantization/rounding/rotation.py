@@ -8,7 +8,6 @@ norms, which every R suits.)
 
 from __future__ import annotations
 
-import copy
 import sys
 from typing import Any, NamedTuple, cast
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.quantization.architectures.blocks import block_plan, class_of
+from fairseq.quantization.architectures.copies import copied
 from fairseq.quantization.architectures.forward import call, evaluating
 
 _MODELS = "transformers.models"
@@ -62,7 +62,7 @@ def rotated(model: nn.Module, seed: int = 0) -> nn.Module:
     if stream is None or getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
         known = ", ".join(name.rpartition(".")[2] for name in ROTATABLE)
         raise ValueError(f"rotate=True is for {known}, whose hidden states only their own layers read; got {kind}")
-    result = copy.deepcopy(model)
+    result = copied(model)
     base: Any = getattr(result, stream.base)
     writers: list[nn.Module] = [base.embeddings.patch_embeddings.projection]
     readers = [("the last norm", base.layernorm, [getattr(result, head) for head in stream.heads])]

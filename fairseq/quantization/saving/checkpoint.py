@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed.layout import earlier
+from fairseq.quantization.architectures.copies import copied
 from fairseq.quantization.architectures.separate import separated
 from fairseq.quantization.conversion.convert import finish
 from fairseq.quantization.engine.fuse import check_engine
@@ -79,7 +79,7 @@ def load(
         return cast(Model, integer.read(contents, model)), information
     if model is None:
         raise ValueError(f"{path}: holds packed layers, which go into a float model of the same architecture; pass it")
-    result = cast(Model, copy.deepcopy(separated(model)))
+    result = cast(Model, copied(separated(model)))
     names = part_names(result, contents)
     on_disk = part_tensors(result, contents, names)
     tensors = contents.read(contents.tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import importlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from fairseq.quantization.config import QuantizationConfig
 
 
 def exclude_modules(model: nn.Module, config: QuantizationConfig, names: Sequence[str]) -> QuantizationConfig:
-    """The settings with those layers excluded, too, that transformers would not convert.
+    """The settings with those layers excluded, too, that transformers would not convert, or are in such a module.
 
     Args:
         model: the float model; its weights may be on the meta device.
@@ -30,7 +31,11 @@ def exclude_modules(model: nn.Module, config: QuantizationConfig, names: Sequenc
     for name in names:
         if not any(is_meant(module, [name]) for module in modules):
             raise ValueError(f"modules_to_not_convert: {name!r} matches no module of {type(model).__name__}")
-    meant = [glob.escape(name) for name in selected(model, config) if is_meant(name, names)]
+    meant = [
+        glob.escape(name)
+        for name in selected(model, config)
+        if any(is_meant(module, names) for module in itertools.accumulate(name.split("."), "{}.{}".format))
+    ]
     return replace(config, exclude=(*config.exclude, *meant))
 
 

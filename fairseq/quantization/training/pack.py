@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable
 from typing import TypeVar
 
@@ -12,6 +11,7 @@ from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
+from fairseq.quantization.architectures.copies import copied
 from fairseq.quantization.conversion.convert import finish
 from fairseq.quantization.engine.fuse import check_engine
 from fairseq.quantization.saving.attach import enable_save_pretrained
@@ -41,7 +41,7 @@ def pack(student: Model, engine: str = "auto", weight_storage: str = "packed") -
     emulated_layers(student)
     check_engine(engine)
     with plain_context():
-        result = copy.deepcopy(student).eval()
+        result = copied(student).eval()
         before = _float_bytes(result)
         shared: dict[Hashable, PackedLinear] = {}
         for name, layer in emulated_layers(result).items():

@@ -560,6 +560,23 @@ def test_compile_sees_one_operator_per_block(tiny_vit, pixels):
         assert torch.equal(compiled(pixels[:2]).logits, logits(fused, pixels[:2]))
 
 
+def test_compiled_it_trains_what_is_left_in_float(tiny_vit, pixels):
+    """As in eager mode: to the last bits, since the backward pass there runs the layers, too."""
+    fused = ViTQuantizer(bits=8, method="channel", exclude=["classifier"]).quantize_model(shortened(tiny_vit))
+    assert blocks(fused)
+    torch.compiler.reset()
+    found = []
+    for call in (fused, torch.compile(fused, fullgraph=True, backend="aot_eager")):
+        fused.zero_grad()
+        given = pixels.clone().requires_grad_()
+        call(given).logits[:, 0].sum().backward()
+        found.append({name: parameter.grad for name, parameter in fused.named_parameters()} | {"pixels": given.grad})
+    eager, compiled = found
+    assert not [name for name, gradient in compiled.items() if gradient is None]
+    for name, gradient in compiled.items():
+        assert (gradient - eager[name]).norm() < 0.1 * eager[name].norm(), name
+
+
 def test_compiled_blocks_call_hooks(tiny_vit, pixels):
     fused = ViTQuantizer(bits=8, method="channel").quantize_model(shortened(tiny_vit), engine="fused")
     seen = []

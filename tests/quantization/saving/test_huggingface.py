@@ -299,9 +299,10 @@ def test_settings_that_cannot_be_are_refused(float_folder, settings, message):
         (["fc1", "intermediate.dense"], lambda name: name.endswith(("fc1", "intermediate.dense"))),
         (["lassifier"], lambda name: name == "classifier"),
         (["vit.layernorm"], lambda name: False),
+        (["layers.0", "layer.0"], lambda name: ".0." in name),
         ([], lambda name: False),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_modules_to_not_convert(float_folder, tmp_path, names, kept):
     known = [name for name, _ in ViTForImageClassification.from_pretrained(float_folder).named_modules()]

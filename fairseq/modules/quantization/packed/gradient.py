@@ -33,12 +33,12 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         result, saved = gradient @ _weight(ctx, gradient), ctx.saved_tensors  # which a checkpoint gives once
-        return (result * _kept(ctx, *saved) if saved else result), None
+        return (result * inside_grid(ctx.layer, *saved) if saved else result), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         saved = ctx.saved_tensors
-        tangent = tangent * _kept(ctx, *saved) if saved else tangent
+        tangent = tangent * inside_grid(ctx.layer, *saved) if saved else tangent
         return tangent @ _weight(ctx, tangent).T
 
     @staticmethod
@@ -59,7 +59,7 @@ def _weight(ctx: Any, like: Tensor) -> Tensor:
     return ctx.layer.dequantize().to(like.dtype)
 
 
-def _kept(ctx: Any, input: Tensor) -> Tensor:
-    """Which inputs of a static range did not saturate."""
-    factor = ctx.layer.input_factor
-    return ctx.layer.input_grid.contains(input if factor is None else input * factor)
+def inside_grid(layer: Any, input: Tensor) -> Tensor:
+    """Which inputs of a layer with a static range do not saturate."""
+    factor = layer.input_factor
+    return layer.input_grid.contains(input if factor is None else input * factor)

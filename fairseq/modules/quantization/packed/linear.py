@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fairseq.modules.quantization.context import default_device, plain_context
 from fairseq.modules.quantization.packed import kernels
 from fairseq.modules.quantization.packed.config import LinearConfig
-from fairseq.modules.quantization.packed.gradient import StraightThrough, transformed
+from fairseq.modules.quantization.packed.gradient import StraightThrough, inside_grid, transformed
 from fairseq.modules.quantization.packed.kernels import functional, library, memory, native, native_calls, operators
 from fairseq.modules.quantization.packed.state import PackedState
 from fairseq.modules.quantization.packed.weight import check_integers, to_codes
@@ -154,7 +154,7 @@ class PackedLinear(PackedState):
 
     @property
     def backend(self) -> str:
-        """The kernels that run this layer where it is now: "reference", "cpu", "cuda", "triton" or "native"."""
+        """The kernels that run this layer where it is now: "reference", "cpu", "floats", "cuda", ..."""
         return self._kernels().name
 
     def reason_not_native(self) -> str | None:
@@ -182,7 +182,8 @@ class PackedLinear(PackedState):
                 f"got {input.dtype} of shape {tuple(input.shape)}"
             )
         if functional.capturing():  # detached in any grad mode: a graph recorded in one is that of the other
-            return self._run(input.detach())
+            y = self._run(input.detach())
+            return self._with_gradient(input, y) if functional.compiled_with_gradient(input) else y
         derived = transformed(input)
         if derived and any(map(torch._C._functorch.is_functorch_wrapped_tensor, self.buffers())):
             parts = "integers, scales and bias"
@@ -191,6 +192,13 @@ class PackedLinear(PackedState):
             result: Tensor = StraightThrough.apply(input, self)
             return result
         return self._run(input)
+
+    def _with_gradient(self, input: Tensor, y: Tensor) -> Tensor:
+        """``y`` in a compiler's graph, with the gradient that :class:`StraightThrough` gives."""
+        if self.config.activations == "static":
+            input = torch.where(inside_grid(self, input.detach()), input, input.detach())
+        result: Tensor = operators.straight_through(input, y, self.dequantize().to(input.dtype))
+        return result
 
     def _kernels(self) -> kernels.Kernels:
         natively = self.weight_codes.ndim == 3

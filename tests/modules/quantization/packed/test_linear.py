@@ -420,6 +420,23 @@ def test_compiled_without_a_break_gives_the_same(bits, group_size, activations):
 
 
 @pytest.mark.usefixtures("clean_compiler")
+@pytest.mark.parametrize(
+    ("bits", "group_size", "activations"),
+    [(3, None, "dynamic"), (4, 32, "dynamic"), (8, None, None), (8, None, "static"), (4, 32, "static")],
+)
+def test_compiled_without_a_break_it_has_its_gradient(bits, group_size, activations):
+    layer, x = make(bits, "channel", activations, group_size).eval(), 3 * tokens(4, IN)
+    compiled, gradients = torch.compile(layer, fullgraph=True, backend="aot_eager"), []
+    for call in (layer, compiled):
+        given = x.clone().requires_grad_()
+        call(2 * given).cos().sum().backward()
+        gradients.append(given.grad)
+    torch.testing.assert_close(*gradients)
+    assert bool((gradients[0] != 0).any())
+    assert bool((gradients[0] == 0).any()) == (activations == "static")  # where it saturates
+
+
+@pytest.mark.usefixtures("clean_compiler")
 def test_compiled_takes_other_batch_sizes():
     layer = make(4).eval()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

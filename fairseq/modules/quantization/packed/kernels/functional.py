@@ -23,6 +23,12 @@ def capturing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
+def compiled_with_gradient(*tensors: Tensor) -> bool:
+    """Whether torch.compile records operations of which a gradient is wanted; what is exported has none."""
+    wanted = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled()
+    return wanted and any(tensor.requires_grad for tensor in tensors)
+
+
 def recording() -> bool:
     """Whether operations are being recorded into a graph that must run without this library: a trace or ONNX."""
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()  # type: ignore[attr-defined]

@@ -31,6 +31,28 @@ def _(x: Tensor, parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor
     return x.new_empty(x.shape[0], sizes[1])
 
 
+@torch.library.custom_op("fairseq::straight_through", mutates_args=())
+def straight_through(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """``y``, (..., out), whose gradient goes to ``x``, (..., in), by ``weight``, (out, in), and nowhere else."""
+    return y.clone()
+
+
+@straight_through.register_fake
+def _(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(y)
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _by_weight(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return gradient @ ctx.saved_tensors[0], None, None
+
+
+straight_through.register_autograd(_by_weight, setup_context=_keep_weight)
+
+
 @torch.library.custom_op("fairseq::native_block", mutates_args=())
 def native_block(
     x: Tensor,

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 def reason_not_quantizable(module: nn.Module) -> str | None:
     """Why ``module`` cannot be replaced, or None if it can."""
-    if module._parameters.get("weight") is None:
-        return "its weight is computed, as pruning or weight_norm do; make that permanent first (prune.remove, ...)"
+    own, last = module._parameters, "as pruning or weight_norm do; make that permanent first (prune.remove, ...)"
+    if own.get("weight") is None or "bias" in vars(module):
+        return f"its {'weight' if own.get('weight') is None else 'bias'} is computed, {last}"
     if hasattr(module, "_hf_hook"):
         return "accelerate moves its weights; load the model without device_map or offloading"
+    if "forward" in vars(module):
+        return "its forward was replaced, and a quantized layer would not call that"
     return None
 
 
