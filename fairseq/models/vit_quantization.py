@@ -436,14 +436,16 @@ class ViTQuantizer:
 
         Args:
             path: of the file; its checksums are compared before anything is made of it.
-            model: a float model of the same architecture, with any weights. The file of an integer-only model needs
-                none, and gets its config and class from one.
+            model: a float model of the same architecture and config, with any weights. The file of an integer-only
+                model needs none, and gets its config and class from one. What tensors do not show, such as the number
+                of heads, the activation and epsilons, is not in the file, and taken from ``model``.
             engine: as for :meth:`quantize_model`.
 
         Raises:
             TypeError: not a module.
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, of a later version or of another model; the message names file and field.
+            ValueError: the file is damaged, of a later version, or does not fit ``model``; the message names file and
+                field.
         """
         result, information = checkpoint.load(path, model, engine)
         enable_save_pretrained(result, information)
