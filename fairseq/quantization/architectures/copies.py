@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dis
 from collections.abc import Iterator
 from functools import partial
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def copied(model: Model, memo: dict[int, Any] | None = None) -> Model:
         for value in vars(module).values()
         if isinstance(value, Tensor) and value.grad_fn is not None
     ]
-    return copy.deepcopy(model, {id(value): value.detach() for value in computed} | (memo or {}))
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed} | (memo or {}))
 
 
 def check_forwards(model: nn.Module) -> None:
@@ -36,7 +37,7 @@ def check_forwards(model: nn.Module) -> None:
     for name, module in model.named_modules():
         made_anew = type(module).__setstate__ is not nn.Module.__setstate__  # as torch.compile(model) makes its own
         forward = None if made_anew else vars(module).get("forward")
-        if _reaches(forward, own):
+        if _shares(forward, own, False, set()):
             where = f"{name}.forward" if name else "forward"
             raise ValueError(
                 f"{where} was replaced on this {type(model).__name__} by a function that calls the model which it was "
@@ -45,26 +46,19 @@ def check_forwards(model: nn.Module) -> None:
             )
 
 
-def _reaches(forward: Any, own: set[int]) -> bool:
-    """Whether a callable holds modules that a deep copy does not replace: those in a function's variables."""
-    if isinstance(forward, MethodType):
-        return _reaches(forward.__func__, own)
-    if isinstance(forward, partial):
-        return _reaches(forward.func, own)
-    return isinstance(forward, FunctionType) and _holds(forward, own, set())
-
-
-def _holds(value: Any, own: set[int], seen: set[int]) -> bool:
-    """Whether one of the modules ``own`` is in ``value``, or in what that calls."""
+def _shares(value: Any, own: set[int], in_function: bool, seen: set[tuple[int, bool]]) -> bool:
+    """Whether a copy of ``value`` would hold one of the modules ``own``: a deep copy leaves functions as they are."""
     if isinstance(value, nn.Module):
-        return id(value) in own
-    if id(value) in seen or not isinstance(value, MethodType | partial | FunctionType | list | tuple | dict):
+        return in_function and id(value) in own
+    if (id(value), in_function) in seen or isinstance(value, type | ModuleType | CodeType | Tensor):
         return False
-    seen.add(id(value))
-    return any(_holds(part, own, seen) for part in _parts(value))
+    seen.add((id(value), in_function))
+    in_function = in_function or isinstance(value, FunctionType)
+    return any(_shares(part, own, in_function, seen) for part in _parts(value))
 
 
 def _parts(value: Any) -> Iterator[Any]:
+    """What a callable, a container or an object holds."""
     if isinstance(value, MethodType):
         yield from (value.__self__, value.__func__)
     elif isinstance(value, partial):
@@ -76,9 +70,22 @@ def _parts(value: Any) -> Iterator[Any]:
                 yield cell.cell_contents
             except ValueError:  # it has not been filled
                 continue
-        for name in value.__code__.co_names:  # of a script or a notebook
-            found = value.__globals__.get(name)
-            if not isinstance(found, FunctionType) or found.__globals__ is value.__globals__:
-                yield found
-    else:
+        found = (value.__globals__.get(name) for name in _global_names(value.__code__))  # of a script or a notebook
+        for each in found:
+            same_file = isinstance(each, FunctionType) and each.__globals__ is value.__globals__
+            if same_file or isinstance(each, nn.Module | MethodType | partial):
+                yield each
+    elif isinstance(value, dict | list | tuple | set):
         yield from value.values() if isinstance(value, dict) else value
+    elif not type(value).__module__.startswith("torch"):
+        yield from getattr(value, "__dict__", {}).values()
+
+
+def _global_names(code: CodeType) -> Iterator[str]:
+    """The global variables that a function reads, in comprehensions, too."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _global_names(constant)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.linear import use_native
 from fairseq.modules.quantization.scalar.modules.replace import carry_hooks, names_of
 from fairseq.modules.quantization.scalar.ops import check_bits
+from fairseq.quantization.architectures.copies import copied
 from fairseq.quantization.architectures.forward import Pixels
 from fairseq.quantization.architectures.plan import LayerPlan, check_model, resolve
 from fairseq.quantization.architectures.separate import separated
@@ -133,7 +133,7 @@ def stored_bytes(module: nn.Module) -> int:
 
 def sharing(module: nn.Module) -> nn.Module:
     """A copy with the same tensors."""
-    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+    return copied(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
 
 
 def put(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fairseq.quantization.architectures.copies import copied
 from fairseq.quantization.architectures.forward import (
     CLASSES,
     OUTPUTS,
@@ -57,7 +57,7 @@ def token_weights(
     if not names:
         return {}
     if any(parameter.is_inference() for parameter in model.parameters()):
-        model = copy.deepcopy(model)  # made in inference mode: autograd refuses its tensors, and takes copies
+        model = copied(model)  # made in inference mode: autograd refuses its tensors, and takes copies
     like, half = where(model), multiplies_in_half(model)
     own = processes.share(len(pixel_values))
     generator = torch.Generator().manual_seed(seed)

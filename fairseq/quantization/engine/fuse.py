@@ -17,7 +17,8 @@ from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.architectures.copies import copied
 from fairseq.quantization.architectures.layers import block_of
 from fairseq.quantization.engine.check import compare
-from fairseq.quantization.engine.fused_block import FusedBlock, fused_class
+from fairseq.quantization.engine.fused_block import BLOCKS, FusedBlock, fused_class
+from fairseq.quantization.engine.known_block import remember_code
 from fairseq.quantization.engine.patch_convolution import PatchConvolution, reason_not_patches
 from fairseq.quantization.engine.plan import FusedPlan, fused_plan, unfused_class
 from fairseq.quantization.engine.runners import reason_not_runnable
@@ -100,6 +101,7 @@ def fuse(model: nn.Module, engine: str = "fused") -> dict[str, str | None]:
         block = cast(FusedBlock, blocks[name])
         block.plan, block._native = plan, None
         block.__class__ = fused_class(unfused_class(type(block)))
+        BLOCKS[id(block)] = block
     for name, module in model.named_modules():
         if reason_not_patches(module) is None and _leads_to_fused(name, reasons):
             module.__class__ = PatchConvolution
@@ -146,4 +148,6 @@ def _plan(block: nn.Module) -> FusedPlan | str:
         cpu = all(tensor.device.type == "cpu" for tensor in (*block.parameters(), *block.buffers()))
         return reason if cpu else plan  # elsewhere it runs when it comes to a device that can
     finding = compare(block, plan)
+    if finding.reason is None:
+        remember_code(block)
     return finding.reason or replace(plan, returns=finding.returns)

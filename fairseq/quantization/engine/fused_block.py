@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,15 @@ from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.engine import ahead
 from fairseq.quantization.engine.calls import HARMLESS
 from fairseq.quantization.engine.check import compare
-from fairseq.quantization.engine.known_block import KnownBlock
-from fairseq.quantization.engine.plan import FusedPlan, fused_plan, other_attention, unfused_class
+from fairseq.quantization.engine.known_block import KnownBlock, has_known_code, remember_code
+from fairseq.quantization.engine.plan import FusedPlan, fused_plan, unfused_class
 from fairseq.quantization.engine.reading import heads_and_scaling
 from fairseq.quantization.engine.runners import reason_not_runnable, runner_of
 from fairseq.quantization.engine.spec import Call
 from fairseq.quantization.engine.watching import any_watched
+
+BLOCKS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+"""All fused blocks by their id: what a compiler only calls gets no module from it."""
 
 
 class FusedBlock(nn.Module):
@@ -111,7 +115,7 @@ class FusedBlock(nn.Module):
         seen = plan.returns is not None and not any_watched(inner)
         fits = known and set_as_planned and epsilons == plan.epsilons and in_panels and seen
         implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-        return fits and _still_known(self, implementation)
+        return fits and _has_known_code(id(self), implementation)
 
     def _returned(self, hidden_states: Tensor) -> Any:
         """As the class of the block returns them."""
@@ -171,18 +175,13 @@ class Recomputed(torch.autograd.Function):
         return None, None, None, None, *found
 
 
-def _still_known(block: FusedBlock, implementation: str | None) -> bool:
-    """Whether the code of a block is what its plan says, when a compiler asks; anew for another ``implementation``."""
-    if block._native is not None:
-        return block._native.same_code()
-    if torch.compiler.is_exporting():  # the block cannot be compared with its layers: there may be no numbers
-        return other_attention(block.get_submodule(block.plan.attention)) is None
-    with plain_context():
-        block._native = known_block_of(block)
-    return block._native is not None
+def _has_known_code(number: int, implementation: str | None) -> bool:
+    """Of the block with that id, when a compiler asks; again for another ``implementation`` of its attention."""
+    block = BLOCKS.get(number)
+    return block is not None and has_known_code(block)
 
 
-_still_known._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it takes what this returns
+_has_known_code._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it takes what this returns
 
 
 def _fits(x: Tensor) -> bool:
@@ -207,7 +206,10 @@ def known_block_of(block: nn.Module) -> KnownBlock | None:
     if isinstance(plan, str) or reason_not_runnable(block, plan):
         return None
     finding = compare(block, plan)
-    return None if finding.reason else runner_of(block, replace(plan, returns=finding.returns))
+    if finding.reason:
+        return None
+    remember_code(block)
+    return runner_of(block, replace(plan, returns=finding.returns))
 
 
 @functools.cache
@@ -223,4 +225,6 @@ def fused_class(kind: type) -> Any:
 def _new(kind: type) -> Any:
     """An empty fused block of a kind, for pickle and copy, which know no class made on the fly."""
     fused = fused_class(kind)
-    return fused.__new__(fused)
+    block = fused.__new__(fused)
+    BLOCKS[id(block)] = block
+    return block

@@ -13,12 +13,45 @@ from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.kernels import arguments
 from fairseq.quantization.architectures.blocks import class_of
 from fairseq.quantization.engine.calls import Calls
-from fairseq.quantization.engine.plan import EACH_CALL, FusedPlan, attention_function, settings_of, unfused_class
+from fairseq.quantization.engine.plan import (
+    EACH_CALL,
+    AttentionFunction,
+    FusedPlan,
+    attention_function,
+    settings_of,
+    unfused_class,
+)
 from fairseq.quantization.engine.reading import attention_of, read
 from fairseq.quantization.engine.spec import BlockSpec, Call
 
+CODE: dict[type, tuple[Any, Any]] = {}
+"""The code of the classes of blocks that were fused, and of what is in them, as it was when the first was."""
+ATTENTION: dict[tuple[type, str | None], AttentionFunction] = {}
+"""The attention functions that they called, by class and name."""
 Snapshot = tuple[dict[str, Any], Callable[[dict[str, Any]], tuple[Any, ...]], tuple[Any, ...]]
 """A dictionary, what takes certain values out of it, and these values."""
+
+
+def remember_code(block: nn.Module) -> None:
+    """Of a block that was seen to give what its layers give."""
+    for kind in _kinds(block):
+        CODE.setdefault(kind, (kind.__call__, kind.forward))
+    attention = attention_of(block)
+    function = attention_function(attention)
+    ATTENTION.setdefault((type(attention), function.name), function)
+
+
+def has_known_code(block: nn.Module) -> bool:
+    """Whether a block, of whatever tensors, is of classes that were fused, which nobody has changed since."""
+    attention = attention_of(block)
+    function = attention_function(attention)
+    return ATTENTION.get((type(attention), function.name)) == function and all(
+        CODE.get(kind) == (kind.__call__, kind.forward) for kind in _kinds(block)
+    )
+
+
+def _kinds(block: nn.Module) -> set[Any]:
+    return {unfused_class(type(block)), *(type(module) for module in block.modules() if module is not block)}
 
 
 class KnownBlock:
@@ -63,13 +96,6 @@ class KnownBlock:
         """Hidden states, (images, tokens, width) -> the block's output."""
         raise NotImplementedError
 
-    def same_code(self) -> bool:
-        """Whether its classes and the attention function that it calls are what they were."""
-        for kind, call, forward in self.code:
-            if kind.__call__ is not call or kind.forward is not forward:
-                return False
-        return attention_function(self.attention) == self.attention_function
-
     def holds(self) -> bool:
         """Whether the block still has the same code, modules, tensors and settings; of copies, that they are unchanged.
 
@@ -84,10 +110,13 @@ class KnownBlock:
         for module, kind in self.classes:
             if type(module) is not kind:
                 return False
-        return (
-            self.same_code()
-            and self.pointers == list(map(Tensor.data_ptr, self.addressed))
-            and all(arguments.version(tensor) == number for tensor, number in self.versions)
+        for kind, call, forward in self.code:
+            if kind.__call__ is not call or kind.forward is not forward:
+                return False
+        if attention_function(self.attention) != self.attention_function:
+            return False
+        return self.pointers == list(map(Tensor.data_ptr, self.addressed)) and all(
+            arguments.version(tensor) == number for tensor, number in self.versions
         )
 
 

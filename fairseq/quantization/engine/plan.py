@@ -81,7 +81,7 @@ def fused_plan(block: nn.Module, kind: type) -> FusedPlan | str:
     if reason := _rounded_apart(spec):
         return reason
     attention = attention_of(block)
-    if reason := other_attention(attention):
+    if reason := _other_attention(attention):
         return reason
     paths = {path: part for path, part in block.named_modules() if path}
     where = next(path for path, part in paths.items() if part is attention)
@@ -148,7 +148,7 @@ def _rounded_apart(spec: BlockSpec) -> str | None:
     return None
 
 
-def other_attention(attention: Any) -> str | None:
+def _other_attention(attention: Any) -> str | None:
     """Why an attention module computes something else than a softmax of scaled products, or None."""
     used = attention_function(attention)
     if used.name not in (None, *ATTENTIONS):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from fairseq.modules.quantization.packed import PackedLinear
+from fairseq.quantization.architectures.copies import copied
 from fairseq.quantization.architectures.forward import evaluating, output_of
 from fairseq.quantization.architectures.layers import block_of
 from fairseq.quantization.architectures.separate import separated
@@ -53,7 +53,7 @@ def parts(quantized: nn.Module) -> list[str]:
 def _with(original: nn.Module, quantized: nn.Module, name: str) -> nn.Module:
     """The float model, on the same tensors, with one part of the quantized one."""
     shared = {id(t): t for t in (*original.parameters(), *original.buffers())}
-    result = copy.deepcopy(original, shared)
+    result = copied(original, shared)
     owner, _, last = name.rpartition(".")
     setattr(result.get_submodule(owner), last, quantized.get_submodule(name))
     return result

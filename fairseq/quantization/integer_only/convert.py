@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.integer.published import FUNCTIONS
 from fairseq.modules.quantization.packed.config import check_one_of
 from fairseq.modules.quantization.packed.kernels import native
+from fairseq.quantization.architectures.copies import copied
 from fairseq.quantization.architectures.forward import evaluating
 from fairseq.quantization.config import QuantizationConfig
 from fairseq.quantization.conversion.convert import convert
@@ -106,7 +106,7 @@ def convert_to_integers(
     config, original = within_bytes(config), model
     with plain_context():
         if any(p.is_floating_point() and p.dtype not in EXACT for p in model.parameters()):
-            model = copy.deepcopy(model).float()
+            model = copied(model).float()
         telling = telling_pictures(pixels)
         with evaluating(model):  # what cannot be is refused before anything takes time
             parts = read_model(model, telling)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import importlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,7 +14,9 @@ from fairseq.quantization.config import QuantizationConfig
 
 
 def exclude_modules(model: nn.Module, config: QuantizationConfig, names: Sequence[str]) -> QuantizationConfig:
-    """The settings with those layers excluded, too, that transformers would not convert, or are in such a module.
+    """The settings with those layers excluded, too, that transformers would not convert.
+
+    Also those within a module whose name ends with a whole one, such as "layers.0", which it would.
 
     Args:
         model: the float model; its weights may be on the meta device.
@@ -31,12 +32,19 @@ def exclude_modules(model: nn.Module, config: QuantizationConfig, names: Sequenc
     for name in names:
         if not any(is_meant(module, [name]) for module in modules):
             raise ValueError(f"modules_to_not_convert: {name!r} matches no module of {type(model).__name__}")
+    within = tuple(f".{name}" for name in names)
     meant = [
         glob.escape(name)
         for name in selected(model, config)
-        if any(is_meant(module, names) for module in itertools.accumulate(name.split("."), "{}.{}".format))
+        if is_meant(name, names) or any(f".{parent}".endswith(within) for parent in _parents(name))
     ]
     return replace(config, exclude=(*config.exclude, *meant))
+
+
+def _parents(name: str) -> list[str]:
+    """ "a.b.c" -> ["a", "a.b"]."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def is_meant(module: str, names: Sequence[str]) -> bool:

@@ -70,9 +70,14 @@ def load_lora(
     config = peft.PeftConfig.from_pretrained(os.fspath(folder))
     config.inference_mode = not trainable
     if isinstance(model, peft.PeftModel):  # its own load_adapter would take only layers that have an adapter already
+        training = model.training
         add_lora(model, config, adapter_name)
-        model.load_adapter(os.fspath(folder), adapter_name, is_trainable=trainable)
-        return model
+        try:
+            model.load_adapter(os.fspath(folder), adapter_name, is_trainable=trainable)
+        except BaseException:
+            model.delete_adapter(adapter_name)
+            raise
+        return model.train(training)  # which peft ends
     with _known_to_peft(model, config):
         return peft.PeftModel.from_pretrained(
             model, os.fspath(folder), adapter_name=adapter_name, config=config, is_trainable=trainable

@@ -63,9 +63,51 @@ def of_another_closure(module):
     return MethodType(lambda self, x, inner=module: inner(x), module)
 
 
+def in_a_comprehension(module):
+    scope = {"before": module.forward}
+    exec("def forward(x):\n    return [before(x) for _ in range(2)][0]\n", scope)
+    return scope["forward"]
+
+
+class Doubled:
+    """As accelerate's convert_outputs_to_fp32."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, x):
+        return 2 * self.inner(x)
+
+
+def in_an_object(module):
+    inner = Doubled(module.forward)
+    return lambda x: inner(x)
+
+
+def in_an_argument(module):
+    return functools.partial(lambda inner, x: inner(x), in_a_closure(module))
+
+
+def an_object(module):
+    return Doubled(in_a_closure(module))
+
+
 @pytest.mark.parametrize(
     "replacement",
-    [in_a_closure, in_a_default, in_a_list, two_functions_deep, compiled, wrapped, in_a_global, of_another_closure],
+    [
+        in_a_closure,
+        in_a_default,
+        in_a_list,
+        two_functions_deep,
+        compiled,
+        wrapped,
+        in_a_global,
+        of_another_closure,
+        in_a_comprehension,
+        in_an_object,
+        in_an_argument,
+        an_object,
+    ],
 )
 @pytest.mark.parametrize("path", ["", "2", "2.0"])
 def test_a_forward_that_calls_the_original_is_refused(replacement, path):
@@ -94,6 +136,26 @@ def test_a_forward_that_is_bound_goes_with_the_copy(bind):
             parameter.zero_()
     assert torch.equal(other(torch.ones(1, 3)), expected)
     assert bool((expected != 0).any())
+
+
+def bound_to_what_a_script_also_names(module):
+    scope = {"relu": module[1], "MethodType": MethodType}
+    exec("def forward(self, x):\n    return 2 * type(self).forward(self, x) + self.relu.inplace\n", scope)
+    module.relu = module[1]
+    return MethodType(scope["forward"], module)
+
+
+def an_object_of_a_method(module):
+    return Doubled(functools.partial(nn.Sequential.forward, module))
+
+
+@pytest.mark.parametrize("replacement", [bound_to_what_a_script_also_names, an_object_of_a_method])
+def test_what_a_copy_makes_its_own_is_copied(replacement):
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    net.forward = replacement(net)
+    expected, other = net(torch.ones(1, 3)), copied(net)
+    nn.init.zeros_(net[0].weight)
+    assert torch.equal(other(torch.ones(1, 3)), expected)
 
 
 def test_a_compiled_model_is_copied():

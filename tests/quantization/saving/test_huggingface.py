@@ -300,9 +300,10 @@ def test_settings_that_cannot_be_are_refused(float_folder, settings, message):
         (["lassifier"], lambda name: name == "classifier"),
         (["vit.layernorm"], lambda name: False),
         (["layers.0", "layer.0"], lambda name: ".0." in name),
+        (["ayers.0", "ayer.0"], lambda name: False),
         ([], lambda name: False),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_modules_to_not_convert(float_folder, tmp_path, names, kept):
     known = [name for name, _ in ViTForImageClassification.from_pretrained(float_folder).named_modules()]

@@ -108,6 +108,15 @@ def test_several_adapters_are_switched_saved_and_loaded(tiny_vit, pixels, tmp_pa
         load_lora(loaded, tmp_path / "second", adapter_name="second")
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     load_lora(loaded, tmp_path / "second", trainable=True, adapter_name="third")
+    assert not loaded.training
+    for training in (True, False):
+        assert load_lora(loaded.train(training), tmp_path / "second", adapter_name=f"{training}").training == training
+    narrow = copy.deepcopy(adapted.peft_config["second"])
+    narrow.r = 2
+    narrow.save_pretrained(tmp_path / "second")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_lora(loaded, tmp_path / "second", adapter_name="narrow")
+    assert "narrow" not in loaded.peft_config
     loaded.set_adapter("third")
     loaded(pixels).logits.sum().backward()
     assert {name.split(".")[-2] for name, weight in loaded.named_parameters() if weight.grad is not None} == {"third"}

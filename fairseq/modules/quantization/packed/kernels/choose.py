@@ -96,15 +96,15 @@ def choose(device: torch.device, backend: str = "auto", in_panels: bool = False)
 
 def _best(device: torch.device) -> Kernels:
     """The first of the kernels for that type of device that agree with the reference, or that."""
-    right = (name for name in _usual(device) if disagreement(TABLE[name], device) is None)
+    usual = _usual(device, functional.capturing())
+    right = (name for name in usual if disagreement(TABLE[name], device) is None)
     return TABLE[next(right, "reference")]
 
 
-def _usual(device: torch.device) -> tuple[str, ...]:
-    """The kernels for that type of device, the best first."""
+def _usual(device: torch.device, recorded: bool) -> tuple[str, ...]:
+    """The kernels for that type of device, the best first; a graph may run on another processor."""
     if device.type == "cpu":
-        graph = functional.capturing() or functional.observed()  # may run on another processor
-        return ("floats", "cpu") if not graph and cpu.floats_are_faster() else ("cpu", "floats")
+        return ("cpu", "floats") if recorded or functional.observed() or not _floats_are_faster() else ("floats", "cpu")
     if device.type != "cuda":
         return ()
     reason = reason_not_on(device)
@@ -115,6 +115,11 @@ def _usual(device: torch.device) -> tuple[str, ...]:
 
 
 _usual._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as below
+
+
+def _floats_are_faster() -> bool:
+    with _with_onednn():
+        return cpu.floats_are_faster()
 
 
 @functools.cache

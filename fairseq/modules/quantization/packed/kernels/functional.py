@@ -25,7 +25,8 @@ def capturing() -> bool:
 
 def compiled_with_gradient(*tensors: Tensor) -> bool:
     """Whether torch.compile records operations of which a gradient is wanted; what is exported has none."""
-    wanted = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled()
+    exported = torch.compiler._is_exporting_flag  # in 2.9 a compiler takes is_exporting() for True
+    wanted = torch.compiler.is_compiling() and not exported and torch.is_grad_enabled()
     return wanted and any(tensor.requires_grad for tensor in tensors)
 
 

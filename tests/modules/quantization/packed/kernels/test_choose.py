@@ -209,6 +209,18 @@ def test_kernels_that_fail_are_left_out(monkeypatch, error):
         assert choose(CPU).name == "floats"
 
 
+@pytest.mark.filterwarnings("ignore:the cpu kernels")
+def test_kernels_that_fail_are_left_out_when_their_speed_is_measured(monkeypatch):
+    monkeypatch.delenv(kernels.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(choosing, "_checked", {})
+    monkeypatch.setattr(torch, "_int_mm", failing)
+    cpu.floats_are_faster.cache_clear()
+    try:
+        assert choose(CPU).name == make().backend == "floats"
+    finally:
+        cpu.floats_are_faster.cache_clear()
+
+
 @pytest.mark.parametrize("forced_by", ["argument", "environment"])
 @pytest.mark.filterwarnings("ignore:the cpu kernels")
 @pytest.mark.usefixtures("fresh")
