@@ -300,7 +300,7 @@ def test_settings_that_cannot_be_are_refused(float_folder, settings, message):
         (["lassifier"], lambda name: name == "classifier"),
         (["vit.layernorm"], lambda name: False),
         (["layers.0", "layer.0"], lambda name: ".0." in name),
-        (["ayers.0", "ayer.0"], lambda name: False),
+        (["ayers.0", "ayer.0"], lambda name: transformers.__version__ < "5" and ".0." in name),
         ([], lambda name: False),
     ],
     ids=range(8),
