@@ -12,8 +12,6 @@ from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.quantization.architectures.copies import copied
 
-REFUSED = "forward was replaced on this Sequential by a function that calls the model which it was made for"
-
 
 def model():
     torch.manual_seed(0)

@@ -561,7 +561,7 @@ def test_compile_sees_one_operator_per_block(tiny_vit, pixels):
 
 
 def test_compiled_it_trains_what_is_left_in_float(tiny_vit, pixels):
-    """As in eager mode: to the last bits, since the backward pass there runs the layers, too."""
+    """As in eager mode, where hidden states are those of native blocks; without a gradient, or with another's, by 1."""
     fused = ViTQuantizer(bits=8, method="channel", exclude=["classifier"]).quantize_model(shortened(tiny_vit))
     assert blocks(fused)
     torch.compiler.reset()
