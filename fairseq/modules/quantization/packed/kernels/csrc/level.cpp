@@ -14,16 +14,12 @@
 #include "patches.h"
 
 namespace {
-template <typename Own>
 void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, bool narrow, int32_t* sums) {
-  if constexpr (Own::FAST_NARROW) {
-    if (narrow) return Own::narrow_product(tile, panel, rows, steps, sums);
-  }
-  Own::product(tile, panel, rows, steps, sums);
+  product_of<Isa>(narrow, tile, panel, rows, steps, sums, false, [] {});
 }
 }  // namespace
 
-extern const Kernels JOIN(kernels_, LEVEL) = {TEXT(LEVEL),  Isa::ROWS,    Isa::GROUP,     Isa::OFFSET, Isa::FAST_HALVES,
-                                              Isa::enter,   Isa::leave,   norm,           activate,    quantize,
-                                              product<Isa>, linear,       attention_pack, attend,      block,
-                                              integers,     integer_norm, round_pixels,   patches};
+extern const Kernels JOIN(kernels_, LEVEL) = {TEXT(LEVEL), Isa::ROWS,    Isa::GROUP,     Isa::OFFSET, Isa::FAST_HALVES,
+                                              Isa::enter,  Isa::leave,   norm,           activate,    quantize,
+                                              product,     linear,       attention_pack, attend,      block,
+                                              integers,    integer_norm, round_pixels,   patches};

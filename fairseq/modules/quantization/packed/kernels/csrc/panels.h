@@ -121,6 +121,20 @@ struct Piece {
   int turn;      // which of two buffers it is in
 };
 
+// The product of an instruction set, by its faster one where codes have up to 4 bits and there is one.
+template <typename Own, typename Pause>
+static inline __attribute__((always_inline)) void product_of(bool narrow, const uint8_t* tile, const uint8_t* panel,
+                                                             int64_t rows, int64_t steps, int32_t* sums, bool go_on,
+                                                             Pause pause) {
+  if constexpr (Own::FAST_NARROW) {
+    if (narrow) {
+      pause();
+      return Own::narrow_product(tile, panel, rows, steps, sums);
+    }
+  }
+  Own::product(tile, panel, rows, steps, sums, go_on, pause);
+}
+
 // Integers: y = ((sum - zero point's share) * scale) * scale of the row + bias, each operation rounded once. It is the
 // order that every kernel of this library has, in whatever language.
 struct InIntegers {
@@ -175,16 +189,10 @@ struct InIntegers {
     });
   }
 
-  template <typename Pause, typename Own = Isa>
+  template <typename Pause>
   inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows,
                                                      int64_t steps, int32_t* sums, bool go_on, Pause pause) const {
-    if constexpr (Own::FAST_NARROW) {
-      if (linear.narrow) {
-        pause();
-        return Own::narrow_product(tile, panel, rows, steps, sums);
-      }
-    }
-    Own::product(tile, panel, rows, steps, sums, go_on, pause);
+    product_of<Isa>(linear.narrow, tile, panel, rows, steps, sums, go_on, pause);
   }
 };
 

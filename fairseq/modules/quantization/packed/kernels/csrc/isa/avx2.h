@@ -9,23 +9,17 @@ namespace {
 struct Isa : Registers<Isa> {
   static const bool FAST_NARROW = true;
 
-  // Numbers and codes are widened to 16 bits, numbers for some groups at a time, which stay in the first cache.
+  // Numbers and codes are widened to 16 bits.
   template <int... I>
   static inline __attribute__((always_inline)) void rows(const uint8_t* tile, const uint8_t* panel, int64_t steps,
                                                          int32_t* sums, Numbers<I...>) {
     const int count = sizeof...(I);
-    const int64_t most_groups = 16;
-    alignas(ALIGNMENT) int16_t wide[most_groups * GROUP * count];
-    for (int64_t step = 0; step < steps; step += 4 * most_groups) {
-      const int64_t groups = least(most_groups, (steps - step) / 4);
-      for (int64_t i = 0; i < groups * count; i++, tile += GROUP)
-        _mm256_store_si256((__m256i*)(wide + GROUP * i), _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)tile)));
-      for (int64_t column = 0; column < PANEL; column += LANES)
-        in_two<count>([&](auto some, int64_t first) {
-          some_rows<count>(wide + GROUP * first, panel + 4 * (PANEL * step + column), groups,
-                           sums + PANEL * first + column, step > 0, some);
-        });
-    }
+    in_pieces<count, LANES, GROUP, int16_t>(steps, [&](int64_t i) {
+      return _mm256_cvtepu8_epi16(load<__m128i>(tile + GROUP * i));
+    }, [&](const int16_t* wide, int64_t step, int64_t groups, int64_t column, int64_t first, auto some) {
+      some_rows<count>(wide, panel + 4 * (PANEL * step + column), groups, sums + PANEL * first + column, step > 0,
+                       some);
+    });
   }
 
   // Codes up to 15: the sum of two products is up to 7650, and those of 16 inputs fit 16 bits.

@@ -62,8 +62,7 @@ struct Registers {
     half_product(tile, panel, rows, steps, out, PANEL);
   }
 
-  // For processors without instructions for bfloat16: as floats, in the order of the inputs, some groups at a time,
-  // which stay in the first cache.
+  // For processors without instructions for bfloat16: as floats, in the order of the inputs.
   template <int... I>
   static inline __attribute__((always_inline)) void half_rows(const uint16_t* tile, const uint16_t* panel,
                                                               int64_t steps, float* out, int64_t stride,
@@ -71,18 +70,12 @@ struct Registers {
     typedef uint16_t Eight __attribute__((vector_size(GROUP)));
     typedef uint32_t EightWords __attribute__((vector_size(2 * GROUP)));
     const int count = sizeof...(I);
-    const int64_t most_groups = 16;
-    alignas(ALIGNMENT) float wide[most_groups * HALVES * count];
-    for (int64_t step = 0; step < steps; step += 4 * most_groups) {
-      const int64_t groups = least(most_groups, (steps - step) / 4);
-      for (int64_t i = 0; i < groups * count; i++, tile += HALVES)
-        store(wide + HALVES * i, __builtin_convertvector(load<Eight>(tile), EightWords) << 16);
-      for (int64_t column = 0; column < PANEL; column += 2 * LANES)
-        in_two<count>([&](auto some, int64_t first) {
-          some_halves<count>(wide + HALVES * first, panel + 2 * (PANEL * step + column), groups,
-                             out + stride * first + column, stride, step > 0, some);
-        });
-    }
+    in_pieces<count, 2 * LANES, HALVES, float>(steps, [&](int64_t i) {
+      return __builtin_convertvector(load<Eight>(tile + HALVES * i), EightWords) << 16;
+    }, [&](const float* wide, int64_t step, int64_t groups, int64_t column, int64_t first, auto some) {
+      some_halves<count>(wide, panel + 2 * (PANEL * step + column), groups, out + stride * first + column, stride,
+                         step > 0, some);
+    });
   }
 
  protected:
@@ -107,6 +100,22 @@ struct Registers {
     const int first = count <= AT_ONCE ? count : (count + 1) / 2;
     multiply(typename Count<first>::type(), 0);
     if constexpr (first < count) multiply(typename Count<count - first>::type(), first);
+  }
+
+  // The `numbers` of each group of a tile's `count` rows widened, which widen(i) gives for the i-th group, some groups
+  // at a time, which stay in the first cache; then multiply(widened rows, step, groups, column, the first of the rows,
+  // the rows as Numbers) for each `columns` outputs of a panel.
+  template <int count, int64_t columns, int64_t numbers, typename Number, typename Widen, typename Multiply>
+  static inline __attribute__((always_inline)) void in_pieces(int64_t steps, Widen widen, Multiply multiply) {
+    const int64_t most_groups = 16;
+    alignas(ALIGNMENT) Number wide[most_groups * numbers * count];
+    for (int64_t step = 0; step < steps; step += 4 * most_groups) {
+      const int64_t groups = least(most_groups, (steps - step) / 4);
+      for (int64_t i = 0; i < groups * count; i++) store(wide + numbers * i, widen(step / 4 * count + i));
+      for (int64_t column = 0; column < PANEL; column += columns)
+        in_two<count>(
+            [&](auto some, int64_t first) { multiply(wide + numbers * first, step, groups, column, first, some); });
+    }
   }
 
  private:
