@@ -160,13 +160,15 @@ def _on(given: dict[str, Any], where: torch.dtype | torch.device) -> dict[str, A
 def _rounding_noise(layer: PackedLinear, x: Tensor) -> float:
     """By how much, in relation to its size, an input differs from itself rounded with other rounding errors.
 
-    Two errors are independent. Of integers each is uniform within a step, of variance step^2 / 12; a step is the
-    largest magnitude of a token over 127. Weight-only layers round to bfloat16 in native blocks: the error is that of
-    these numbers.
+    Two errors are independent, and each is as large as that of these numbers: rounded to integers, or, in weight-only
+    layers of native blocks, to bfloat16.
     """
     x = x.double().flatten(0, -2)
+    if layer.input_factor is not None:
+        x = x * layer.input_factor.double()
     if layer.config.activations is None:
-        variance = (x.bfloat16() - x).square().mean()
+        error = x.bfloat16() - x
     else:
-        variance = (x.abs().amax(-1) / 127).square().mean() / 12
-    return float((2 * variance).sqrt() / x.square().mean().sqrt().clamp(min=1e-30))
+        q, scale = layer.input_grid.quantize(x)
+        error = layer.input_grid.centre(q) * scale - x
+    return float((2 * error.square().mean()).sqrt() / x.square().mean().sqrt().clamp(min=1e-30))

@@ -142,9 +142,12 @@ def _rounded_apart(spec: BlockSpec) -> str | None:
         layers: list[Any] = [spec.layers[role] for role in roles if role in spec.layers]
         if len(layers) < 2:
             continue
+        named = f"its {', '.join(roles[:-1])} and {roles[-1]} layers"
         grids = {(layer.config.activations is None, layer.input_grid.key()) for layer in layers}
         if len(grids) > 1 or any(layer.input_factor is not None for layer in layers):
-            return f"its {', '.join(roles[:-1])} and {roles[-1]} layers round their input differently"
+            return f"{named} round their input differently"
+        if len({layer.config.group_size for layer in layers}) > 1:
+            return f"{named} have groups of different sizes"
     return None
 
 

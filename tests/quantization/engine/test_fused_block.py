@@ -92,6 +92,7 @@ def test_a_block_is_its_parts(tiny_vit, pixels, settings):
         {"bits": 8}, {"bits": 8, "method": "channel"}, {"bits": 4, "method": "histogram"}, {"bits": 4},
         {"bits": 3, "method": "channel"}, {"bits": 8, "method": "channel", "symmetric": True},
         {"bits": 8, "method": "channel", "overrides": {"*.1.*": {"bits": 4}}},
+        {"bits": 8, "method": "channel", "group_size": 32}, {"bits": 4, "method": "channel", "activation_bits": 4},
     ],
     ids=str,
 )  # fmt: skip
@@ -112,6 +113,19 @@ def test_a_fused_model_gives_what_its_layers_give(tiny_vit, pixels, settings, mo
 def test_static_ranges_are_fused_too(tiny_vit, pixels, monkeypatch):
     quantizer = ViTQuantizer(bits=8, method="channel", activations="static", rounding="nearest")
     layers = quantizer.quantize_model(tiny_vit, calibration=pixels, engine="layers")
+    fused = quantizer.optimize(layers)
+    calls = count_native(monkeypatch)
+    assert_close(fused, layers, pixels)
+    assert calls == [2]
+
+
+@pytest.mark.parametrize("settings", [{"activation_bits": 4}, {"activations": "static"}], ids=str)
+def test_groups_of_inputs_are_fused(pixels, settings, monkeypatch):
+    torch.manual_seed(0)
+    model = ViTForImageClassification(vit_config(hidden_size=80, num_attention_heads=2, intermediate_size=144)).eval()
+    quantizer = ViTQuantizer(bits=4, method="channel", group_size=32, rounding="nearest", **settings)
+    calibration = pixels if "activations" in settings else None
+    layers = quantizer.quantize_model(model, calibration=calibration, engine="layers")
     fused = quantizer.optimize(layers)
     calls = count_native(monkeypatch)
     assert_close(fused, layers, pixels)
@@ -458,14 +472,17 @@ def test_shared_weights_stay_shared(tiny_vit):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"method": "channel", "activation_bits": 4}, "its query layer: activation_bits=4"),
+        ({"method": "channel", "overrides": {"*.k*": {"activation_bits": 4}}},
+         "its query, key and value layers round their input differently"),
+        ({"method": "channel", "overrides": {"*.k*": {"group_size": 32}}},
+         "its query, key and value layers have groups of different sizes"),
         ({"method": "channel", "quantize_mlp": False}, "its fc1 layer is not packed"),
         ({"method": "channel", "overrides": {"*attention.q*": {"skip": True}}}, "its query layer is not packed"),
         ({"method": "channel", "backend": "reference"}, "its query layer: backend='reference'"),
-        ({"method": "channel", "group_size": 32}, "its query layer: group_size=32"),
+        ({"method": "channel", "group_size": 40}, "its query layer: group_size=40, which is no multiple of 16"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_what_cannot_be_fused_is_said(tiny_vit, pixels, settings, reason):
     quantizer = ViTQuantizer(bits=8, **settings)
     automatic = quantizer.quantize_model(tiny_vit)

@@ -59,7 +59,8 @@ def by_hand(block, x):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"bits": 8}, {"bits": 8, "method": "channel"}, {"bits": 5}, {"bits": 4, "method": "channel"}, {"bits": 2}],
+    [{"bits": 8}, {"bits": 8, "method": "channel"}, {"bits": 5}, {"bits": 4, "method": "channel"}, {"bits": 2},
+     {"bits": 4, "method": "channel", "group_size": 32}],
     ids=str,
 )  # fmt: skip
 def test_a_block_is_its_parts(tiny_vit, settings, calls):

@@ -18,10 +18,12 @@ class Layout(NamedTuple):
     Attributes:
         codes: in rows, int8 (out, in), a byte per code, or uint8 (out, packed_length(in, bits)); or in panels, uint8 of
             :func:`~.panels.panels_shape`. Layers whose codes are the same tensor share them.
-        sums: of the codes of each output, int32 (out,), with panels above 4 bits; else None.
+        sums: of the codes of each output, int32 (out,), or of each of its groups, int32 (out, groups), with panels
+            above 4 bits; else None.
         bits: 2 to 8.
         outputs, inputs: of the weight.
         bytewise: whether a code takes a byte in rows.
+        group_size: columns that share a scale, or None.
     """
 
     codes: Tensor
@@ -30,6 +32,7 @@ class Layout(NamedTuple):
     outputs: int
     inputs: int
     bytewise: bool
+    group_size: int | None = None
 
     @classmethod
     def of(cls, codes: Tensor, bits: int, unpacked: bool) -> Layout:
@@ -57,14 +60,16 @@ class Layout(NamedTuple):
 
     def rows(self) -> Layout:
         """The same codes in rows."""
-        return Layout.of(self.row_codes(), self.bits, self.bytewise) if self.in_panels() else self
+        if not self.in_panels():
+            return self
+        return Layout.of(self.row_codes(), self.bits, self.bytewise)._replace(group_size=self.group_size)
 
     def panels(self) -> Layout:
         """The same codes in panels."""
         if self.in_panels():
             return self
         codes = self.unpacked()
-        return self._replace(codes=to_panels(codes, self.bits), sums=sums_of(codes, self.bits))
+        return self._replace(codes=to_panels(codes, self.bits), sums=sums_of(codes, self.bits, self.group_size))
 
     def saved(self) -> Tensor:
         """What a state dict holds of any layout: uint8 (out, packed_length(in, bits))."""
@@ -86,7 +91,9 @@ class Layout(NamedTuple):
 
     def summed(self) -> Layout:
         """The same codes, which may have been written to, with sums that are theirs."""
-        return self if self.sums is None else self._replace(sums=sums_of(self.unpacked(), self.bits))
+        if self.sums is None:
+            return self
+        return self._replace(sums=sums_of(self.unpacked(), self.bits, self.group_size))
 
 
 def takes_a_byte(bits: int, unpacked: bool) -> bool:

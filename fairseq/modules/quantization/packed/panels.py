@@ -34,9 +34,16 @@ def to_panels(codes: Tensor, bits: int) -> Tensor:
     return ordered.reshape(count, steps, -1)
 
 
-def sums_of(codes: Tensor, bits: int) -> Tensor | None:
-    """The sum of each output's codes, int32 (out,); None below 5 bits, where unpacking adds them up anew."""
-    return None if is_narrow(bits) else codes.sum(1, dtype=torch.int32)
+def sums_of(codes: Tensor, bits: int, group_size: int | None = None) -> Tensor | None:
+    """The sum of each output's codes, int32 (out,), or of each group of them, int32 (out, groups).
+
+    None below 5 bits, where unpacking adds them up anew.
+    """
+    if is_narrow(bits):
+        return None
+    if group_size is None:
+        return codes.sum(1, dtype=torch.int32)
+    return torch.stack([group.sum(1, dtype=torch.int32) for group in codes.split(group_size, 1)], 1)
 
 
 def from_panels(panels: Tensor, outputs: int, inputs: int, bits: int) -> Tensor:

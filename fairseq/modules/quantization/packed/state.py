@@ -91,7 +91,7 @@ class PackedState(nn.Module):
         config = self.config
         return Layout(
             self.weight_codes, self.code_sums, config.bits, self.out_features, self.in_features,
-            takes_a_byte(config.bits, config.weight_storage == "unpacked"),
+            takes_a_byte(config.bits, config.weight_storage == "unpacked"), config.group_size,
         )  # fmt: skip
 
     @layout.setter
@@ -158,9 +158,13 @@ class PackedState(nn.Module):
         """The tensors that the native kernels need, see :class:`arguments.Prepared`."""
         return tuple(self._buffers[key] for key in self.PARTS)
 
-    def sizes(self) -> tuple[int, int, int, int]:
-        """in_features, out_features, bits, and 1 if the native kernels round the input to bfloat16."""
-        return self.in_features, self.out_features, self.config.bits, int(self.config.activations is None)
+    def sizes(self) -> tuple[int, ...]:
+        """What the native kernels need beside :meth:`parts`, see :class:`arguments.Prepared`."""
+        config = self.config
+        return (
+            self.in_features, self.out_features, config.bits, int(config.activations is None), config.activation_bits,
+            config.group_size or 0,
+        )  # fmt: skip
 
     def integers(self) -> Tensor:
         """The weight's integers, uint8 of shape (out_features, in_features)."""

@@ -40,8 +40,10 @@ class Prepared:
         parts: panels, uint8 of ``panels_shape(out_features, in_features, bits)``; sums, int32 (out_features,), of each
             output's codes, or None below 5 bits; scale, float32 (1,) or (out_features,); zero_point, uint8, the shape
             of ``scale``; bias, (out_features,); factor, (in_features,); and of a static range input_scale (1,),
-            input_zero_point (1,) and correction, (out_features,). The last five may be None.
-        sizes: in_features, out_features, bits, and 1 if the input is rounded to bfloat16, 0 or nothing if to integers.
+            input_zero_point (1,) and correction, (out_features,). The last five may be None. With groups of inputs,
+            sums, scale and zero_point are (out_features, groups).
+        sizes: in_features, out_features, bits; 1 if the input is rounded to bfloat16, 0 if to integers; the bits of
+            these; and the inputs of a group, 0 for none. The last three are 0, 8 and 0 where they are left out.
 
     Raises:
         ValueError: another dtype, shape, device or stride, the message names the tensor; or a static range for an input
@@ -51,7 +53,7 @@ class Prepared:
     def __init__(self, parts: Parts, sizes: Sequence[int]):
         self.parts = parts
         panels, sums, scale, zero_point, bias, factor, input_scale, input_zero_point, correction = parts
-        inputs, outputs, bits, halves = (*sizes, 0)[:4]
+        inputs, outputs, bits, halves, input_bits, group = (*sizes, *(0, 8, 0)[len(sizes) - 3 :])
         if panels is None or scale is None or zero_point is None or (sums is None) != is_narrow(bits):
             raise ValueError("a native layer needs panels, sums above 4 bits, a scale and a zero point")
         if halves and input_scale is not None:
@@ -63,10 +65,12 @@ class Prepared:
         self.versions = [(t, version(t)) for t in copies]
         if correction is not None:
             bias = correction if bias is None else bias + correction
-        scales = (1,) if scale.numel() == 1 else (outputs,)
+        scales: tuple[int, ...] = (1,) if scale.numel() == 1 else (outputs,)
+        if group:
+            scales = (outputs, -(-inputs // group))
         check("panels", panels, torch.uint8, panels_shape(outputs, inputs, bits))
         if sums is not None:
-            check("sums", sums, torch.int32, (outputs,))
+            check("sums", sums, torch.int32, scales if group else (outputs,))
         check("scale", scale, torch.float32, scales)
         check("zero_point", zero_point, torch.uint8, scales)
         if bias is not None:
@@ -78,7 +82,7 @@ class Prepared:
         fixed = (0.0, 0) if input_scale is None or input_zero_point is None else (input_scale, input_zero_point)
         self.linear = Linear(
             *(pointer(tensor) for tensor in self.tensors), inputs, outputs, is_narrow(bits), code_offset(bits),
-            scales != (1,), float(fixed[0]), int(fixed[1]), halves,
+            scales[-1] if group else scales != (1,), float(fixed[0]), int(fixed[1]), halves, input_bits, group,
         )  # fmt: skip
         self.linear.kept = self.tensors
 
@@ -131,8 +135,8 @@ def make_block(
         head_scale: in the place of ``scaling``, float32 (heads,), or None.
 
     Raises:
-        ValueError: sizes that do not fit together, the message gives them; or layers that read one tensor, of which
-            some round it to integers and others to bfloat16.
+        ValueError: sizes that do not fit together, the message gives them; or layers that read one tensor, and do not
+            all round it to the same integers, or to bfloat16, in the same groups.
     """
     linears = {name: layer.linear for name, layer in layers.items()}
     three = "key" in linears
@@ -150,8 +154,12 @@ def make_block(
     if not three and inner < FEWEST:
         raise ValueError(f"one layer for query, key and value has {FEWEST} columns of each at least, got {inner}")
     for together in TOGETHER:
-        if len({linears[name].halves for name in together if name in linears}) > 1:
-            raise ValueError(f"the input of {', '.join(together)} is rounded once, to integers or to bfloat16")
+        inputs = {(x.halves, x.input_bits, x.group) for x in (linears[name] for name in together if name in linears)}
+        if len(inputs) > 1:
+            raise ValueError(
+                f"the input of {', '.join(together)} is rounded once, to integers of so many bits or to bfloat16, in "
+                f"groups of one size; got (bfloat16, bits, group) {sorted(inputs)}"
+            )
     if not scaling > 0:
         raise ValueError(f"the scaling of attention must be positive, got {scaling}")
     size = inner // heads

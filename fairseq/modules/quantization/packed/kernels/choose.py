@@ -145,10 +145,9 @@ def reason_not_native(config: LinearConfig, scale: torch.dtype) -> str | None:
         return f"backend={config.backend!r}, or what {ENVIRONMENT} says"
     if config.activations is None and native_calls.attention_is_exact():
         return f"activations=None: its products are of bfloat16, which {native_calls.ATTENTION}=float32 rules out"
-    if config.activation_bits != 8:
-        return f"activation_bits={config.activation_bits}"
-    if config.group_size is not None:
-        return f"group_size={config.group_size}"
+    step = 32 if config.activations is None else 16  # numbers that fill 64 bytes, or the steps of a panel
+    if config.group_size is not None and config.group_size % step:
+        return f"group_size={config.group_size}, which is no multiple of {step}"
     return None if scale == torch.float32 else f"a scale of {scale}"
 
 

@@ -134,6 +134,17 @@ def _compare(level: int) -> str | None:
         error = (native_calls.run_linear(layer.linear, x, level) - halves @ weight.T).abs()
         if not bool((error <= 71 * torch.finfo(real).eps * (halves.abs() @ weight.T.abs())).all()):
             return f"their weight-only layer at {bits} bits differs from the reference"
+        # Groups of 32 inputs, the last of 6, of an input of 4 bits or of bfloat16.
+        scale, zero = (scale[:, None] * torch.tensor([1.0, 2.0, 4.0]), zero[:, None].repeat(1, 3))
+        weight = weight * torch.tensor([1.0, 2.0, 4.0]).repeat_interleave(32)[:70]
+        parts = parts[0], sums_of(codes, bits, 32), scale.contiguous(), zero, *[None] * 5
+        rounded, token_scale = quantize_tokens(x, 4)
+        for form, size, given in (("integers", (0, 4), rounded * token_scale), ("bfloat16", (1, 8), halves)):
+            layer = arguments.Prepared(parts, (70, 40, bits, *size, 32))
+            expected = given.double() @ weight.T
+            got = native_calls.run_linear(layer.linear, x, level).double()
+            if not torch.allclose(got, expected, rtol=1e-4, atol=1e-3):
+                return f"their layer with groups at {bits} bits, of {form}, differs from the reference"
     query, key, value = torch.randn(3, 2, 35, 40, generator=random, dtype=real)
     by_head = [t.view(2, 35, 2, 20).transpose(1, 2) for t in (query, key, value)]
     expected = F.scaled_dot_product_attention(*by_head).transpose(1, 2).reshape(2, 35, 40)

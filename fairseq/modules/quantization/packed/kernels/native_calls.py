@@ -189,7 +189,9 @@ def norm(x: Tensor, parts: arguments.NormParts, level: int) -> Tensor:
 
 
 def quantize(x: Tensor, layer: arguments.Prepared, level: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The integers that a layer makes of its input: float32 (rows, in) -> int8 (rows, in), scales and sums (rows,).
+    """The integers that a layer makes of its input: float32 (rows, in) -> int8 (rows, in), scales (rows,), and sums.
+
+    The sums are int32 (rows,), or of each group of inputs, (rows, groups).
 
     Raises:
         ValueError: it makes none of it.
@@ -197,7 +199,10 @@ def quantize(x: Tensor, layer: arguments.Prepared, level: int) -> tuple[Tensor, 
     if layer.linear.halves:
         raise ValueError("a layer that rounds its input to bfloat16 makes no integers of it")
     arguments.check("x", x, torch.float32, (len(x), layer.linear.inputs))
-    q, scales, sums = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x)), x.new_empty(len(x), dtype=torch.int32)
+    group = layer.linear.group
+    of_groups = (len(x), -(-x.shape[1] // group)) if group else (len(x),)
+    q, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x))
+    sums = x.new_empty(of_groups, dtype=torch.int32)
     pointers = (tensor.data_ptr() for tensor in (q, scales, sums))
     library.check_memory(library.loaded().fairseq_quantize(level, layer.linear, x.data_ptr(), len(x), *pointers))
     return q, scales, sums

@@ -20,7 +20,7 @@ PARTS = 9  # tensors of a layer
 def native_linear(x: Tensor, parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
     """float32 (rows, in) -> (rows, out); ``parts`` and ``sizes`` as for :class:`arguments.Prepared`.
 
-    Graphs that were saved before there were weight-only layers have three sizes.
+    Graphs that were saved by earlier versions have fewer sizes.
     """
     layer = arguments.Prepared(tuple(parts), sizes)
     return native_calls.run_linear(layer.linear, x, native.level_number())

@@ -77,23 +77,29 @@ struct Random {
   }
 };
 
-// The tensors of a Linear with random codes; `extreme`: the largest magnitudes that there are.
+// The tensors of a Linear with random codes; `extreme`: the largest magnitudes that there are; `group`: inputs that
+// share a scale, 0 for all.
 struct Layer {
   std::vector<uint8_t> panels, zero;
   std::vector<int32_t> sums;
   Reals scale, bias, factor;
   Linear linear = {};
   Layer(Random& random, int64_t in, int64_t out, bool narrow, bool factored = false, bool one_scale = false,
-        bool extreme = false)
-      : sums(out), scale(random.positive(one_scale ? 1 : out, 0.004f)), bias(random.reals(out)) {
+        bool extreme = false, int64_t group = 0)
+      : bias(random.reals(out)) {
     linear.in = in;
     linear.out = out;
     linear.narrow = narrow;
+    linear.input_bits = 8;
+    linear.group = group;
+    const int64_t groups = groups_of(linear);
+    sums.resize(out * groups);
+    scale = random.positive(one_scale ? 1 : out * groups, 0.004f);
     panels.resize(panel_bytes(linear) * panel_count(linear));
     for (int64_t n = 0; n < out; n++)
       for (int64_t k = 0; k < in; k++) {
         const int code = narrow ? (extreme ? 15 : random.below(16)) : extreme ? -128 : random.below(256) - 128;
-        sums[n] += code;
+        sums[n * groups + (group ? k / group : 0)] += code;
         const int64_t step = n / PANEL * steps_of(in) + k / 4, half = PANEL / 2, j = n % PANEL;
         if (narrow) panels[(step * half + j % half) * 4 + k % 4] |= code << (j < half ? 0 : 4);
         else panels[(step * PANEL + j) * 4 + k % 4] = (uint8_t)code;
@@ -105,7 +111,7 @@ struct Layer {
     linear.scale = scale.data();
     linear.zero = zero.data();
     linear.zero_offset = narrow ? 0 : 128;
-    linear.scale_step = !one_scale;
+    linear.scale_step = one_scale ? 0 : (int32_t)groups;
     linear.bias = bias.data();
     linear.factor = factored ? factor.data() : nullptr;
   }
@@ -194,6 +200,37 @@ void layers(int level, Outcome& outcome) {
   }
 }
 
+// Layers with groups of inputs, of integers of few bits or of bfloat16.
+void groups(int level, bool halves, Outcome& outcome) {
+  Random random = {6};
+  for (const auto& [rows, in, out] : SHAPES) {
+    for (int64_t group : {0, 32, 48, 112, 128}) {
+      if (halves && (group == 0 || group % 32)) continue;
+      for (int variant = 0; variant < 8; variant++) {
+        Layer layer(random, in, out, variant & 1, variant & 2, false, variant > 5, group);
+        layer.linear.halves = halves;
+        layer.linear.input_bits = halves ? 8 : 2 + (int)(group + variant) % 7;
+        if (!halves && variant % 4 == 3) layer.linear.input_scale = 0.3f, layer.linear.input_zero = -1;
+        Reals x = random.reals(rows * in), y(rows * out), scales(rows);
+        for (int64_t i = 0; i < in && !halves; i++) x[i] *= variant == 4 ? 1e-38f : variant == 5 ? 1e37f : 1.0f;
+        std::vector<int8_t> q(rows * in);
+        std::vector<int32_t> sums(rows * groups_of(layer.linear));
+        if (!halves) {
+          outcome.failures +=
+              fairseq_quantize(level, &layer.linear, x.data(), rows, q.data(), scales.data(), sums.data());
+          outcome.add("quantize, few bits", q, scales, sums);
+        }
+        const char* const name = halves ? "weight-only, groups" : group ? "groups" : "few bits";
+        outcome.failures += fairseq_linear(level, &layer.linear, x.data(), rows, -1, nullptr, y.data(), 1, nullptr);
+        outcome.add(name, y);
+        x[0] = __builtin_nanf("");  // its row comes out as NaN, the others as they are
+        outcome.failures += fairseq_linear(level, &layer.linear, x.data(), rows, GELU, nullptr, y.data(), 2, nullptr);
+        outcome.add(std::string(name) + ", a NaN", y);
+      }
+    }
+  }
+}
+
 // Layers that round their input to bfloat16.
 void weight_only(int level, Outcome& outcome) {
   Random random = {5};
@@ -242,7 +279,8 @@ void attentions(int level, Outcome& outcome) {
   }
 }
 
-// The parts of a block, in three kinds: as in ViT; fused, rotated and gated; windows with norms behind the layers.
+// The parts of a block, in four kinds: as in ViT; fused, rotated and gated; windows with norms behind the layers; as in
+// ViT, with groups of inputs that have 4 bits.
 struct BlockParts {
   static const int64_t width = 56, heads = 3, size = 24, mlp = 100;
   std::vector<Layer> layers;
@@ -254,7 +292,10 @@ struct BlockParts {
     const bool fused = kind == 1, narrow = kind == 2;
     const int64_t sizes[][2] = {{width, fused ? 3 * inner : inner}, {width, inner}, {width, inner}, {inner, width},
                                 {width, fused ? 2 * mlp : mlp},     {width, mlp},   {mlp, width}};
-    for (const auto& [in, out] : sizes) layers.emplace_back(random, in, out, narrow, kind == 0);
+    for (const auto& [in, out] : sizes)
+      layers.emplace_back(random, in, out, narrow, kind == 0, false, false, kind == 3 ? 32 : 0);
+    if (kind == 3)
+      for (Layer& layer : layers) layer.linear.input_bits = 4;
     Linear* const linears[] = {&block.query, &block.key,  &block.value, &block.output,
                                &block.fc1,   &block.gate, &block.fc2};
     for (int i = 0; i < 7; i++) *linears[i] = layers[i].linear;
@@ -268,8 +309,8 @@ struct BlockParts {
     if (kind == 1) block.scale1 = block.scale2 = small.data();
     block.scaling = 0.2f;
     block.projections = fused ? 1 : 3;
-    block.activation = kind == 0 ? GELU : kind == 1 ? SILU : GELU_TANH;
-    block.gating = kind == 0 ? GATING_NONE : kind == 1 ? GATING_HALVES : GATING_LAYER;
+    block.activation = kind % 3 == 0 ? GELU : kind == 1 ? SILU : GELU_TANH;
+    block.gating = kind % 3 == 0 ? GATING_NONE : kind == 1 ? GATING_HALVES : GATING_LAYER;
     block.width = width;
     block.heads = heads;
     block.head_size = size;
@@ -280,7 +321,7 @@ struct BlockParts {
 void blocks(int level, Outcome& outcome) {
   const int64_t images = 5, tokens = 37, rows = images * tokens, width = BlockParts::width;
   Random random = {4};
-  for (int kind = 0; kind < 3; kind++) {
+  for (int kind = 0; kind < 4; kind++) {
     const BlockParts parts(random, kind), others(random, kind);
     const Block* const both[] = {&parts.block, &others.block};
     const Reals cosines = random.reals(tokens * BlockParts::size), sines = random.reals(tokens * BlockParts::size);
@@ -463,11 +504,13 @@ Outcome outcome_of(int level) {
   activations(level, outcome);
   norms(level, outcome);
   layers(level, outcome);
+  groups(level, false, outcome);
   integers(level, outcome);
   const std::string name = fairseq_level_name(level);
   if (name == "avx512bf16" || name == "amx")
     return outcome;  // their products of bfloat16 are summed in an order of their own
   weight_only(level, outcome);
+  groups(level, true, outcome);
   attentions(level, outcome);
   blocks(level, outcome);
   return outcome;

@@ -122,11 +122,15 @@ def test_the_native_kernels_run_what_lies_in_panels(monkeypatch):
         ({"activations": "static"}, torch.float32, None),
         ({"backend": "cpu"}, torch.float32, "backend='cpu', or what FAIRSEQ_QUANTIZATION_BACKEND says"),
         ({"activations": None}, torch.float32, None),
-        ({"activation_bits": 7}, torch.float32, "activation_bits=7"),
-        ({"method": "channel", "group_size": 64}, torch.float32, "group_size=64"),
+        ({"activation_bits": 7}, torch.float32, None),
+        ({"method": "channel", "group_size": 48}, torch.float32, None),
+        ({"method": "channel", "group_size": 64, "activations": None}, torch.float32, None),
+        ({"method": "channel", "group_size": 40}, torch.float32, "group_size=40, which is no multiple of 16"),
+        ({"method": "channel", "group_size": 48, "activations": None}, torch.float32,
+         "group_size=48, which is no multiple of 32"),
         ({}, torch.float64, "a scale of torch.float64"),
     ],
-)
+)  # fmt: skip
 @needs_native
 @pytest.mark.usefixtures("fresh")
 def test_the_reason_why_a_layer_does_not_run_natively(monkeypatch, settings, scale, reason):

@@ -791,7 +791,8 @@ def test_static_ranges_that_change_are_seen():
 @pytest.mark.parametrize(
     ("settings", "dtype"),
     [({}, torch.float32), ({"bits": 4}, torch.bfloat16), ({"activations": "static"}, torch.float32),
-     ({"bits": 3, "method": "channel", "activations": "static"}, torch.bfloat16)],
+     ({"bits": 3, "method": "channel", "activations": "static"}, torch.bfloat16),
+     ({"method": "channel", "group_size": 32, "activation_bits": 4}, torch.float32)],
     ids=str,
 )  # fmt: skip
 def test_the_operator_and_a_compiled_layer_give_the_same(settings, dtype):
@@ -811,8 +812,7 @@ def test_the_operator_and_a_compiled_layer_give_the_same(settings, dtype):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"activation_bits": 4}, "cannot run fc: activation_bits=4"),
-        ({"method": "channel", "group_size": 32}, "cannot run fc: group_size=32"),
+        ({"method": "channel", "group_size": 40}, "cannot run fc: group_size=40, which is no multiple of 16"),
         ({"backend": "reference"}, "cannot run fc: backend='reference'"),
     ],
 )

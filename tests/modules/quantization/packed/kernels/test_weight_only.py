@@ -155,8 +155,10 @@ def test_what_does_not_fit_together_is_refused():
     integers = arguments.Prepared(layer.parts, (24, 24, 8))
     layers = dict.fromkeys(("query", "key", "value", "output", "fc1", "fc2"), layer)
     arguments.make_block({**layers, "fc1": integers, "output": integers}, {}, 3, 0.35)
-    with pytest.raises(ValueError, match="the input of query, key, value is rounded once, to integers or to bfloat16"):
-        arguments.make_block({**layers, "key": integers}, {}, 3, 0.35)
+    few = arguments.Prepared(layer.parts, (24, 24, 8, 0, 4))
+    for one, other in ((layer, integers), (integers, few)):
+        with pytest.raises(ValueError, match="the input of query, key, value is rounded once, to integers of so many b"):
+            arguments.make_block({**dict.fromkeys(layers, one), "key": other}, {}, 3, 0.35)
 
 
 # PackedLinear on them.

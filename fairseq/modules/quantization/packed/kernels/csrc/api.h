@@ -11,7 +11,7 @@
 struct Linear {
   const uint8_t* panels;
   const int32_t* sums;  // (out,): the sum of each output's codes; null where two share a byte, and are added up anew
-  const float* scale;   // (out,), or (1,) with scale_step 0
+  const float* scale;   // (out,), or (1,) with scale_step 0; with groups (out, groups), and sums and zero, too
   const uint8_t* zero;  // as scale; the code of 0.0 is zero - zero_offset
   const float* bias;    // (out,), or null
   const float* factor;  // (in,): what x is multiplied by before it is rounded, or null
@@ -20,7 +20,9 @@ struct Linear {
   int32_t zero_offset, scale_step;
   float input_scale;  // of a static range; 0 for a scale per row
   int32_t input_zero;
-  int32_t halves;  // whether x is rounded to bfloat16, not to integers
+  int32_t halves;      // whether x is rounded to bfloat16, not to integers
+  int32_t input_bits;  // of the integers that x becomes
+  int64_t group;       // inputs that share a scale, a multiple of 16; 0 where all do
 };
 
 enum NormKind { NORM_NONE, NORM_LAYER, NORM_RMS, NORM_L2 };
@@ -169,6 +171,7 @@ static inline Type* least(Type* a, Type* b) {
 }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t steps_of(int64_t in) { return round_up(in, PANEL_STEP) / 4; }  // of 4 inputs, of a panel
+static inline int64_t groups_of(const Linear& linear) { return linear.group ? divide_up(linear.in, linear.group) : 1; }
 static inline int64_t panel_count(const Linear& linear) { return divide_up(linear.out, PANEL); }
 static inline int64_t row_bytes(const Linear& linear, int64_t group) {  // of its rounded input
   return round_up(linear.in * (linear.halves ? 2 : 1), group);
@@ -200,7 +203,7 @@ struct SharedWorkspace {
   int64_t tile_count, rows, images, tokens;
   uint8_t* integers;  // of all rows, in tiles: a group of columns of each row, then the next group; or bfloat16
   float* scales;      // (rows,): of the integers
-  int32_t* sums;      // (rows,): of the integers
+  int32_t* sums;      // (rows, groups of inputs): of the integers
   void *queries, *keys, *values;  // see attention.h
   float* projected;               // (rows, 3 * heads * head_size): what is normed or rotated, and what comes with it
   float* attended;                // (rows, heads * head_size)
@@ -214,12 +217,23 @@ struct SharedWorkspace {
   int32_t *value_scales, *value_means, *value_sums;  // (images, heads), and twice times columns filled up to panels
 };
 
+// What a panel has of one group of inputs.
+struct Group {
+  float scale[PANEL], zero[PANEL];
+  float offset[PANEL];  // what its sums have too much
+  int32_t code_sums[PANEL];
+  struct Zeros {
+    float zero[PANEL], zero_from_8[PANEL];
+  } halves;  // see panels.h
+};
+
 // Memory of one thread.
 struct ThreadWorkspace {
-  float* row;             // one row of any layer
+  float* row;             // two rows of any layer
   float* values;          // rows of a tile x PANEL
   int32_t* accumulators;  // TILES_AT_ONCE buffers of the rows of a tile x PANEL
   uint8_t* panel[2];      // a panel or a piece of one, a byte or a bfloat16 for each code
+  Group* groups;          // of a panel, see groups.h
   float* scores;          // rows of a tile x tokens, filled up to panels
   void* weights;          // rows of a tile x tokens, filled up to groups
   double* stages;         // STAGES seconds, or null
@@ -236,9 +250,9 @@ struct Kernels {
   void (*leave)();
   void (*norm)(const Norm& norm, const float* x, int64_t width, float* y);
   void (*activate)(int32_t activation, const float* x, int64_t count, float* y);
-  // Rounds one row into row `row` of a tile of `rows` rows; scale and sum are of the integers, 1 and 0 of bfloat16.
+  // Rounds one row into row `row` of a tile of `rows` rows; scale and sums are of the integers, 1 and 0 of bfloat16.
   void (*quantize)(const float* x, const Linear& grid, float* scratch, uint8_t* tile, int64_t row, int64_t rows,
-                   float* scale, int32_t* sum);
+                   float* scale, int32_t* sums);
   // Integer sums of a tile, (rows, PANEL), of codes that are a byte each, narrow ones of up to 4 bits.
   void (*product)(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, bool narrow, int32_t* sums);
   // Panels first ... last - 1 for the tiles from `from` to `to`: out = y, activated if that is not -1, (+ residual).

@@ -5,6 +5,7 @@
 #include "api.h"
 #include "attention.h"
 #include "gemm.h"
+#include "rounding.h"
 #include "rows.h"
 
 namespace {  // each instruction set has its own
@@ -24,7 +25,7 @@ static inline void quantize_rows(const Linear& linear, const SharedWorkspace& sh
     for (int64_t i = 0; i < tile.rows; i++) {
       const int64_t row = tile.row + i;
       quantize(give(row, own.row), linear, own.row, shared.integers + tile.row * stride, i, tile.rows,
-               shared.scales + row, shared.sums + row);
+               shared.scales + row, shared.sums + row * groups_of(linear));
     }
   }
 }

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "api.h"
+#include "groups.h"
 #include "panels.h"
 #include "rows.h"
 #include "vector.h"
@@ -85,7 +86,8 @@ static inline void multiply_in(const typename Arithmetic::Layer& linear, const R
     }
   };
   // Long reductions are cut into chunks, so that a chunk of the panel stays in the first cache while tiles pass.
-  const int64_t chunk = tile_count < TILES_AT_ONCE ? Isa::chunk(steps) : steps, chunks = divide_up(steps, chunk);
+  const bool cut = Arithmetic::IN_CHUNKS && tile_count < TILES_AT_ONCE;
+  const int64_t chunk = cut ? Isa::chunk(steps) : steps, chunks = divide_up(steps, chunk);
   const int64_t buffers = chunks > 1 ? tile_count + 1 : 2, buffer = Isa::ROWS * PANEL;
   struct {
     const Tile* tile;  // whose sums are complete, and have not become outputs; or null
@@ -138,7 +140,7 @@ static inline void multiply_in(const typename Arithmetic::Layer& linear, const R
           if (piece.left) panels.unpack_some(least(unpacked, piece.left));
         };
         const uint8_t* numbers = x.bytes + tile.row * x.stride + start * 4 * tile.rows;
-        panels.product(numbers, codes, tile.rows, count, sums, c > 0, pause);
+        panels.product(x, tile, numbers, codes, count, sums, c > 0, pause);
         lap(own, STAGE_PRODUCT);
         if (done < rows) some(rows);
         lap(own, STAGE_EPILOGUE);
@@ -155,7 +157,8 @@ static inline void multiply_in(const typename Arithmetic::Layer& linear, const R
 template <typename Epilogue>
 static inline void multiply(const Linear& linear, const Rounded& x, const Region& region, const Linear* coming,
                             int64_t coming_first, ThreadWorkspace& own, const Epilogue& epilogue) {
-  if (linear.halves) multiply_in<InHalves>(linear, x, region, coming, coming_first, own, epilogue);
+  if (linear.group) multiply_in<InGroups>(linear, x, region, coming, coming_first, own, epilogue);
+  else if (linear.halves) multiply_in<InHalves>(linear, x, region, coming, coming_first, own, epilogue);
   else multiply_in<InIntegers>(linear, x, region, coming, coming_first, own, epilogue);
 }
 

@@ -339,6 +339,7 @@ struct Requantized {
 struct InBytes {
   typedef int32_t Sum;
   typedef IntegerLinear Layer;
+  static const bool IN_CHUNKS = true;
   const IntegerLinear& linear;
   ThreadWorkspace& own;
   Piece piece = {};
@@ -370,9 +371,10 @@ struct InBytes {
   }
 
   template <typename Pause>
-  static inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows,
-                                                            int64_t steps, int32_t* sums, bool go_on, Pause pause) {
-    Isa::product(tile, panel, rows, steps, sums, go_on, pause);
+  static inline __attribute__((always_inline)) void product(const Rounded&, const Tile& tile, const uint8_t* numbers,
+                                                            const uint8_t* panel, int64_t steps, int32_t* sums,
+                                                            bool go_on, Pause pause) {
+    Isa::product(numbers, panel, tile.rows, steps, sums, go_on, pause);
   }
 };
 

@@ -124,6 +124,7 @@ struct Layout {
 struct Sizes {
   int64_t images, tokens;    // of a chunk
   int64_t longest;           // row or reduction of any layer, in numbers or in bytes of what it is rounded to
+  int64_t groups;            // of inputs of any layer; 0 or 1 where there are none
   int64_t heads, head_size;  // 0 without attention
   int64_t projected, added;  // floats of a row, 0 where they are not kept
   int64_t slice, hidden;     // rows and floats of a row, 0 without an MLP
@@ -141,7 +142,7 @@ static void lay_out(Layout& layout, const Kernels& kernels, const Sizes& sizes, 
   layout.take(shared.places, rows);
   layout.take(shared.integers, rows * round_up(sizes.longest, kernels.group) + behind);
   layout.take(shared.scales, rows);
-  layout.take(shared.sums, rows);
+  layout.take(shared.sums, rows * most(1, sizes.groups));
   const int64_t bytes = sizes.stream ? 1 : sizes.exact ? 4 : 2;
   layout.take_bytes(shared.queries, sizes.heads * rows * numbers * bytes + behind);
   layout.take_bytes(shared.keys, sizes.images * sizes.heads * tokens * numbers * bytes);
@@ -170,10 +171,11 @@ static void lay_out(Layout& layout, const Kernels& kernels, const Sizes& sizes, 
 static void lay_out(Layout& layout, const Kernels& kernels, const Sizes& sizes, ThreadWorkspace& own) {
   const int64_t tile = kernels.tile_rows,
                 tokens = sizes.heads ? round_up(round_up(sizes.tokens, PANEL), kernels.group / 2) : 0;
-  layout.take(own.row, sizes.longest + ALIGNMENT);
+  layout.take(own.row, 2 * sizes.longest + ALIGNMENT);
   layout.take(own.values, tile * PANEL);
   layout.take(own.accumulators, TILES_AT_ONCE * tile * PANEL);
   for (auto& panel : own.panel) layout.take(panel, steps_of(sizes.longest) * 4 * PANEL);
+  layout.take(own.groups, sizes.groups);
   layout.take(own.scores, tile * tokens);
   layout.take_bytes(own.weights, tile * tokens * sizeof(float) + tile * kernels.group);
   layout.take(own.stages, STAGES);
@@ -311,7 +313,7 @@ EXPORT int fairseq_norm(int level, const Norm* norm, const float* x, int64_t row
   return 0;
 }
 
-// The integers of rows, int8 (rows, in), their scales and sums. 0, or 1 if there is no memory.
+// The integers of rows, int8 (rows, in), their scales, and their sums, (rows, groups). 0, or 1 if there is no memory.
 EXPORT int fairseq_quantize(int level, const Linear* grid, const float* x, int64_t rows, int8_t* q, float* scales,
                             int32_t* sums) {
   const Kernels& kernels = kernels_of(level);
@@ -322,7 +324,8 @@ EXPORT int fairseq_quantize(int level, const Linear* grid, const float* x, int64
   if (!work.ready) return 1;
   uint8_t* integers = work.shared->integers;
   for (int64_t row = 0; row < rows; row++) {
-    kernels.quantize(x + row * grid->in, *grid, work.own->row, integers, 0, 1, scales + row, sums + row);
+    kernels.quantize(x + row * grid->in, *grid, work.own->row, integers, 0, 1, scales + row,
+                     sums + row * groups_of(*grid));
     for (int64_t k = 0; k < grid->in; k++) q[row * grid->in + k] = (int8_t)(uint8_t)(integers[k] - kernels.offset);
   }
   return 0;
@@ -391,6 +394,7 @@ EXPORT int fairseq_linear(int level, const Linear* linear, const float* x, int64
   sizes.tokens = rows;
   sizes.threads = threads;
   sizes.longest = row_bytes(*linear, kernels.group);
+  sizes.groups = groups_of(*linear);
   const Workspaces work(kernels, sizes);
   if (!work.ready) return 1;
   SharedWorkspace& shared = work.shared[0];
@@ -415,7 +419,7 @@ EXPORT int fairseq_linear(int level, const Linear* linear, const float* x, int64
       const Tile& tile = shared.tiles[t];
       for (int64_t i = 0; i < tile.rows; i++)
         kernels.quantize(x + (tile.row + i) * linear->in, *linear, own.row, shared.integers + tile.row * stride, i,
-                         tile.rows, shared.scales + tile.row + i, shared.sums + tile.row + i);
+                         tile.rows, shared.scales + tile.row + i, shared.sums + (tile.row + i) * groups_of(*linear));
       lap(STAGE_QUANTIZE);
     }
     lap(STAGE_WAIT);
@@ -541,7 +545,10 @@ EXPORT int fairseq_blocks(int level, const Block* const* blocks, const Call* con
     sizes.longest = most(sizes.longest, most(most(block.width, inner), most(block.mlp, block.head_size)));
     const Linear* const linears[] = {&block.query, &block.key,  &block.value, &block.output,
                                      &block.fc1,   &block.gate, &block.fc2};
-    for (const Linear* linear : linears) sizes.longest = most(sizes.longest, row_bytes(*linear, kernels.group));
+    for (const Linear* linear : linears) {
+      sizes.longest = most(sizes.longest, row_bytes(*linear, kernels.group));
+      sizes.groups = most(sizes.groups, groups_of(*linear));
+    }
     sizes.hidden = most(sizes.hidden, block.fc1.out);
     if (turned) sizes.projected = most(sizes.projected, 3 * inner);
     if (block.post1.kind != NORM_NONE || block.post2.kind != NORM_NONE) sizes.added = most(sizes.added, block.width);

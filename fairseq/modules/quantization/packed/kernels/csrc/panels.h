@@ -2,7 +2,7 @@
 #pragma once
 
 #include "api.h"
-#include "rows.h"
+#include "rounding.h"
 #include "vector.h"
 
 namespace {  // each instruction set has its own
@@ -66,10 +66,7 @@ static inline void widen(Words codes, uint32_t used, uint32_t flipped, Floats ze
   }
 }
 
-// The zeros of the outputs of a panel, as `widen` takes them.
-struct Zeros {
-  float zero[PANEL], zero_from_8[PANEL];
-};
+typedef Group::Zeros Zeros;  // of the outputs of a panel, as `widen` takes them
 
 // Steps of 4 inputs of a panel to bfloat16: [pair of inputs][32][2].
 static __attribute__((noinline)) void unpack_halves(const Linear& linear, const uint8_t* codes, int64_t steps,
@@ -140,6 +137,7 @@ static inline __attribute__((always_inline)) void product_of(bool narrow, const 
 struct InIntegers {
   typedef int32_t Sum;
   typedef Linear Layer;
+  static const bool IN_CHUNKS = true;  // whether long reductions may be cut into chunks
   const Linear& linear;
   ThreadWorkspace& own;
   Piece piece = {};
@@ -159,8 +157,9 @@ struct InIntegers {
     piece.panel = piece.to = own.panel[piece.turn];
     piece.left = count;
   }
-  void unpack_some(int64_t steps) {
-    unpack(piece.codes, steps, piece.to, code_sums);
+  void unpack_some(int64_t steps) { unpack_into(steps, code_sums); }
+  void unpack_into(int64_t steps, int32_t* sums) {
+    unpack(piece.codes, steps, piece.to, sums);
     piece.codes += steps * step_bytes(linear);
     piece.to += steps * 4 * PANEL;
     piece.left -= steps;
@@ -190,9 +189,10 @@ struct InIntegers {
   }
 
   template <typename Pause>
-  inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows,
-                                                     int64_t steps, int32_t* sums, bool go_on, Pause pause) const {
-    product_of<Isa>(linear.narrow, tile, panel, rows, steps, sums, go_on, pause);
+  inline __attribute__((always_inline)) void product(const Rounded&, const Tile& tile, const uint8_t* numbers,
+                                                     const uint8_t* panel, int64_t steps, int32_t* sums, bool go_on,
+                                                     Pause pause) const {
+    product_of<Isa>(linear.narrow, numbers, panel, tile.rows, steps, sums, go_on, pause);
   }
 };
 
@@ -200,6 +200,7 @@ struct InIntegers {
 struct InHalves {
   typedef float Sum;
   typedef Linear Layer;
+  static const bool IN_CHUNKS = true;
   const Linear& linear;
   ThreadWorkspace& own;
   Piece piece = {};
@@ -208,12 +209,11 @@ struct InHalves {
   static int64_t steps(const Linear& linear) { return round_up(linear.in, HALVES) / 2; }  // of two inputs
 
   void begin(int64_t panel, int64_t start, int64_t count) {
-    const int64_t columns = linear.out - panel * PANEL;
-    for (int64_t j = 0; start == 0 && j < PANEL; j++) {
-      const float zero = linear.zero[(panel * PANEL + (j < columns ? j : 0)) * linear.scale_step];
-      zeros.zero[j] = FROM_BIT_0 + zero;
-      zeros.zero_from_8[j] = FROM_BIT_8 + zero;
-    }
+    if (start == 0) set_zeros(linear, panel, 0, zeros);
+    begin_piece(linear, own, panel, start, count, piece);
+  }
+  static void begin_piece(const Linear& linear, const ThreadWorkspace& own, int64_t panel, int64_t start, int64_t count,
+                          Piece& piece) {
     piece.codes = linear.panels + panel * panel_bytes(linear) + start / 2 * step_bytes(linear);
     piece.turn = 1 - piece.turn;
     piece.panel = piece.to = own.panel[piece.turn];
@@ -221,8 +221,17 @@ struct InHalves {
     memset(piece.to + piece.left * 8 * PANEL, 0,
            (count - 2 * piece.left) * 4 * PANEL);  // there may be less than a group
   }
-  void unpack_some(int64_t steps) {
-    unpack_halves(linear, piece.codes, steps, zeros, (uint16_t*)piece.to);
+  static void set_zeros(const Linear& linear, int64_t panel, int64_t group, Zeros& of) {
+    const int64_t columns = linear.out - panel * PANEL;
+    for (int64_t j = 0; j < PANEL; j++) {
+      const float zero = linear.zero[(panel * PANEL + (j < columns ? j : 0)) * linear.scale_step + group];
+      of.zero[j] = FROM_BIT_0 + zero;
+      of.zero_from_8[j] = FROM_BIT_8 + zero;
+    }
+  }
+  void unpack_some(int64_t steps) { unpack_piece(linear, piece, steps, zeros); }
+  static void unpack_piece(const Linear& linear, Piece& piece, int64_t steps, const Zeros& of) {
+    unpack_halves(linear, piece.codes, steps, of, (uint16_t*)piece.to);
     piece.codes += steps * step_bytes(linear);
     piece.to += steps * 8 * PANEL;
     piece.left -= steps;
@@ -240,9 +249,10 @@ struct InHalves {
   }
 
   template <typename Pause>
-  static inline __attribute__((always_inline)) void product(const uint8_t* tile, const uint8_t* panel, int64_t rows,
-                                                            int64_t steps, float* sums, bool go_on, Pause pause) {
-    Isa::half_product((const uint16_t*)tile, (const uint16_t*)panel, rows, steps, sums, go_on, pause);
+  static inline __attribute__((always_inline)) void product(const Rounded&, const Tile& tile, const uint8_t* numbers,
+                                                            const uint8_t* panel, int64_t steps, float* sums,
+                                                            bool go_on, Pause pause) {
+    Isa::half_product((const uint16_t*)numbers, (const uint16_t*)panel, tile.rows, steps, sums, go_on, pause);
   }
 };
 
