@@ -19,6 +19,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "4-bit channel, layers": {"bits": 4, "method": "channel", "engine": "layers"},
     "8-bit weight-only": {"bits": 8, "method": "channel", "activations": None},
     "4-bit weight-only": {"bits": 4, "method": "channel", "activations": None},
+    "4-bit channel, 4-bit inputs": {"bits": 4, "method": "channel", "activation_bits": 4},
+    "4-bit groups of 64": {"bits": 4, "method": "channel", "group_size": 64},
+    "2-bit groups of 64": {"bits": 2, "method": "channel", "group_size": 64},
+    "4-bit weight-only, groups of 64": {"bits": 4, "method": "channel", "activations": None, "group_size": 64},
 }
 """What the quantizer is made with; ``engine`` is an argument of ``quantize_model``, and the default where left out."""
 INTEGERS: dict[str, dict[str, Any]] = {

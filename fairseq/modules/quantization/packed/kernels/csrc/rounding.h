@@ -88,29 +88,29 @@ static void quantize_halves(const float* x, const Linear& grid, uint16_t* tile, 
 
 // A grid of fewer than 8 bits for a row: x is close to scale * q, q from `low` to `high`.
 struct Levels {
-  float scale;
+  float scale, inverse;
   int32_t low, high;
 
   // From `from` <= 0 to `to` >= 0, in integers from 0 to `most` less a zero point.
   Levels(float from, float to, int32_t most) {
     const float tiny = 1.17549435e-38f, step = to / most - from / most;  // the range itself may overflow
     scale = step < tiny ? tiny : step;
+    inverse = 1.0f / scale;
     low = (int32_t)(ROUNDER - (-from / scale + ROUNDER));
     high = most + low;
   }
 
   Ints of(Floats x) const {
-    const Ints q = rounded(x, scale, 1.0f / scale);
+    const Ints q = rounded(x, scale, inverse);
     return q < low ? ints(low) : q > high ? ints(high) : q;
   }
 
   // The squared errors of two vectors, added up.
   Floats error(Floats a, Floats b) const {
-    const float inverse = 1.0f / scale;
-    Floats first = a * inverse, second = b * inverse;
-    Floats p = (first + ROUNDER) - ROUNDER, q = (second + ROUNDER) - ROUNDER;
-    const Floats from = (Floats)(bits_of(first - p) & 0x7fffffff), of = (Floats)(bits_of(second - q) & 0x7fffffff);
-    if (__builtin_expect(any_above(larger(from, of), 0.49995f), 0)) {  // see `rounded`
+    const Floats by = floats(inverse);
+    Floats p = fma(a, by, ROUNDER) - ROUNDER, q = fma(b, by, ROUNDER) - ROUNDER;
+    const Ints first = bits_of(fma(a, by, -p)), second = bits_of(fma(b, by, -q));  // distances to the quotients
+    if (__builtin_expect(any_above(larger((Floats)(first & 0x7fffffff), (Floats)(second & 0x7fffffff)), 0.49995f), 0)) {
       p = (a / scale + ROUNDER) - ROUNDER;
       q = (b / scale + ROUNDER) - ROUNDER;
     }
@@ -118,22 +118,24 @@ struct Levels {
     const Floats one = smaller(larger(p, least), most) * scale - a, other = smaller(larger(q, least), most) * scale - b;
     return one * one + other * other;
   }
-
-  // The squared error of a row: the second half is added to the first, again and again. `scratch` holds half a row.
-  float error_of(const float* x, int64_t width, float* scratch) const {
-    int64_t half = divide_up(width, 2);
-    each(half, [&](int64_t i, auto left) {
-      store(scratch + i, error(load<Floats>(x + i, left), load<Floats>(x + half + i, width - half - i)), left);
-    });
-    for (int64_t count = half; count > 1; count = half) {
-      half = divide_up(count, 2);
-      each(count - half, [&](int64_t i, auto left) {
-        store(scratch + i, load<Floats>(scratch + i, left) + load<Floats>(scratch + half + i, left), left);
-      });
-    }
-    return scratch[0];
-  }
 };
+
+// The squared error of a row: the second half is added to the first, again and again. `scratch` holds half a row. The
+// grid is a copy, which no store can change.
+static float error_of(const Levels levels, const float* x, int64_t width, float* scratch) {
+  int64_t half = divide_up(width, 2);
+  each(half, [&](int64_t i, auto left) {
+    store(scratch + i, levels.error(load<Floats>(x + i, left), load<Floats>(x + half + i, width - half - i)), left);
+  });
+  for (int64_t count = half; count > 1; count = half) {
+    half = divide_up(count, 2);
+    int64_t i = 0;
+    for (; i + LANES <= count - half; i += LANES)
+      store(scratch + i, load<Floats>(scratch + i) + load<Floats>(scratch + half + i));
+    for (; i < count - half; i++) scratch[i] += scratch[half + i];
+  }
+  return scratch[0];
+}
 
 // The grid of a row that has the smallest squared error, of some from its smallest to its largest number, or less: that
 // of scalar/tokens.py, to the bit. `scratch` holds a row.
@@ -150,7 +152,7 @@ static Levels best_levels(const float* x, int64_t width, int32_t most, float* sc
   static const float shares[] = {1.0f, 0.9f, 0.8f, 0.7f};
   for (const float share : shares) {
     const Levels levels(from * share, to * share, most);
-    const float error = levels.error_of(x, width, scratch);
+    const float error = error_of(levels, x, width, scratch);
     if (share < 1.0f && !(error < least_error)) continue;
     best = levels;
     least_error = error;
