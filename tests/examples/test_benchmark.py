@@ -100,7 +100,7 @@ def test_every_figure_is_written(benchmark_script, model, tmp_path):
     assert result["machine"]["torch"] == torch.__version__
     assert result["machine"]["processor"]
     configurations = result["configurations"]
-    assert len(configurations) == 9
+    assert len(configurations) == 13
     assert all(fixed["memory"] == HELD for fixed in configurations.values())
     size = {name: fixed["weight_bytes"] for name, fixed in configurations.items()}
     assert size["bfloat16"] == size["float32"] / 2

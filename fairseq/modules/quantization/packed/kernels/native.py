@@ -8,12 +8,13 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed.kernels import arguments, functional, library, native_calls
 from fairseq.modules.quantization.packed.panels import sums_of, to_panels
-from fairseq.modules.quantization.packed.weight import code_offset
+from fairseq.modules.quantization.packed.weight import PackedWeight, code_offset
 from fairseq.modules.quantization.scalar.tokens import quantize_tokens
 
 ENVIRONMENT = "FAIRSEQ_QUANTIZATION_LEVEL"
@@ -134,20 +135,26 @@ def _compare(level: int) -> str | None:
         error = (native_calls.run_linear(layer.linear, x, level) - halves @ weight.T).abs()
         if not bool((error <= 71 * torch.finfo(real).eps * (halves.abs() @ weight.T.abs())).all()):
             return f"their weight-only layer at {bits} bits differs from the reference"
-        # Groups of 32 inputs, the last of 6, of an input of 4 bits or of bfloat16.
-        scale, zero = (scale[:, None] * torch.tensor([1.0, 2.0, 4.0]), zero[:, None].repeat(1, 3))
-        weight = weight * torch.tensor([1.0, 2.0, 4.0]).repeat_interleave(32)[:70]
-        parts = parts[0], sums_of(codes, bits, 32), scale.contiguous(), zero, *[None] * 5
-        rounded, token_scale = quantize_tokens(x, 4)
-        for form, size, given in (("integers", (0, 4), rounded * token_scale), ("bfloat16", (1, 8), halves)):
-            layer = arguments.Prepared(parts, (70, 40, bits, *size, 32))
-            expected = given.double() @ weight.T
-            got = native_calls.run_linear(layer.linear, x, level).double()
-            if not torch.allclose(got, expected, rtol=1e-4, atol=1e-3):
-                return f"their layer with groups at {bits} bits, of {form}, differs from the reference"
+        if problem := _compare_groups(level, bits, codes, x):
+            return problem
     query, key, value = torch.randn(3, 2, 35, 40, generator=random, dtype=real)
     by_head = [t.view(2, 35, 2, 20).transpose(1, 2) for t in (query, key, value)]
     expected = F.scaled_dot_product_attention(*by_head).transpose(1, 2).reshape(2, 35, 40)
     if not torch.allclose(native_calls.attention(query, key, value, 2, 20**-0.5, level), expected, atol=0.03):
         return "their attention differs from the reference"
+    return None
+
+
+def _compare_groups(level: int, bits: int, codes: Tensor, x: Tensor) -> str | None:
+    """The same of groups of 32 inputs, the last of them of 6: rounded to 4 bits, or to bfloat16."""
+    scale = 0.1 + torch.arange(120, dtype=torch.float32).view(40, 3) / 120
+    zero = torch.full((40, 3), 2 ** (bits - 1) - 1, dtype=torch.uint8)
+    weight = PackedWeight(codes, scale, zero, bits, 70, 32, False).dequantize(torch.float64)
+    rounded, token_scale = quantize_tokens(x, 4)
+    for sizes, given in (((0, 4, 32), rounded * token_scale), ((1, 8, 32), x.bfloat16())):
+        parts = to_panels(codes, bits), sums_of(codes, bits, 32), scale, zero, *[None] * 5
+        got = native_calls.run_linear(arguments.Prepared(parts, (70, 40, bits, *sizes)).linear, x, level)
+        if not torch.allclose(got.double(), given.double() @ weight.T, rtol=1e-4, atol=1e-3):
+            form = "weight-only layer" if sizes[0] else "layer"
+            return f"their {form} with groups at {bits} bits differs from the reference"
     return None

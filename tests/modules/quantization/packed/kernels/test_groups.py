@@ -1,4 +1,4 @@
-"""Native layers with groups of inputs and with inputs of fewer than 8 bits: the bits of the reference on every level."""
+"""Native layers with groups of inputs and with inputs of fewer than 8 bits: the reference's bits on every level."""
 
 import itertools
 
@@ -142,3 +142,22 @@ def test_tensors_of_other_groups_are_refused():
         changed = [part if i != place else part[:, :2].contiguous() for i, part in enumerate(parts)]
         with pytest.raises(ValueError, match=rf"{name} must be a contiguous .* of shape \(21, 3\)"):
             arguments.Prepared(tuple(changed), sizes)
+
+
+@pytest.mark.parametrize(("halves", "form"), [(0, "layer"), (1, "weight-only layer")])
+def test_a_level_whose_groups_are_wrong_is_not_used(monkeypatch, halves, form):
+    run, portable = native_calls.run_linear, native.level_number("portable")
+
+    def wrong(linear, x, level, **keywords):  # the last group is lost
+        if linear.group and linear.halves == halves and level == portable:
+            x = x.clone()
+            x[:, linear.inputs // linear.group * linear.group :] = 0
+        return run(linear, x, level, **keywords)
+
+    monkeypatch.setattr(native_calls, "run_linear", wrong)
+    native.levels.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=f"for portable are not used: their {form} with groups at 8 bits differs"):
+            assert "portable" not in native.levels()
+    finally:
+        native.levels.cache_clear()
