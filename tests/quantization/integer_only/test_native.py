@@ -99,10 +99,14 @@ def test_batches_and_threads_change_nothing(case, threads):
         torch.set_num_threads(before)
 
 
-def test_weights_of_4_bits_and_a_model_of_timm():
-    for model in (build("odd", bits=4), quantize_timm()):
+@pytest.mark.parametrize("level", native.levels())
+def test_weights_of_4_bits_and_a_model_of_timm(level, monkeypatch):
+    monkeypatch.setenv(native.ENVIRONMENT, level)
+    for model, small in ((build("odd", bits=4), 1), (build("odd", bits=5), 0), (quantize_timm(), 0)):
         pixels = extremes(model)
         assert torch.equal(native_logits(model, pixels), reference(model, pixels))
+        block = NativeViT(model).model.blocks[0].contents
+        assert [layer.small for layer in (block.query, block.output, block.fc1, block.fc2)] == [small] * 4
 
 
 def quantize_timm():

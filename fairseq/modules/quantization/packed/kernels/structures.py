@@ -110,7 +110,8 @@ class Lines(Structure):
 class IntegerLinear(Linear):
     """A Linear of integers alone, as ``struct IntegerLinear`` of csrc/api.h."""
 
-    _fields_ = (("output", Requantize), ("centre", c_int32))  # type: ignore[assignment]  # behind those of Linear
+    # Behind those of Linear:
+    _fields_ = (("output", Requantize), ("centre", c_int32), ("small", c_int32))  # type: ignore[assignment]
 
 
 class IntegerNorm(Structure):

@@ -115,6 +115,15 @@ struct Layer {
     linear.bias = bias.data();
     linear.factor = factored ? factor.data() : nullptr;
   }
+  // Codes of a byte each become -15 to 15.
+  void make_small() {
+    for (auto& sum : sums) sum = 0;
+    for (int64_t i = 0; i < (int64_t)panels.size(); i++) {
+      panels[i] = (uint8_t)((int8_t)panels[i] % 16);
+      const int64_t n = i / (steps_of(linear.in) * 4 * PANEL) * PANEL + i / 4 % PANEL;
+      if (n < linear.out) sums[n] += (int8_t)panels[i];
+    }
+  }
 };
 
 struct Outcome {
@@ -391,7 +400,7 @@ struct IntegerParts {
   IntegerBlock block = {}, other = {};
   const IntegerBlock* blocks[2] = {&block, &other};
   IntegerModel model = {};
-  IntegerParts(Random& random, bool dynamic) {
+  IntegerParts(Random& random, bool dynamic, bool small) {
     layers.reserve(32);
     constants.reserve(64);
     const int narrow = dynamic ? 16 : 8;
@@ -402,6 +411,8 @@ struct IntegerParts {
     const auto linear = [&](int64_t in, int64_t out, bool scaled, int to, int bits, int32_t centre) {
       layers.emplace_back(random, in, out, false);
       IntegerLinear layer = {};
+      layer.small = small;
+      if (small) layers.back().make_small();
       (Linear&)layer = layers.back().linear;
       layer.output = requantize(out, 18, scaled, to, bits);
       layer.centre = centre;
@@ -476,8 +487,9 @@ struct IntegerParts {
 void integers(int level, Outcome& outcome) {
   const int64_t images = 5, picture = 3 * 20 * 20;
   Random random = {6};
-  for (int dynamic = 0; dynamic < 2; dynamic++) {
-    const IntegerParts parts(random, dynamic);
+  for (int variant = 0; variant < 4; variant++) {
+    const bool dynamic = variant & 1, small = variant & 2;
+    const IntegerParts parts(random, dynamic, small);
     std::vector<uint8_t> pixels(images * picture);
     for (auto& pixel : pixels) pixel = (uint8_t)random.below(256);
     for (int threads : {1, 3}) {
@@ -486,7 +498,8 @@ void integers(int level, Outcome& outcome) {
           fairseq_integers(level, &parts.model, pixels.data(), images, logits.data(), threads, 64, 24, nullptr);
       Checksum sum;
       sum.add(logits);
-      uint64_t& kept = outcome.checksums[dynamic ? "integers, dynamic" : "integers, static"];
+      uint64_t& kept =
+          outcome.checksums[std::string("integers, ") + (dynamic ? "dynamic" : "static") + (small ? ", small" : "")];
       if (threads == 1) kept = sum.value;
       else if (kept != sum.value)
         outcome.failures++, fprintf(stderr, "%s: integers depend on threads\n", fairseq_level_name(level));

@@ -105,6 +105,19 @@ def test_rows_become_the_integers_of_the_definition(level, bits):
         assert torch.equal(sums, torch.stack([part.sum(1) for part in q.split(48, 1)], 1).to(torch.int32))
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("level", LEVELS)
+def test_ranges_that_are_nearly_as_good_are_told_apart(level, bits):
+    """Tenths lie in the middle between two integers so often that in a row of 2,000 another rounding decides."""
+    x = torch.randint(-12, 13, (40_000, 8), generator=torch.Generator().manual_seed(0)) * 0.1
+    layer = make(8, "channel", "dynamic", activation_bits=bits, inputs=8)
+    q, scale = quantize_tokens(x, bits)
+    layer.use_native()
+    got, scales, _ = native_calls.quantize(x, layer.prepared(), level)
+    assert torch.equal(scales, scale[:, 0])
+    assert torch.equal(got, q.to(torch.int8))
+
+
 def test_threads_and_residuals_change_nothing(monkeypatch):
     layer, x = make(4, "channel", "dynamic", 64, activation_bits=6, inputs=320, outputs=100), rows_of(500, 320)
     layer.use_native()

@@ -95,6 +95,7 @@ struct Requantize32 {
 struct IntegerLinear : Linear {
   Requantize output;
   int32_t centre;  // what the bytes are less: 128 of those that have no sign, or 0
+  int32_t small;   // whether its codes are from -15 to 15, as those of 4 bits less their zeros are
 };
 
 // LayerNorm of the residual stream.
@@ -253,7 +254,7 @@ struct Kernels {
   // Rounds one row into row `row` of a tile of `rows` rows; scale and sums are of the integers, 1 and 0 of bfloat16.
   void (*quantize)(const float* x, const Linear& grid, float* scratch, uint8_t* tile, int64_t row, int64_t rows,
                    float* scale, int32_t* sums);
-  // Integer sums of a tile, (rows, PANEL), of codes that are a byte each, narrow ones of up to 4 bits.
+  // Integer sums of a tile, (rows, PANEL), of codes that are a byte each, narrow ones from -15 to 15.
   void (*product)(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, bool narrow, int32_t* sums);
   // Panels first ... last - 1 for the tiles from `from` to `to`: out = y, activated if that is not -1, (+ residual).
   void (*linear)(const Linear& linear, const SharedWorkspace& shared, ThreadWorkspace& own, int64_t from, int64_t to,

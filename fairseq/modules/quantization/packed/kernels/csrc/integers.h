@@ -371,10 +371,10 @@ struct InBytes {
   }
 
   template <typename Pause>
-  static inline __attribute__((always_inline)) void product(const Rounded&, const Tile& tile, const uint8_t* numbers,
-                                                            const uint8_t* panel, int64_t steps, int32_t* sums,
-                                                            bool go_on, Pause pause) {
-    Isa::product(numbers, panel, tile.rows, steps, sums, go_on, pause);
+  inline __attribute__((always_inline)) void product(const Rounded&, const Tile& tile, const uint8_t* numbers,
+                                                     const uint8_t* panel, int64_t steps, int32_t* sums, bool go_on,
+                                                     Pause pause) const {
+    product_of<Isa>(linear.small, numbers, panel, tile.rows, steps, sums, go_on, pause);
   }
 };
 

@@ -118,7 +118,7 @@ struct Piece {
   int turn;      // which of two buffers it is in
 };
 
-// The product of an instruction set, by its faster one where codes have up to 4 bits and there is one.
+// The product of an instruction set, by its faster one where codes are from -15 to 15 and there is one.
 template <typename Own, typename Pause>
 static inline __attribute__((always_inline)) void product_of(bool narrow, const uint8_t* tile, const uint8_t* panel,
                                                              int64_t rows, int64_t steps, int32_t* sums, bool go_on,

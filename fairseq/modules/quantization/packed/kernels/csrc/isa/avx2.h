@@ -1,5 +1,5 @@
-// AVX2: products of bytes by way of 16 bits, since its own instruction for bytes saturates at them; with codes of up to
-// 4 bits it does not.
+// AVX2: products of bytes by way of 16 bits, since its own instruction for bytes saturates at them; with codes from -15 to
+// 15 it does not.
 #pragma once
 
 #include "registers.h"
@@ -22,7 +22,7 @@ struct Isa : Registers<Isa> {
     });
   }
 
-  // Codes up to 15: the sum of two products is up to 7650, and those of 16 inputs fit 16 bits.
+  // Codes from -15 to 15: the sum of two products is up to 7650, and those of 16 inputs fit 16 bits.
   static void narrow_product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, int32_t* sums) {
     with_numbers(rows, [&](auto numbers) { narrow_rows(tile, panel, steps, sums, numbers); });
   }

@@ -28,7 +28,7 @@ struct Registers {
   static const int64_t GROUP = 16;        // bytes of a row that lie together in a tile
   static const int32_t OFFSET = 128;      // what is added to an integer to make it a byte
   static const bool FAST_HALVES = false;  // whether products of bfloat16 are
-  static const bool FAST_NARROW = false;  // whether there is a narrow_product, for codes of up to 4 bits
+  static const bool FAST_NARROW = false;  // whether there is a narrow_product, for codes from -15 to 15
 
   static void enter() {}
   static void leave() {}
