@@ -13,7 +13,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.kernels import library, native
+from fairseq.quantization.engine import check
 from fairseq.quantization.engine.fused_block import FusedBlock
+from fairseq.quantization.engine.native_block import NativeBlock
 
 pytestmark = pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 
@@ -242,6 +244,23 @@ def test_a_compiler_sees_what_changed_since(tiny_vit, pixels, change):
         (undo or (lambda: None))()
     for found in (got, *(output.logits if hasattr(output, "logits") else output[0] for output in exported)):
         assert (expected - before).abs().max() > 5 * (found - expected).abs().max()
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static", None])
+def test_a_native_block_that_is_wrong_is_not_fused(tiny_vit, pixels, monkeypatch, activations):
+    """However few levels an input has: one that adds nothing, or half of what it should."""
+    run = NativeBlock.run
+    for bits in range(2, 9) if activations else (8,):
+        quantizer = ViTQuantizer(
+            bits=8, method="channel", activations=activations, activation_bits=bits, rounding="nearest"
+        )
+        calibration = pixels if activations == "static" else None
+        for share, fused in ((0.0, 0), (0.5, 0), (1.0, 2)):
+            with monkeypatch.context() as patch:
+                patch.setattr(check, "_checked", {})
+                patch.setattr(NativeBlock, "run", lambda self, x, c, share=share: x + share * (run(self, x, c) - x))
+                quantizer.quantize_model(tiny_vit, calibration=calibration)
+            assert quantizer.report.fused_blocks == fused, (bits, share)
 
 
 def test_a_block_that_adds_nothing_is_fused(tiny_vit):

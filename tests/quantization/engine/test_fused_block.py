@@ -69,12 +69,28 @@ def block_by_hand(block, x):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"bits": 8}, {"bits": 4, "method": "channel"}, {"activations": "static"}], ids=str
-)
+    "settings",
+    [
+        {"bits": 8}, {"bits": 4, "method": "channel"}, {"activations": "static"},
+        {"bits": 4, "method": "channel", "group_size": 32, "activation_bits": 5},
+        {"activations": "static", "activation_bits": 6},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_block_is_its_parts(tiny_vit, pixels, settings):
     calibration = pixels if "activations" in settings else None
     quantizer = ViTQuantizer(**settings, rounding="nearest")
-    fused = quantizer.quantize_model(tiny_vit, calibration=calibration, engine="fused")
+    assert_its_parts(quantizer.quantize_model(tiny_vit, calibration=calibration, engine="fused"))
+
+
+def test_layers_of_different_groups_are_fused(tiny_vit):
+    names = ("*mlp.fc1", "*intermediate.dense")
+    groups = {glob: {"group_size": 32} for glob in names if _matches(tiny_vit, glob)}
+    quantizer = ViTQuantizer(bits=8, method="channel", group_size=48, overrides=groups, rounding="nearest")
+    assert_its_parts(quantizer.quantize_model(tiny_vit, engine="fused"))
+
+
+def assert_its_parts(fused):
     exact = [m for m in ViTQuantizer.dequantize_model(fused).modules() if type(m).__name__ == "ViTLayer"]
     for block, floating in zip(blocks(fused), exact, strict=True):
         x = torch.randn(4, 17, 24)

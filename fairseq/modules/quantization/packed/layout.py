@@ -35,11 +35,11 @@ class Layout(NamedTuple):
     group_size: int | None = None
 
     @classmethod
-    def of(cls, codes: Tensor, bits: int, unpacked: bool) -> Layout:
+    def of(cls, codes: Tensor, bits: int, unpacked: bool, group_size: int | None = None) -> Layout:
         """Codes, int8 (out, in), in rows; ``unpacked``: with a byte for each, whatever ``bits``."""
         bytewise = takes_a_byte(bits, unpacked)
         outputs, inputs = codes.shape
-        return cls(codes if bytewise else pack_codes(codes, bits), None, bits, outputs, inputs, bytewise)
+        return cls(codes if bytewise else pack_codes(codes, bits), None, bits, outputs, inputs, bytewise, group_size)
 
     def in_panels(self) -> bool:
         """Whether the codes lie in panels."""
@@ -62,7 +62,7 @@ class Layout(NamedTuple):
         """The same codes in rows."""
         if not self.in_panels():
             return self
-        return Layout.of(self.row_codes(), self.bits, self.bytewise)._replace(group_size=self.group_size)
+        return Layout.of(self.row_codes(), self.bits, self.bytewise, self.group_size)
 
     def panels(self) -> Layout:
         """The same codes in panels."""

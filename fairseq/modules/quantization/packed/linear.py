@@ -43,8 +43,9 @@ class PackedLinear(PackedState):
     A scale keeps its dtype in ``.half()``. The gradient goes straight through to the input; the integers have none.
 
     After :meth:`use_native`, on the CPU, weight_codes lies in panels, as the native kernels read it, with code_sums,
-    int32 (out_features,), above 4 bits; see :class:`~fairseq.modules.quantization.packed.layout.Layout`. The state dict
-    has rows all the same, and rows are what it loads.
+    int32 (out_features,) or of each group, above 4 bits; see
+    :class:`~fairseq.modules.quantization.packed.layout.Layout`. The state dict has rows all the same, and rows are what
+    it loads.
     """
 
     @classmethod

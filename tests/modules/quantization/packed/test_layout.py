@@ -70,10 +70,16 @@ def test_only_what_has_the_size_of_saved_codes_is_taken():
     assert not any(layout.takes(wrong) for wrong in (right[1:], right[:, 1:], right[None], right.float()))
 
 
-def test_sums_follow_codes_that_were_written_to():
-    layout = Layout.of(codes_of(8), 8, False).panels()
-    layout.codes.copy_(Layout.of(codes_of(8, seed=1), 8, False).panels().codes)
-    assert torch.equal(layout.summed().sums, codes_of(8, seed=1).sum(1, dtype=torch.int32))
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_sums_follow_codes_that_were_written_to(group_size):
+    layout = Layout.of(codes_of(8), 8, False, group_size).panels()
+    other = codes_of(8, seed=1)
+    layout.codes.copy_(Layout.of(other, 8, False).panels().codes)
+    sums = other.sum(1) if group_size is None else torch.stack([part.sum(1) for part in other.split(group_size, 1)], 1)
+    again = layout.rows().panels()
+    for summed in (layout.summed(), again, again.loaded(layout.saved())):
+        assert summed.sums.dtype == torch.int32
+        assert torch.equal(summed.sums, sums)
 
 
 # The layers that have them.

@@ -21,8 +21,10 @@ from fairseq.modules.quantization.packed.kernels.structures import (
     Linear,
     Norm,
 )
-from fairseq.modules.quantization.packed.panels import is_narrow, panels_shape
+from fairseq.modules.quantization.packed.panels import GROUP, is_narrow, panels_shape
 from fairseq.modules.quantization.packed.weight import code_offset
+from fairseq.modules.quantization.scalar.ops import check_bits
+from fairseq.modules.quantization.scalar.weights import MAX_GROUP
 
 Parts = tuple[Tensor | None, ...]
 NormParts = tuple[str, Tensor | None, Tensor | None, float]
@@ -31,6 +33,18 @@ FEWEST = 8
 """Columns of a part where one layer gives queries, keys and values: a vector of 16 lanes holds two parts at most."""
 TOGETHER = (("query", "key", "value"), ("gate", "fc1"))
 """Layers of a block whose input is rounded once for all of them."""
+
+
+def reason_not_grouped(group_size: int, halves: bool) -> str | None:
+    """Why there can be no groups of so many inputs, rounded to bfloat16 if ``halves``, else to integers, or None.
+
+    A group is a whole number of what a panel is filled up to, and of 64 bytes of bfloat16, which a tile takes at once.
+    Its sums of integers are exact in float32.
+    """
+    step = 2 * GROUP if halves else GROUP
+    if 0 < group_size <= MAX_GROUP and group_size % step == 0:
+        return None
+    return f"group_size={group_size}, which is no multiple of {step} up to {MAX_GROUP}"
 
 
 class Prepared:
@@ -46,14 +60,17 @@ class Prepared:
             these; and the inputs of a group, 0 for none. The last three are 0, 8 and 0 where they are left out.
 
     Raises:
-        ValueError: another dtype, shape, device or stride, the message names the tensor; or a static range for an input
-            that is rounded to bfloat16.
+        ValueError: another dtype, shape, device or stride, the message names the tensor; sizes that there cannot be; or
+            a static range for an input that is rounded to bfloat16.
     """
 
     def __init__(self, parts: Parts, sizes: Sequence[int]):
         self.parts = parts
         panels, sums, scale, zero_point, bias, factor, input_scale, input_zero_point, correction = parts
         inputs, outputs, bits, halves, input_bits, group = (*sizes, *(0, 8, 0)[len(sizes) - 3 :])
+        check_bits(input_bits)
+        if group and (reason := reason_not_grouped(group, bool(halves))):
+            raise ValueError(f"a native layer has no {reason}")
         if panels is None or scale is None or zero_point is None or (sums is None) != is_narrow(bits):
             raise ValueError("a native layer needs panels, sums above 4 bits, a scale and a zero point")
         if halves and input_scale is not None:
@@ -154,11 +171,12 @@ def make_block(
     if not three and inner < FEWEST:
         raise ValueError(f"one layer for query, key and value has {FEWEST} columns of each at least, got {inner}")
     for together in TOGETHER:
-        inputs = {(x.halves, x.input_bits, x.group) for x in (linears[name] for name in together if name in linears)}
+        readers = [linears[name] for name in together if name in linears]
+        inputs = {(linear.halves, linear.input_bits, linear.group_size) for linear in readers}
         if len(inputs) > 1:
             raise ValueError(
                 f"the input of {', '.join(together)} is rounded once, to integers of so many bits or to bfloat16, in "
-                f"groups of one size; got (bfloat16, bits, group) {sorted(inputs)}"
+                f"groups of one size; got (bfloat16, bits, group_size) {sorted(inputs)}"
             )
     if not scaling > 0:
         raise ValueError(f"the scaling of attention must be positive, got {scaling}")

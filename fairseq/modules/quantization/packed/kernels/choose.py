@@ -17,7 +17,16 @@ from torch import Tensor
 from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed.config import BACKENDS, LinearConfig
 from fairseq.modules.quantization.packed.input_grid import InputGrid, correction
-from fairseq.modules.quantization.packed.kernels import cpu, cuda, functional, library, native, native_calls, reference
+from fairseq.modules.quantization.packed.kernels import (
+    arguments,
+    cpu,
+    cuda,
+    functional,
+    library,
+    native,
+    native_calls,
+    reference,
+)
 from fairseq.modules.quantization.packed.kernels.triton import linear as triton
 from fairseq.modules.quantization.packed.kernels.triton.support import reason_not_on
 from fairseq.modules.quantization.packed.weight import PackedWeight, pack_codes, to_codes
@@ -145,9 +154,9 @@ def reason_not_native(config: LinearConfig, scale: torch.dtype) -> str | None:
         return f"backend={config.backend!r}, or what {ENVIRONMENT} says"
     if config.activations is None and native_calls.attention_is_exact():
         return f"activations=None: its products are of bfloat16, which {native_calls.ATTENTION}=float32 rules out"
-    step = 32 if config.activations is None else 16  # numbers that fill 64 bytes, or the steps of a panel
-    if config.group_size is not None and config.group_size % step:
-        return f"group_size={config.group_size}, which is no multiple of {step}"
+    group_size = config.group_size
+    if group_size and (reason := arguments.reason_not_grouped(group_size, config.activations is None)):
+        return reason
     return None if scale == torch.float32 else f"a scale of {scale}"
 
 

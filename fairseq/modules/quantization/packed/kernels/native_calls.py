@@ -199,7 +199,7 @@ def quantize(x: Tensor, layer: arguments.Prepared, level: int) -> tuple[Tensor, 
     if layer.linear.halves:
         raise ValueError("a layer that rounds its input to bfloat16 makes no integers of it")
     arguments.check("x", x, torch.float32, (len(x), layer.linear.inputs))
-    group = layer.linear.group
+    group = layer.linear.group_size
     of_groups = (len(x), -(-x.shape[1] // group)) if group else (len(x),)
     q, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x))
     sums = x.new_empty(of_groups, dtype=torch.int32)

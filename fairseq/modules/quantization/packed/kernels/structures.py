@@ -26,7 +26,7 @@ class Linear(Structure):
         ("panels", c_void_p), ("sums", c_void_p), ("scale", c_void_p), ("zero", c_void_p), ("bias", c_void_p),
         ("factor", c_void_p), ("inputs", c_int64), ("outputs", c_int64), ("narrow", c_int32),
         ("zero_offset", c_int32), ("scale_step", c_int32), ("input_scale", c_float), ("input_zero", c_int32),
-        ("halves", c_int32), ("input_bits", c_int32), ("group", c_int64),
+        ("halves", c_int32), ("input_bits", c_int32), ("group_size", c_int64),
     )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ struct Layer {
     linear.out = out;
     linear.narrow = narrow;
     linear.input_bits = 8;
-    linear.group = group;
+    linear.group_size = group;
     const int64_t groups = groups_of(linear);
     sums.resize(out * groups);
     scale = random.positive(one_scale ? 1 : out * groups, 0.004f);

@@ -125,9 +125,9 @@ def test_the_native_kernels_run_what_lies_in_panels(monkeypatch):
         ({"activation_bits": 7}, torch.float32, None),
         ({"method": "channel", "group_size": 48}, torch.float32, None),
         ({"method": "channel", "group_size": 64, "activations": None}, torch.float32, None),
-        ({"method": "channel", "group_size": 40}, torch.float32, "group_size=40, which is no multiple of 16"),
+        ({"method": "channel", "group_size": 40}, torch.float32, "group_size=40, which is no multiple of 16 up to 128"),
         ({"method": "channel", "group_size": 48, "activations": None}, torch.float32,
-         "group_size=48, which is no multiple of 32"),
+         "group_size=48, which is no multiple of 32 up to 128"),
         ({}, torch.float64, "a scale of torch.float64"),
     ],
 )  # fmt: skip

@@ -58,15 +58,8 @@ def test_weight_only_layers_are_within_the_rounding_of_their_sums(level, bits, g
         error = (native_layer(level, x, layer) - (halves @ weight.T + bias)).abs()
         # Each product with a code is exact; K sums, G products with a scale and G sums, and the bias round.
         roundings = inputs + 2 * -(-inputs // group) + 1
-        size = halves.abs() @ weight_size(layer, group).T + bias.abs()
+        size = halves.abs() @ weight.abs().T + bias.abs()
         assert bool((error <= roundings * torch.finfo(torch.float32).eps / 2 * 1.01 * size).all())
-
-
-def weight_size(layer, group):
-    """What a product with a code can be in the sums of a group, whatever its sign, scaled."""
-    scale = layer.scale.double().repeat_interleave(group, 1)[:, : layer.in_features]
-    zero = layer.zero_point.double().repeat_interleave(group, 1)[:, : layer.in_features]
-    return (layer.integers().double() - zero).abs() * scale
 
 
 @pytest.mark.parametrize("settings", [("dynamic", 4), ("dynamic", 8), ("static", 4), (None, 8)], ids=str)
@@ -155,6 +148,12 @@ def test_tensors_of_other_groups_are_refused():
         changed = [part if i != place else part[:, :2].contiguous() for i, part in enumerate(parts)]
         with pytest.raises(ValueError, match=rf"{name} must be a contiguous .* of shape \(21, 3\)"):
             arguments.Prepared(tuple(changed), sizes)
+    for more in ((0, 8, 40), (0, 8, -16), (0, 8, 144), (1, 8, 48)):
+        with pytest.raises(ValueError, match=rf"a native layer has no group_size={more[-1]}, which is no multiple of"):
+            arguments.Prepared(parts, (*sizes[:3], *more))
+    for bits in (0, 1, 9):
+        with pytest.raises(ValueError, match="bits must be"):
+            arguments.Prepared(parts, (*sizes[:3], 0, bits, 32))
 
 
 @pytest.mark.parametrize(("halves", "form"), [(0, "layer"), (1, "weight-only layer")])
@@ -162,9 +161,9 @@ def test_a_level_whose_groups_are_wrong_is_not_used(monkeypatch, halves, form):
     run, portable = native_calls.run_linear, native.level_number("portable")
 
     def wrong(linear, x, level, **keywords):  # the last group is lost
-        if linear.group and linear.halves == halves and level == portable:
+        if linear.group_size and linear.halves == halves and level == portable:
             x = x.clone()
-            x[:, linear.inputs // linear.group * linear.group :] = 0
+            x[:, linear.inputs // linear.group_size * linear.group_size :] = 0
         return run(linear, x, level, **keywords)
 
     monkeypatch.setattr(native_calls, "run_linear", wrong)

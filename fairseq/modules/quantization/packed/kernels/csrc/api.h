@@ -10,8 +10,8 @@
 // in the low half, output j + 16 in the high half: [panel][k / 4][16][4].
 struct Linear {
   const uint8_t* panels;
-  const int32_t* sums;  // (out,): the sum of each output's codes; null where two share a byte, and are added up anew
-  const float* scale;   // (out,), or (1,) with scale_step 0; with groups (out, groups), and sums and zero, too
+  const int32_t* sums;  // (out,), or (out, groups): of codes; null where two share a byte, and are added up anew
+  const float* scale;   // (out,); or (1,) with scale_step 0; or (out, groups)
   const uint8_t* zero;  // as scale; the code of 0.0 is zero - zero_offset
   const float* bias;    // (out,), or null
   const float* factor;  // (in,): what x is multiplied by before it is rounded, or null
@@ -22,7 +22,7 @@ struct Linear {
   int32_t input_zero;
   int32_t halves;      // whether x is rounded to bfloat16, not to integers
   int32_t input_bits;  // of the integers that x becomes
-  int64_t group;       // inputs that share a scale, a multiple of 16; 0 where all do
+  int64_t group_size;  // inputs that share a scale, 16 to 128 in steps of 16 (32 with halves); 0 where all do
 };
 
 enum NormKind { NORM_NONE, NORM_LAYER, NORM_RMS, NORM_L2 };
@@ -172,10 +172,12 @@ static inline Type* least(Type* a, Type* b) {
 }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t steps_of(int64_t in) { return round_up(in, PANEL_STEP) / 4; }  // of 4 inputs, of a panel
-static inline int64_t groups_of(const Linear& linear) { return linear.group ? divide_up(linear.in, linear.group) : 1; }
+static inline int64_t groups_of(const Linear& linear) {
+  return linear.group_size ? divide_up(linear.in, linear.group_size) : 1;
+}
 static inline int64_t panel_count(const Linear& linear) { return divide_up(linear.out, PANEL); }
-static inline int64_t row_bytes(const Linear& linear, int64_t group) {  // of its rounded input
-  return round_up(linear.in * (linear.halves ? 2 : 1), group);
+static inline int64_t row_bytes(const Linear& linear, int64_t together) {  // of its rounded input
+  return round_up(linear.in * (linear.halves ? 2 : 1), together);
 }
 static inline int64_t step_bytes(const Linear& linear) { return 4 * PANEL / (linear.narrow ? 2 : 1); }
 static inline int64_t panel_bytes(const Linear& linear) { return steps_of(linear.in) * step_bytes(linear); }
@@ -251,7 +253,8 @@ struct Kernels {
   void (*leave)();
   void (*norm)(const Norm& norm, const float* x, int64_t width, float* y);
   void (*activate)(int32_t activation, const float* x, int64_t count, float* y);
-  // Rounds one row into row `row` of a tile of `rows` rows; scale and sums are of the integers, 1 and 0 of bfloat16.
+  // Rounds one row into row `row` of a tile of `rows` rows; scale and sums, of each group of
+  // inputs, are of the integers; a scale of 1 and one sum of 0 are of bfloat16.
   void (*quantize)(const float* x, const Linear& grid, float* scratch, uint8_t* tile, int64_t row, int64_t rows,
                    float* scale, int32_t* sums);
   // Integer sums of a tile, (rows, PANEL), of codes that are a byte each, narrow ones from -15 to 15.

@@ -106,7 +106,7 @@ static inline void multiply_in(const typename Arithmetic::Layer& linear, const R
                           : coming ? coming->panels + coming_first * panel_bytes(*coming)
                                    : nullptr;
     for (int64_t c = 0; c < chunks; c++) {
-      const int64_t start = c * chunk, count = least(chunk, steps - start), pauses = Isa::pauses(count);
+      const int64_t start = c * chunk, count = least(chunk, steps - start), pauses = panels.pauses(count);
       if (piece.left) {
         panels.unpack_some(piece.left);
         lap(own, STAGE_UNPACK);
@@ -157,7 +157,7 @@ static inline void multiply_in(const typename Arithmetic::Layer& linear, const R
 template <typename Epilogue>
 static inline void multiply(const Linear& linear, const Rounded& x, const Region& region, const Linear* coming,
                             int64_t coming_first, ThreadWorkspace& own, const Epilogue& epilogue) {
-  if (linear.group) multiply_in<InGroups>(linear, x, region, coming, coming_first, own, epilogue);
+  if (linear.group_size) multiply_in<InGroups>(linear, x, region, coming, coming_first, own, epilogue);
   else if (linear.halves) multiply_in<InHalves>(linear, x, region, coming, coming_first, own, epilogue);
   else multiply_in<InIntegers>(linear, x, region, coming, coming_first, own, epilogue);
 }

@@ -41,6 +41,7 @@ struct InGroups : InIntegers {
   static int64_t steps(const Linear& linear) {
     return linear.halves ? InHalves::steps(linear) : InIntegers::steps(linear);
   }
+  int64_t pauses(int64_t) const { return groups_of(linear); }
 
   void begin(int64_t panel, int64_t start, int64_t count) {
     if (linear.halves) InHalves::begin_piece(linear, own, panel, start, count, piece);
@@ -54,8 +55,8 @@ struct InGroups : InIntegers {
   void unpack_some(int64_t steps) {
     while (steps > 0) {
       const int64_t at = (piece.to - own.panel[piece.turn]) / ((linear.halves ? 8 : 4) * PANEL);
-      Group& group = own.groups[4 * at / linear.group];
-      const int64_t some = least(steps, (linear.group - 4 * at % linear.group) / 4);
+      Group& group = own.groups[4 * at / linear.group_size];
+      const int64_t some = least(steps, (linear.group_size - 4 * at % linear.group_size) / 4);
       if (linear.halves) InHalves::unpack_piece(linear, piece, some, group.halves);
       else unpack_into(some, group.code_sums);
       steps -= some;
@@ -99,7 +100,7 @@ struct InGroups : InIntegers {
   __attribute__((noinline)) void add_integers(const Rounded& x, const Tile& tile, const uint8_t* numbers,
                                               const uint8_t* panel, int64_t steps, int64_t g, float* totals) const {
     alignas(ALIGNMENT) int32_t sums[Isa::ROWS * PANEL];
-    const int64_t groups = groups_of(linear), group_steps = linear.group / 4;
+    const int64_t groups = groups_of(linear), group_steps = linear.group_size / 4;
     in_parts(numbers, tile.rows, g * group_steps, least((g + 1) * group_steps, steps),
              [&](const uint8_t* part, int64_t from, int64_t count, bool go_on) {
       product_of<Isa>(linear.narrow, part, panel + from * 4 * PANEL, tile.rows, count, sums, go_on, [] {});
@@ -119,7 +120,7 @@ struct InGroups : InIntegers {
   __attribute__((noinline)) void add_halves(int64_t rows, const uint8_t* numbers, const uint8_t* panel, int64_t steps,
                                             int64_t g, float* totals) const {
     alignas(ALIGNMENT) float sums[Isa::ROWS * PANEL];
-    const int64_t start = g * (linear.group / 2), stop = least(start + linear.group / 2, steps);
+    const int64_t start = g * (linear.group_size / 2), stop = least(start + linear.group_size / 2, steps);
     Isa::half_product((const uint16_t*)(numbers + start * 4 * rows), (const uint16_t*)(panel + start * 4 * PANEL), rows,
                       stop - start, sums, PANEL);
     for (int64_t j = 0; j < PANEL; j += LANES) {

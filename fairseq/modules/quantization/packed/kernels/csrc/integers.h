@@ -345,6 +345,7 @@ struct InBytes {
   Piece piece = {};
 
   static int64_t steps(const Linear& linear) { return steps_of(linear.in); }
+  static int64_t pauses(int64_t steps) { return Isa::pauses(steps); }
   void begin(int64_t panel, int64_t start, int64_t) {
     piece.panel = linear.panels + panel * panel_bytes(linear) + start * step_bytes(linear);
   }

@@ -144,6 +144,7 @@ struct InIntegers {
   int32_t code_sums[PANEL] = {};  // of a panel that is unpacked
 
   static int64_t steps(const Linear& linear) { return steps_of(linear.in); }
+  static int64_t pauses(int64_t steps) { return Isa::pauses(steps); }
 
   // What comes next: steps from `start` on. What came before has been unpacked.
   void begin(int64_t panel, int64_t start, int64_t count) {
@@ -207,6 +208,7 @@ struct InHalves {
   Zeros zeros = {};
 
   static int64_t steps(const Linear& linear) { return round_up(linear.in, HALVES) / 2; }  // of two inputs
+  static int64_t pauses(int64_t steps) { return Isa::pauses(steps); }
 
   void begin(int64_t panel, int64_t start, int64_t count) {
     if (start == 0) set_zeros(linear, panel, 0, zeros);

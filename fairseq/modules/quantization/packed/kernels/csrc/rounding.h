@@ -49,13 +49,6 @@ static inline void put(Ints integers, uint8_t* to, int64_t rows, int64_t column,
         left);
 }
 
-static inline Ints keep(Ints vector, All) { return vector; }
-static inline Ints keep(Ints vector, int64_t count) {
-  int32_t copy[LANES];
-  store(copy, vector);
-  return load<Ints>(copy, count);
-}
-
 const int64_t HALVES = Isa::GROUP / 2;  // numbers of bfloat16 in a group
 
 // Consecutive numbers of a row to a tile of `rows` rows, from `to` on.
@@ -91,7 +84,8 @@ struct Levels {
   float scale, inverse;
   int32_t low, high;
 
-  // From `from` <= 0 to `to` >= 0, in integers from 0 to `most` less a zero point.
+  // From `from` <= 0 to `to` >= 0, in integers from 0 to `most` less a zero point. Where a processor is set to flush
+  // what is subnormal to zero, numbers up to 2^126 times the levels at most: beyond, the inverse is.
   Levels(float from, float to, int32_t most) {
     const float tiny = 1.17549435e-38f, step = to / most - from / most;  // the range itself may overflow
     scale = step < tiny ? tiny : step;
@@ -162,8 +156,8 @@ static Levels best_levels(const float* x, int64_t width, int32_t most, float* sc
 
 // The sums of the integers of each group of a row that begins at `to`.
 static void sum_groups(const Linear& grid, const uint8_t* to, int64_t rows, int32_t* sums) {
-  for (int64_t start = 0; start < grid.in; start += grid.group) {
-    const int64_t stop = least(start + grid.group, grid.in);
+  for (int64_t start = 0; start < grid.in; start += grid.group_size) {
+    const int64_t stop = least(start + grid.group_size, grid.in);
     int32_t total = 0;
     for (int64_t k = start; k < stop; k += 8) {  // which never parts what lies together
       const uint8_t* from = to + k / Isa::GROUP * Isa::GROUP * rows + k % Isa::GROUP;

@@ -66,11 +66,15 @@ static void activate(int32_t activation, const float* x, int64_t count, float* y
 }
 
 // Zeros in the lanes from `count` on.
-static inline Floats keep(Floats vector, All) { return vector; }
-static inline Floats keep(Floats vector, int64_t count) {
-  float copy[LANES];
+template <typename Vector>
+static inline Vector keep(Vector vector, All) {
+  return vector;
+}
+template <typename Vector>
+static inline Vector keep(Vector vector, int64_t count) {
+  decltype(vector[0] + vector[0]) copy[LANES];
   store(copy, vector);
-  return load<Floats>(copy, count);
+  return load<Vector>(copy, count);
 }
 
 // The row is read three times, from the cache. y may be x.
