@@ -1,5 +1,5 @@
-// AVX2: products of bytes by way of 16 bits, since its own instruction for bytes saturates at them; with codes from -15 to
-// 15 it does not.
+// AVX2: products of bytes by way of 16 bits, since its own instruction for bytes saturates at them; with codes from -15
+// to 15 it does not.
 #pragma once
 
 #include "registers.h"
