@@ -184,7 +184,11 @@ class PackedState(nn.Module):
 
     @plain_context()
     def _derive(self) -> None:
-        """Set what follows from the other buffers as they are now: the sums of the codes, and ``input_correction``."""
+        """Set what follows from the other buffers as they are now: the sums of the codes, and ``input_correction``.
+
+        Of groups they come in whatever order they were found or saved in; kernels take them row by row.
+        """
+        self.scale, self.zero_point = self.scale.contiguous(), self.zero_point.contiguous()
         self.layout = self.layout.summed()
         if self.input_scale is not None and self.input_zero_point is not None:
             self.input_correction = correction(self.weight_matrix, self.input_scale, self.input_zero_point)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from packed_layers import make
 
+from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.input_grid import InputGrid
 from fairseq.modules.quantization.packed.kernels import arguments, native, native_calls, reference
 from fairseq.modules.quantization.scalar.tokens import quantize_static, quantize_tokens
@@ -136,6 +137,20 @@ def test_the_layer_itself_runs_natively_and_takes_other_integers(bits):
     assert torch.equal(layer(x), other(x))
     layer.use_native(False)
     assert torch.equal(layer(x), other(x))
+
+
+def test_scales_may_come_in_any_order():
+    """As calibration gives them, a column of groups after the other."""
+    layer, x = make(4, "channel", "dynamic", 32), rows_of(19, 75)
+    layer.use_native()
+    expected = layer(x)
+    scale, zero_point = (t.T.contiguous().T for t in (layer.scale, layer.zero_point))
+    assert not scale.is_contiguous()
+    other = PackedLinear.from_integers(layer.integers(), scale, zero_point, layer.bias, layer.config)
+    other.use_native()
+    assert torch.equal(other(x), expected)
+    layer.load_state_dict({**layer.state_dict(), "scale": scale, "zero_point": zero_point}, assign=True)
+    assert torch.equal(layer(x), expected)
 
 
 def test_tensors_of_other_groups_are_refused():
