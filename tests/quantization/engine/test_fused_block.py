@@ -146,6 +146,8 @@ def test_groups_of_inputs_are_fused(pixels, settings, monkeypatch):
     calls = count_native(monkeypatch)
     assert_close(fused, layers, pixels)
     assert calls == [2]
+    compiled = torch.compile(copy.deepcopy(fused), backend="eager", fullgraph=True)
+    assert torch.equal(logits(compiled, pixels), logits(fused, pixels))
 
 
 @pytest.mark.parametrize("width", [(32, 1), (48, 2), (40, 5), (30, 6)], ids=str)

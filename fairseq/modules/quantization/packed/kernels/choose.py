@@ -235,12 +235,12 @@ def _compare(kernels: Kernels, device: torch.device) -> str | None:
             pack_codes(codes, bits).to(device) if bits < 8 else codes.to(device),
             scale.to(device), zero_point.to(device, torch.uint8), bits, 70, None, False,
         )  # fmt: skip
-        arguments = x.to(device), weight, bias.to(device)
+        given = x.to(device), weight, bias.to(device)
         fixed = torch.tensor([0.02], device=device), torch.tensor([-64], dtype=torch.int32, device=device)
         static = InputGrid(8, *fixed, correction(weight, *fixed))  # from -1.28 to 3.82, so that some saturate
         for form, grid in (("dynamic", InputGrid()), ("static", static), ("weight_only", None)):
             got, expected = (
-                k.weight_only(*arguments) if grid is None else k.integer(*arguments, grid)
+                k.weight_only(*given) if grid is None else k.integer(*given, grid)
                 for k in (kernels, TABLE["reference"])
             )
             if not torch.allclose(got, expected, rtol=1e-4, atol=1e-3):

@@ -253,8 +253,8 @@ struct Kernels {
   void (*leave)();
   void (*norm)(const Norm& norm, const float* x, int64_t width, float* y);
   void (*activate)(int32_t activation, const float* x, int64_t count, float* y);
-  // Rounds one row into row `row` of a tile of `rows` rows; scale and sums, of each group of
-  // inputs, are of the integers; a scale of 1 and one sum of 0 are of bfloat16.
+  // Rounds one row into row `row` of a tile of `rows` rows; scale and sums, of each group of inputs, are of the
+  // integers; a scale of 1 and one sum of 0 are of bfloat16.
   void (*quantize)(const float* x, const Linear& grid, float* scratch, uint8_t* tile, int64_t row, int64_t rows,
                    float* scale, int32_t* sums);
   // Integer sums of a tile, (rows, PANEL), of codes that are a byte each, narrow ones from -15 to 15.
