@@ -26,13 +26,17 @@ class ExactSum:
         shape = (len(unit),) if columns is None else (len(unit), columns)
         self._unit, self._sum = unit, torch.zeros(shape, dtype=torch.float64, device=unit.device)
 
+    @property
+    def device(self) -> torch.device:
+        return self._sum.device
+
     def add(self, x: Tensor) -> None:
         """Add a float32 tensor."""
         self._sum += x.double().div_(self._unit).round_()
 
-    def result(self, divisor: float) -> Tensor:
-        """The sum over all processes, divided: float32. It ends the sum."""
-        return processes.total(self._sum).mul_(self._unit / divisor).float()
+    def result(self) -> Tensor:
+        """The sum over all processes, float64; such sums of one unit add up exactly. It ends the sum."""
+        return processes.total(self._sum).mul_(self._unit)
 
 
 def unit_of(largest: Tensor) -> Tensor:

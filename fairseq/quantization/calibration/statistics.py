@@ -98,7 +98,14 @@ def collect(
     found = [one.statistics(span) for one in sums]
     if missing is None:
         return found
-    return [one._replace(drift=None, drift_mean=None, missing=one.drift, missing_mean=one.drift_mean) for one in found]
+    return [_of_missing(one) for one in found]
+
+
+def _of_missing(found: Statistics) -> Statistics:
+    """What was summed as a drift is what a block is missing."""
+    halves = None if found.halves is None else (_of_missing(found.halves[0]), _of_missing(found.halves[1]))
+    missing, mean = found.drift, found.drift_mean
+    return found._replace(drift=None, drift_mean=None, missing=missing, missing_mean=mean, halves=halves)
 
 
 class _Batch(NamedTuple):
@@ -118,7 +125,7 @@ class _Batch(NamedTuple):
 
 class _Sums:
     """Sums over the tokens, of one layer: of x x^T, x, and where it is known how the float model's x* differs, of
-    (x* - x) x^T and x* - x; each token with its weight.
+    (x* - x) x^T and x* - x; each token with its weight. Where it is known, matrices are of each half of the pictures.
 
     Args:
         half: matrices are multiplied in bfloat16.
@@ -128,17 +135,13 @@ class _Sums:
         self.half = half
         self.vectors: list[Tensor] = []  # of the batches since the last add: x, x* - x, and the squares of both
         self.means: list[ExactSum] = []  # of x and x* - x
-        self.moments: list[list[ExactSum]] = []  # of both times x, rows by rows
-        self.weights: list[float] = []
-        self.squares: list[float] = []
+        self.parts: list[_Part] = []
 
     def look(self, x: Tensor, lost: Tensor | None, w: Tensor) -> None:
         """Take from a batch what needs no product of matrices."""
         read = [x] if lost is None else [x, lost]
         vectors = [t.T @ w for t in read] + [torch.einsum("ti,ti,t->i", t, t, w) for t in read]
         self.vectors = [a + b for a, b in zip(self.vectors, vectors)] if self.vectors else vectors
-        self.weights.append(float(w.sum()))
-        self.squares.append(float(w.square().sum()))
 
     def units(self) -> list[Tensor]:
         """Of x, x* - x and both times x, from the first batches; |sum of a b|^2 <= (sum of a^2) (sum of b^2)."""
@@ -150,43 +153,87 @@ class _Sums:
         """Begin in these units."""
         kinds = len(units) // 2
         self.means = [ExactSum(unit) for unit in units[:kinds]]
-        for kind, unit in enumerate(units[kinds:]):
-            widths = (len(units[0]) if kind else len(unit) - at for at in range(0, len(unit), TILE))
-            self.moments.append([ExactSum(u[:, None], n) for u, n in zip(unit.split(TILE), widths, strict=True)])
+        self.parts = [_Part(units[kinds:]) for _ in range(kinds)]  # one without x*, else two halves
 
     def add(self, group: list[_Batch], layer: int) -> None:
         """Add some batches, with the weights that tokens have for this layer."""
-        weighted = [batch.x * batch.weights[layer].unsqueeze(1).to(batch.x.dtype) for batch in group]
         for mean, vector in zip(self.means, self.vectors):
             mean.add(vector)
+        self.vectors = []
+        size = -(-len(group) // len(self.parts))
+        for number, part in enumerate(self.parts):
+            if batches := group[number * size : (number + 1) * size]:
+                part.add(batches, layer)
+
+    def statistics(self, span: tuple[float, float, float]) -> Statistics:
+        """Of all tokens, in all processes; ``span`` is low, high and SQNR of a static range."""
+        weights = [part.weights_and_squares() for part in self.parts]
+        total, squares = (math.fsum(values) for values in zip(*weights, strict=True))
+        halved = len(self.parts) > 1 and all(weight > 0 for weight, _ in weights)
+        divisors = [total, *(weight for weight, _ in weights)] if halved else [total]
+        means = [mean.result().div_(total).float() for mean in self.means]
+        found = [self._matrices(kind, len(mean), len(means[0]), divisors) for kind, mean in enumerate(means)]
+        drift, drift_mean = (found[1][0], means[1]) if len(means) > 1 else (None, None)
+        halves = None
+        if halved:
+            one, other = (
+                Statistics(moment, means[0], drift=lost, samples=weight**2 / square)
+                for moment, lost, (weight, square) in zip(found[0][1:], found[1][1:], weights, strict=True)
+            )
+            halves = one, other
+        return Statistics(found[0][0], means[0], *span, drift, drift_mean, total**2 / squares, halves=halves)
+
+    def _matrices(self, kind: int, rows: int, columns: int, divisors: list[float]) -> list[Tensor]:
+        """The sum over all parts, then those of each, over as many of ``divisors`` as there are: float32."""
+        matrices = [torch.empty(rows, columns, device=self.means[0].device) for _ in divisors]
+        for start in range(0, rows, TILE):
+            sums = [part.moments[kind].pop(0).result() for part in self.parts]
+            whole = sums[0] if len(sums) == 1 else sums[0] + sums[1]
+            for matrix, one, divisor in zip(matrices, [whole, *sums], divisors):
+                matrix[start : start + TILE, -one.shape[1] :] = one.div(divisor)
+        if kind == 0:
+            for matrix in matrices:
+                for start in range(0, rows, TILE):
+                    here, rest = slice(start, start + TILE), slice(start + TILE, None)
+                    matrix[rest, here] = matrix[here, rest].T
+        return matrices
+
+
+class _Part:
+    """Of some of the pictures the sums of x x^T and (x* - x) x^T, rows by rows, and of the weights.
+
+    Args:
+        units: of both, one for each row.
+    """
+
+    def __init__(self, units: list[Tensor]):
+        self.moments: list[list[ExactSum]] = []
+        self.weights: list[float] = []
+        self.squares: list[float] = []
+        for kind, unit in enumerate(units):
+            widths = (len(units[0]) if kind else len(unit) - at for at in range(0, len(unit), TILE))
+            self.moments.append([ExactSum(u[:, None], n) for u, n in zip(unit.split(TILE), widths, strict=True)])
+
+    def add(self, batches: list[_Batch], layer: int) -> None:
+        """Add some batches, with the weights that tokens have for this layer."""
+        weights = [batch.weights[layer] for batch in batches]
+        self.weights += [float(w.sum()) for w in weights]
+        self.squares += [float(w.square().sum()) for w in weights]
+        weighted = [b.x * w.unsqueeze(1).to(b.x.dtype) for b, w in zip(batches, weights, strict=True)]
         for kind, tiles in enumerate(self.moments):
-            left = [batch.x if kind == 0 else cast(Tensor, batch.lost) for batch in group]
+            left = [batch.x if kind == 0 else cast(Tensor, batch.lost) for batch in batches]
             for number, tile in enumerate(tiles):
                 rows = slice(number * TILE, (number + 1) * TILE)
                 after = slice(None) if kind else slice(number * TILE, None)  # below the diagonal x x^T is as above
                 tile.add(_product([(a[:, rows], b[:, after]) for a, b in zip(left, weighted, strict=True)]))
-        self.vectors = []
 
-    def statistics(self, span: tuple[float, float, float]) -> Statistics:
-        """Of all tokens, in all processes; ``span`` is low, high and SQNR of a static range."""
-        total, squares = (
+    def weights_and_squares(self) -> tuple[float, float]:
+        """The sums of the weights, and of their squares, over all processes."""
+        one, other = (
             math.fsum(value for part in processes.gathered(values) for value in part)
             for values in (self.weights, self.squares)
         )
-        means = [mean.result(total) for mean in self.means]
-        matrices = []
-        for mean, tiles in zip(means, self.moments, strict=True):
-            matrix = mean.new_empty(len(mean), len(means[0]))
-            for start in range(0, len(matrix), TILE):
-                found = tiles.pop(0).result(total)
-                matrix[start : start + TILE, -found.shape[1] :] = found
-            matrices.append(matrix)
-        moment = matrices[0]
-        for start in range(0, len(moment), TILE):
-            rows, rest = slice(start, start + TILE), slice(start + TILE, None)
-            moment[rest, rows] = moment[rows, rest].T
-        drift, drift_mean = (matrices[1], means[1]) if len(means) > 1 else (None, None)
-        return Statistics(moment, means[0], *span, drift, drift_mean, total**2 / squares)
+        return one, other
 
 
 def _start(sums: list[_Sums], device: torch.device) -> bool:

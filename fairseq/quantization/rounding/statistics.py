@@ -21,6 +21,8 @@ class Statistics(NamedTuple):
             layer in float; of the layer whose output a block adds last, and then in the place of the drift.
         missing_mean: E[y* - y], (out,), likewise.
         samples: how many tokens of equal weight tell as much: (sum of the weights)^2 / (sum of their squares).
+        halves: the same of one half of the pictures and of the other, without means and ranges, where there is a drift
+            or something missing and there are enough pictures; else None.
     """
 
     second_moment: Tensor
@@ -33,6 +35,7 @@ class Statistics(NamedTuple):
     samples: float = 1.0
     missing: Tensor | None = None
     missing_mean: Tensor | None = None
+    halves: tuple[Statistics, Statistics] | None = None
 
     @property
     def target_moved(self) -> bool:

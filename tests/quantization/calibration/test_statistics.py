@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fairseq.quantization.calibration import statistics
 from fairseq.quantization.calibration.statistics import collect
 
 
@@ -32,6 +33,32 @@ def test_collect_sees_the_drift_from_the_float_model():
     assert weighted.samples == w.sum().item() ** 2 / w.square().sum().item()
     assert plain.samples == 11
     assert collect(iter(batches), [w], ["a"])[0].drift is None
+
+
+@pytest.mark.parametrize("kind", ["drift", "missing"])
+def test_collect_halves_each_share_of_the_pictures(kind, monkeypatch):
+    """Of 4 batches and 3: two and two, two and one."""
+    monkeypatch.setattr(statistics, "TILE", 2)  # of the rows of products, of which there are 5
+    torch.manual_seed(0)
+    batches, other = ([whole(6, 5) for _ in range(7)] for _ in range(2))
+    w = whole(42, low=1)
+    given = {"exact" if kind == "drift" else kind: iter(other)}
+    (found,) = collect(iter(batches), [w], ["a"], None, **given)
+    wanted = [b - a if kind == "drift" else b for a, b in zip(batches, other, strict=True)]
+    chosen = [(0, 1, 4, 5), (2, 3, 6)]
+    for half, numbers in zip(found.halves, chosen, strict=True):
+        x, lost, own = (torch.cat([of[i] for i in numbers]) for of in (batches, wanted, w.split(6)))
+        assert torch.equal(half.second_moment, (x.T * own) @ x / own.sum())
+        assert torch.equal(getattr(half, kind), (lost.T * own) @ x / own.sum())
+        assert half.samples == own.sum().item() ** 2 / own.square().sum().item()
+    x, lost = torch.cat(batches), torch.cat(wanted)
+    assert torch.equal(found.second_moment, (x.T * w) @ x / w.sum())
+    assert torch.equal(getattr(found, kind), (lost.T * w) @ x / w.sum())
+
+
+def test_one_batch_has_no_halves():
+    x, exact = whole(6, 5), whole(6, 5)
+    assert collect(iter([x]), [torch.empty(0)], ["a"], None, iter([exact]))[0].halves is None
 
 
 def test_collect_finds_a_range_for_static_activations():
