@@ -18,6 +18,8 @@ TOWERS = ("vision", "text", "all")
 ROUNDINGS = ("nearest", "gptq", "gptaq", "qronos", "coordinate")
 MAKE_UP_FOR_DRIFT = ("gptaq", "qronos", "coordinate")
 """Those that look at what the float model's layers read, too."""
+TRIED_OUT = ("gptaq", "coordinate")
+"""Those that make up for as much of that as serves pictures which it was not taken from."""
 MAKE_UP_FOR_BLOCK = ("coordinate",)
 """Those that look at what the float model's block gives, where they round the layer that ends it; docs/results.rst has
 the figures, of gptaq too."""

@@ -16,10 +16,10 @@ from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.block_inputs import BlockInputs
 from fairseq.quantization.calibration.precision import multiplies_in_half
 from fairseq.quantization.calibration.progress import Progress
-from fairseq.quantization.calibration.statistics import collect
+from fairseq.quantization.calibration.statistics import BATCH_SIZE, collect
 from fairseq.quantization.calibration.storage import Storage
 from fairseq.quantization.calibration.token_weights import token_weights
-from fairseq.quantization.config import MAKE_UP_FOR_BLOCK, MAKE_UP_FOR_DRIFT, resolve_rounding
+from fairseq.quantization.config import MAKE_UP_FOR_BLOCK, MAKE_UP_FOR_DRIFT, TRIED_OUT, resolve_rounding
 from fairseq.quantization.rounding.statistics import Statistics
 
 
@@ -56,6 +56,7 @@ class Calibration:
     ):
         self.plan, self.progress, names = plan, progress, plan.blocks()
         self.half = multiplies_in_half(model)
+        self.halves = 2 * BATCH_SIZE % getattr(pixel_values, "views", 1) == 0  # else both would have views of a picture
         reached = [layer.name for layer in plan.chosen if plan.reaches(layer.name)]
         reached += names if blocks else []
         if weights is None:
@@ -119,7 +120,9 @@ class Calibration:
         bits = first.settings.activation_bits if first.settings.activations == "static" else None
         names = [layer.name for layer in layers]
         weights = [self.weights[name] for name in names]
-        return list(collect(self.progress.reading(inputs, layers), weights, names, bits, exact, self.half))
+        tried = self.halves and any(_is_tried_out(layer) for layer in layers)
+        read = self.progress.reading(inputs, layers)
+        return list(collect(read, weights, names, bits, exact, self.half, halves=tried))
 
     def _makes_up_for_block(self, layer: LayerPlan) -> bool:
         """Whether a layer can give what its block is missing: it is known, and the block adds its output last."""
@@ -150,7 +153,7 @@ class Calibration:
         missing = (less.pop() for _ in itertools.count())
         inputs = self.progress.reading(read(), [layer])
         bits = layer.settings.activation_bits if layer.settings.activations == "static" else None
-        return collect(inputs, [self.weights[layer.name]], [layer.name], bits, None, self.half, missing)
+        return collect(inputs, [self.weights[layer.name]], [layer.name], bits, None, self.half, missing, self.halves)
 
 
 def _read(x: Tensor, layer: LayerPlan, factor: Tensor | None) -> Tensor:
@@ -164,6 +167,10 @@ def _read(x: Tensor, layer: LayerPlan, factor: Tensor | None) -> Tensor:
 
 def _makes_up_for_drift(layer: LayerPlan) -> bool:
     return resolve_rounding(layer.settings.rounding, True, layer.settings.bits) in MAKE_UP_FOR_DRIFT
+
+
+def _is_tried_out(layer: LayerPlan) -> bool:
+    return resolve_rounding(layer.settings.rounding, True, layer.settings.bits) in TRIED_OUT
 
 
 def _scaled(inputs: Iterator[Tensor], factor: Tensor | None) -> Iterator[Tensor]:

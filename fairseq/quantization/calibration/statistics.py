@@ -34,6 +34,7 @@ def collect(
     exact: Iterable[Tensor] | None = None,
     half: bool = False,
     missing: Iterable[Tensor] | None = None,
+    halves: bool = False,
 ) -> list[Statistics]:
     """Statistics of one tensor that several layers read, for each of them with its own token weights.
 
@@ -49,11 +50,12 @@ def collect(
         half: multiply in bfloat16 and add in float32.
         missing: instead of ``exact`` what the block that ends with the layer is missing, (tokens, out), batch by batch,
             for ``Statistics.missing``.
+        halves: of ``exact`` or ``missing`` also ``Statistics.halves``. Every other two batches are of one half.
 
     Raises:
         ValueError: an input that is not finite.
     """
-    sums = [_Sums(half) for _ in names]
+    sums = [_Sums(half, halves) for _ in names]
     values: list[Tensor] = []
     finite, started, at, device = True, False, 0, torch.empty(0).device
     nothing: Iterable[None] = itertools.repeat(None)
@@ -125,14 +127,15 @@ class _Batch(NamedTuple):
 
 class _Sums:
     """Sums over the tokens, of one layer: of x x^T, x, and where it is known how the float model's x* differs, of
-    (x* - x) x^T and x* - x; each token with its weight. Where it is known, matrices are of each half of the pictures.
+    (x* - x) x^T and x* - x; each token with its weight.
 
     Args:
         half: matrices are multiplied in bfloat16.
+        halves: where x* is known, matrices are of each half of the pictures.
     """
 
-    def __init__(self, half: bool):
-        self.half = half
+    def __init__(self, half: bool, halves: bool):
+        self.half, self.halves = half, halves
         self.vectors: list[Tensor] = []  # of the batches since the last add: x, x* - x, and the squares of both
         self.means: list[ExactSum] = []  # of x and x* - x
         self.parts: list[_Part] = []
@@ -153,7 +156,7 @@ class _Sums:
         """Begin in these units."""
         kinds = len(units) // 2
         self.means = [ExactSum(unit) for unit in units[:kinds]]
-        self.parts = [_Part(units[kinds:]) for _ in range(kinds)]  # one without x*, else two halves
+        self.parts = [_Part(units[kinds:]) for _ in range(kinds if self.halves else 1)]
 
     def add(self, group: list[_Batch], layer: int) -> None:
         """Add some batches, with the weights that tokens have for this layer."""
@@ -185,7 +188,8 @@ class _Sums:
 
     def _matrices(self, kind: int, rows: int, columns: int, divisors: list[float]) -> list[Tensor]:
         """The sum over all parts, then those of each, over as many of ``divisors`` as there are: float32."""
-        matrices = [torch.empty(rows, columns, device=self.means[0].device) for _ in divisors]
+        device = self.means[0].device
+        matrices = [torch.empty(rows, columns, dtype=torch.float32, device=device) for _ in divisors]
         for start in range(0, rows, TILE):
             sums = [part.moments[kind].pop(0).result() for part in self.parts]
             whole = sums[0] if len(sums) == 1 else sums[0] + sums[1]

@@ -25,6 +25,7 @@ from fairseq.quantization.conversion.quantize_layer import QuantizedLayer, quant
 from fairseq.quantization.conversion.resume import DoneStage
 from fairseq.quantization.engine import memory
 from fairseq.quantization.rounding.equalization import equalize, input_factor
+from fairseq.quantization.rounding.shrinkage import tried_out
 from fairseq.quantization.rounding.statistics import Rounded, Statistics
 
 NOT_REACHED = "not calibrated: pictures do not reach it"
@@ -107,6 +108,7 @@ def quantize_stage(
         if calibration is not None:
             ends = group == [stage[-1]] and group[0].block is not None and not group[0].tied
             statistics = calibration.statistics(group, factors.own.get(first), factors.all.get(first), ends)
+            statistics = [_tried_out(model, layer, found) for layer, found in zip(group, statistics, strict=True)]
             memory.release()  # what taking them left behind, before rounding takes as much again
         for layer, found in zip(group, statistics, strict=True):
             factor = factors.own.get(layer.name)
@@ -196,6 +198,13 @@ def _equalize(
             linear.weight.div_(factor)
             own[layer.name] = moved[layer.name] = factor.detach()
     return Factors(own, moved)
+
+
+def _tried_out(model: nn.Module, layer: LayerPlan, statistics: Statistics | None) -> Statistics | None:
+    """How much a layer's weight is to make up for, found before it is rounded: at every width, of twins."""
+    return (
+        None if statistics is None else tried_out(model.get_submodule(layer.name).get_parameter("weight"), statistics)
+    )
 
 
 def _round(model: nn.Module, layer: LayerPlan, statistics: Statistics | None, finished: Finished) -> QuantizedLayer:

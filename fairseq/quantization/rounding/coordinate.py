@@ -16,7 +16,7 @@ from fairseq.quantization.rounding.statistics import Rounded, Statistics
 DAMPING = 0.1
 """Added to the diagonal of H, as a share of its mean. Coarse grids err more than pictures leave uncertain."""
 CORRECTION = 1.0
-"""How much of the drift of the inputs is made up for, where there is one."""
+"""How much of the drift of the inputs is made up for, where it was not tried out."""
 ROUNDS = 4
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fairseq.modules.quantization.packed.config import LinearConfig
-from fairseq.quantization.rounding.gptaq import drift_change
+from fairseq.quantization.rounding.gptaq import solved
 from fairseq.quantization.rounding.gptq import compensated
 from fairseq.quantization.rounding.statistics import Rounded, Statistics
 
@@ -32,7 +32,7 @@ def qronos(weight: Tensor, statistics: Statistics | None, config: LinearConfig) 
     wide = weight.to(h.dtype)
     # W G less what the other columns of W already make of x, over H_jj: the drift alone remains
     first = wide + wide @ statistics.drift.to(h.dtype) / h.diagonal()
-    target = (wide + drift_change(weight, statistics.drift, h)).to(weight.dtype)
+    target = (wide + solved(statistics.wanted(weight), h)).to(weight.dtype)
     return compensated(target, h, config, first.to(weight.dtype))
 
 

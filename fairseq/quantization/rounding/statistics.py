@@ -1,10 +1,23 @@
-"""Statistics, what a layer's inputs were, and Rounded, what became of its weight."""
+"""Statistics, what a layer's inputs were, Shrinkage of what they ask for, and Rounded, what became of its weight."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+class Shrinkage(NamedTuple):
+    """How a correction of a weight is damped, and how much of it is taken.
+
+    Attributes:
+        ridge: of the damping, a multiple of the number of inputs over that of the samples that the correction is from.
+        share: from 0 to 1.
+    """
+
+    ridge: float
+    share: float
 
 
 class Statistics(NamedTuple):
@@ -21,8 +34,9 @@ class Statistics(NamedTuple):
             layer in float; of the layer whose output a block adds last, and then in the place of the drift.
         missing_mean: E[y* - y], (out,), likewise.
         samples: how many tokens of equal weight tell as much: (sum of the weights)^2 / (sum of their squares).
-        halves: the same of one half of the pictures and of the other, without means and ranges, where there is a drift
-            or something missing and there are enough pictures; else None.
+        halves: second moment, drift or what is missing, and samples of either half of the pictures, to try out a
+            correction on; None where that is not wanted, or there are too few.
+        shrinkage: what came of that; None for constants.
     """
 
     second_moment: Tensor
@@ -36,11 +50,20 @@ class Statistics(NamedTuple):
     missing: Tensor | None = None
     missing_mean: Tensor | None = None
     halves: tuple[Statistics, Statistics] | None = None
+    shrinkage: Shrinkage | None = None
 
     @property
     def target_moved(self) -> bool:
         """Whether it is known how the layer should give something else than it does."""
         return self.drift is not None or self.missing is not None
+
+    def wanted(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """E[(y* - y) x^T] of some outputs of ``weight``, (out, in): y what the layer gives, or the block it ends."""
+        if self.missing is not None:
+            return self.missing[rows]
+        assert self.drift is not None
+        wide = torch.promote_types(weight.dtype, self.drift.dtype)
+        return weight[rows].to(wide) @ self.drift.to(wide)
 
 
 class Rounded(NamedTuple):

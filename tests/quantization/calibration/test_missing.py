@@ -68,7 +68,7 @@ def test_missing_is_what_the_float_block_gives_more(tiny_vit, monkeypatch, activ
     torch.testing.assert_close(found[last].missing_mean.double(), missing.mean(0), rtol=0, atol=1e-5)
 
 
-def test_the_layer_makes_up_for_half_of_it():
+def test_the_layer_makes_up_for_half_of_it_where_nothing_was_tried_out():
     """With so many tokens that damping takes nothing, and 8 bits, so that rounding hardly does."""
     generator = torch.Generator().manual_seed(0)
     x, weight, other = (torch.randn(*shape, generator=generator) for shape in ((4000, 8), (6, 8), (6, 8)))

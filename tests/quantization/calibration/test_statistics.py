@@ -40,10 +40,11 @@ def test_collect_halves_each_share_of_the_pictures(kind, monkeypatch):
     """Of 4 batches and 3: two and two, two and one."""
     monkeypatch.setattr(statistics, "TILE", 2)  # of the rows of products, of which there are 5
     torch.manual_seed(0)
-    batches, other = ([whole(6, 5) for _ in range(7)] for _ in range(2))
+    batches = [whole(6, 5) for _ in range(7)]
+    other = [whole(6, 5 if kind == "drift" else 3) for _ in range(7)]
     w = whole(42, low=1)
     given = {"exact" if kind == "drift" else kind: iter(other)}
-    (found,) = collect(iter(batches), [w], ["a"], None, **given)
+    (found,) = collect(iter(batches), [w], ["a"], None, **given, halves=True)
     wanted = [b - a if kind == "drift" else b for a, b in zip(batches, other, strict=True)]
     chosen = [(0, 1, 4, 5), (2, 3, 6)]
     for half, numbers in zip(found.halves, chosen, strict=True):
@@ -58,7 +59,7 @@ def test_collect_halves_each_share_of_the_pictures(kind, monkeypatch):
 
 def test_one_batch_has_no_halves():
     x, exact = whole(6, 5), whole(6, 5)
-    assert collect(iter([x]), [torch.empty(0)], ["a"], None, iter([exact]))[0].halves is None
+    assert collect(iter([x]), [torch.empty(0)], ["a"], None, iter([exact]), halves=True)[0].halves is None
 
 
 def test_collect_finds_a_range_for_static_activations():
