@@ -15,7 +15,7 @@ OUTPUTS = 256
 
 
 def tried_out(weight: Tensor, statistics: Statistics) -> Statistics:
-    """``statistics`` with the shrinkage that its halves tell for a weight, (out, in); without these, which are large."""
+    """``statistics`` with the shrinkage that its halves tell for a weight, (out, in); without them, which are large."""
     if statistics.halves is None:
         return statistics
     return statistics._replace(halves=None, shrinkage=shrinkage_between(weight.detach(), statistics.halves))
