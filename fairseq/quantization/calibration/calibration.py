@@ -56,7 +56,7 @@ class Calibration:
     ):
         self.plan, self.progress, names = plan, progress, plan.blocks()
         self.half = multiplies_in_half(model)
-        self.halves = 2 * BATCH_SIZE % getattr(pixel_values, "views", 1) == 0  # else both would have views of a picture
+        self.halves = BATCH_SIZE % getattr(pixel_values, "views", 1) == 0  # else both would have views of one picture
         reached = [layer.name for layer in plan.chosen if plan.reaches(layer.name)]
         reached += names if blocks else []
         if weights is None:
