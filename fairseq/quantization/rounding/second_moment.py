@@ -17,17 +17,17 @@ def damped(second_moment: Tensor, weight: Tensor, share: float = DAMPING) -> Ten
     The same for every input channel in the units in which the columns of ``weight``, (out, in), have one norm: so that
     it does not matter how equalization shares a channel's scale between the weight and the input.
     """
-    h, unit = damping(second_moment, weight)
+    h = (second_moment + second_moment.T).to(torch.float64).mul_(0.5)
+    unit = damping(h.diagonal(), weight)
     h.diagonal().add_(share * unit if bool((unit > 0).all()) else 1.0)
     return h
 
 
-def damping(second_moment: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """H in float64, symmetric, and what :func:`damped` adds a share of to its diagonal, (in,)."""
-    h = (second_moment + second_moment.T).to(torch.float64).mul_(0.5)
+def damping(diagonal: Tensor, weight: Tensor) -> Tensor:
+    """What :func:`damped` adds a share of to the diagonal of H: float64 (in,), 0 if that is 0."""
     norms = weight.to(torch.float64).square().mean(0)
     norms = norms.clamp(min=1e-3 * float(norms.mean())) if bool((norms > 0).any()) else torch.ones_like(norms)
-    return h, (h.diagonal() * norms).mean() / norms
+    return (diagonal * norms).mean() / norms
 
 
 def inverse_factor(h: Tensor) -> Tensor:

@@ -35,21 +35,21 @@ def shrinkage_between(weight: Tensor, halves: tuple[Statistics, Statistics]) -> 
     """
     rows = slice(None, None, -(-len(weight) // OUTPUTS))
     wanted = [half.wanted(weight, rows).float() for half in halves]
-    moments = [(h.float(), unit.float()) for h, unit in (damping(half.second_moment, weight) for half in halves)]
+    units = [damping(half.second_moment.diagonal(), weight).float() for half in halves]
 
     def gain(ridge: float) -> tuple[float, Shrinkage]:
         """How much is taken off, and with what share."""
         fit = energy = 0.0
         for own, other in ((0, 1), (1, 0)):
-            h, unit = moments[own]
-            h = h.clone()
-            h.diagonal().add_(unit * (ridge * len(unit) / halves[own].samples))
+            h = halves[own].second_moment.to(torch.float32, copy=True)
+            h.diagonal().add_(units[own] * (ridge * len(h) / halves[own].samples))
             lower, failed = torch.linalg.cholesky_ex(h)
+            del h
             if failed:
                 return 0.0, Shrinkage(ridge, 0.0)
             change = torch.cholesky_solve(wanted[own].T, lower).T
             fit += float((change * wanted[other]).sum())
-            energy += float(((change @ moments[other][0]) * change).sum())
+            energy += float(((change @ halves[other].second_moment.float()) * change).sum())
         share = min(fit / energy, 1.0) if fit > 0 and energy > 0 else 0.0
         return share * (2 * fit - share * energy), Shrinkage(ridge, share)
 
