@@ -65,7 +65,7 @@ class Calibration:
             progress.weighted(progress.pictures)
         self.weights = weights
         self.inputs = follow(model, result, pixel_values, names)
-        exact = blocks or any(_makes_up_for_drift(layer) for layer in plan.chosen)
+        exact = blocks or any(_rounds_by(layer, MAKE_UP_FOR_DRIFT) for layer in plan.chosen)
         self.exact_inputs = BlockInputs(model, model, pixel_values, names) if exact else None
 
     def enter(self, stage: Sequence[LayerPlan]) -> None:
@@ -115,12 +115,12 @@ class Calibration:
             return list(self._with_missing(first, factor))
         inputs = (_read(x, first, factor) for x in self.inputs.inputs(first.name))
         exact = None
-        if self.exact_inputs is not None and any(map(_makes_up_for_drift, layers)):
+        if self.exact_inputs is not None and any(_rounds_by(layer, MAKE_UP_FOR_DRIFT) for layer in layers):
             exact = _scaled(self.exact_inputs.inputs(first.source), moved)
         bits = first.settings.activation_bits if first.settings.activations == "static" else None
         names = [layer.name for layer in layers]
         weights = [self.weights[name] for name in names]
-        tried = self.halves and any(_is_tried_out(layer) for layer in layers)
+        tried = self.halves and any(_rounds_by(layer, TRIED_OUT) for layer in layers)
         read = self.progress.reading(inputs, layers)
         return list(collect(read, weights, names, bits, exact, self.half, halves=tried))
 
@@ -130,7 +130,7 @@ class Calibration:
             self.exact_inputs is not None
             and self.exact_inputs.chained
             and type(self.inputs) is BlockInputs
-            and resolve_rounding(layer.settings.rounding, True, layer.settings.bits) in MAKE_UP_FOR_BLOCK
+            and _rounds_by(layer, MAKE_UP_FOR_BLOCK)
             and processes.first(self.inputs.ends_with(layer.name))
         )
 
@@ -165,12 +165,9 @@ def _read(x: Tensor, layer: LayerPlan, factor: Tensor | None) -> Tensor:
     return x
 
 
-def _makes_up_for_drift(layer: LayerPlan) -> bool:
-    return resolve_rounding(layer.settings.rounding, True, layer.settings.bits) in MAKE_UP_FOR_DRIFT
-
-
-def _is_tried_out(layer: LayerPlan) -> bool:
-    return resolve_rounding(layer.settings.rounding, True, layer.settings.bits) in TRIED_OUT
+def _rounds_by(layer: LayerPlan, roundings: Sequence[str]) -> bool:
+    """Whether a layer's rounding, with pictures, is one of these."""
+    return resolve_rounding(layer.settings.rounding, True, layer.settings.bits) in roundings
 
 
 def _scaled(inputs: Iterator[Tensor], factor: Tensor | None) -> Iterator[Tensor]:
