@@ -20,14 +20,12 @@ static inline __attribute__((always_inline)) void in_parts(const uint8_t* tile, 
   }
 }
 
-// What `scaled(sums, row)` makes of a group's sums, added to `totals`, or instead of what is there for the first one.
+// What `scaled(sums, row)` makes of a group's sums, added to `totals`.
 template <typename Sum, typename Scaled>
-static inline __attribute__((always_inline)) void add_group(const Sum* sums, int64_t rows, bool first, float* totals,
+static inline __attribute__((always_inline)) void add_group(const Sum* sums, int64_t rows, float* totals,
                                                             Scaled scaled) {
-  for (int64_t i = 0; i < rows; i++, sums += PANEL, totals += PANEL) {
-    const Floats term = scaled(sums, i);
-    store(totals, first ? term : load<Floats>(totals) + term);
-  }
+  for (int64_t i = 0; i < rows; i++, sums += PANEL, totals += PANEL)
+    store(totals, load<Floats>(totals) + scaled(sums, i));
 }
 
 // y = (t * scale of the row) + bias, t the sum over groups of (sum - zero point's share) * scale, each operation
@@ -89,44 +87,53 @@ struct InGroups : InIntegers {
   inline __attribute__((always_inline)) void product(const Rounded& x, const Tile& tile, const uint8_t* numbers,
                                                      const uint8_t* panel, int64_t steps, float* totals, bool,
                                                      Pause pause) const {
+    const Floats nothing = floats(-0.0f);  // added to a term, 0 and -0 among them, it gives that
+    for (int64_t i = 0; i < tile.rows * PANEL; i += LANES) store(totals + i, nothing);
     for (int64_t g = 0; g < groups_of(linear); g++) {
       pause();
-      if (linear.halves) add_halves(tile.rows, numbers, panel, steps, g, totals);
-      else add_integers(x, tile, numbers, panel, steps, g, totals);
+      if (linear.halves) add_halves<Isa>(tile.rows, numbers, panel, steps, g, totals);
+      else add_integers<Isa>(x, tile, numbers, panel, steps, g, totals);
     }
   }
 
  private:
+  template <typename Own>
   __attribute__((noinline)) void add_integers(const Rounded& x, const Tile& tile, const uint8_t* numbers,
                                               const uint8_t* panel, int64_t steps, int64_t g, float* totals) const {
-    alignas(ALIGNMENT) int32_t sums[Isa::ROWS * PANEL];
-    const int64_t groups = groups_of(linear), group_steps = linear.group_size / 4;
-    in_parts(numbers, tile.rows, g * group_steps, least((g + 1) * group_steps, steps),
-             [&](const uint8_t* part, int64_t from, int64_t count, bool go_on) {
-      product_of<Isa>(linear.narrow, part, panel + from * 4 * PANEL, tile.rows, count, sums, go_on, [] {});
-    });
+    const int64_t groups = groups_of(linear), group_steps = linear.group_size / 4, start = g * group_steps,
+                  stop = least(start + group_steps, steps);
     const Group& group = own.groups[g];
     const int32_t* const row_sums = x.sums + tile.row * groups + g;
+    if constexpr (Own::ADDS_GROUPS)
+      return Own::add_group(numbers + start * 4 * tile.rows, panel + start * 4 * PANEL, tile.rows, stop - start, group,
+                            row_sums, groups, totals);
+    alignas(ALIGNMENT) int32_t sums[Isa::ROWS * PANEL];
+    in_parts(numbers, tile.rows, start, stop, [&](const uint8_t* part, int64_t from, int64_t count, bool go_on) {
+      product_of<Own>(linear.narrow, part, panel + from * 4 * PANEL, tile.rows, count, sums, go_on, [] {});
+    });
     for (int64_t j = 0; j < PANEL; j += LANES) {
       const Floats scale = load<Floats>(group.scale + j), zero = load<Floats>(group.zero + j),
                    offset = load<Floats>(group.offset + j);
-      add_group(sums + j, tile.rows, g == 0, totals + j, [&](const int32_t* of_row, int64_t i) {
+      add_group(sums + j, tile.rows, totals + j, [&](const int32_t* of_row, int64_t i) {
         const Floats sum = __builtin_convertvector(load<Ints>(of_row), Floats);
         return (sum - offset - zero * (float)row_sums[i * groups]) * scale;
       });
     }
   }
 
+  template <typename Own>
   __attribute__((noinline)) void add_halves(int64_t rows, const uint8_t* numbers, const uint8_t* panel, int64_t steps,
                                             int64_t g, float* totals) const {
-    alignas(ALIGNMENT) float sums[Isa::ROWS * PANEL];
     const int64_t start = g * (linear.group_size / 2), stop = least(start + linear.group_size / 2, steps);
-    Isa::half_product((const uint16_t*)(numbers + start * 4 * rows), (const uint16_t*)(panel + start * 4 * PANEL), rows,
-                      stop - start, sums, PANEL);
+    const uint16_t *tile = (const uint16_t*)(numbers + start * 4 * rows),
+                   *codes = (const uint16_t*)(panel + start * 4 * PANEL);
+    if constexpr (Own::ADDS_HALF_GROUPS)
+      return Own::add_half_group(tile, codes, rows, stop - start, own.groups[g].scale, totals);
+    alignas(ALIGNMENT) float sums[Isa::ROWS * PANEL];
+    Own::half_product(tile, codes, rows, stop - start, sums, PANEL);
     for (int64_t j = 0; j < PANEL; j += LANES) {
       const Floats scale = load<Floats>(own.groups[g].scale + j);
-      add_group(sums + j, rows, g == 0, totals + j,
-                [&](const float* of_row, int64_t) { return load<Floats>(of_row) * scale; });
+      add_group(sums + j, rows, totals + j, [&](const float* of_row, int64_t) { return load<Floats>(of_row) * scale; });
     }
   }
 };

@@ -18,7 +18,8 @@ struct Count<0, I...> {
 
 // What the instruction sets without tiles share. `Own` gives
 //   rows(tile, panel, steps, sums, Numbers<0, 1, ...>), the products of bytes, and may give
-//   half_rows(tile, panel, steps, out, stride, Numbers<0, 1, ...>), those of bfloat16.
+//   half_rows(tile, panel, steps, out, stride, Numbers<0, 1, ...>), those of bfloat16,
+//   group_rows and half_group_rows, which scale a group's sums and add them up before they leave the registers.
 template <typename Own>
 struct Registers {
   // Rows of a tile, and those that are multiplied at once, by two vectors of weights: of 32 registers 28 are sums, and
@@ -29,6 +30,7 @@ struct Registers {
   static const int32_t OFFSET = 128;      // what is added to an integer to make it a byte
   static const bool FAST_HALVES = false;  // whether products of bfloat16 are
   static const bool FAST_NARROW = false;  // whether there is a narrow_product, for codes from -15 to 15
+  static const bool ADDS_GROUPS = false, ADDS_HALF_GROUPS = false;  // whether there are group_rows, half_group_rows
 
   static void enter() {}
   static void leave() {}
@@ -60,6 +62,19 @@ struct Registers {
                            Pause pause) {
     pause();
     half_product(tile, panel, rows, steps, out, PANEL);
+  }
+
+  // (sums of a group less its offset - zero * sum of the row) * scale, added to totals; sums of rows `stride` apart.
+  static void add_group(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t steps, const Group& group,
+                        const int32_t* row_sums, int64_t stride, float* totals) {
+    with_numbers(rows,
+                 [&](auto numbers) { all_group_rows(tile, panel, steps, group, row_sums, stride, totals, numbers); });
+  }
+
+  // Sums of a group of bfloat16 * scale, added to totals.
+  static void add_half_group(const uint16_t* tile, const uint16_t* panel, int64_t rows, int64_t steps,
+                             const float* scale, float* totals) {
+    with_numbers(rows, [&](auto numbers) { all_half_group_rows(tile, panel, steps, scale, totals, numbers); });
   }
 
   // For processors without instructions for bfloat16: as floats, in the order of the inputs.
@@ -129,6 +144,19 @@ struct Registers {
   static __attribute__((noinline)) void all_half_rows(const uint16_t* tile, const uint16_t* panel, int64_t steps,
                                                       float* out, int64_t stride, Numbers<I...> numbers) {
     Own::half_rows(tile, panel, steps, out, stride, numbers);
+  }
+
+  template <int... I>
+  static __attribute__((noinline)) void all_group_rows(const uint8_t* tile, const uint8_t* panel, int64_t steps,
+                                                       const Group& group, const int32_t* row_sums, int64_t stride,
+                                                       float* totals, Numbers<I...> numbers) {
+    Own::group_rows(tile, panel, steps, group, row_sums, stride, totals, numbers);
+  }
+
+  template <int... I>
+  static __attribute__((noinline)) void all_half_group_rows(const uint16_t* tile, const uint16_t* panel, int64_t steps,
+                                                            const float* scale, float* totals, Numbers<I...> numbers) {
+    Own::half_group_rows(tile, panel, steps, scale, totals, numbers);
   }
 
   // Rows of floats, of a tile of `count`, times two vectors of pairs.
