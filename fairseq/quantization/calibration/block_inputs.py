@@ -18,8 +18,9 @@ from fairseq.quantization.calibration.precision import multiplies_in_half, produ
 from fairseq.quantization.calibration.statistics import BATCH_SIZE
 from fairseq.quantization.calibration.storage import Storage
 
-SAMPLE = 512
+SAMPLE = 1024
 """Tokens on which inputs are equalized."""
+GOLDEN = (5**0.5 - 1) / 2
 ALIKE = 0.01
 """Relative error up to which a layer is called with the same; one that reads something else gets something else."""
 
@@ -126,13 +127,23 @@ class BlockInputs:
                 found.append(first(module(*args, **keywords)))
         return found
 
-    def sample(self, name: str) -> Tensor:
-        """Some hundred tokens of these inputs, evenly spaced over all images: (tokens, in), float32."""
+    def sample(self, name: str, weights: Tensor | None = None) -> Tensor:
+        """Some hundred tokens of these inputs, spread over all images, each as often as it weighs.
+
+        Args:
+            name: of the layer.
+            weights: one per token of the own images, (tokens,), mean 1 over all processes; None for 1 everywhere.
+
+        Returns:
+            (tokens, in), float32, which several processes get alike.
+        """
         found: list[Tensor] = []
-        step = 0
+        at = 0
         for x, rows in zip(self.inputs(name), self.batches, strict=True):
-            step = step or max(1, len(x) * len(self.pixel_values) // (rows.stop - rows.start) // SAMPLE)
-            found.append(x[::step].float())
+            w = torch.ones(len(x)) if weights is None else weights[at : at + len(x)]
+            at += len(x)
+            distance = max(1.0, len(x) * len(self.pixel_values) / (rows.stop - rows.start) / SAMPLE)
+            found.append(x[_spaced(w, distance, rows.start // BATCH_SIZE).to(x.device)].float())
         whole = processes.concatenated(torch.cat(found) if found else None)
         assert whole is not None
         return whole
@@ -332,3 +343,15 @@ def _alike(first: Arguments, second: Arguments) -> bool:
     """Whether a layer was called with the same input, but for rounding."""
     a, b = (arguments[0][0].detach().float() for arguments in (first, second))
     return a.shape == b.shape and bool((a - b).norm() <= ALIKE * b.norm())
+
+
+def _spaced(weights: Tensor, distance: float, batch: int) -> Tensor:
+    """The indices of some of a batch's tokens, int64, one for each ``distance`` that their weights add up to.
+
+    Each batch begins elsewhere within that distance, by the golden ratio, so that in all each token is taken as often
+    as it weighs, however few a batch gives.
+    """
+    reached = weights.double().cumsum(0)
+    start = distance * (((batch + 1) * GOLDEN) % 1)
+    points = torch.arange(start, max(start, float(reached[-1])), distance, dtype=torch.float64)
+    return torch.searchsorted(reached, points, right=True).clamp_(max=len(weights) - 1)

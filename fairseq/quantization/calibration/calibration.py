@@ -83,14 +83,20 @@ class Calibration:
         return self.exact_inputs.outputs(block)
 
     def tokens(self, layers: Sequence[LayerPlan]) -> dict[str, Tensor]:
-        """By name, a sample of the inputs, (tokens, in), of those layers that are going to round them coarsely."""
-        found: dict[str, Tensor] = {}
-        samples: dict[str, Tensor] = {}  # by source: layers that read one tensor
+        """By name, a sample of the inputs, (tokens, in), of those layers that are going to round them coarsely.
+
+        A token is in it as often as it weighs for the layers that read it.
+        """
+        readers: dict[str, list[LayerPlan]] = {}  # by source: layers that read one tensor
         for layer in layers:
             if self.plan.reaches(layer.name) and layer.settings.rounds_coarsely:
-                if layer.source not in samples:
-                    samples[layer.source] = self.inputs.sample(layer.name)
-                found[layer.name] = samples[layer.source]
+                readers.setdefault(layer.source, []).append(layer)
+        found: dict[str, Tensor] = {}
+        for together in readers.values():
+            weights = [self.weights[layer.name] for layer in together]
+            known = all(map(len, weights))
+            sample = self.inputs.sample(together[0].name, sum(weights) / len(weights) if known else None)  # type: ignore[arg-type]
+            found |= {layer.name: sample for layer in together}
         return found
 
     def statistics(

@@ -108,7 +108,8 @@ def channel_factor(
     """r of shape (in,), one for all ``consumers``, whose outputs then err least; None where nothing is better than 1.
 
     Candidates are powers of the ranges of the weights' input channels, where one scale serves a weight, and inverse
-    powers of the ranges of the input's channels, where one scale serves the input. For weights in half precision they
+    powers of the largest and of the root mean square magnitude of the input's channels, where one scale serves the
+    input. For weights in half precision they
     are rounded to powers of two, so that rescaling rounds nothing.
 
     Args:
@@ -129,7 +130,8 @@ def channel_factor(
         directions.append(_normalized(ranges))
     inputs = [r.tokens for r in consumers if r.tokens is not None and r.settings.rounds_coarsely]
     if inputs:
-        directions.append(1 / _normalized(torch.cat(inputs).abs().amax(0)))
+        tokens = torch.cat(inputs)
+        directions += [1 / _normalized(tokens.abs().amax(0)), 1 / _normalized(tokens.square().mean(0).sqrt())]
     if not directions:
         return None
 

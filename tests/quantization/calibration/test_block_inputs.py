@@ -1,6 +1,7 @@
 """BlockInputs: what each layer is called with, whatever its block does to its own input."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,11 @@ from bounds import EXACT
 from torch import nn
 
 from fairseq.quantization.architectures.layers import block_of, linear_layers
-from fairseq.quantization.calibration.block_inputs import BlockInputs
+from fairseq.quantization.calibration import block_inputs
+from fairseq.quantization.calibration.block_inputs import SAMPLE, BlockInputs
+from fairseq.quantization.calibration.token_weights import token_weights
+from fairseq.quantization.config import QuantizationConfig
+from fairseq.quantization.conversion.convert import convert
 
 
 @pytest.fixture
@@ -175,3 +180,47 @@ def test_what_changes_between_blocks_is_reached_by_whole_passes(images):
         torch.testing.assert_close(got, expected[name], **EXACT)
     changing = _Chain(edits="arguments")
     assert not BlockInputs(changing, changing, images, block_names(changing)).stored
+
+
+def test_a_sample_has_each_token_as_often_as_it_weighs(tiny_vit, monkeypatch):
+    """Here the first patch of each picture as often as all else of it, and later pictures nine times as often as
+    earlier ones; a batch gives one token or none."""
+    monkeypatch.setattr(block_inputs, "SAMPLE", 40)
+    name, pictures = next(iter(linear_layers(tiny_vit))), torch.randn(200, 3, 16, 16).double()
+    read = inputs_by_hook(tiny_vit, pictures)[name].float()
+    tokens = len(read) // 200
+    weights = torch.full((200, tokens), 0.5 * tokens / (tokens - 1))
+    weights[:, 1] = 0.5 * tokens
+    weights *= torch.where(torch.arange(200) < 100, 0.2, 1.8)[:, None]
+    stream = BlockInputs(tiny_vit, tiny_vit, pictures, block_names(tiny_vit))
+    sample = stream.sample(name, weights.flatten())
+    nearest = torch.cdist(sample, read).argmin(1)
+    torch.testing.assert_close(sample, read[nearest], rtol=0, atol=1e-5)
+    assert abs(len(sample) - 40) <= 1
+    assert abs((nearest % tokens == 1).sum().item() - 20) <= 3
+    assert abs((nearest // tokens < 100).sum().item() - 4) <= 1
+    even = torch.cdist(stream.sample(name), read).argmin(1)
+    assert abs(len(even) - 40) <= 1
+    assert abs((even // tokens < 100).sum().item() - 20) <= 1
+    assert max(Counter((even % tokens).tolist()).values()) <= 8
+
+
+def test_few_tokens_are_all_in_the_sample(tiny_vit, images):
+    name = next(iter(linear_layers(tiny_vit)))
+    read = inputs_by_hook(tiny_vit, images)[name]
+    assert len(read) < SAMPLE
+    sample = BlockInputs(tiny_vit, tiny_vit, images, block_names(tiny_vit)).sample(name)
+    torch.testing.assert_close(sample, read.float(), **EXACT)
+
+
+def test_it_is_by_the_weights_of_all_layers_that_read_the_tensor(tiny_vit, images, monkeypatch):
+    model, images, seen = tiny_vit.float(), images.float(), {}
+    sample = BlockInputs.sample
+    monkeypatch.setattr(BlockInputs, "sample", lambda s, name, w=None: seen.update({name: w}) or sample(s, name, w))
+    convert(model, QuantizationConfig(bits=4, method="channel", activation_bits=4), images, engine="layers")
+    names = list(linear_layers(model))
+    weights = token_weights(model, images, names)
+    assert len(seen) == 4 * len(block_names(model)) + 1
+    for name, used in seen.items():
+        readers = names[names.index(name) :][: 3 if name.endswith(names[0].split(".")[-1]) else 1]
+        torch.testing.assert_close(used, torch.stack([weights[reader] for reader in readers]).mean(0), **EXACT)

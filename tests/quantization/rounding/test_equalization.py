@@ -176,6 +176,17 @@ def test_the_factor_of_an_input_evens_out_its_channels():
     assert input_factor(w, STATIC) is None  # and without a sample nothing is known
 
 
+def test_rare_large_numbers_do_not_hide_how_channels_differ():
+    """The largest magnitudes of all channels are alike here, of tokens that any factor rounds exactly."""
+    torch.manual_seed(0)
+    spread = torch.exp(0.7 * torch.randn(40))
+    w, tokens = torch.randn(30, 40) / spread, torch.randn(4000, 40) * spread
+    tokens[:40] = tokens.abs().max() * torch.eye(40)
+    factor = input_factor(w, LayerConfig(bits=4, method="channel", activation_bits=4), tokens)
+    left = [(tokens[40:] * r).square().mean(0).log().std() for r in (factor, torch.ones(40))]
+    assert left[0] < 0.7 * left[1]
+
+
 def test_even_channels_are_left_alone():
     torch.manual_seed(0)
     signs = torch.randn(40, 30).sign()
