@@ -17,9 +17,10 @@ from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.precision import multiplies_in_half, products, where
 from fairseq.quantization.calibration.statistics import BATCH_SIZE
 from fairseq.quantization.calibration.storage import Storage
+from fairseq.quantization.rounding.statistics import Sample
 
 SAMPLE = 1024
-"""Tokens on which inputs are equalized."""
+"""Tokens on which inputs are equalized, about."""
 GOLDEN = (5**0.5 - 1) / 2
 ALIKE = 0.01
 """Relative error up to which a layer is called with the same; one that reads something else gets something else."""
@@ -127,26 +128,35 @@ class BlockInputs:
                 found.append(first(module(*args, **keywords)))
         return found
 
-    def sample(self, name: str, weights: Tensor | None = None) -> Tensor:
-        """Some hundred tokens of these inputs, spread over all images, each as often as it weighs.
+    def sample(self, name: str, weights: Tensor | None = None) -> Sample:
+        """About a thousand tokens of these inputs, spread over all images, half of them by how much they count.
 
         Args:
             name: of the layer.
             weights: one per token of the own images, (tokens,), mean 1 over all processes; None for 1 everywhere.
 
         Returns:
-            (tokens, in), float32, which several processes get alike.
+            All tokens, if there are no more than that. Several processes get the same.
         """
-        found: list[Tensor] = []
+        found: list[Sample] = []
         at = 0
         for x, rows in zip(self.inputs(name), self.batches, strict=True):
             w = torch.ones(len(x)) if weights is None else weights[at : at + len(x)]
             at += len(x)
-            distance = max(1.0, len(x) * len(self.pixel_values) / (rows.stop - rows.start) / SAMPLE)
-            found.append(x[_spaced(w, distance, rows.start // BATCH_SIZE).to(x.device)].float())
-        whole = processes.concatenated(torch.cat(found) if found else None)
-        assert whole is not None
-        return whole
+            distance = len(x) * len(self.pixel_values) / (rows.stop - rows.start) / SAMPLE
+            if distance > 1:
+                density = (w + 1) / 2
+                index, times = _spaced(density, distance, rows.start // BATCH_SIZE).unique_consecutive(
+                    return_counts=True
+                )
+                x, w = x[index.to(x.device)], (times * w[index] / density[index]).to(w.dtype)
+            found.append(Sample(x.float(), w.to(x.device)))
+        tokens, counts = (
+            processes.concatenated(torch.cat([one[part] for one in found]) if found else None) for part in (0, 1)
+        )
+        assert tokens is not None
+        assert counts is not None
+        return Sample(tokens, counts)
 
     def advance_to(self, block: str) -> None:
         """Run the stored hidden states up to the entrance of ``block``, through blocks that are final by now."""

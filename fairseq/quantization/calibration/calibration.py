@@ -20,7 +20,7 @@ from fairseq.quantization.calibration.statistics import BATCH_SIZE, collect
 from fairseq.quantization.calibration.storage import Storage
 from fairseq.quantization.calibration.token_weights import token_weights
 from fairseq.quantization.config import MAKE_UP_FOR_BLOCK, MAKE_UP_FOR_DRIFT, TRIED_OUT, resolve_rounding
-from fairseq.quantization.rounding.statistics import Statistics
+from fairseq.quantization.rounding.statistics import Sample, Statistics
 
 
 class Calibration:
@@ -82,20 +82,20 @@ class Calibration:
         assert self.exact_inputs is not None
         return self.exact_inputs.outputs(block)
 
-    def tokens(self, layers: Sequence[LayerPlan]) -> dict[str, Tensor]:
-        """By name, a sample of the inputs, (tokens, in), of those layers that are going to round them coarsely.
+    def samples(self, layers: Sequence[LayerPlan]) -> dict[str, Sample]:
+        """By name, some of the inputs of those layers that are going to round them coarsely.
 
-        A token is in it as often as it weighs for the layers that read it.
+        A token counts as much as it does for the layers that read it, on average.
         """
         readers: dict[str, list[LayerPlan]] = {}  # by source: layers that read one tensor
         for layer in layers:
             if self.plan.reaches(layer.name) and layer.settings.rounds_coarsely:
                 readers.setdefault(layer.source, []).append(layer)
-        found: dict[str, Tensor] = {}
+        found: dict[str, Sample] = {}
         for together in readers.values():
-            weights = [self.weights[layer.name] for layer in together]
-            known = all(map(len, weights))
-            sample = self.inputs.sample(together[0].name, sum(weights) / len(weights) if known else None)  # type: ignore[arg-type]
+            known = [w for layer in together if len(w := self.weights[layer.name])]
+            weights = torch.stack(known).sum(0) + (len(together) - len(known)) if known else None  # 1 of the others
+            sample = self.inputs.sample(together[0].name, None if weights is None else weights / len(together))
             found |= {layer.name: sample for layer in together}
         return found
 

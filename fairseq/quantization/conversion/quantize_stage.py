@@ -173,7 +173,7 @@ def _equalize(
 ) -> Factors:
     """Rescale the layers of a stage whose weights nothing else uses."""
     layers = [layer for layer in stage if not layer.tied]
-    tokens = {} if calibration is None else calibration.tokens(layers)
+    samples = {} if calibration is None else calibration.samples(layers)
     moved: dict[str, Tensor] = {}
     fed: set[str] = set()
     name = stage[0].block
@@ -183,7 +183,7 @@ def _equalize(
         roles = {} if known is None else {known.role(x.name.removeprefix(f"{name}.")): x for x in layers}
         by_role = {role: layer for role, layer in roles.items() if role is not None}
         if known is not None and _gains(by_role.values()) and _may_fold(block, known, plan, name):
-            seen = {role: tokens[x.name] for role, x in by_role.items() if x.name in tokens}
+            seen = {role: samples[x.name] for role, x in by_role.items() if x.name in samples}
             rescaled = equalize(block, known, {role: x.settings for role, x in by_role.items()}, seen)
             moved |= {x.name: rescaled[role] for role, x in by_role.items() if role in rescaled}
             not_fed = {"fc2"} if known.value_feeds_output else {"fc2", "output"}
@@ -193,7 +193,7 @@ def _equalize(
         if layer.name in fed:
             continue
         linear = cast(nn.Linear, model.get_submodule(layer.name))
-        factor = input_factor(linear.weight, layer.settings, tokens.get(layer.name))
+        factor = input_factor(linear.weight, layer.settings, samples.get(layer.name))
         if factor is not None:
             linear.weight.div_(factor)
             own[layer.name] = moved[layer.name] = factor.detach()

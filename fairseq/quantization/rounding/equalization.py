@@ -20,6 +20,7 @@ from fairseq.modules.quantization.scalar.tokens import fake_quantize_tokens
 from fairseq.modules.quantization.scalar.weights import observe_weight, weight_to_int, weight_to_real
 from fairseq.quantization.architectures.blocks import BlockPlan
 from fairseq.quantization.config import LayerConfig
+from fairseq.quantization.rounding.statistics import Sample
 
 POWERS = (0.25, 0.5, 0.75, 1.0)
 """How much of the channels' ranges is moved; the one with the least error is taken, or none."""
@@ -35,14 +36,14 @@ class Consumer(NamedTuple):
     Attributes:
         weight: (out, in).
         settings: how it is going to be quantized.
-        tokens: a sample of that input, (tokens, in); needed where the settings round it coarsely.
+        sample: of that input; needed where the settings round it coarsely.
         moments: variance and mean of each channel of that input, (in,) each, or None for 1 and 0; the channels count
             as uncorrelated.
     """
 
     weight: Tensor
     settings: LayerConfig
-    tokens: Tensor | None = None
+    sample: Sample | None = None
     moments: tuple[Tensor, Tensor] | None = None
 
 
@@ -51,7 +52,7 @@ def equalize(
     block: nn.Module,
     plan: BlockPlan,
     settings: Mapping[str, LayerConfig],
-    tokens: Mapping[str, Tensor] | None = None,
+    samples: Mapping[str, Sample] | None = None,
 ) -> dict[str, Tensor]:
     """Rescale the layers of one block in place; what the block computes stays the same.
 
@@ -59,19 +60,19 @@ def equalize(
         block: of float layers, that was seen to compute what ``plan`` says (see ``architectures.observe.folds``).
         plan: its norms and layers.
         settings: by role, how each layer is going to be quantized; one that is missing stays in float.
-        tokens: by role, a sample of the layer's input, (tokens, in), for those whose settings round it coarsely.
+        samples: by role, of the layer's input, for those whose settings round it coarsely.
 
     Returns:
         By role, the factor, (in,), by which the layer's input is multiplied from now on, where it is not 1.
     """
-    tokens = tokens or {}
+    samples = samples or {}
     layers = {role: cast(nn.Linear, block.get_submodule(path)) for role, path in plan.layers.items()}
     rescaled: dict[str, Tensor] = {}
     for path, roles in plan.norms.items():
         norm = cast(nn.LayerNorm, block.get_submodule(path))
         moments = norm.weight**2, norm.bias  # of gamma x + beta, x ~ N(0, 1)
         consumers = [
-            Consumer(layers[role].weight, settings[role], tokens.get(role), moments)
+            Consumer(layers[role].weight, settings[role], samples.get(role), moments)
             for role in roles
             if role in settings
         ]
@@ -84,7 +85,7 @@ def equalize(
                 rescaled[role] = factor
     if plan.value_feeds_output:
         value, output = layers["value"], layers["output"]
-        after = [Consumer(output.weight, settings["output"], tokens.get("output"))] if "output" in settings else []
+        after = [Consumer(output.weight, settings["output"], samples.get("output"))] if "output" in settings else []
         before = settings.get("value")
         factor = channel_factor(after, value.weight if before and before.method == "tensor" else None, before)
         if factor is not None:
@@ -97,9 +98,9 @@ def equalize(
 
 
 @torch.no_grad()
-def input_factor(weight: Tensor, settings: LayerConfig, tokens: Tensor | None = None) -> Tensor | None:
+def input_factor(weight: Tensor, settings: LayerConfig, sample: Sample | None = None) -> Tensor | None:
     """The factor r, (in,), by which a layer multiplies its own input, its weight being divided by it; None for 1."""
-    return channel_factor([Consumer(weight, settings, tokens)])
+    return channel_factor([Consumer(weight, settings, sample)])
 
 
 def channel_factor(
@@ -128,15 +129,20 @@ def channel_factor(
         if feeding is not None:
             ranges = (ranges / feeding.abs().amax(1).clamp(min=tiny)).sqrt()
         directions.append(_normalized(ranges))
-    inputs = [r.tokens for r in consumers if r.tokens is not None and r.settings.rounds_coarsely]
-    if inputs:
-        tokens = torch.cat(inputs)
-        directions += [1 / _normalized(tokens.abs().amax(0)), 1 / _normalized(tokens.square().mean(0).sqrt())]
+    coarse = [(i, r.sample) for i, r in enumerate(consumers) if r.sample is not None and r.settings.rounds_coarsely]
+    if coarse:
+        samples = list({id(sample): sample for _, sample in coarse}.values())
+        tokens, weights = (torch.cat([sample[part] for sample in samples]) for part in (0, 1))
+        mean_squares = weights @ tokens.square() / weights.sum()
+        directions += [1 / _normalized(tokens.abs().amax(0)), 1 / _normalized(mean_squares.sqrt())]
     if not directions:
         return None
 
+    energies = {i: max(float(_output_energy(consumers[i], sample)), tiny) for i, sample in coarse}
+
     def error(r: Tensor) -> float:
-        total = sum(float(_weight_error(consumer, r)) + float(_input_error(consumer, r)) for consumer in consumers)
+        total = sum(float(_weight_error(consumer, r)) for consumer in consumers)
+        total += sum(float(_input_error(consumers[i], sample, r)) / energies[i] for i, sample in coarse)
         if feeding is not None and feeding_settings is not None:
             total += float(_weight_error(Consumer(feeding.T, feeding_settings), 1 / r))
         return total
@@ -187,16 +193,20 @@ def _energy(weight: Tensor, moments: tuple[Tensor, Tensor] | None) -> Tensor:
     return (weight.square() @ variance).sum() + (weight @ mean).square().sum()
 
 
-def _input_error(consumer: Consumer, factor: Tensor) -> Tensor | float:
-    """The same of the output's error that rounding the rescaled input makes; 0 unless that is coarse."""
-    if consumer.tokens is None or not consumer.settings.rounds_coarsely:
-        return 0.0
-    weight, bits = _sampled(consumer.weight).to(consumer.tokens.dtype), consumer.settings.activation_bits
-    factor = factor.to(consumer.tokens.dtype)
-    scaled = consumer.tokens * factor
+def _output_energy(consumer: Consumer, sample: Sample) -> Tensor:
+    """E|W x|^2 over the tokens of a sample, as they count."""
+    outputs = sample.tokens @ _sampled(consumer.weight).to(sample.tokens.dtype).T
+    return sample.weights @ outputs.square().sum(1)
+
+
+def _input_error(consumer: Consumer, sample: Sample, factor: Tensor) -> Tensor:
+    """The same of what rounding the rescaled input changes in the output."""
+    tokens, bits = sample.tokens, consumer.settings.activation_bits
+    factor = factor.to(tokens.dtype)
+    scaled = tokens * factor
     if consumer.settings.activations == "static":
         rounded = fake_quantize(scaled, *range_to_qparams(*histogram_range(scaled, bits), bits), bits)
     else:
         rounded = fake_quantize_tokens(scaled, bits)
-    error = ((rounded - scaled) / factor) @ weight.T
-    return error.square().sum() / (consumer.tokens @ weight.T).square().sum().clamp(min=torch.finfo(weight.dtype).tiny)
+    error = ((rounded - scaled) / factor) @ _sampled(consumer.weight).to(tokens.dtype).T
+    return sample.weights @ error.square().sum(1)

@@ -1,4 +1,4 @@
-"""Statistics, what a layer's inputs were, Shrinkage of what they ask for, and Rounded, what became of its weight."""
+"""Statistics and Sample of what a layer reads, Shrinkage of what that asks for, and Rounded, what a weight became."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ class Shrinkage(NamedTuple):
 
     ridge: float
     share: float
+
+
+class Sample(NamedTuple):
+    """Some of the tokens that a layer reads.
+
+    Attributes:
+        tokens: (tokens, in), float32.
+        weights: (tokens,), float32: how much each counts, its own weight and that of those that it stands for.
+    """
+
+    tokens: Tensor
+    weights: Tensor
 
 
 class Statistics(NamedTuple):

@@ -15,6 +15,7 @@ from fairseq.quantization.architectures.blocks import SPLIT, block_plan, class_o
 from fairseq.quantization.architectures.layers import block_of, linear_layers
 from fairseq.quantization.config import LayerConfig
 from fairseq.quantization.rounding.equalization import LARGEST, ROWS, Consumer, channel_factor, equalize, input_factor
+from fairseq.quantization.rounding.statistics import Sample
 
 TENSOR, CHANNEL = LayerConfig(bits=4, method="tensor"), LayerConfig(bits=4, method="channel")
 ROUNDINGS = 2 * 13  # the weight and the input of each layer
@@ -169,8 +170,9 @@ def test_the_factor_of_an_input_evens_out_its_channels():
     torch.manual_seed(0)
     spread = torch.exp(2 * torch.randn(40))
     w, tokens = torch.randn(30, 40) / spread, torch.randn(200, 40) * spread
-    assert input_factor(w, CHANNEL, tokens) is None  # 8 bits per token are fine enough
-    factor = input_factor(w, STATIC, tokens)
+    sample = Sample(tokens, torch.ones(200))
+    assert input_factor(w, CHANNEL, sample) is None  # 8 bits per token are fine enough
+    factor = input_factor(w, STATIC, sample)
     left = [(tokens * r).abs().amax(0).log().std() for r in (factor, torch.ones(40))]
     assert left[0] < 0.5 * left[1]
     assert input_factor(w, STATIC) is None  # and without a sample nothing is known
@@ -182,16 +184,29 @@ def test_rare_large_numbers_do_not_hide_how_channels_differ():
     spread = torch.exp(0.7 * torch.randn(40))
     w, tokens = torch.randn(30, 40) / spread, torch.randn(4000, 40) * spread
     tokens[:40] = tokens.abs().max() * torch.eye(40)
-    factor = input_factor(w, LayerConfig(bits=4, method="channel", activation_bits=4), tokens)
+    factor = input_factor(w, LayerConfig(bits=4, method="channel", activation_bits=4), Sample(tokens, torch.ones(4000)))
     left = [(tokens[40:] * r).square().mean(0).log().std() for r in (factor, torch.ones(40))]
     assert left[0] < 0.7 * left[1]
+
+
+def test_tokens_count_as_much_as_they_weigh():
+    """Two kinds of tokens, uneven in opposite channels: the factor is that of those which count."""
+    torch.manual_seed(0)
+    spread = torch.exp(torch.randn(40))
+    w, first, second = torch.randn(30, 40), torch.randn(200, 40) * spread, torch.randn(200, 40) / spread
+    settings, tokens = LayerConfig(bits=8, method="channel", activation_bits=4), torch.cat([first, second])
+    for share in (1e-3, 1 - 1e-3):
+        weights = torch.tensor([share, 1 - share]).repeat_interleave(200)
+        factor = input_factor(w, settings, Sample(tokens, weights)).log()
+        with_first = torch.corrcoef(torch.stack([factor, -spread.log()]))[0, 1]
+        assert with_first > 0.9 if share > 0.5 else with_first < -0.9
 
 
 def test_even_channels_are_left_alone():
     torch.manual_seed(0)
     signs = torch.randn(40, 30).sign()
     assert input_factor(signs, TENSOR) is None
-    assert input_factor(signs, STATIC, torch.randn(64, 30).sign()) is None
+    assert input_factor(signs, STATIC, Sample(torch.randn(64, 30).sign(), torch.ones(64))) is None
 
 
 def test_large_layers_are_judged_by_some_of_their_rows():

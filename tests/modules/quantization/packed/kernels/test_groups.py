@@ -65,6 +65,39 @@ def test_weight_only_layers_are_within_the_rounding_of_their_sums(level, bits, g
         assert bool((error <= roundings * torch.finfo(torch.float32).eps / 2 * 1.01 * size).all())
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_weight_only_layers_add_their_groups_up_in_order(level):
+    """One float32 after the other, in tiles of any number of rows: the bits of a layer for each group, added up."""
+    layer = make(4, "channel", None, 64, inputs=160, outputs=40)
+    integers, scale, zero, spans = layer.integers(), layer.scale, layer.zero_point, ((0, 64), (64, 128), (128, 160))
+    groups = [
+        PackedLinear.from_integers(
+            integers[:, a:b], scale[:, g : g + 1], zero[:, g : g + 1], None, layer.config, "part"
+        )
+        for g, (a, b) in enumerate(spans)
+    ]
+    x = torch.randn(15, 160, generator=torch.Generator().manual_seed(2))
+    for rows in range(1, 16):
+        expected = torch.stack([native_layer(level, x[:rows, a:b].contiguous(), y) for (a, b), y in zip(spans, groups)])
+        expected = (expected[0] + expected[1] + expected[2]) + layer.bias
+        assert torch.equal(native_layer(level, x[:rows], layer), expected), rows
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_largest_sums_of_a_group_are_exact(level):
+    """128 inputs at an end of their range, codes and zero points at the ends of theirs."""
+    config = make(8, "channel", "static", 128, inputs=256, outputs=32).config
+    ends = torch.tensor([0, 255], dtype=torch.uint8)
+    integers = ends.repeat_interleave(8).repeat(2)[:, None].expand(32, 256).contiguous()
+    zero = ends.repeat(16)[:, None].expand(32, 2).contiguous()
+    scale = torch.rand(32, 2, generator=torch.Generator().manual_seed(0)) + 0.5
+    layer = PackedLinear.from_integers(integers, scale, zero, None, config, "ends", (-1.0, 1.0))
+    for rows in range(1, 16):
+        x = torch.where(torch.arange(rows) % 2 == 0, 5.0, -5.0)[:, None].expand(rows, 256).contiguous()
+        expected = reference.integer(x, layer.weight_matrix, layer.bias, layer.input_grid)
+        assert torch.equal(native_layer(level, x, layer), expected)
+
+
 @pytest.mark.parametrize("settings", [("dynamic", 4), ("dynamic", 8), ("static", 4), (None, 8)], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
 def test_what_is_not_finite_stays_in_its_row(level, settings):
