@@ -110,8 +110,7 @@ def channel_factor(
 
     Candidates are powers of the ranges of the weights' input channels, where one scale serves a weight, and inverse
     powers of the largest and of the root mean square magnitude of the input's channels, where one scale serves the
-    input. For weights in half precision they
-    are rounded to powers of two, so that rescaling rounds nothing.
+    input. For weights in half precision they are rounded to powers of two, so that rescaling rounds nothing.
 
     Args:
         consumers: the layers that read the same input.
