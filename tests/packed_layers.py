@@ -36,3 +36,15 @@ def make(bits=8, method="channel", activations="dynamic", group_size=None, symme
 
 def tokens(*shape, seed=1, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def rows_of(rows, inputs, seed=0):
+    """Rows off centre, of which some are zeros, all alike, tiny, huge, halves of integers, or have one large number."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=generator) * (3 * torch.rand(rows, 1, generator=generator))
+    x += torch.randn(rows, 1, generator=generator)
+    if rows > 8:
+        x[0], x[1], x[2, 5 % inputs] = 0, 1.7, 50
+        x[3], x[4], x[5], x[6] = x[3] * 1e-38, x[4] * 1e37, (x[5] * 4).round() / 2, x[6].abs()
+        x[7] = -x[7].abs()
+    return x

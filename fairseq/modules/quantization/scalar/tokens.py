@@ -5,7 +5,7 @@ Per token an image never sees its neighbours' range; a fixed one costs no look a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from fairseq.modules.quantization.scalar.grid import check_bits, range_to_qparam
 
 CLIPS = (1.0, 0.9, 0.8, 0.7)
 """Candidate ranges of a token below 8 bits, as shares of the one from its minimum to its maximum."""
+FASTER: list[Callable[[Tensor, int], Tensor | None]] = []
+"""What gives the bits of ``q * scale`` of :func:`quantize_tokens`, only faster; None where it cannot."""
 
 
 def token_limit(bits: int = 8) -> int:
@@ -93,7 +95,11 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, x: Tensor, bits: int) -> Tensor:
-        q, scale = quantize_tokens(x.to(torch.promote_types(x.dtype, torch.float32)), bits)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        for faster in FASTER:
+            if (rounded := faster(wide, bits)) is not None:
+                return rounded.to(x.dtype)
+        q, scale = quantize_tokens(wide, bits)
         return (q * scale).to(x.dtype)
 
     @staticmethod

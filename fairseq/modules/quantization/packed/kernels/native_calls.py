@@ -208,6 +208,19 @@ def quantize(x: Tensor, layer: arguments.Prepared, level: int) -> tuple[Tensor, 
     return q, scales, sums
 
 
+def round_tokens(x: Tensor, bits: int, level: int) -> Tensor:
+    """Rows rounded to ``bits`` bits, with a scale each, and back: float32 (rows, width) -> the same, NaN for one that
+    holds NaN or Inf."""
+    arguments.check("x", x, torch.float32, (len(x), x.shape[1]))
+    out = torch.empty_like(x)
+    library.check_memory(
+        library.loaded().fairseq_round_tokens(
+            level, bits, x.data_ptr(), *x.shape, out.data_ptr(), torch.get_num_threads()
+        )
+    )
+    return out
+
+
 def product(q: Tensor, layer: arguments.Prepared, level: int) -> Tensor:
     """int8 (rows, in) times a layer's codes, transposed: int32 (rows, out), exact."""
     arguments.check("q", q, torch.int8, (len(q), layer.linear.inputs))

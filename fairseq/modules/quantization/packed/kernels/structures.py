@@ -173,6 +173,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "fairseq_activate": (c_int, c_int, c_void_p, c_int64, c_void_p),
     "fairseq_norm": (c_int, POINTER(Norm), c_void_p, c_int64, c_int64, c_void_p),
     "fairseq_quantize": (c_int, POINTER(Linear), c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
+    "fairseq_round_tokens": (c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_int),
     "fairseq_product": (c_int, POINTER(Linear), c_void_p, c_int64, c_void_p),
     "fairseq_linear": (
         c_int, POINTER(Linear), c_void_p, c_int64, c_int, c_void_p, c_void_p, c_int, POINTER(c_double),

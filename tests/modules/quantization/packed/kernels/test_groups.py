@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from packed_layers import make
+from packed_layers import make, rows_of
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.packed.input_grid import InputGrid
@@ -17,18 +17,6 @@ pytestmark = pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 LEVELS = [native.level_names().index(name) for name in native.levels()]
 SIZES = [(19, 70, 40), (33, 192, 65), (5, 300, 33), (1, 64, 31)]
 """Rows, inputs, outputs: the last group of 32, 48 or 112 inputs is shorter, and 128 are more than some layers have."""
-
-
-def rows_of(rows, inputs, seed=0):
-    """Rows off centre, of which some are zeros, all alike, tiny, huge, halves of integers, or have one large number."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, inputs, generator=generator) * (3 * torch.rand(rows, 1, generator=generator))
-    x += torch.randn(rows, 1, generator=generator)
-    if rows > 8:
-        x[0], x[1], x[2, 5] = 0, 1.7, 50
-        x[3], x[4], x[5], x[6] = x[3] * 1e-38, x[4] * 1e37, (x[5] * 4).round() / 2, x[6].abs()
-        x[7] = -x[7].abs()
-    return x
 
 
 def native_layer(level, x, layer):

@@ -331,6 +331,33 @@ EXPORT int fairseq_quantize(int level, const Linear* grid, const float* x, int64
   return 0;
 }
 
+// Rows rounded to so many bits, with a scale each, and back: float (rows, width). A row with NaN or Inf becomes NaN. 0,
+// or 1 if there is no memory.
+EXPORT int fairseq_round_tokens(int level, int bits, const float* x, int64_t rows, int64_t width, float* out,
+                                int wanted) {
+  const Kernels& kernels = kernels_of(level);
+  Linear grid = {};
+  grid.in = width;
+  grid.input_bits = bits;
+  Sizes sizes = {};
+  sizes.images = sizes.tokens = 1;
+  sizes.threads = sizes.crews = (int)least(threads_for(wanted), most(1, rows));
+  sizes.longest = row_bytes(grid, kernels.group);
+  const Workspaces work(kernels, sizes);
+  if (!work.ready) return 1;
+#pragma omp parallel for num_threads(sizes.threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const int thread = omp_get_thread_num();
+    uint8_t* integers = work.shared[thread].integers;
+    float scale, *to = out + row * width;
+    int32_t sum;
+    kernels.quantize(x + row * width, grid, work.own[thread].row, integers, 0, 1, &scale, &sum);
+    const float real = scale - scale == 0.0f ? scale : __builtin_nanf("");
+    for (int64_t k = 0; k < width; k++) to[k] = (float)(integers[k] - kernels.offset) * real;
+  }
+  return 0;
+}
+
 // Sums of products of int8 (rows, in) and the codes: int32 (rows, out). 0, or 1 if there is no memory.
 EXPORT int fairseq_product(int level, const Linear* linear, const int8_t* q, int64_t rows, int32_t* out) {
   const Kernels& kernels = kernels_of(level);
