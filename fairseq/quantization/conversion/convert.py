@@ -44,6 +44,9 @@ class Learning(Protocol):
     def check(self, pictures: int, resumable: bool) -> None:
         """ValueError if so many pictures are too few, or if it cannot be resumed and should be."""
 
+    def start(self, plan: ModelPlan) -> ModelPlan:
+        """The plan by which blocks are rounded before they learn."""
+
     def learner(
         self, model: nn.Module, plan: ModelPlan, calibration: Calibration, config: QuantizationConfig
     ) -> Learner:
@@ -101,6 +104,7 @@ def convert(
         if config.rotate:
             model = rotated(model, config.seed)
         plan = resolve(model, config, pixel_values)
+        plan = plan if reconstruct is None else reconstruct.start(plan)
         packed = config.execution == "packed"
         weightless = [model.get_submodule(layer.name) for layer in plan.chosen]
         result = copied(model, _without_weights(model, weightless) if packed else None)

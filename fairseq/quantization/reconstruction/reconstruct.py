@@ -18,7 +18,7 @@ from fairseq.quantization.calibration.calibration import Calibration
 from fairseq.quantization.conversion.quantize_stage import replace_layer
 from fairseq.quantization.conversion.resume import DoneStage
 from fairseq.quantization.reconstruction.learner import Learner, vectors
-from fairseq.quantization.reconstruction.settings import Reconstruction
+from fairseq.quantization.reconstruction.settings import Reconstruction, learned_blocks
 from fairseq.quantization.reconstruction.task import Task, token_weights
 from fairseq.quantization.rounding.quality import weight_statistics
 
@@ -73,9 +73,7 @@ class Reconstructor:
 
     def blocks(self) -> list[str]:
         """The names of the blocks that can be reconstructed."""
-        known = {layer.block for layer in self.plan.chosen if self.plan.reaches(layer.name)}
-        names = self.calibration.inputs.blocks
-        return [name for name in names if name in known and name not in self.plan.tied_blocks]
+        return learned_blocks(self.plan)
 
     def reconstruct(self, stage: Sequence[LayerPlan], done: DoneStage) -> None:
         """Learn one stage, whose layers are quantized by now.

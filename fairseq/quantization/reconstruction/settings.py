@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MIN_PICTURES = 16
 """Fewer tell a block nothing that holds for others."""
+START = "gptq"
+"""What "auto" rounds a block by that is going to learn. Others fit the pictures closely before it can: see the guide."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,17 @@ class Reconstruction:
         if resumable and self.minutes is not None:
             raise ValueError("resume= needs a Reconstruction of so many epochs: how many fit in minutes changes")
 
+    def start(self, plan: ModelPlan) -> ModelPlan:
+        """The plan whose layers are rounded by :data:`START` in blocks that learn, where their rounding is "auto"."""
+        learning = learned_blocks(plan)
+        layers = {
+            name: replace(layer, decision=replace(layer.settings, rounding=START))
+            if layer.chosen and layer.block in learning and layer.settings.rounding == "auto"
+            else layer
+            for name, layer in plan.layers.items()
+        }
+        return replace(plan, layers=layers)
+
     def learner(
         self, model: nn.Module, plan: ModelPlan, calibration: Calibration, config: QuantizationConfig
     ) -> Reconstructor:
@@ -92,6 +105,12 @@ class Reconstruction:
         from fairseq.quantization.reconstruction.reconstruct import Reconstructor
 
         return Reconstructor(model, plan, calibration, self, config.seed)
+
+
+def learned_blocks(plan: ModelPlan) -> list[str]:
+    """The names of the blocks that learn, in order: pictures reach them, and they share no parameter with others."""
+    known = {layer.block for layer in plan.chosen if plan.reaches(layer.name)}
+    return [name for name in plan.blocks() if name in known and name not in plan.tied_blocks]
 
 
 def resolve_reconstruction(reconstruct: object) -> Reconstruction | None:

@@ -280,6 +280,21 @@ def test_views_of_a_picture_are_held_back_together():
         20, 21, 22, 23]  # fmt: skip
 
 
+def test_what_learns_begins_without_corrections_unless_asked_to(tiny_vit):
+    """Corrections before it fit the pictures that it learns from, and then it finds nothing more there."""
+
+    def roundings(reconstruct=Reconstruction(epochs=1, batch_size=8), **changes):
+        report = quantize(tiny_vit, reconstruct, **changes)[1]
+        return {layer.rounding for layer in report.quantized if layer.block}, report.layers[-1].rounding
+
+    auto = {"rounding": "auto"}
+    assert roundings(**auto) == ({"gptq"}, "coordinate")
+    assert roundings(False, **auto) == ({"coordinate"}, "coordinate")
+    assert roundings(**auto | {"rounding": "gptaq"}) == ({"gptaq"}, "gptaq")
+    chosen = {"overrides": {"*.0.*": {"rounding": "nearest"}}}
+    assert roundings(**auto | chosen)[0] == {"gptq", "nearest"}
+
+
 def test_blocks_that_share_parameters_are_left_and_said(tiny_vit):
     blocks = next(m for m in tiny_vit.modules() if isinstance(m, nn.ModuleList) and len(m) == 2)
     norm = next(n for n, m in blocks[0].named_children() if isinstance(m, nn.LayerNorm))
