@@ -37,6 +37,7 @@ class LayerPlan:
         decision: its settings, or in words why it stays in float.
         tied: the layers that share its weight, itself included; empty if nothing else uses it.
         source: names the tensor that it reads: layers of the same source were seen to be called with one tensor.
+        corrected: whether its rounding may make up for what was done to the model before it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LayerPlan:
     decision: LayerConfig | str
     tied: tuple[str, ...] = ()
     source: str = ""
+    corrected: bool = True
 
     @property
     def chosen(self) -> bool:

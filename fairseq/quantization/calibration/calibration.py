@@ -172,8 +172,8 @@ def _read(x: Tensor, layer: LayerPlan, factor: Tensor | None) -> Tensor:
 
 
 def _rounds_by(layer: LayerPlan, roundings: Sequence[str]) -> bool:
-    """Whether a layer's rounding, with pictures, is one of these."""
-    return resolve_rounding(layer.settings.rounding, True, layer.settings.bits) in roundings
+    """Whether a layer's rounding, with pictures, is one of these, which make up for what was done before it."""
+    return layer.corrected and resolve_rounding(layer.settings.rounding, True, layer.settings.bits) in roundings
 
 
 def _scaled(inputs: Iterator[Tensor], factor: Tensor | None) -> Iterator[Tensor]:

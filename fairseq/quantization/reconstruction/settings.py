@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fairseq.quantization.architectures.plan import ModelPlan
+from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan
 from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.calibration import Calibration
 from fairseq.quantization.calibration.statistics import BATCH_SIZE
-from fairseq.quantization.config import QuantizationConfig
+from fairseq.quantization.config import COARSE_BITS, QuantizationConfig
 
 if TYPE_CHECKING:
     from fairseq.quantization.reconstruction.reconstruct import Reconstructor
 
 MIN_PICTURES = 16
 """Fewer tell a block nothing that holds for others."""
-START = "gptq"
-"""What "auto" rounds a block by that is going to learn. Others fit the pictures closely before it can: see the guide."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +86,20 @@ class Reconstruction:
             raise ValueError("resume= needs a Reconstruction of so many epochs: how many fit in minutes changes")
 
     def start(self, plan: ModelPlan) -> ModelPlan:
-        """The plan whose layers are rounded by :data:`START` in blocks that learn, where their rounding is "auto"."""
+        """The plan of a model whose blocks learn: where their rounding is "auto" it corrects nothing.
+
+        A correction fits the pictures so closely that they have little left to teach. So "auto" is coordinate up to 3
+        bits and gptq above, each on what the layer reads alone; docs/reconstruction.rst has the figures.
+        """
         learning = learned_blocks(plan)
-        layers = {
-            name: replace(layer, decision=replace(layer.settings, rounding=START))
-            if layer.chosen and layer.block in learning and layer.settings.rounding == "auto"
-            else layer
-            for name, layer in plan.layers.items()
-        }
-        return replace(plan, layers=layers)
+
+        def begun(layer: LayerPlan) -> LayerPlan:
+            if not layer.chosen or layer.block not in learning or layer.settings.rounding != "auto":
+                return layer
+            rounding = "coordinate" if layer.settings.bits <= COARSE_BITS else "gptq"
+            return replace(layer, decision=replace(layer.settings, rounding=rounding), corrected=False)
+
+        return replace(plan, layers={name: begun(layer) for name, layer in plan.layers.items()})
 
     def learner(
         self, model: nn.Module, plan: ModelPlan, calibration: Calibration, config: QuantizationConfig

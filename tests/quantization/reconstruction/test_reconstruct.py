@@ -18,6 +18,7 @@ from fairseq.quantization.reconstruction import reconstruct as reconstructing
 from fairseq.quantization.reconstruction.learned_linear import LearnedLinear
 from fairseq.quantization.reconstruction.learner import Learner
 from fairseq.quantization.reconstruction.task import Task, token_weights
+from fairseq.quantization.rounding import coordinate
 
 PICTURES = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 OTHERS = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(4))
@@ -280,7 +281,7 @@ def test_views_of_a_picture_are_held_back_together():
         20, 21, 22, 23]  # fmt: skip
 
 
-def test_what_learns_begins_without_corrections_unless_asked_to(tiny_vit):
+def test_what_learns_begins_without_corrections_unless_asked_to(monkeypatch, tiny_vit):
     """Corrections before it fit the pictures that it learns from, and then it finds nothing more there."""
 
     def roundings(reconstruct=Reconstruction(epochs=1, batch_size=8), **changes):
@@ -288,11 +289,18 @@ def test_what_learns_begins_without_corrections_unless_asked_to(tiny_vit):
         return {layer.rounding for layer in report.quantized if layer.block}, report.layers[-1].rounding
 
     auto = {"rounding": "auto"}
-    assert roundings(**auto) == ({"gptq"}, "coordinate")
-    assert roundings(False, **auto) == ({"coordinate"}, "coordinate")
-    assert roundings(**auto | {"rounding": "gptaq"}) == ({"gptaq"}, "gptaq")
+    assert roundings(**auto) == ({"coordinate"}, "coordinate")
+    assert roundings(**auto, bits=4) == ({"gptq"}, "gptaq")
+    assert roundings(False, **auto, bits=4) == ({"gptaq"}, "gptaq")
     chosen = {"overrides": {"*.0.*": {"rounding": "nearest"}}}
-    assert roundings(**auto | chosen)[0] == {"gptq", "nearest"}
+    assert roundings(**auto | chosen, bits=4)[0] == {"gptq", "nearest"}
+    assert roundings(**auto | {"rounding": "gptaq"}) == ({"gptaq"}, "gptaq")
+    corrected = []
+    monkeypatch.setattr(coordinate, "drift_corrected", lambda weight, *rest: corrected.append(len(weight)) or weight)
+    roundings(**auto)
+    assert corrected == [tiny_vit.config.num_labels]  # the classifier, which is in no block
+    roundings(False, **auto)
+    assert len(corrected) == 1 + 13
 
 
 def test_blocks_that_share_parameters_are_left_and_said(tiny_vit):
