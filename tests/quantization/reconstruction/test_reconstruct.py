@@ -284,7 +284,9 @@ def test_views_of_a_picture_are_held_back_together():
 def test_what_learns_begins_without_corrections_unless_asked_to(monkeypatch, tiny_vit):
     """Corrections before it fit the pictures that it learns from, and then it finds nothing more there."""
 
-    def roundings(reconstruct=Reconstruction(epochs=1, batch_size=8), **changes):
+    once = Reconstruction(epochs=1, batch_size=8)
+
+    def roundings(reconstruct=once, **changes):
         report = quantize(tiny_vit, reconstruct, **changes)[1]
         return {layer.rounding for layer in report.quantized if layer.block}, report.layers[-1].rounding
 
