@@ -239,7 +239,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             index = order[step * args.batch_size : (step + 1) * args.batch_size]
             pixels, labels = augment(data.pixels[index].to(device), generator), data.labels[index].to(device)
             others, own = labels, 1.0
-            if torch.rand((), generator=generator) < args.cutmix:
+            if args.cutmix > 0 and torch.rand((), generator=generator) < args.cutmix:
                 pixels, others, own = cutmix(pixels, labels, generator)
             with precision:
                 logits = model(pixel_values=normalize(pixels)).logits.float()
