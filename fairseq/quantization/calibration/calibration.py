@@ -128,7 +128,11 @@ class Calibration:
         weights = [self.weights[name] for name in names]
         tried = self.halves and any(_rounds_by(layer, TRIED_OUT) for layer in layers)
         read = self.progress.reading(inputs, layers)
-        return list(collect(read, weights, names, bits, exact, self.half, halves=tried))
+        found = collect(read, weights, names, bits, exact, self.half, halves=tried)
+        return [
+            one if layer.corrected else one._replace(drift=None, drift_mean=None, halves=None)
+            for layer, one in zip(layers, found, strict=True)
+        ]
 
     def _makes_up_for_block(self, layer: LayerPlan) -> bool:
         """Whether a layer can give what its block is missing: it is known, and the block adds its output last."""

@@ -90,8 +90,7 @@ def convert(
             ``engine="fused"`` and no block can be. The message names the layer.
     """
     check_engine(engine, config.execution)
-    if config.execution == "packed":
-        native.check_environment()
+    native.check_environment()
     check_model(model)
     if reconstruct is not None:
         if pixel_values is None:

@@ -29,6 +29,8 @@ STAGES = "stage-*.safetensors"
 WEIGHTS = "token-weights-*.safetensors"
 CHUNK = 16
 """Pictures that are hashed at a time."""
+METHODS = 2
+"""Counted up when the same settings come to give other integers, which do not go with those of before."""
 PARTS = ("integers", "scale", "zero_point", "bias", "factor")
 
 
@@ -182,7 +184,7 @@ def _description(
         assert pixel_values is not None
         pictures.update(_bytes(pixel_values[slice(start, start + CHUNK)]))
     return {
-        "version": fairseq.__version__,
+        "version": f"{fairseq.__version__}, methods {METHODS}",
         "model": weights.hexdigest(),
         "pictures": f"{0 if pixel_values is None else len(pixel_values)}, {pictures.hexdigest()}",
         "settings": repr(config),

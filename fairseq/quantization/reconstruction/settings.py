@@ -89,12 +89,13 @@ class Reconstruction:
         """The plan of a model whose blocks learn: where their rounding is "auto" it corrects nothing.
 
         A correction fits the pictures so closely that they have little left to teach. So "auto" is coordinate up to 3
-        bits and gptq above, each on what the layer reads alone; docs/reconstruction.rst has the figures.
+        bits and gptq above, each on what the layer reads alone; docs/results.rst has the figures.
         """
         learning = learned_blocks(plan)
 
         def begun(layer: LayerPlan) -> LayerPlan:
-            if not layer.chosen or layer.block not in learning or layer.settings.rounding != "auto":
+            learns = layer.chosen and layer.block in learning and plan.reaches(layer.name)
+            if not learns or layer.settings.rounding != "auto":
                 return layer
             rounding = "coordinate" if layer.settings.bits <= COARSE_BITS else "gptq"
             return replace(layer, decision=replace(layer.settings, rounding=rounding), corrected=False)

@@ -301,8 +301,20 @@ def test_what_learns_begins_without_corrections_unless_asked_to(monkeypatch, tin
     monkeypatch.setattr(coordinate, "drift_corrected", lambda weight, *rest: corrected.append(len(weight)) or weight)
     roundings(**auto)
     assert corrected == [tiny_vit.config.num_labels]  # the classifier, which is in no block
+    roundings(**auto, overrides={"*.attention*q*": {"rounding": "gptaq"}})  # beside whom the others read the same
+    assert corrected == 2 * [tiny_vit.config.num_labels]
     roundings(False, **auto)
-    assert len(corrected) == 1 + 13
+    assert len(corrected) == 2 + 13
+
+
+def test_a_layer_of_a_block_that_pictures_do_not_reach_is_rounded_without(tiny_vit):
+    blocks = next(m for m in tiny_vit.modules() if isinstance(m, nn.ModuleList) and len(m) == 2)
+    spare = copy.deepcopy(next(m for m in blocks[0].modules() if isinstance(m, nn.Linear)))
+    blocks[0].spare = nn.ModuleDict({"attention": nn.ModuleDict({"q_proj": spare})})
+    _, report = quantize(tiny_vit, replace(FAST, epochs=1), rounding="auto", bits=4)
+    roundings = {layer.name: layer.rounding for layer in report.quantized if layer.block}
+    assert {rounding for name, rounding in roundings.items() if "spare" in name} == {"nearest"}
+    assert {rounding for name, rounding in roundings.items() if "spare" not in name} == {"gptq"}
 
 
 def test_blocks_that_share_parameters_are_left_and_said(tiny_vit):

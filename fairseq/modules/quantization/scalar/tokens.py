@@ -95,6 +95,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, x: Tensor, bits: int) -> Tensor:
+        check_bits(bits)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         for faster in FASTER:
             if (rounded := faster(wide, bits)) is not None:

@@ -49,6 +49,9 @@ def test_limits(bits, limit):
 def test_bits_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="bits must be from 2 to 8, got 9"):
         quantize_tokens(torch.zeros(2, 3), 9)
+    for bits in (0, 1, 9):
+        with pytest.raises(ValueError, match="bits"):
+            fake_quantize_tokens(torch.zeros(2, 3), bits)
 
 
 def by_hand(row, bits):

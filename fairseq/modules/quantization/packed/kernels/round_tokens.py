@@ -15,10 +15,9 @@ def round_tokens(x: Tensor, bits: int) -> Tensor | None:
     None where those have to do it: on another device or in another dtype, while operations are recorded, and where the
     native kernels were not built or are not wanted.
     """
-    here = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
-    if not here or functional.capturing() or not functional.plain(x):
+    if functional.capturing() or not functional.plain(x) or x.device.type != "cpu" or x.dtype != torch.float32:
         return None
-    if not runs_native("auto") or not native.levels():
+    if x.numel() == 0 or not runs_native("auto") or not native.levels():
         return None
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
     return native_calls.round_tokens(rows, bits, native.level_number()).view(x.shape)

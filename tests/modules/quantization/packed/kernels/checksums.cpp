@@ -17,6 +17,7 @@ int fairseq_activate(int level, int activation, const float* x, int64_t count, f
 int fairseq_norm(int level, const Norm* norm, const float* x, int64_t rows, int64_t width, float* y);
 int fairseq_quantize(int level, const Linear* grid, const float* x, int64_t rows, int8_t* q, float* scales,
                      int32_t* sums);
+int fairseq_round_tokens(int level, int bits, const float* x, int64_t rows, int64_t width, float* out, int threads);
 int fairseq_product(int level, const Linear* linear, const int8_t* q, int64_t rows, int32_t* out);
 int fairseq_linear(int level, const Linear* linear, const float* x, int64_t rows, int activation, const float* residual,
                    float* out, int threads, double* stages);
@@ -228,6 +229,10 @@ void groups(int level, bool halves, Outcome& outcome) {
           outcome.failures +=
               fairseq_quantize(level, &layer.linear, x.data(), rows, q.data(), scales.data(), sums.data());
           outcome.add("quantize, few bits", q, scales, sums);
+          Reals back(rows * in);
+          outcome.failures +=
+              fairseq_round_tokens(level, layer.linear.input_bits, x.data(), rows, in, back.data(), 1 + variant % 2);
+          outcome.add("round tokens", back);
         }
         const char* const name = halves ? "weight-only, groups" : group ? "groups" : "few bits";
         outcome.failures += fairseq_linear(level, &layer.linear, x.data(), rows, -1, nullptr, y.data(), 1, nullptr);

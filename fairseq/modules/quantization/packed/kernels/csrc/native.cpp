@@ -353,7 +353,10 @@ EXPORT int fairseq_round_tokens(int level, int bits, const float* x, int64_t row
     int32_t sum;
     kernels.quantize(x + row * width, grid, work.own[thread].row, integers, 0, 1, &scale, &sum);
     const float real = scale - scale == 0.0f ? scale : __builtin_nanf("");
-    for (int64_t k = 0; k < width; k++) to[k] = (float)(integers[k] - kernels.offset) * real;
+    for (int64_t k = 0; k < width; k++) {
+      const int8_t q = (int8_t)(uint8_t)(integers[k] - kernels.offset);
+      to[k] = __builtin_copysignf(q * real, x[row * width + k]);  // a zero has the sign of what it was
+    }
   }
   return 0;
 }
