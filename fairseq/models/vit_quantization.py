@@ -87,7 +87,7 @@ class ViTQuantizer:
             makes up for the error of the layers before, too, and takes longer, "qronos", which does so in full and for
             which some hundred images are few, or "coordinate", which fits the scales to the integers as well, for 2 and
             3 bits; or "auto": with images coordinate up to 3 bits and gptaq above, else nearest. In blocks that are
-            reconstructed it makes up for nothing, and is gptq above 3 bits.
+            reconstructed with activations of fewer than 8 bits it makes up for nothing, and is gptq above 3 bits.
         equalize: even out the ranges of input channels first, which changes nothing before rounding, where one scale
             serves a whole weight (method "tensor") or input (static activations).
         rotate: turn the hidden states by an orthogonal matrix first, so that no channel has a larger range than others,

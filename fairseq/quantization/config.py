@@ -36,7 +36,8 @@ class LayerConfig(LinearConfig):
     Attributes:
         skip: leave it in float.
         rounding: "nearest", "gptq", "gptaq", "qronos", "coordinate", or "auto": where there are calibration images
-            coordinate up to 3 bits and gptaq above, else nearest; gptq above where its block is reconstructed.
+            coordinate up to 3 bits and gptaq above, else nearest; gptq above where its block is
+            reconstructed with activations of fewer than 8 bits.
         bias_correction: True adds the mean error of the layer's output on the calibration images to its bias, "add"
             also to layers that have none and get one for it.
     """

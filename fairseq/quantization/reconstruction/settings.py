@@ -86,19 +86,22 @@ class Reconstruction:
             raise ValueError("resume= needs a Reconstruction of so many epochs: how many fit in minutes changes")
 
     def start(self, plan: ModelPlan) -> ModelPlan:
-        """The plan of a model whose blocks learn: where their rounding is "auto" it corrects nothing.
+        """The plan of a model whose blocks learn: with coarse activations "auto" corrects nothing there.
 
-        A correction fits the pictures so closely that they have little left to teach. So "auto" is coordinate up to 3
-        bits and gptq above, each on what the layer reads alone; docs/results.rst has the figures.
+        A correction fits the pictures so closely that they have little left to teach. Where activations are rounded to
+        fewer than 8 bits, learning does better than it. There "auto" is coordinate up to 3 bits and gptq above, each on
+        what the layer reads alone; docs/results.rst has the figures.
         """
         learning = learned_blocks(plan)
 
         def begun(layer: LayerPlan) -> LayerPlan:
-            learns = layer.chosen and layer.block in learning and plan.reaches(layer.name)
-            if not learns or layer.settings.rounding != "auto":
+            if not layer.chosen or layer.block not in learning or not plan.reaches(layer.name):
                 return layer
-            rounding = "coordinate" if layer.settings.bits <= COARSE_BITS else "gptq"
-            return replace(layer, decision=replace(layer.settings, rounding=rounding), corrected=False)
+            settings = layer.settings
+            if settings.rounding != "auto" or settings.activations is None or settings.activation_bits == 8:
+                return layer
+            rounding = "coordinate" if settings.bits <= COARSE_BITS else "gptq"
+            return replace(layer, decision=replace(settings, rounding=rounding), corrected=False)
 
         return replace(plan, layers={name: begun(layer) for name, layer in plan.layers.items()})
 

@@ -281,7 +281,7 @@ def test_views_of_a_picture_are_held_back_together():
         20, 21, 22, 23]  # fmt: skip
 
 
-def test_what_learns_begins_without_corrections_unless_asked_to(monkeypatch, tiny_vit):
+def test_with_coarse_activations_what_learns_begins_without_corrections(monkeypatch, tiny_vit):
     """Corrections before it fit the pictures that it learns from, and then it finds nothing more there."""
 
     once = Reconstruction(epochs=1, batch_size=8)
@@ -290,7 +290,7 @@ def test_what_learns_begins_without_corrections_unless_asked_to(monkeypatch, tin
         report = quantize(tiny_vit, reconstruct, **changes)[1]
         return {layer.rounding for layer in report.quantized if layer.block}, report.layers[-1].rounding
 
-    auto = {"rounding": "auto"}
+    auto = {"rounding": "auto", "activations": "dynamic", "activation_bits": 4}
     assert roundings(**auto) == ({"coordinate"}, "coordinate")
     assert roundings(**auto, bits=4) == ({"gptq"}, "gptaq")
     assert roundings(False, **auto, bits=4) == ({"gptaq"}, "gptaq")
@@ -303,15 +303,18 @@ def test_what_learns_begins_without_corrections_unless_asked_to(monkeypatch, tin
     assert corrected == [tiny_vit.config.num_labels]  # the classifier, which is in no block
     roundings(**auto, overrides={"*.attention*q*": {"rounding": "gptaq"}})  # beside whom the others read the same
     assert corrected == 2 * [tiny_vit.config.num_labels]
-    roundings(False, **auto)
-    assert len(corrected) == 2 + 13
+    for more in ({}, {"activation_bits": 8}, {"activations": None, "activation_bits": 8}):
+        corrected.clear()
+        roundings(**({"reconstruct": False} if not more else {}), **auto | more)
+        assert len(corrected) == 13
 
 
 def test_a_layer_of_a_block_that_pictures_do_not_reach_is_rounded_without(tiny_vit):
     blocks = next(m for m in tiny_vit.modules() if isinstance(m, nn.ModuleList) and len(m) == 2)
     spare = copy.deepcopy(next(m for m in blocks[0].modules() if isinstance(m, nn.Linear)))
     blocks[0].spare = nn.ModuleDict({"attention": nn.ModuleDict({"q_proj": spare})})
-    _, report = quantize(tiny_vit, replace(FAST, epochs=1), rounding="auto", bits=4)
+    coarse = {"activations": "dynamic", "activation_bits": 4}
+    _, report = quantize(tiny_vit, replace(FAST, epochs=1), rounding="auto", bits=4, **coarse)
     roundings = {layer.name: layer.rounding for layer in report.quantized if layer.block}
     assert {rounding for name, rounding in roundings.items() if "spare" in name} == {"nearest"}
     assert {rounding for name, rounding in roundings.items() if "spare" not in name} == {"gptq"}
