@@ -69,7 +69,7 @@ def test_they_leave_to_the_definition_what_they_do_not_take(monkeypatch):
     assert torch.equal(tokens.fake_quantize_tokens(x, 4), definition(x, 4))
 
 
-def test_recorded_they_are_the_same():
+def test_compiled_and_exported_they_are_the_same():
     x, expected = rows_of(6, 20), definition(rows_of(6, 20), 4)
     traced = torch.jit.trace(lambda t: tokens.fake_quantize_tokens(t, 4), rows_of(6, 20, seed=1))
     assert torch.equal(traced(x), expected)
