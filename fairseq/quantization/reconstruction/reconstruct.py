@@ -68,12 +68,9 @@ class Reconstructor:
         self.half = calibration.half
         self.views = getattr(calibration.inputs.pixel_values, "views", 1)
         self.seed = seed
+        self.blocks = learned_blocks(plan)
         self.epochs: int | None = None if settings.minutes is not None else settings.epochs
         self.timed = False
-
-    def blocks(self) -> list[str]:
-        """The names of the blocks that can be reconstructed."""
-        return learned_blocks(self.plan)
 
     def reconstruct(self, stage: Sequence[LayerPlan], done: DoneStage) -> None:
         """Learn one stage, whose layers are quantized by now.
@@ -85,7 +82,7 @@ class Reconstructor:
         name = stage[0].block
         if name is None:
             return
-        if name not in self.blocks():
+        if name not in self.blocks:
             why = TIED if name in self.plan.tied_blocks else UNREACHED
             for layer in stage:
                 record = done.layers[layer.name][0].record
@@ -108,7 +105,7 @@ class Reconstructor:
                 slow = Learner(block, name, learning, done, self.slower)
                 if slow.learn(task, self.epochs, torch.Generator().manual_seed(self.seed + number)) < left:
                     learner = slow
-            self.calibration.progress.learned(self.epochs / len(self.blocks()))
+            self.calibration.progress.learned(self.epochs / len(self.blocks))
         kept = copy.copy(done.layers), {key: x.clone() for key, x in self._parameters(name).items()}
         modules = {layer.name: self.model.get_submodule(layer.name) for layer in learning}
         self._put(learner, name, learning, done)
@@ -163,12 +160,12 @@ class Reconstructor:
             started = time.perf_counter()
             trial.step(task, next(task.shuffled(self.settings.batch_size, generator)))
             seconds.append(time.perf_counter() - started)
-        left = len(self.blocks()) - self.blocks().index(name)  # a resumed run has done some
+        left = len(self.blocks) - self.blocks.index(name)  # a resumed run has done some
         epoch = min(seconds[1:]) * steps * left
         if self.epochs is None:
             assert self.settings.minutes is not None
             self.epochs = max(1, int(60 * self.settings.minutes / epoch))
-        self.calibration.progress.learns(self.epochs * left / len(self.blocks()))
+        self.calibration.progress.learns(self.epochs * left / len(self.blocks))
         text = (
             f"Reconstruction: {left} block{'s'[: left > 1]}, {self.epochs} epoch{'s'[: self.epochs > 1]} of {steps} "
             f"steps each, about {_duration(epoch * self.epochs)} on this machine"

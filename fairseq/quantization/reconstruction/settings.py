@@ -98,7 +98,7 @@ class Reconstruction:
             if not layer.chosen or layer.block not in learning or not plan.reaches(layer.name):
                 return layer
             settings = layer.settings
-            if settings.rounding != "auto" or settings.activations is None or settings.activation_bits == 8:
+            if settings.rounding != "auto" or settings.activation_bits == 8:
                 return layer
             rounding = "coordinate" if settings.bits <= COARSE_BITS else "gptq"
             return replace(layer, decision=replace(settings, rounding=rounding), corrected=False)

@@ -579,3 +579,11 @@ def test_a_wrong_environment_variable_is_said_before_the_work(monkeypatch, tiny_
     monkeypatch.setattr("fairseq.quantization.integer_only.convert.within_bytes", lambda *_: pytest.fail("too late"))
     with pytest.raises(ValueError, match=said):
         ViTQuantizer(arithmetic="integer").quantize_model(tiny_vit, calibration=pixels)
+
+
+@pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
+@pytest.mark.parametrize("execution", ["packed", "emulated"])
+def test_a_level_that_does_not_run_is_said_before_any_work(monkeypatch, execution):
+    monkeypatch.setenv(native.ENVIRONMENT, "sse9")
+    with pytest.raises(ValueError, match="level 'sse9' does not run here"):
+        convert("no model, which nobody has looked at", QuantizationConfig(execution=execution))

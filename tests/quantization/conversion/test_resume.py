@@ -15,6 +15,7 @@ from transformers import ViTForImageClassification
 from fairseq.models.vit_quantization import ViTQuantizer
 from fairseq.quantization.calibration import calibration
 from fairseq.quantization.conversion import convert as converting
+from fairseq.quantization.conversion import resume as resuming
 
 PICTURES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 SETTINGS = {"bits": 4, "method": "tensor", "activations": "static", "activation_bits": 6, "bias_correction": "add"}
@@ -113,6 +114,10 @@ def test_a_folder_of_another_run_is_refused(monkeypatch, tiny_vit, tmp_path):
         quantize(tiny_vit, folder, bits=5)
     with pytest.raises(ValueError, match=r"another kind: pictures '8, .*now '7, "):
         quantize(tiny_vit, folder, PICTURES[1:])
+    with monkeypatch.context() as patch:
+        patch.setattr(resuming, "METHODS", resuming.METHODS + 1)
+        with pytest.raises(ValueError, match=r"another kind: version .*now "):
+            quantize(tiny_vit, folder)
     with torch.no_grad():
         tiny_vit.classifier.bias[0] += 1
     with pytest.raises(ValueError, match="another kind: model "):
