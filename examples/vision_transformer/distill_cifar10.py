@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cifar10_pictures import normalize, read_split
 from common import UserError, embedded_images, load_embedded, logits, positive, run, table
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_cifar10 import normalize, read_split
 
 from fairseq.models.vit_quantization import Reconstruction, ViTQuantizer
 from fairseq.quantization.training.distill import distill

@@ -12,6 +12,9 @@ mimetic initialization (Trockman and Kolter, 2023, https://arxiv.org/abs/2305.09
 encoder's matrices (``torch.optim.Muon``), and dropping half of the patches in the first part of the training
 (PatchDropout, Liu et al., 2022, https://arxiv.org/abs/2208.07220). CutMix (Yun et al., 2019,
 https://arxiv.org/abs/1905.04899) to the end keeps many epochs from learning the pictures by heart.
+
+With ``--teacher-epochs 10`` it first trains a small convolutional network, from which the ViT learns, too:
+``cifar10_teacher.py``.
 """
 
 from __future__ import annotations
@@ -19,87 +22,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import sys
-import time
-import zipfile
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from cifar10_pictures import MEAN, STD, Pictures, normalize, read_split
+from cifar10_run import Run, accuracy
+from cifar10_teacher import SHARE, Guide, Teacher
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-MAY_CHANGE = ("data", "output", "epochs", "max_minutes")
-"""What may be another when a run goes on; with another of the rest, its checkpoint would not fit, or mix two runs."""
-MEAN = (0.4914, 0.4822, 0.4465)  # of the training pictures, per channel, in [0, 1]
-STD = (0.2470, 0.2435, 0.2616)
-VALIDATION = 1000  # training pictures held out to watch the run; the test set is looked at once, at the end
-
-
-class Pictures(NamedTuple):
-    """uint8 pixels of shape (N, 3, 32, 32), int64 labels of shape (N,), and the class names."""
-
-    pixels: Tensor
-    labels: Tensor
-    names: list[str]
-
-
-def read_split(data: Path, split: str) -> Pictures:
-    """Decode every JPEG of one split into memory, in the order of its path."""
-    archive, folder = data / f"{split}.zip", data / split
-    if archive.is_file():
-        with zipfile.ZipFile(archive) as opened:
-            files = sorted(n for n in opened.namelist() if n.lower().endswith((".jpg", ".jpeg")))
-            decoded = [(Path(n).parent.name, np.asarray(Image.open(opened.open(n)).convert("RGB"))) for n in files]
-    elif folder.is_dir():
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
-        decoded = [(p.parent.name, np.asarray(Image.open(p).convert("RGB"))) for p in paths]
-    else:
-        raise SystemExit(f"error: found neither {archive} nor the folder {folder}; --data must hold one of them")
-    names = sorted({name for name, _ in decoded})
-    if not decoded or {pixels.shape for _, pixels in decoded} != {(32, 32, 3)}:
-        raise SystemExit(f"error: {data} must hold 32x32 JPEG pictures in one folder per class for '{split}'")
-    pixels = torch.from_numpy(np.stack([p for _, p in decoded])).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
-    return Pictures(pixels, torch.tensor([names.index(n) for n, _ in decoded]), names)
-
-
-def normalize(pixels: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32, zero mean and unit variance over the training set."""
-    mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return (pixels.float() / 255 - mean) / std
-
-
-def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Each picture its own horizontal flip and its own 32x32 crop out of a 4-pixel reflected border."""
-    batch, size = len(pixels), pixels.shape[-1]
-    padded = F.pad(pixels.float(), (4, 4, 4, 4), mode="reflect").to(pixels.dtype)  # (B, 3, 40, 40)
-    rows, columns = torch.randint(0, 9, (2, batch, 1), generator=generator) + torch.arange(size)  # (B, 32) each
-    flip = torch.rand(batch, 1, generator=generator) < 0.5
-    columns = torch.where(flip, columns.flip(1), columns)
-    images = torch.arange(batch).view(-1, 1, 1)
-    rows, columns = rows.to(pixels.device), columns.to(pixels.device)
-    return padded[images.to(pixels.device), :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def cutmix(pixels: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
-    """One box of each picture is another picture's: the pixels, the other's labels, and the share that is its own."""
-    size, batch = pixels.shape[-1], len(pixels)
-    side = size * math.sqrt(1 - float(torch.rand((), generator=generator)))
-    centre = torch.rand(2, generator=generator) * size
-    (top, bottom), (left, right) = (
-        (max(0, round(float(c) - side / 2)), min(size, round(float(c) + side / 2))) for c in centre
-    )
-    other = torch.randperm(batch, generator=generator).to(pixels.device)
-    mixed = pixels.clone()
-    mixed[:, :, top:bottom, left:right] = pixels[other, :, top:bottom, left:right]
-    return mixed, labels[other], 1 - (bottom - top) * (right - left) / size**2
+WHITENED = 5000  # pictures whose patches say what the teacher's first convolution is
 
 
 def build(args: argparse.Namespace, names: list[str]) -> ViTForImageClassification:
@@ -155,14 +91,18 @@ class PatchDropout:
 
     def __init__(self, keep: float):
         self.keep = keep
+        self.kept: Tensor | None = None
+        """The numbers of the patches that each picture of the last batch kept, (B, n); None for all."""
 
     def __call__(self, module: nn.Module, args: Any, tokens: Tensor) -> Tensor:
+        self.kept = None
         if not module.training or self.keep >= 1:
             return tokens
         batch, count, hidden = tokens.shape
         kept = int((count - 1) * self.keep)
-        chosen = torch.rand(batch, count - 1, device=tokens.device).argsort(dim=1)[:, :kept] + 1  # (B, kept)
-        chosen = F.pad(chosen, (1, 0))  # index 0, the class token, first
+        chosen = torch.rand(batch, count - 1, device=tokens.device).argsort(dim=1)[:, :kept]  # (B, kept)
+        self.kept = chosen
+        chosen = F.pad(chosen + 1, (1, 0))  # index 0, the class token, first
         return tokens.gather(1, chosen.unsqueeze(-1).expand(-1, -1, hidden))
 
 
@@ -177,105 +117,68 @@ def make_optimizers(model: nn.Module, lr: float, weight_decay: float) -> list[to
     ]
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor, device: torch.device) -> float:
-    model.eval()
-    right = 0
-    for start in range(0, len(pixels), 500):
-        batch = normalize(pixels[start : start + 500].to(device))
-        right += int((model(pixel_values=batch).logits.argmax(-1).cpu() == labels[start : start + 500]).sum())
-    model.train()
-    return right / len(pixels)
-
-
-def learning_rate_factor(progress: float) -> float:
-    """5% linear warm-up, then half a cosine to zero."""
-    return progress / 0.05 if progress < 0.05 else 0.5 * (1 + math.cos(math.pi * (progress - 0.05) / 0.95))
+def mixed_cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, own: float, smoothing: float) -> Tensor:
+    """The cross-entropy with both labels of each picture, as much as there is of each."""
+    loss = own * F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    return loss if own == 1 else loss + (1 - own) * F.cross_entropy(logits, others, label_smoothing=smoothing)
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(args.seed)
     data = read_split(args.data, "train")
-    shuffled = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(args.seed))
-    held_out, chosen = shuffled[:VALIDATION], shuffled[VALIDATION:]
+    teacher = train_teacher(args, data, device) if args.teacher_epochs else None
+    torch.manual_seed(args.seed)
     model = build(args, data.names).to(device).train()
     dropout = PatchDropout(args.keep_patches)
     model.vit.embeddings.register_forward_hook(dropout)
-    optimizers = make_optimizers(model, args.lr, args.weight_decay)
-    precision = torch.autocast(device.type, torch.bfloat16) if args.mixed_precision else nullcontext()
+    optimizers, modules = make_optimizers(model, args.lr, args.weight_decay), [model]
+    if teacher is not None:
+        guide = Guide(args.hidden, args.layers).to(device)
+        modules.append(guide)
+        optimizers.append(torch.optim.AdamW(guide.parameters(), lr=args.lr, weight_decay=0.0))
+    run = Run(args, "checkpoint", modules, optimizers, args.epochs, args.cutmix, args.max_minutes)
 
-    settings = {k: value for k, value in vars(args).items() if k not in MAY_CHANGE}
-    epoch, elapsed, checkpoint = 0, 0.0, args.output / "checkpoint.pt"
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device)
-        other = [k for k, value in settings.items() if state.get("settings", {}).get(k, value) != value]
-        if other:
-            said = ", ".join(f"{k.replace('_', '-')} {state['settings'][k]}, not {settings[k]}" for k in other)
-            raise SystemExit(f"error: {checkpoint} was written with {said}; give the same, or another --output")
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        epoch, elapsed = state["epoch"], state["elapsed"]
-        print(f"resumed {checkpoint} after {epoch} epochs and {elapsed / 60:.1f} minutes")
+    def loss_of(images: Tensor, labels: Tensor, others: Tensor, own: float, progress: float) -> Tensor:
+        dropout.keep = args.keep_patches if progress < args.full_patches_from else 1.0
+        result = model(pixel_values=images, output_hidden_states=teacher is not None)
+        loss = mixed_cross_entropy(result.logits.float(), labels, others, own, smoothing=0.1)
+        if teacher is None:
+            return loss
+        with torch.no_grad():
+            taught = teacher(images)
+        taken = guide(taught, result.logits.float(), result.hidden_states, dropout.kept)
+        return (1 - SHARE) * loss + taken
 
-    steps, progress = len(chosen) // args.batch_size, epoch / args.epochs
-    if args.max_minutes:
-        progress = max(progress, elapsed / (60 * args.max_minutes))
-    while epoch < args.epochs and progress < 1:
-        generator = torch.Generator().manual_seed(args.seed + 1 + epoch)  # a resumed epoch sees the same pictures
-        order = chosen[torch.randperm(len(chosen), generator=generator)]
-        started, losses = time.monotonic(), []
-        for step in (bar := tqdm(range(steps), desc=f"epoch {epoch + 1}", mininterval=5, unit="batch")):
-            progress = (epoch + step / steps) / args.epochs
-            if args.max_minutes:
-                progress = max(progress, (elapsed + time.monotonic() - started) / (60 * args.max_minutes))
-            if progress >= 1:
-                break
-            dropout.keep = args.keep_patches if progress < args.full_patches_from else 1.0
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = args.lr * learning_rate_factor(progress)
-            index = order[step * args.batch_size : (step + 1) * args.batch_size]
-            pixels, labels = augment(data.pixels[index].to(device), generator), data.labels[index].to(device)
-            others, own = labels, 1.0
-            if args.cutmix > 0 and torch.rand((), generator=generator) < args.cutmix:
-                pixels, others, own = cutmix(pixels, labels, generator)
-            with precision:
-                logits = model(pixel_values=normalize(pixels)).logits.float()
-            loss = own * F.cross_entropy(logits, labels, label_smoothing=0.1)
-            if own < 1:
-                loss = loss + (1 - own) * F.cross_entropy(logits, others, label_smoothing=0.1)
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
-            bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
-        epoch += 1
-        elapsed += time.monotonic() - started
-        validation = accuracy(model, data.pixels[held_out], data.labels[held_out], device)
-        tqdm.write(
-            f"epoch {epoch} ({progress:.0%}): loss {np.mean(losses or [math.nan]):.3f}, "
-            f"held-out accuracy {validation:.1%}, {elapsed / 60:.1f} minutes"
-        )
-        state = {
-            "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-            "epoch": epoch, "elapsed": elapsed, "settings": settings,
-        }  # fmt: skip
-        torch.save(state, checkpoint.with_suffix(".tmp"))
-        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-    return finish(model, args, epoch, elapsed, device)
+    run.resume(device)
+    run.train(data, device, loss_of)
+    return finish(model, args, run, device)
 
 
-def finish(model: ViTForImageClassification, args, epoch: int, elapsed: float, device: torch.device) -> dict[str, Any]:
+def train_teacher(args: argparse.Namespace, data: Pictures, device: torch.device) -> Teacher:
+    """The convolutional network that teaches, trained now or before."""
+    torch.manual_seed(args.seed)
+    teacher = Teacher(normalize(data.pixels[:WHITENED]), len(data.names))
+    teacher = teacher.to(device, memory_format=torch.channels_last).train()
+    run = Run(args, "teacher", [teacher], teacher.optimizers(args.teacher_lr), args.teacher_epochs)
+
+    def loss_of(images: Tensor, labels: Tensor, others: Tensor, own: float, progress: float) -> Tensor:
+        return mixed_cross_entropy(teacher(images).logits, labels, others, own, smoothing=0.1)
+
+    run.resume(device)
+    run.train(data, device, loss_of)
+    return teacher.eval().requires_grad_(False)
+
+
+def finish(
+    model: ViTForImageClassification, args: argparse.Namespace, run: Run, device: torch.device
+) -> dict[str, Any]:
     """Round to float16, measure that on the test set, and write the HuggingFace folder."""
     test = read_split(args.data, "test")
     model.half().float()
     result = {
         "test_accuracy": accuracy(model.eval(), test.pixels, test.labels, device),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "epochs": epoch, "minutes": round(elapsed / 60, 1), "device": device.type, "torch": torch.__version__,
+        "epochs": run.epoch, "minutes": round(run.elapsed / 60, 1), "device": device.type, "torch": torch.__version__,
         "settings": {k: v for k, v in vars(args).items() if k not in ("data", "output")},
     }  # fmt: skip
     model.half().save_pretrained(args.output)
@@ -311,6 +214,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--full-patches-from", type=float, default=0.8, help="progress at which all are seen")
     parser.add_argument("--cutmix", type=share, default=0.5, help="share of batches that are mixed")
     parser.add_argument("--mixed-precision", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--teacher-epochs", type=int, default=0, help="of a convolutional network that teaches; 0: none"
+    )
+    parser.add_argument("--teacher-lr", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -2,10 +2,8 @@
 
 import csv
 import functools
-import importlib.util
 import json
 import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -15,34 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoImageProcessor, ViTForImageClassification, ViTImageProcessor
 
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.modules.quantization.scalar.modules import EmulatedLinear
 from fairseq.quantization.calibration.synthetic import synthetic_images
 
 FOLDER = Path(__file__).parents[2] / "examples" / "vision_transformer"
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """Run a script in this process: (exit code, standard output, standard error)."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-    def call(name, *arguments, before=lambda module: None):
-        spec = importlib.util.spec_from_file_location(f"script_{name}", FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        before(module)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        run = module.run if hasattr(module, "run") else lambda main: sys.exit(main())
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            run(module.main)
-        captured = capsys.readouterr()
-        return stopped.value.code, captured.out, captured.err
-
-    return call
 
 
 @pytest.mark.parametrize(
@@ -479,94 +456,6 @@ def test_a_checkpoint_without_a_classifier_is_refused(script, tiny_vit, tmp_path
     code, _, err = script("test_with_image", "--model", tmp_path / "bare")
     assert code == 2
     assert "not a whole image classifier: it has no weights for classifier" in err
-
-
-@pytest.fixture(scope="module")
-def cifar(tmp_path_factory):
-    """A data set of two easy classes in CIFAR-10's layout; not to be written to."""
-    data = tmp_path_factory.mktemp("cifar") / "data"
-    for split, count in (("train", 1100), ("test", 20)):
-        for name, brightness in (("bright", 200), ("dark", 50)):
-            folder = data / split / name
-            folder.mkdir(parents=True)
-            for i in range(count // 2):
-                pixels = np.random.default_rng(i).integers(-40, 40, (32, 32, 3)) + brightness
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg", quality=50)
-    return data
-
-
-def test_training_resumes_and_writes_a_folder_that_loads(script, cifar, tmp_path):
-    arguments = ["--data", cifar, "--output", tmp_path / "run", "--hidden", 64, "--layers", 2, "--mlp", 64]
-    arguments += ["--batch-size", 20]
-    code, out, _ = script("train_cifar10", *arguments, "--epochs", 1)
-    assert code == 0
-    code, out, _ = script("train_cifar10", *arguments, "--epochs", 2)
-    assert code == 0
-    assert "after 1 epochs" in out
-    code, _, _ = script("train_cifar10", *arguments, "--epochs", 3, "--lr", 0.1)
-    assert code == (
-        f"error: {tmp_path / 'run' / 'checkpoint.pt'} was written with lr 0.002, not 0.1; "
-        "give the same, or another --output"
-    )
-    result = json.loads((tmp_path / "run" / "training.json").read_text())
-    assert result["epochs"] == 2
-    assert result["test_accuracy"] == 1.0
-    model = ViTForImageClassification.from_pretrained(tmp_path / "run", dtype="auto")
-    assert model.dtype == torch.float16
-    assert model.config.label2id == {"bright": 0, "dark": 1}
-    assert AutoImageProcessor.from_pretrained(tmp_path / "run").size == {"height": 32, "width": 32}
-
-
-def test_cutmix_says_whose_pixels_there_are(script):
-    script("train_cifar10", "--help")  # puts the folder on the path
-    from train_cifar10 import cutmix
-
-    labels = torch.arange(40)
-    pixels = labels.to(torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)  # of the colour of its label
-    generator, shares = torch.Generator().manual_seed(0), []
-    for _ in range(20):
-        mixed, others, own = cutmix(pixels, labels, generator)
-        mine, theirs = (mixed == x[:, None, None, None] for x in (labels, others))
-        assert bool((mine | theirs).all())
-        moved = others != labels
-        assert mine[moved].float().mean((1, 2, 3)).tolist() == pytest.approx([own] * int(moved.sum()))
-        assert others.sort().values.equal(labels)
-        shares.append(own)
-    assert min(shares) < 0.3 < 0.9 < max(shares)
-
-
-def test_training_without_data(script, tmp_path):
-    code, _, _ = script("train_cifar10", "--data", tmp_path, "--output", tmp_path / "run")
-    assert "--data must hold one of them" in str(code)
-
-
-def test_distillation_before_and_after(script, cifar):
-    """On a tiny model of its two classes, and the embedded one does not know them."""
-    torch.manual_seed(0)
-    names = {0: "bright", 1: "dark"}
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
-        id2label=names, label2id={name: i for i, name in names.items()}, initializer_range=0.2,
-    )  # fmt: skip
-    tiny = ViTForImageClassification(config).eval()
-
-    def with_tiny(module):
-        module.load_embedded = lambda: (tiny, None, "a tiny ViT")
-
-    arguments = ["--data", cifar, "--pictures", 40, "--epochs", 2, "--batch-size", 8]
-    code, out, err = script("distill_cifar10", *arguments, before=with_tiny)
-    assert code == 0, err
-    assert "a tiny ViT: 40 pictures without labels to learn from, 20 others to evaluate on" in out
-    assert err.count("step 10 of 10") == 2
-    rows = [line.split() for line in out.splitlines() if "%" in line]
-    assert [row[-6] for row in rows] == ["float", "calibrated", "distilled", "calibrated", "distilled"]
-    divergence = [float(row[-2]) for row in rows]
-    assert divergence[0] == 0
-    assert len(set(divergence)) == 5  # each is another model
-    code, _, err = script("distill_cifar10", *arguments)
-    assert (code, err.splitlines()[-1]) == (2, "error: --data: the embedded CIFAR-10 ViT has no class bright, dark")
-    code, _, err = script("distill_cifar10", "--pictures", 60, "--held-back", 60)
-    assert (code, err.splitlines()[-1]) == (2, "error: --held-back 60: of 60 pictures some must be left to train on")
 
 
 @pytest.fixture
