@@ -14,7 +14,7 @@ from fairseq.modules.quantization.scalar.modules.replace import carry_hooks
 from fairseq.quantization.architectures.plan import LayerPlan
 from fairseq.quantization.conversion.resume import DoneStage
 from fairseq.quantization.reconstruction.learned_linear import LearnedLinear, QuantizedLinear
-from fairseq.quantization.reconstruction.settings import Reconstruction
+from fairseq.quantization.reconstruction.settings import Rates
 from fairseq.quantization.reconstruction.task import Task
 
 
@@ -26,18 +26,16 @@ class Learner(nn.Module):
         name: of it in the model.
         layers: those of it that are learned.
         done: their float weights.
-        settings: the rates.
+        rates: of its steps.
     """
 
-    def __init__(
-        self, block: nn.Module, name: str, layers: Sequence[LayerPlan], done: DoneStage, settings: Reconstruction
-    ):
+    def __init__(self, block: nn.Module, name: str, layers: Sequence[LayerPlan], done: DoneStage, rates: Rates):
         super().__init__()
         self.block = copy.deepcopy(block).eval().requires_grad_(False)
         double = any(p.dtype == torch.float64 for p in self.block.parameters())
         dtype = torch.float64 if double else torch.float32
         self.block.to(dtype)
-        self.batch_size = settings.batch_size
+        self.batch_size = rates.batch_size
         self.layers: dict[str, LearnedLinear] = {}
         for layer in layers:
             inner = layer.name.removeprefix(f"{name}.")
@@ -52,9 +50,9 @@ class Learner(nn.Module):
         scales += [twin.log_stretch for twin in self.layers.values() if twin.log_stretch is not None]
         biases = [twin.bias for twin in self.layers.values() if twin.bias is not None]
         groups = [
-            {"params": latents, "lr": settings.integer_rate},
-            {"params": scales, "lr": settings.scale_rate},
-            {"params": [*biases, *self.vectors.values()], "lr": settings.bias_rate},
+            {"params": latents, "lr": rates.integer_rate},
+            {"params": scales, "lr": rates.scale_rate},
+            {"params": [*biases, *self.vectors.values()], "lr": rates.bias_rate},
         ]
         self.groups = [group for group in groups if group["params"] and group["lr"]]
         for parameter in self.learned():

@@ -6,7 +6,6 @@ import copy
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -63,8 +62,7 @@ class Reconstructor:
         seed: int,
     ):
         self.model, self.plan, self.calibration, self.settings = model, plan, calibration, settings
-        slower = replace(settings, integer_rate=SLOWER * settings.integer_rate)
-        self.slower = slower if settings.minutes is None else None  # minutes have no time for second attempts
+        self.twice = settings.minutes is None  # minutes have no time for second attempts
         self.half = calibration.half
         self.views = getattr(calibration.inputs.pixel_values, "views", 1)
         self.seed = seed
@@ -94,15 +92,17 @@ class Reconstructor:
         task = Task(inputs, outputs, weights, self.model, self.half, self.views)
         block = self.model.get_submodule(name)
         with torch.enable_grad():
-            learner = Learner(block, name, learning, done, self.settings)
+            rates = self.settings.rates(learning)
+            learner = Learner(block, name, learning, done, rates)
             if not self.timed:
                 self._announce(name, learner, task)
             assert self.epochs is not None
             before = task.error(block, task.held_back)
             number = self.calibration.inputs.blocks.index(name)  # a resumed run makes the same steps
             left = learner.learn(task, self.epochs, torch.Generator().manual_seed(self.seed + number))
-            if self.slower is not None and not left < WORTH * before:
-                slow = Learner(block, name, learning, done, self.slower)
+            if self.twice and not left < WORTH * before:
+                slower = rates._replace(integer_rate=SLOWER * rates.integer_rate)
+                slow = Learner(block, name, learning, done, slower)
                 if slow.learn(task, self.epochs, torch.Generator().manual_seed(self.seed + number)) < left:
                     learner = slow
             self.calibration.progress.learned(self.epochs / len(self.blocks))
@@ -153,12 +153,12 @@ class Reconstructor:
         """Time some steps, settle the number of epochs, and say how long it is going to take."""
         self.timed = True
         trial = copy.deepcopy(learner)
-        steps = task.steps(self.settings.batch_size)
+        steps = task.steps(trial.batch_size)
         generator = torch.Generator().manual_seed(0)
         seconds = []
         for _ in range(TIMED):
             started = time.perf_counter()
-            trial.step(task, next(task.shuffled(self.settings.batch_size, generator)))
+            trial.step(task, next(task.shuffled(trial.batch_size, generator)))
             seconds.append(time.perf_counter() - started)
         left = len(self.blocks) - self.blocks.index(name)  # a resumed run has done some
         epoch = min(seconds[1:]) * steps * left
@@ -169,7 +169,7 @@ class Reconstructor:
         text = (
             f"Reconstruction: {left} block{'s'[: left > 1]}, {self.epochs} epoch{'s'[: self.epochs > 1]} of {steps} "
             f"steps each, about {_duration(epoch * self.epochs)} on this machine"
-            f"{'' if self.slower is None else ', more where a block learns twice'}"
+            f"{', more where a block learns twice' if self.twice else ''}"
         )
         logger.info("%s", text)
         self.calibration.progress.say(text)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
@@ -20,6 +21,20 @@ MIN_PICTURES = 16
 """Fewer tell a block nothing that holds for others."""
 
 
+class Rates(NamedTuple):
+    """How one block learns; see :class:`Reconstruction`."""
+
+    batch_size: int
+    integer_rate: float
+    scale_rate: float
+    bias_rate: float
+
+
+FINE = Rates(batch_size=16, integer_rate=1e-2, scale_rate=3e-4, bias_rate=3e-4)
+COARSE = Rates(batch_size=4, integer_rate=2e-2, scale_rate=1e-3, bias_rate=1e-3)
+"""Of blocks with activations of fewer than 8 bits, which begin without corrections; docs/results.rst has figures."""
+
+
 @dataclass(frozen=True)
 class Reconstruction:
     """The settings of block reconstruction; the guide has a page on it.
@@ -29,7 +44,8 @@ class Reconstruction:
         minutes: instead of ``epochs``, at most about so many for learning all blocks on this machine, > 0: a few steps
             are timed, and as many epochs made as fit, one at least, with no second attempts. The same integers on
             another day need ``epochs``.
-        batch_size: pictures a step, a multiple of 4.
+        batch_size: pictures a step, a multiple of 4. None for this and for each of the rates: 4 pictures and steps of
+            2e-2, 1e-3 and 1e-3 in a block with activations of fewer than 8 bits, else 16 and 1e-2, 3e-4 and 3e-4.
         integer_rate: the step of a weight before it is rounded, in units of its integers; > 0.
         scale_rate: the step of the logarithm of a scale; 0 leaves the scales.
         bias_rate: the step of biases, and of the gains and biases of norms; 0 leaves them.
@@ -40,31 +56,40 @@ class Reconstruction:
 
     epochs: int = 10
     minutes: float | None = None
-    batch_size: int = 16
-    integer_rate: float = 1e-2
-    scale_rate: float = 3e-4
-    bias_rate: float = 3e-4
+    batch_size: int | None = None
+    integer_rate: float | None = None
+    scale_rate: float | None = None
+    bias_rate: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
+            if value is None and name == "batch_size":
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} of a Reconstruction must be an int of at least 1, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} of a Reconstruction must be at least 1, got {value}")
-        if self.batch_size % BATCH_SIZE:
+        if self.batch_size is not None and self.batch_size % BATCH_SIZE:
             raise ValueError(
                 f"batch_size of a Reconstruction must be a multiple of {BATCH_SIZE}, got {self.batch_size}"
             )
-        rates = {"minutes": 0.0 if self.minutes is None else self.minutes}
-        rates |= {name: getattr(self, name) for name in ("integer_rate", "scale_rate", "bias_rate")}
-        for name, value in rates.items():
+        for name in ("minutes", "integer_rate", "scale_rate", "bias_rate"):
+            value = getattr(self, name)
+            if value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name} of a Reconstruction must be a number, got {value!r}")
-            positive = name == "integer_rate" or (name == "minutes" and self.minutes is not None)
+            positive = name in ("integer_rate", "minutes")
             if not (value > 0 if positive else value >= 0) or value == float("inf"):
                 raise ValueError(f"{name} of a Reconstruction must be {'more than' if positive else 'at least'} 0 and "
                                  f"finite, got {value}")  # fmt: skip
+
+    def rates(self, layers: Iterable[LayerPlan]) -> Rates:
+        """How the block of ``layers``, which learn, does."""
+        usual = COARSE if any(_coarse(layer) for layer in layers) else FINE
+        given = {name: getattr(self, name) for name in Rates._fields}
+        return usual._replace(**{name: value for name, value in given.items() if value is not None})
 
     def check(self, pictures: int, resumable: bool) -> None:
         """See whether blocks can be learned.
@@ -98,7 +123,7 @@ class Reconstruction:
             if not layer.chosen or layer.block not in learning or not plan.reaches(layer.name):
                 return layer
             settings = layer.settings
-            if settings.rounding != "auto" or settings.activation_bits == 8:
+            if settings.rounding != "auto" or not _coarse(layer):
                 return layer
             rounding = "coordinate" if settings.bits <= COARSE_BITS else "gptq"
             return replace(layer, decision=replace(settings, rounding=rounding), corrected=False)
@@ -112,6 +137,11 @@ class Reconstruction:
         from fairseq.quantization.reconstruction.reconstruct import Reconstructor
 
         return Reconstructor(model, plan, calibration, self, config.seed)
+
+
+def _coarse(layer: LayerPlan) -> bool:
+    """Whether a chosen layer's activations have fewer than 8 bits."""
+    return layer.settings.activation_bits < 8
 
 
 def learned_blocks(plan: ModelPlan) -> list[str]:

@@ -3,7 +3,9 @@
 import pytest
 
 from fairseq.models.vit_quantization import Reconstruction, ViTQuantizer
-from fairseq.quantization.reconstruction.settings import resolve_reconstruction
+from fairseq.quantization.reconstruction import reconstruct as reconstructing
+from fairseq.quantization.reconstruction.learner import Learner
+from fairseq.quantization.reconstruction.settings import COARSE, FINE, resolve_reconstruction
 
 
 def test_what_reconstruct_means():
@@ -53,3 +55,36 @@ def test_where_nothing_can_be_learned_is_said(tiny_vit, pixels, quantizer, call,
     pictures = pixels.repeat(20, 1, 1, 1)[:20] + 0.1 * (0.5 + pixels.new_tensor(range(20))).view(-1, 1, 1, 1)
     with pytest.raises(kind, match=message):
         ViTQuantizer(bits=4, **quantizer).quantize_model(tiny_vit, **{"calibration": pictures, **call})
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "expected"),
+    [
+        ({}, [FINE, FINE]),
+        ({"activations": None}, [FINE, FINE]),
+        ({"activation_bits": 7}, [COARSE, COARSE]),
+        ({"overrides": {"*.1.*fc2": {"activation_bits": 4}, "classifier": {"activation_bits": 2}}}, [FINE, COARSE]),
+    ],
+    ids=str,
+)
+def test_a_block_learns_as_its_activations_ask(monkeypatch, tiny_vit, pixels, quantizer, expected):
+    seen = []
+
+    class Seen(Learner):
+        def __init__(self, block, name, layers, done, rates):
+            super().__init__(block, name, layers, done, rates)
+            seen.append(rates)
+
+        def learn(self, task, epochs, generator):
+            assert self.rates == [seen[-1].integer_rate, seen[-1].scale_rate, seen[-1].bias_rate]
+            return 0.0  # so that there is no second attempt
+
+    monkeypatch.setattr(reconstructing, "Learner", Seen)
+    pictures = pixels.repeat(20, 1, 1, 1)[:20] + 0.1 * pixels.new_tensor(range(20)).view(-1, 1, 1, 1)
+    for settings in (Reconstruction(), Reconstruction(batch_size=8, scale_rate=0.5)):
+        seen.clear()
+        chosen = ViTQuantizer(bits=4, **quantizer)
+        with pytest.warns(UserWarning, match="20 pictures"):
+            chosen.quantize_model(tiny_vit, calibration=pictures, reconstruct=settings)
+        given = {} if settings.batch_size is None else {"batch_size": 8, "scale_rate": 0.5}
+        assert seen == [rates._replace(**given) for rates in expected]
