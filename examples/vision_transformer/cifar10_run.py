@@ -27,7 +27,8 @@ class Run:
 
     Args:
         args: the command line.
-        name: what the run is called, and its checkpoint.
+        name: what is trained, as the progress says.
+        checkpoint: the name of its file in ``args.output``.
         modules: all that is trained; the first is what is evaluated.
         optimizers: of their parameters; each group's rate is followed down.
         epochs: at most so many.
@@ -39,6 +40,7 @@ class Run:
         self,
         args: argparse.Namespace,
         name: str,
+        checkpoint: str,
         modules: list[nn.Module],
         optimizers: list[torch.optim.Optimizer],
         epochs: int,
@@ -49,7 +51,7 @@ class Run:
         self.epochs, self.cutmix, self.max_minutes = epochs, cutmix, max_minutes
         self.rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
         self.settings = {k: value for k, value in vars(args).items() if k not in MAY_CHANGE}
-        self.checkpoint = args.output / f"{name}.pt"
+        self.checkpoint = args.output / checkpoint
         self.epoch, self.elapsed = 0, 0.0
 
     def resume(self, device: torch.device) -> None:
@@ -59,7 +61,7 @@ class Run:
         state = torch.load(self.checkpoint, map_location=device)
         if "modules" not in state:
             raise SystemExit(f"error: {self.checkpoint} is of an earlier version; give another --output")
-        other = [k for k, value in self.settings.items() if state.get("settings", {}).get(k, value) != value]
+        other = [k for k, value in self.settings.items() if state["settings"].get(k, value) != value]
         if other:
             said = ", ".join(f"{k.replace('_', '-')} {state['settings'][k]}, not {self.settings[k]}" for k in other)
             raise SystemExit(f"error: {self.checkpoint} was written with {said}; give the same, or another --output")
@@ -102,7 +104,9 @@ class Run:
             generator = torch.Generator().manual_seed(args.seed + 1 + self.epoch)  # a resumed epoch sees the same
             order = chosen[torch.randperm(len(chosen), generator=generator)]
             started, losses = time.monotonic(), []
-            for step in (bar := tqdm(range(steps), desc=f"{self.name} {self.epoch + 1}", mininterval=5, unit="batch")):
+            for step in (
+                bar := tqdm(range(steps), desc=f"{self.name}, epoch {self.epoch + 1}", mininterval=5, unit="batch")
+            ):
                 progress = self.progress(step / steps, time.monotonic() - started)
                 if progress >= 1:
                     break
@@ -124,7 +128,7 @@ class Run:
             self.elapsed += time.monotonic() - started
             validation = accuracy(self.modules[0], data.pixels[held_out], data.labels[held_out], device)
             tqdm.write(
-                f"{self.name} {self.epoch} ({progress:.0%}): loss {np.mean(losses or [math.nan]):.3f}, "
+                f"{self.name}, epoch {self.epoch} ({progress:.0%}): loss {np.mean(losses or [math.nan]):.3f}, "
                 f"held-out accuracy {validation:.1%}, {self.elapsed / 60:.1f} minutes"
             )
             self.save()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 CHANNELS = (128, 256)  # of its last two stages, of 8x8 and 4x4 places
 TEMPERATURE = 2.0  # of the softmax of both, when classes are compared
 SHARE = 0.5  # of the teacher's classes in the loss; the labels have the rest
-GUIDANCE = 1.0  # the weight of that in the loss
+GUIDANCE = 1.0  # the weight of the features' error in the loss
 
 
 class Taught(NamedTuple):
@@ -85,7 +85,7 @@ class Teacher(nn.Module):
 
 
 class Guide(nn.Module):
-    """The losses that a ViT of ``hidden`` channels, with 8x8 patches, learns from a teacher by.
+    """The loss by which a ViT of ``hidden`` channels, with 8 rows of 8 patches, learns from a teacher and from labels.
 
     Its tokens have to tell the teacher's last two stages after half of its ``layers``, and before the last one.
     """
@@ -95,10 +95,13 @@ class Guide(nn.Module):
         self.layers = (layers // 2, layers - 1)
         self.heads = nn.ModuleList(nn.Linear(hidden, channels) for channels in CHANNELS)
 
-    def forward(self, taught: Taught, logits: Tensor, hidden_states: tuple[Tensor, ...], kept: Tensor | None) -> Tensor:
-        """The divergence of the classes and the error of the features; a number.
+    def forward(
+        self, loss: Tensor, taught: Taught, logits: Tensor, hidden_states: tuple[Tensor, ...], kept: Tensor | None
+    ) -> Tensor:
+        """The loss with the divergence of the classes and the error of the features; a number.
 
         Args:
+            loss: the one of the labels.
             taught: the teacher's.
             logits: the ViT's, (B, classes).
             hidden_states: before the first of its layers and behind each, (B, 1 + n, hidden), the class token first.
@@ -107,11 +110,11 @@ class Guide(nn.Module):
         wanted = (taught.logits / TEMPERATURE).log_softmax(-1)
         given = (logits / TEMPERATURE).log_softmax(-1)
         classes = TEMPERATURE**2 * F.kl_div(given, wanted, log_target=True, reduction="batchmean")
-        features = torch.zeros(())
+        features = 0.0
         for head, layer, stage in zip(self.heads, self.layers, taught.stages, strict=True):
             even = F.batch_norm(stage.float(), None, None, training=True)  # each channel with variance 1
             places = F.interpolate(even, (8, 8)).flatten(2).transpose(1, 2)  # (B, 64, channels)
             if kept is not None:
                 places = places.gather(1, kept.unsqueeze(-1).expand(-1, -1, places.shape[-1]))
-            features = features + F.mse_loss(head(hidden_states[layer][:, 1:].float()), places)
-        return SHARE * classes + GUIDANCE * features
+            features = features + F.mse_loss(head(hidden_states[layer][:, 1:]).float(), places)
+        return (1 - SHARE) * loss + SHARE * classes + GUIDANCE * features

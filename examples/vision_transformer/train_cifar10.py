@@ -5,7 +5,7 @@
 
 DIR holds ``train.zip`` and ``test.zip`` (or the folders ``train`` and ``test``): one folder of JPEG files per class,
 32x32 pixels. An interrupted run goes on where it was when the same command is given again. ``--max-minutes`` bends
-the cosine schedule so that it ends in time on a slow machine.
+the ViT's cosine schedule so that it ends in time on a slow machine.
 
 Three things make a plain ViT learn CIFAR-10 in a CPU's hours instead of days, none of which changes the architecture:
 mimetic initialization (Trockman and Kolter, 2023, https://arxiv.org/abs/2305.09828), the Muon optimizer for the
@@ -24,13 +24,14 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from cifar10_pictures import MEAN, STD, Pictures, normalize, read_split
 from cifar10_run import Run, accuracy
-from cifar10_teacher import SHARE, Guide, Teacher
+from cifar10_teacher import Guide, Teacher
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
@@ -117,60 +118,59 @@ def make_optimizers(model: nn.Module, lr: float, weight_decay: float) -> list[to
     ]
 
 
-def mixed_cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, own: float, smoothing: float) -> Tensor:
+def mixed_cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, own: float) -> Tensor:
     """The cross-entropy with both labels of each picture, as much as there is of each."""
-    loss = own * F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    return loss if own == 1 else loss + (1 - own) * F.cross_entropy(logits, others, label_smoothing=smoothing)
+    loss = own * F.cross_entropy(logits, labels, label_smoothing=0.1)
+    return loss if own == 1 else loss + (1 - own) * F.cross_entropy(logits, others, label_smoothing=0.1)
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = read_split(args.data, "train")
-    teacher = train_teacher(args, data, device) if args.teacher_epochs else None
     torch.manual_seed(args.seed)
     model = build(args, data.names).to(device).train()
     dropout = PatchDropout(args.keep_patches)
     model.vit.embeddings.register_forward_hook(dropout)
     optimizers, modules = make_optimizers(model, args.lr, args.weight_decay), [model]
-    if teacher is not None:
-        guide = Guide(args.hidden, args.layers).to(device)
+    guide = Guide(args.hidden, args.layers).to(device) if args.teacher_epochs else None
+    if guide is not None:
         modules.append(guide)
         optimizers.append(torch.optim.AdamW(guide.parameters(), lr=args.lr, weight_decay=0.0))
-    run = Run(args, "checkpoint", modules, optimizers, args.epochs, args.cutmix, args.max_minutes)
+    run = Run(args, "ViT", "checkpoint.pt", modules, optimizers, args.epochs, args.cutmix, args.max_minutes)
+    run.resume(device)
+    teacher, teacher_minutes = train_teacher(args, data, device) if guide is not None else (None, 0.0)
 
     def loss_of(images: Tensor, labels: Tensor, others: Tensor, own: float, progress: float) -> Tensor:
         dropout.keep = args.keep_patches if progress < args.full_patches_from else 1.0
         result = model(pixel_values=images, output_hidden_states=teacher is not None)
-        loss = mixed_cross_entropy(result.logits.float(), labels, others, own, smoothing=0.1)
-        if teacher is None:
+        loss = mixed_cross_entropy(result.logits.float(), labels, others, own)
+        if teacher is None or guide is None:
             return loss
         with torch.no_grad():
             taught = teacher(images)
-        taken = guide(taught, result.logits.float(), result.hidden_states, dropout.kept)
-        return (1 - SHARE) * loss + taken
+        return guide(loss, taught, result.logits.float(), result.hidden_states, dropout.kept)
 
-    run.resume(device)
     run.train(data, device, loss_of)
-    return finish(model, args, run, device)
+    return finish(model, args, run, teacher_minutes, device)
 
 
-def train_teacher(args: argparse.Namespace, data: Pictures, device: torch.device) -> Teacher:
-    """The convolutional network that teaches, trained now or before."""
+def train_teacher(args: argparse.Namespace, data: Pictures, device: torch.device) -> tuple[Teacher, float]:
+    """The convolutional network that teaches, trained now or before, and the minutes that this took."""
     torch.manual_seed(args.seed)
-    teacher = Teacher(normalize(data.pixels[:WHITENED]), len(data.names))
-    teacher = teacher.to(device, memory_format=torch.channels_last).train()
-    run = Run(args, "teacher", [teacher], teacher.optimizers(args.teacher_lr), args.teacher_epochs)
+    some = data.pixels[:: -(-len(data.pixels) // WHITENED)]  # of all classes, by which they are sorted
+    teacher = Teacher(normalize(some), len(data.names)).to(device, memory_format=torch.channels_last).train()
+    run = Run(args, "teacher", "teacher.pt", [teacher], teacher.optimizers(args.teacher_lr), args.teacher_epochs)
 
     def loss_of(images: Tensor, labels: Tensor, others: Tensor, own: float, progress: float) -> Tensor:
-        return mixed_cross_entropy(teacher(images).logits, labels, others, own, smoothing=0.1)
+        return F.cross_entropy(teacher(images).logits, labels, label_smoothing=0.1)  # its pictures are not mixed
 
     run.resume(device)
     run.train(data, device, loss_of)
-    return teacher.eval().requires_grad_(False)
+    return teacher.eval().requires_grad_(False), run.elapsed / 60
 
 
 def finish(
-    model: ViTForImageClassification, args: argparse.Namespace, run: Run, device: torch.device
+    model: ViTForImageClassification, args: argparse.Namespace, run: Run, teacher_minutes: float, device: torch.device
 ) -> dict[str, Any]:
     """Round to float16, measure that on the test set, and write the HuggingFace folder."""
     test = read_split(args.data, "test")
@@ -178,7 +178,8 @@ def finish(
     result = {
         "test_accuracy": accuracy(model.eval(), test.pixels, test.labels, device),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "epochs": run.epoch, "minutes": round(run.elapsed / 60, 1), "device": device.type, "torch": torch.__version__,
+        "epochs": run.epoch, "minutes": round(run.elapsed / 60, 1), "teacher_minutes": round(teacher_minutes, 1),
+        "device": device.type, "torch": torch.__version__,
         "settings": {k: v for k, v in vars(args).items() if k not in ("data", "output")},
     }  # fmt: skip
     model.half().save_pretrained(args.output)
@@ -196,14 +197,25 @@ def share(text: str) -> float:
     return value
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number that is not below ``least``, for argparse."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        return int(text)
+
+    return count
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with train.zip and test.zip")
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and the result")
-    parser.add_argument("--epochs", type=int, default=90)
-    parser.add_argument("--max-minutes", type=float, default=None, help="finish the schedule within this time")
+    parser.add_argument("--epochs", type=at_least(1), default=90)
+    parser.add_argument("--max-minutes", type=float, default=None, help="finish the ViT's schedule within this time")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -215,7 +227,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cutmix", type=share, default=0.5, help="share of batches that are mixed")
     parser.add_argument("--mixed-precision", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
-        "--teacher-epochs", type=int, default=0, help="of a convolutional network that teaches; 0: none"
+        "--teacher-epochs", type=at_least(0), default=0, help="of a convolutional network that teaches; 0: none"
     )
     parser.add_argument("--teacher-lr", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)

@@ -57,7 +57,7 @@ class Learner(nn.Module):
         self.groups = [group for group in groups if group["params"] and group["lr"]]
         for parameter in self.learned():
             parameter.requires_grad_(True)
-        self.rates = [cast(float, group["lr"]) for group in self.groups]
+        self.highest = [cast(float, group["lr"]) for group in self.groups]
         self.optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.99))
 
     def learn(self, task: Task, epochs: int, generator: torch.Generator) -> float:
@@ -71,7 +71,7 @@ class Learner(nn.Module):
         for _ in range(epochs):
             for batches in task.shuffled(self.batch_size, generator):
                 share = 0.5 * (1 + math.cos(math.pi * at / steps))
-                for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                for group, rate in zip(self.optimizer.param_groups, self.highest, strict=True):
                     group["lr"] = rate * share
                 self.step(task, batches)
                 at += 1

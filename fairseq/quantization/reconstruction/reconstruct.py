@@ -167,8 +167,8 @@ class Reconstructor:
             self.epochs = max(1, int(60 * self.settings.minutes / epoch))
         self.calibration.progress.learns(self.epochs * left / len(self.blocks))
         text = (
-            f"Reconstruction: {left} block{'s'[: left > 1]}, {self.epochs} epoch{'s'[: self.epochs > 1]} of {steps} "
-            f"steps each, about {_duration(epoch * self.epochs)} on this machine"
+            f"Reconstruction: {left} block{'s'[: left > 1]}, {self.epochs} epoch{'s'[: self.epochs > 1]} each, "
+            f"about {_duration(epoch * self.epochs)} on this machine"
             f"{', more where a block learns twice' if self.twice else ''}"
         )
         logger.info("%s", text)

@@ -32,7 +32,7 @@ class Rates(NamedTuple):
 
 FINE = Rates(batch_size=16, integer_rate=1e-2, scale_rate=3e-4, bias_rate=3e-4)
 COARSE = Rates(batch_size=4, integer_rate=2e-2, scale_rate=1e-3, bias_rate=1e-3)
-"""Of blocks with activations of fewer than 8 bits, which begin without corrections; docs/results.rst has figures."""
+"""Of blocks with activations of fewer than 8 bits; with rounding "auto" these begin without corrections."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Reconstruction:
             if value is None and name == "batch_size":
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} of a Reconstruction must be an int of at least 1, got {value!r}")
+                accepted = "an int of at least 1" if name == "epochs" else "an int of at least 1, or None"
+                raise TypeError(f"{name} of a Reconstruction must be {accepted}, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} of a Reconstruction must be at least 1, got {value}")
         if self.batch_size is not None and self.batch_size % BATCH_SIZE:
@@ -79,14 +80,14 @@ class Reconstruction:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} of a Reconstruction must be a number, got {value!r}")
+                raise TypeError(f"{name} of a Reconstruction must be a number, or None, got {value!r}")
             positive = name in ("integer_rate", "minutes")
             if not (value > 0 if positive else value >= 0) or value == float("inf"):
                 raise ValueError(f"{name} of a Reconstruction must be {'more than' if positive else 'at least'} 0 and "
                                  f"finite, got {value}")  # fmt: skip
 
     def rates(self, layers: Iterable[LayerPlan]) -> Rates:
-        """How the block of ``layers``, which learn, does."""
+        """The rates of a block whose ``layers`` learn: what was given, else :data:`COARSE` or :data:`FINE`."""
         usual = COARSE if any(_coarse(layer) for layer in layers) else FINE
         given = {name: getattr(self, name) for name in Rates._fields}
         return usual._replace(**{name: value for name, value in given.items() if value is not None})

@@ -96,7 +96,7 @@ def test_where_a_first_attempt_hardly_helps_there_is_a_slower_second(monkeypatch
     tried, real = [], Learner.learn
 
     def learn(self, *arguments):
-        tried.append(self.rates[0])
+        tried.append(self.highest[0])
         return real(self, *arguments)
 
     monkeypatch.setattr(Learner, "learn", learn)
@@ -114,7 +114,7 @@ def test_a_second_attempt_that_is_worse_is_not_taken(monkeypatch, tiny_vit):
     real = Learner.learn
 
     def learn(self, task, *arguments):
-        first_attempt = self.rates[0] == 0.01
+        first_attempt = self.highest[0] == 0.01
         real(self, task, *arguments)
         if not first_attempt:
             for twin in self.layers.values():
@@ -206,8 +206,8 @@ def test_minutes_become_epochs_that_fit(monkeypatch, tiny_vit, caplog):
     quantize(tiny_vit, Reconstruction(minutes=0.01))
     assert epochs == [15, 15, 1, 1]
     said = caplog.text
-    assert "2 blocks, 15 epochs of 2 steps each, about 60 s on this machine" in said
-    assert "2 blocks, 1 epoch of 2 steps each" in said
+    assert "2 blocks, 15 epochs each, about 60 s on this machine" in said
+    assert "2 blocks, 1 epoch each" in said
 
 
 @pytest.mark.parametrize("name", ["swin", "beit", "dinov2", "timm-vit"])

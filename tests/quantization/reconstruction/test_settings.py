@@ -20,10 +20,14 @@ def test_what_reconstruct_means():
     [
         ({"epochs": 0}, ValueError, "epochs of a Reconstruction must be at least 1, got 0"),
         ({"epochs": 2.5}, TypeError, "epochs of a Reconstruction must be an int of at least 1, got 2.5"),
-        ({"batch_size": True}, TypeError, "batch_size"),
+        (
+            {"batch_size": True},
+            TypeError,
+            "batch_size of a Reconstruction must be an int of at least 1, or None, got True",
+        ),
         ({"batch_size": 6}, ValueError, "batch_size of a Reconstruction must be a multiple of 4, got 6"),
         ({"minutes": 0}, ValueError, "minutes of a Reconstruction must be more than 0 and finite, got 0"),
-        ({"minutes": "5"}, TypeError, "minutes of a Reconstruction must be a number, got '5'"),
+        ({"minutes": "5"}, TypeError, "minutes of a Reconstruction must be a number, or None, got '5'"),
         ({"integer_rate": 0.0}, ValueError, "integer_rate of a Reconstruction must be more than 0"),
         ({"scale_rate": -1e-3}, ValueError, "scale_rate of a Reconstruction must be at least 0"),
         (
@@ -76,7 +80,7 @@ def test_a_block_learns_as_its_activations_ask(monkeypatch, tiny_vit, pixels, qu
             seen.append(rates)
 
         def learn(self, task, epochs, generator):
-            assert self.rates == [seen[-1].integer_rate, seen[-1].scale_rate, seen[-1].bias_rate]
+            assert self.highest == [seen[-1].integer_rate, seen[-1].scale_rate, seen[-1].bias_rate]
             return 0.0  # so that there is no second attempt
 
     monkeypatch.setattr(reconstructing, "Learner", Seen)
