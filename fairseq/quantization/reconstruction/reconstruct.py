@@ -92,11 +92,12 @@ class Reconstructor:
         task = Task(inputs, outputs, weights, self.model, self.half, self.views)
         block = self.model.get_submodule(name)
         with torch.enable_grad():
-            rates = self.settings.rates(learning)
-            learner = Learner(block, name, learning, done, rates)
             if not self.timed:
-                self._announce(name, learner, task)
+                rates = self.settings.rates(learning, 1, task.steps)
+                self._announce(name, Learner(block, name, learning, done, rates), task)
             assert self.epochs is not None
+            rates = self.settings.rates(learning, self.epochs, task.steps)
+            learner = Learner(block, name, learning, done, rates)
             before = task.error(block, task.held_back)
             number = self.calibration.inputs.blocks.index(name)  # a resumed run makes the same steps
             left = learner.learn(task, self.epochs, torch.Generator().manual_seed(self.seed + number))
@@ -149,10 +150,9 @@ class Reconstructor:
         """The vectors of a block that are learned, by their names in the model."""
         return vectors(self.model.get_submodule(name), f"{name}.")
 
-    def _announce(self, name: str, learner: Learner, task: Task) -> None:
-        """Time some steps, settle the number of epochs, and say how long it is going to take."""
+    def _announce(self, name: str, trial: Learner, task: Task) -> None:
+        """Time some steps of ``trial``, settle the number of epochs, and say how long it is going to take."""
         self.timed = True
-        trial = copy.deepcopy(learner)
         steps = task.steps(trial.batch_size)
         generator = torch.Generator().manual_seed(0)
         seconds = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,8 +31,11 @@ class Rates(NamedTuple):
 
 
 FINE = Rates(batch_size=16, integer_rate=1e-2, scale_rate=3e-4, bias_rate=3e-4)
+"""Of blocks whose activations have 8 bits or more."""
 COARSE = Rates(batch_size=4, integer_rate=2e-2, scale_rate=1e-3, bias_rate=1e-3)
 """Of blocks with activations of fewer than 8 bits; with rounding "auto" these begin without corrections."""
+COARSE_STEPS = 225
+"""With more steps those rates fall, so that weights go as far: farther, they learn the pictures by heart."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ class Reconstruction:
         minutes: instead of ``epochs``, at most about so many for learning all blocks on this machine, > 0: a few steps
             are timed, and as many epochs made as fit, one at least, with no second attempts. The same integers on
             another day need ``epochs``.
-        batch_size: pictures a step, a multiple of 4. None for this and for each of the rates: 4 pictures and steps of
-            2e-2, 1e-3 and 1e-3 in a block with activations of fewer than 8 bits, else 16 and 1e-2, 3e-4 and 3e-4.
+        batch_size: pictures a step, a multiple of 4. None, for this and for each of the rates: 16, and 1e-2, 3e-4 and
+            3e-4. In a block with activations of fewer than 8 bits 4, and 2e-2, 1e-3 and 1e-3 for up to 225 steps in
+            all; with more steps less in proportion.
         integer_rate: the step of a weight before it is rounded, in units of its integers; > 0.
         scale_rate: the step of the logarithm of a scale; 0 leaves the scales.
         bias_rate: the step of biases, and of the gains and biases of norms; 0 leaves them.
@@ -86,11 +90,20 @@ class Reconstruction:
                 raise ValueError(f"{name} of a Reconstruction must be {'more than' if positive else 'at least'} 0 and "
                                  f"finite, got {value}")  # fmt: skip
 
-    def rates(self, layers: Iterable[LayerPlan]) -> Rates:
-        """The rates of a block whose ``layers`` learn: what was given, else :data:`COARSE` or :data:`FINE`."""
-        usual = COARSE if any(_coarse(layer) for layer in layers) else FINE
-        given = {name: getattr(self, name) for name in Rates._fields}
-        return usual._replace(**{name: value for name, value in given.items() if value is not None})
+    def rates(self, layers: Iterable[LayerPlan], epochs: int, steps: Callable[[int], int]) -> Rates:
+        """The rates of a block: what was given, else :data:`FINE` or :data:`COARSE`.
+
+        Args:
+            layers: of the block, those that learn.
+            epochs: how many there are going to be.
+            steps: the steps of one with so many pictures each.
+        """
+        given = {name: value for name in Rates._fields if (value := getattr(self, name)) is not None}
+        if not any(_coarse(layer) for layer in layers):
+            return FINE._replace(**given)
+        size = given.get("batch_size", COARSE.batch_size)
+        share = min(1.0, COARSE_STEPS / (epochs * steps(size)))
+        return Rates(size, *(share * rate for rate in COARSE[1:]))._replace(**given)
 
     def check(self, pictures: int, resumable: bool) -> None:
         """See whether blocks can be learned.

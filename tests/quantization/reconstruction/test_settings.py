@@ -1,5 +1,7 @@
 """What a Reconstruction accepts, and what reconstruct= means."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from fairseq.models.vit_quantization import Reconstruction, ViTQuantizer
@@ -77,10 +79,11 @@ def test_a_block_learns_as_its_activations_ask(monkeypatch, tiny_vit, pixels, qu
     class Seen(Learner):
         def __init__(self, block, name, layers, done, rates):
             super().__init__(block, name, layers, done, rates)
-            seen.append(rates)
+            self.given = rates
 
         def learn(self, task, epochs, generator):
-            assert self.highest == [seen[-1].integer_rate, seen[-1].scale_rate, seen[-1].bias_rate]
+            assert (self.batch_size, *self.highest) == self.given
+            seen.append(self.given)
             return 0.0  # so that there is no second attempt
 
     monkeypatch.setattr(reconstructing, "Learner", Seen)
@@ -92,3 +95,14 @@ def test_a_block_learns_as_its_activations_ask(monkeypatch, tiny_vit, pixels, qu
             chosen.quantize_model(tiny_vit, calibration=pictures, reconstruct=settings)
         given = {} if settings.batch_size is None else {"batch_size": 8, "scale_rate": 0.5}
         assert seen == [rates._replace(**given) for rates in expected]
+
+
+def test_with_many_steps_coarse_weights_go_as_far():
+    layers = [SimpleNamespace(settings=SimpleNamespace(activation_bits=bits)) for bits in (8, 3)]
+    half = [rate / 2 for rate in COARSE[1:]]
+    steps = {4: 90, 8: 45}.get
+    assert Reconstruction().rates(layers, 2, steps) == COARSE
+    assert Reconstruction().rates(layers, 5, steps) == (4, *half)
+    assert Reconstruction(batch_size=8).rates(layers, 10, steps) == (8, *half)
+    assert Reconstruction(bias_rate=0).rates(layers, 5, steps) == (4, *half[:2], 0)
+    assert Reconstruction(bias_rate=0).rates(layers[:1], 500, steps) == FINE._replace(bias_rate=0)
