@@ -88,13 +88,18 @@ def test_a_block_learns_as_its_activations_ask(monkeypatch, tiny_vit, pixels, qu
 
     monkeypatch.setattr(reconstructing, "Learner", Seen)
     pictures = pixels.repeat(20, 1, 1, 1)[:20] + 0.1 * pixels.new_tensor(range(20)).view(-1, 1, 1, 1)
-    for settings in (Reconstruction(), Reconstruction(batch_size=8, scale_rate=0.5)):
+    many = [rates if rates is FINE else (4, *(225 / 4000 * rate for rate in COARSE[1:])) for rates in expected]
+    given = [rates._replace(batch_size=8, scale_rate=0.5) for rates in expected]
+    for settings, rates in (
+        (Reconstruction(), expected),
+        (Reconstruction(epochs=1000), many),  # of four steps each
+        (Reconstruction(batch_size=8, scale_rate=0.5), given),
+    ):
         seen.clear()
         chosen = ViTQuantizer(bits=4, **quantizer)
         with pytest.warns(UserWarning, match="20 pictures"):
             chosen.quantize_model(tiny_vit, calibration=pictures, reconstruct=settings)
-        given = {} if settings.batch_size is None else {"batch_size": 8, "scale_rate": 0.5}
-        assert seen == [rates._replace(**given) for rates in expected]
+        assert seen == rates
 
 
 def test_with_many_steps_coarse_weights_go_as_far():
