@@ -69,7 +69,7 @@ def test_where_nothing_can_be_learned_is_said(tiny_vit, pixels, quantizer, call,
         ({}, [FINE, FINE]),
         ({"activations": None}, [FINE, FINE]),
         ({"activation_bits": 7}, [COARSE, COARSE]),
-        ({"overrides": {"*.1.*fc2": {"activation_bits": 4}, "classifier": {"activation_bits": 2}}}, [FINE, COARSE]),
+        ({"overrides": {"*.1.*": {"activation_bits": 4}, "classifier": {"activation_bits": 2}}}, [FINE, COARSE]),
     ],
     ids=str,
 )
