@@ -62,13 +62,20 @@ def folder_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     _remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.fairseq-{secrets.token_hex(6)}.tmp")
-    temporary.mkdir()
+    made = False
     try:
+        with uninterrupted():
+            temporary.mkdir()
+            made = True
         with _held(temporary):
             yield temporary
     finally:
-        with uninterrupted():
-            shutil.rmtree(temporary, ignore_errors=True)
+        if made:
+            try:
+                with uninterrupted():
+                    shutil.rmtree(temporary, ignore_errors=True)
+            finally:  # Ctrl-C may come just before signals wait
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_file(path: str | os.PathLike[str], content: bytes) -> None:

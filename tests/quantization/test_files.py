@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +119,27 @@ def test_threads_that_write_one_file_do_not_share_a_temporary_one(tmp_path):
     [thread.join() for thread in threads]
     assert (tmp_path / "file").read_text() in ("aaa", "bbb")
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("moment", ["made", "left"])
+def test_a_signal_in_the_moment_a_folder_is_made_or_left(monkeypatch, tmp_path, moment):
+    real = Path.mkdir
+
+    def mkdir(self, *args, **keywords):
+        real(self, *args, **keywords)
+        signal.raise_signal(signal.SIGINT)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def use():
+        with folder_beside(tmp_path / "out") as folder:
+            (folder / "file").write_text("half")
+            patched.setattr(files, "uninterrupted", interrupted)  # its first step, as it were
+
+    with monkeypatch.context() as patched:
+        if moment == "made":
+            patched.setattr(Path, "mkdir", mkdir)
+        with pytest.raises(KeyboardInterrupt):
+            use()
+    assert list(tmp_path.iterdir()) == []
