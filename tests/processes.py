@@ -23,8 +23,9 @@ def _one(rank, count, folder):
     module, name, places, arguments = torch.load(path / "call.pt", weights_only=False)
     sys.path[:] = [*places, str(Path(__file__).parents[1])]  # tests are modules of a package, whatever started pytest
     torch.set_num_threads(1)
+    function = getattr(importlib.import_module(module), name)
     dist.init_process_group("gloo", init_method=f"file://{path / 'group'}", rank=rank, world_size=count)
     try:
-        torch.save(getattr(importlib.import_module(module), name)(*arguments), path / f"{rank}.pt")
+        torch.save(function(*arguments), path / f"{rank}.pt")
     finally:
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fairseq.cli.distributed import check_launcher, speaks
+from fairseq.cli.distributed import processes_together, speaks
 from fairseq.cli.options import (
     ActivationBits,
     Device,
@@ -102,9 +102,8 @@ def distill(
         "processes": int(os.environ.get("WORLD_SIZE", "1")), "quantization": settings, "losses": losses,
         "training": training,
     }  # fmt: skip
-    check_launcher()
     main = speaks()
-    with working(quiet or not main) as say:
+    with working(quiet or not main) as say, processes_together():
         checkpoints = output.with_name(f"{output.name}.checkpoints")
         if main:
             check_output(output, model, force)

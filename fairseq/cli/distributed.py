@@ -35,6 +35,8 @@ def processes_together() -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
+    import fairseq.quantization.calibration.processes  # noqa: F401 - before there is a group, see there
+
     local = int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     own_gpu = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))

@@ -11,6 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if dist.is_available():
+    # The group at the time of its import is its functions' default argument. Imported later, as transformers does, it
+    # holds the group past destroy_process_group, and gloo's threads may then abort a process that ends.
+    import torch.distributed.nn
+
 SHARE = 16
 """Pictures that one process takes together: of 128 pictures, up to 8 processes have some."""
 
