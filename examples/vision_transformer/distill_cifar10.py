@@ -7,7 +7,8 @@
 The teacher is the float model itself. Without ``--data`` the pictures are the first 300 of the 500 test pictures that
 ship with the examples, without their labels, and it evaluates on the others; DIR holds ``train.zip`` and ``test.zip``
 as for ``train_cifar10.py``: pictures are then of the first, and it evaluates on all of the second. With
-``--held-back 60`` so many of the pictures are not trained on, and what is worse on them after training is undone.
+``--held-back 60`` so many of the pictures are neither calibrated nor trained on, and training that makes the loss on
+them no smaller is undone.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def main() -> int:
     print(f"{name}: {len(train)} pictures without labels to learn from, {len(test)} others to evaluate on\n")
     if args.held_back >= len(train):
         raise UserError(f"--held-back {args.held_back}: of {len(train)} pictures some must be left to train on")
+    held, train = train[: args.held_back], train[args.held_back :]
     expected = outputs(teacher, test)
     rows = [row("float", expected, expected, labels, 0)]
     for kind in SETTINGS if args.only is None else [args.only]:
@@ -121,8 +123,8 @@ def main() -> int:
         started = time.perf_counter()
         distill(
             student, teacher, train, epochs=args.epochs, batch_size=args.batch_size, bf16=args.bf16,
-            augment=not args.no_augment, learning_rate=args.learning_rate, held_back=args.held_back, seed=args.seed,
-            scale_learning_rate=args.scale_learning_rate,
+            augment=not args.no_augment, learning_rate=args.learning_rate, held_back=held if len(held) else 0,
+            seed=args.seed, scale_learning_rate=args.scale_learning_rate,
             losses=Losses(features=args.features, temperature=args.temperature),
             progress=lambda progress: print(progress, file=sys.stderr),
         )  # fmt: skip

@@ -69,7 +69,7 @@ def distill(
     temperature: Annotated[float, typer.Option(min=0, help="Of logits.")] = 1.0,
     augment: Annotated[bool, typer.Option("--augment", help="Random crops and flips.")] = False,
     held_back: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Pictures not trained on; what does not help them is undone.")
+        int, typer.Option(min=0, metavar="N", help="Pictures used for nothing but to undo what does not help them.")
     ] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Products in bfloat16 while it is trained.")] = False,
     save_every: Annotated[
@@ -161,6 +161,8 @@ def _distill(
     main: bool,
     say: Say,
 ) -> tuple[dict[str, Any], str]:
+    import torch
+
     from fairseq.cli.loading import load, needs_processor
     from fairseq.cli.pictures import pictures_in
     from fairseq.models.vit_quantization import ViTQuantizer
@@ -171,26 +173,31 @@ def _distill(
     with mistakes(TypeError, ValueError):
         quantizer, losses = ViTQuantizer(**run["quantization"]), Losses(**run["losses"])
     readers = pictures_in(images)
+    held_back = run["training"]["held_back"]
+    if held_back >= len(readers):
+        raise UserError(f"--held-back {held_back}: of {len(readers)} pictures some must be left to train on")
+    order = torch.randperm(len(readers), generator=torch.Generator().manual_seed(run["training"]["seed"])).tolist()
+    held, rest = (_Read([readers[i] for i in part]) for part in (order[:held_back], sorted(order[held_back:])))
     say(f"Loading {run['model']}")
     loaded = load(run["model"], device)
     teacher = loaded if run["teacher"] == run["model"] else load(run["teacher"], device)
     processor = needs_processor(loaded, "--images")
     say(f"Quantizing {type(loaded.model).__name__} with pictures in {images}")
     with mistakes():
-        student: Any = quantizer.quantize_model(loaded.model, images, processor, run["calibration"])
+        student: Any = quantizer.quantize_model(loaded.model, rest, processor, run["calibration"])
     told: list[Progress] = []
 
     def tell(progress: Progress) -> None:
         told.append(progress)
         say(str(progress))
 
-    say(f"Training on {len(readers)} pictures")
+    say(f"Training on {len(rest)} pictures")
     started = time.perf_counter()
     steps: dict[str, Any] = {} if save_every is None else {"save_strategy": "steps", "save_steps": save_every}
     with mistakes(ImportError, TypeError, ValueError):
         train(
-            student, teacher.model, _Read(readers), processor, losses=losses, output_dir=checkpoints,
-            resume=True, progress=tell, **steps, **run["training"],
+            student, teacher.model, rest, processor, losses=losses, output_dir=checkpoints, resume=True, progress=tell,
+            **steps, **run["training"] | {"held_back": held if held_back else 0},
         )  # fmt: skip
     seconds = time.perf_counter() - started
     if not main:
@@ -207,5 +214,5 @@ def _distill(
         "steps": told[-1].steps if told else 0, "losses_first": dict(told[0].losses) if told else {},
         "losses_last": dict(told[-1].losses) if told else {},
     }  # fmt: skip
-    text = f"Trained on {len(readers)} pictures, {result['steps']} steps in {seconds:.0f} s"
+    text = f"Trained on {len(rest)} pictures, {result['steps']} steps in {seconds:.0f} s"
     return result, f"{text}\nSaved {output}, {on_disk / 1e6:.1f} MB of weights"

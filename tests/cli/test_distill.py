@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoModelForImageClassification
 
 from fairseq.cli import distill
+from fairseq.cli import pictures as cli_pictures
 from fairseq.modules.quantization.packed import PackedLinear
 from fairseq.quantization.training import trainer
 
@@ -27,6 +28,40 @@ def test_the_folder_is_a_packed_model_with_its_processor(cli, models, pictures, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     layers = [m for m in AutoModelForImageClassification.from_pretrained(out).modules() if type(m) is PackedLinear]
     assert sorted({layer.config.bits for layer in layers}) == [3, 8]
+
+
+def test_pictures_held_back_are_not_calibrated_on(cli, models, pictures, tmp_path, monkeypatch):
+    """They would seem to be helped less by training than others are."""
+    read, at = {}, ["calibrated"]
+
+    def noted(number, reader):
+        def look():
+            read.setdefault(at[0], set()).add(number)
+            return reader()
+
+        return look
+
+    readers = [noted(i, reader) for i, reader in enumerate(cli_pictures.pictures_in(pictures))]
+
+    class Trained(trainer.DistillationTrainer):
+        def evaluate(self, *words, **more):
+            at[0] = "judged"
+            return super().evaluate(*words, **more)
+
+        def train(self, *words, **more):
+            at[0] = "trained"
+            return super().train(*words, **more)
+
+    monkeypatch.setattr(cli_pictures, "pictures_in", lambda folder: readers)
+    monkeypatch.setattr(trainer, "DistillationTrainer", Trained)
+    words = ("--images", pictures, *SETTINGS, "--calibration", 128, "--held-back", 12, "-o", tmp_path / "out")
+    found = cli("distill", models / "short", *words)
+    assert found.code == 0, found.err
+    assert "Training on 24 pictures" in found.err
+    assert len(read["judged"]) == 12
+    assert read["calibrated"] - read["judged"] == read["trained"]
+    assert len(read["trained"]) == 24
+    assert len(read["calibrated"] & read["judged"]) <= 1  # one may be looked at before, for its shape
 
 
 def test_a_run_that_was_stopped_leaves_checkpoints_alone_and_goes_on(cli, models, pictures, tmp_path, monkeypatch):
@@ -57,6 +92,7 @@ def test_a_run_that_was_stopped_leaves_checkpoints_alone_and_goes_on(cli, models
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("vit", "--held-back", 36), "--held-back 36: of 36 pictures some must be left to train on"),
         (("vit", "--images", "nowhere"), "--images nowhere: no such folder"),
         (("vit", "--temperature", 0), "outputs and temperature must be above 0"),
         (("packed",), "the model is quantized already"),

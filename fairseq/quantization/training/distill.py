@@ -33,7 +33,7 @@ def distill(
     losses: Losses | None = None,
     scales: bool = True,
     augment: bool = False,
-    held_back: int = 0,
+    held_back: Any = 0,
     seed: int = 0,
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -58,8 +58,9 @@ def distill(
         losses: outputs and features, 1 each, unless they say otherwise.
         scales: learn them; see :func:`~.student.learn_scales`.
         augment: another crop and perhaps a flip of each picture each time.
-        held_back: so many of the pictures are not trained on. What was trained stays only if the loss on them is
-            smaller than before; if not, the student stays as it was, with a warning. 0 for no such guard.
+        held_back: pictures that are not trained on, or how many of ``data`` are not. What was trained stays only if the
+            loss on them is smaller than before; if not, the student stays as it was, with a warning. A student that was
+            calibrated on them was fitted to them before, and training then seems not to help. 0 for no such guard.
         seed: of the order of pictures, of ``augment`` and of which are held back.
         output_dir: where checkpoints go, one at the end of each epoch, the last one kept; None for no checkpoints.
         resume: go on from the last whole checkpoint in ``output_dir``, if there is one.
@@ -96,10 +97,10 @@ def distill(
                 f"{args.world_size} processes with batch_size={batch_size} need {needed} pictures for one step, and "
                 f"there are {len(trained)}"
             )
-        if held_back % args.world_size:
-            raise ValueError(f"{args.world_size} processes cannot share held_back={held_back} pictures evenly")
-        if held_back:  # whole batches, as several processes leave out what is none
-            own = held_back // args.world_size
+        if len(held) % args.world_size:
+            raise ValueError(f"{args.world_size} processes cannot share held_back={len(held)} pictures evenly")
+        if len(held):  # whole batches, as several processes leave out what is none
+            own = len(held) // args.world_size
             args.per_device_eval_batch_size = max(size for size in range(1, batch_size + 1) if own % size == 0)
         trainer = on_transformers.DistillationTrainer(
             student, args, teacher=teacher, losses=losses, scales=scales, scale_learning_rate=scale_learning_rate,
@@ -108,24 +109,27 @@ def distill(
         if progress is not None:
             on_transformers.Report(progress).instead_of_lines(trainer)
         whole = on_transformers.last_checkpoint(folder) if resume else None
-        start = {name: value.clone() for name, value in student.state_dict().items()} if held_back else {}
-        before = trainer.evaluate(held)["eval_loss"] if held_back else None
+        start = {name: value.clone() for name, value in student.state_dict().items()} if len(held) else {}
+        before = trainer.evaluate(held)["eval_loss"] if len(held) else None
         trainer.train(resume_from_checkpoint=None if whole is None else str(whole))
         if before is not None and not (after := trainer.evaluate(held)["eval_loss"]) < before:
             student.load_state_dict(start)
             warnings.warn(
-                f"training did not help: the loss on {held_back} pictures held back was {before:.4g} before and is "
+                f"training did not help: the loss on {len(held)} pictures held back was {before:.4g} before and is "
                 f"{after:.4g} after it; the student is as it was. Try a lower learning rate, more pictures or augment",
                 stacklevel=2,
             )
     return student.eval()
 
 
-def _split(data: Any, processor: Any, augment: bool, held_back: int, seed: int) -> tuple[Subset[Any], Subset[Any]]:
+def _split(data: Any, processor: Any, augment: bool, held_back: Any, seed: int) -> tuple[Subset[Any], Subset[Any]]:
     """The pictures to train on, and those held back, which are never augmented."""
     pictures = Pictures(data, processor, augment)
-    if isinstance(held_back, bool) or not isinstance(held_back, int):
-        raise TypeError(f"held_back must be a number of pictures, got {held_back!r}")
+    if held_back is None or isinstance(held_back, bool | float):
+        raise TypeError(f"held_back must be a number of pictures, or pictures; got {held_back!r}")
+    if not isinstance(held_back, int):
+        others = Pictures(held_back, processor)
+        return Subset(pictures, range(len(pictures))), Subset(others, range(len(others)))
     if not 0 <= held_back < len(pictures):
         raise ValueError(
             f"held_back must be from 0 to {len(pictures) - 1}, as there are {len(pictures)} pictures; got {held_back}"

@@ -165,6 +165,23 @@ def test_what_did_not_help_pictures_held_back_is_undone(student, tiny_vit, data)
     assert not all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
+def test_pictures_held_back_may_be_others(student, tiny_vit, data):
+    """All of ``data`` are trained on, and the others decide."""
+    before, others = state(student), torch.randn(8, *data.shape[1:], generator=torch.Generator().manual_seed(5))
+    seen = []
+
+    class Read(list):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    with pytest.warns(UserWarning, match=r"the loss on 8 pictures held back was \S+ before and is \S+ after"):
+        told = quietly(student, tiny_vit, data, epochs=1, held_back=Read(others), learning_rate=1.0)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert told[-1].steps == 5
+    assert Counter(seen[1:]) == dict.fromkeys(range(8), 2)  # before and after
+
+
 def wide(**changes):
     torch.manual_seed(1)
     return ViTForImageClassification(vit_config(**changes)).eval()
@@ -185,7 +202,7 @@ def test_what_does_not_fit(student, tiny_vit, data):
          r"as many heads in both; the student has \[3, 3\] and the teacher \[4, 4\]"),
         ((student, tiny_vit, data), {"resume": True}, ValueError, "resume=True needs the output_dir"),
         ((student, tiny_vit, data), {"held_back": 40}, ValueError, "held_back must be from 0 to 39, as there are 40"),
-        ((student, tiny_vit, data), {"held_back": 0.5}, TypeError, r"a number of pictures, got 0\.5"),
+        ((student, tiny_vit, data), {"held_back": 0.5}, TypeError, r"or pictures; got 0\.5"),
     ]  # fmt: skip
     for arguments, more, kind, message in cases:
         with pytest.raises(kind, match=message):
