@@ -163,7 +163,7 @@ def subject(args: argparse.Namespace) -> tuple[nn.Module, Any, str, list, Tensor
 def split(args: argparse.Namespace, images: list) -> tuple[list[int], list[int]]:
     """Which of the pictures to calibrate on, and which to evaluate on: all others, or --held-out of them."""
     calibration, count = args.calibration or "", len(images)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed)).tolist()
     held_out = args.held_out or 0
     if held_out >= count:
         raise UserError(f"--held-out {held_out}: of {count} pictures, 1 to {count - 1} can be held out")
@@ -209,7 +209,11 @@ def make(
         "activation_bits": args.activation_bits, "arithmetic": args.arithmetic, "functions": args.functions,
         "rounding": args.rounding, "group_size": args.group_size, "rotate": args.rotate,
         "overrides": parse_overrides(args.override), "execution": "emulated" if args.distill else "packed",
+        "seed": args.seed,
     }  # fmt: skip
+    held: list = []  # they decide whether training stays, and are not calibrated on, either
+    if calibration is not None and args.distill is not None:
+        held, calibration = calibration[: len(calibration) // 8], calibration[len(calibration) // 8 :]
     try:
         if isinstance(bits, int):
             quantizer = ViTQuantizer(bits=bits, **settings)
@@ -233,7 +237,7 @@ def make(
     try:
         distill(
             result, model, calibration, processor, epochs=args.distill, batch_size=args.batch_size, augment=True,
-            learning_rate=args.learning_rate or LEARNING_RATE, held_back=len(calibration) // 8,
+            learning_rate=args.learning_rate or LEARNING_RATE, held_back=held, seed=args.seed,
         )  # fmt: skip
         return ViTQuantizer.pack_model(result)
     except (ImportError, TypeError, ValueError) as error:
@@ -279,7 +283,8 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--distill", type=positive, default=None, metavar="EPOCHS",
-        help="then train it towards the float model on seven of eight of them; the eighth decides whether that stays",
+        help="then train it towards the float model; an eighth of the pictures is not trained or calibrated on, and "
+        "decides whether that stays",
     )  # fmt: skip
     parser.add_argument("--learning-rate", type=float, default=None, help=f"of --distill; default {LEARNING_RATE}")
     parser.add_argument(
@@ -304,6 +309,7 @@ def parse_arguments() -> argparse.Namespace:
         help="evaluate on so many drawn at random, the same whatever --calibration is; default: on all others",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=16, help="of evaluation and of --distill; default 16")
+    parser.add_argument("--seed", type=int, default=0, help="of which are drawn, and of what is learned; default 0")
     parser.add_argument("--limit", type=positive, default=None, help="only the first so many pictures")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="add the rows to those in this file")
@@ -327,7 +333,7 @@ def describe(args: argparse.Namespace, pictures: int | None) -> dict[str, Any]:
         "calibration": "synthetic" if args.calibration == "synthetic" else pictures,
         "functions": args.functions, "reconstruct": args.reconstruct, "distill": args.distill,
         "learning_rate": (args.learning_rate or LEARNING_RATE) if args.distill else None, "batch_size": args.batch_size,
-        "device": args.device, "threads": torch.get_num_threads(),
+        "seed": args.seed, "device": args.device, "threads": torch.get_num_threads(),
         "processor": processor_name(), "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
 

@@ -293,6 +293,8 @@ def test_the_same_pictures_are_held_out_whatever_calibrates(script, model, pictu
     table = next(line.split() for line in outs[1][1].splitlines() if line.startswith("2-bit"))
     assert table[-2] == f"{found[3]['divergence']:.4f}"
     assert found[0]["divergence"] < found[1]["divergence"]
+    script("evaluate", *arguments[:-5], "--configs", "8:channel", "--seed", 1, before=watch)
+    assert {image.args[0].name for image in seen[3]} != {*names[0]}
     code, out, _ = script("accuracy_picture", rows, rows, "--output", tmp_path / "accuracy.png")
     assert (code, out) == (0, f"{tmp_path / 'accuracy.png'}: 6 of 12 rows, 3 ways\n")
     with Image.open(tmp_path / "accuracy.png") as image:
@@ -373,11 +375,21 @@ def test_evaluate_distils(script, model, tmp_path):
         )
         rows.append([f"{i}.png", i % 7])
     write_labels(tmp_path / "many.csv", rows)
-    made = []
+    made, used = [], {}
 
     def watch(module):
-        whole = module.make
+        whole, quantize, distill = module.make, module.quantize, module.distill
         module.make = lambda *arguments: made.append(whole(*arguments)) or made[-1]
+
+        def quantize_(*arguments, **more):
+            used["calibrated"] = more["calibration"]
+            return quantize(*arguments, **more)
+
+        def distill_(*arguments, **more):
+            used.update(trained=arguments[2], held_back=more["held_back"])
+            return distill(*arguments, **more)
+
+        module.quantize, module.distill = quantize_, distill_
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "training did not help")
@@ -391,6 +403,10 @@ def test_evaluate_distils(script, model, tmp_path):
     assert "blocks reconstructed (1 epochs), distilled (1 epochs)" in out
     assert any(isinstance(module, PackedLinear) for module in made[0].modules())
     assert not any(isinstance(module, EmulatedLinear) for module in made[0].modules())
+    pictures = {kind: {image.tobytes() for image in images} for kind, images in used.items()}
+    assert {kind: len(images) for kind, images in pictures.items()} == {"calibrated": 21, "trained": 21, "held_back": 3}
+    assert pictures["calibrated"] == pictures["trained"]
+    assert not pictures["trained"] & pictures["held_back"]
     row = json.loads((tmp_path / "rows.json").read_text())[0]
     assert (row["reconstruct"], row["distill"], row["calibration"], row["evaluated"]) == (1, 1, 24, 8)
 
