@@ -23,6 +23,7 @@ def _one(rank, count, folder):
     module, name, places, arguments = torch.load(path / "call.pt", weights_only=False)
     sys.path[:] = [*places, str(Path(__file__).parents[1])]  # tests are modules of a package, whatever started pytest
     torch.set_num_threads(1)
+    importlib.import_module("torch.distributed.nn")  # see fairseq/quantization/calibration/processes.py
     function = getattr(importlib.import_module(module), name)
     dist.init_process_group("gloo", init_method=f"file://{path / 'group'}", rank=rank, world_size=count)
     try:

@@ -41,6 +41,7 @@ def way(row: dict[str, Any]) -> str:
     words += row.get("overrides") or []
     words += ["integers alone"] if row.get("arithmetic") == "integer" else []
     words += [f"functions {row['functions']}"] if row.get("functions", "default") != "default" else []
+    words += [f"seed {row['seed']}"] if row.get("seed") else []
     activations, bits = row.get("activations", "dynamic"), row.get("activation_bits", 8)
     if activations == "none":
         words.append("weights only")

@@ -62,6 +62,7 @@ from fairseq.quantization.calibration.synthetic import synthetic_images
 from fairseq.quantization.config import ROUNDINGS
 from fairseq.quantization.evaluation.compare import compare_vectors, embeddings
 from fairseq.quantization.training.distill import distill
+from fairseq.quantization.training.pictures import hold_back
 
 LEARNING_RATE = 1e-4  # of --distill
 
@@ -201,9 +202,10 @@ def named(calibration: str, images: list, folder: Path | None) -> list[int]:
 
 
 def make(
-    args: argparse.Namespace, bits: float, method: str, model: nn.Module, processor: Any, calibration: list | None
-) -> nn.Module:
-    """The quantized model of one of --configs."""
+    args: argparse.Namespace, bits: float, method: str, model: nn.Module, processor: Any, calibration: list | None,
+    held_back: list,
+) -> nn.Module:  # fmt: skip
+    """The quantized model of one of --configs; pictures held back decide whether --distill helped."""
     settings: dict[str, Any] = {
         "method": method, "activations": None if args.activations == "none" else args.activations,
         "activation_bits": args.activation_bits, "arithmetic": args.arithmetic, "functions": args.functions,
@@ -211,9 +213,6 @@ def make(
         "overrides": parse_overrides(args.override), "execution": "emulated" if args.distill else "packed",
         "seed": args.seed,
     }  # fmt: skip
-    held: list = []  # they decide whether training stays, and are not calibrated on, either
-    if calibration is not None and args.distill is not None:
-        held, calibration = calibration[: len(calibration) // 8], calibration[len(calibration) // 8 :]
     try:
         if isinstance(bits, int):
             quantizer = ViTQuantizer(bits=bits, **settings)
@@ -237,7 +236,7 @@ def make(
     try:
         distill(
             result, model, calibration, processor, epochs=args.distill, batch_size=args.batch_size, augment=True,
-            learning_rate=args.learning_rate or LEARNING_RATE, held_back=held, seed=args.seed,
+            learning_rate=args.learning_rate or LEARNING_RATE, held_back=held_back, seed=args.seed,
         )  # fmt: skip
         return ViTQuantizer.pack_model(result)
     except (ImportError, TypeError, ValueError) as error:
@@ -301,8 +300,8 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--calibration", default=None, metavar="FILE|COUNT|synthetic",
-        help="calibrate on the pictures named in this file, one a line, or on so many drawn at random (the same each "
-        "time), and leave them out of the evaluation; or on 128 synthetic ones",
+        help="calibrate on the pictures named in this file, one a line, or on so many drawn at random (by --seed), "
+        "and leave them out of the evaluation; or on 128 synthetic ones",
     )  # fmt: skip
     parser.add_argument(
         "--held-out", type=positive, default=None, metavar="COUNT",
@@ -351,8 +350,13 @@ def main() -> int:
     chosen, evaluated = split(args, images)
     if args.distill is not None and len(chosen) < 8:
         raise UserError(f"--distill needs at least 8 pictures, of which one decides; --calibration gives {len(chosen)}")
+    deciding: list[int] = []
+    if args.distill is not None:
+        places, drawn = hold_back(len(chosen), len(chosen) // 8, args.seed)
+        chosen, deciding = [chosen[i] for i in places], [chosen[i] for i in drawn]
+    held_back = [images[i]() for i in deciding]
     calibration = [images[i]() for i in chosen] if chosen else None
-    calibration = synthetic_images() if args.calibration == "synthetic" else calibration
+    calibration = synthetic_images(seed=args.seed) if args.calibration == "synthetic" else calibration
     images, labels = [images[i] for i in evaluated], None if labels is None else labels[evaluated]
     images, labels = images[: args.limit], None if labels is None else labels[: args.limit]
     if not images:
@@ -361,7 +365,7 @@ def main() -> int:
     models, seconds = {"float": model.to(device)}, {}
     for bits, method in dict.fromkeys(args.configs):
         key, started = f"{bits:g}-bit {method}", time.perf_counter()
-        models[key] = make(args, bits, method, model, processor, calibration)
+        models[key] = make(args, bits, method, model, processor, calibration, held_back)
         seconds[key] = time.perf_counter() - started
 
     if labels is None and len(images) <= args.neighbours:
@@ -375,7 +379,7 @@ def main() -> int:
         f"{'rotated, ' if args.rotate else ''}"
         f"{'' if args.group_size is None else f'groups of {args.group_size}, '}"
         f"{'' if args.reconstruct is None else f'blocks reconstructed ({args.reconstruct} epochs), '}"
-        f"{'' if args.distill is None else f'distilled ({args.distill} epochs), '}"
+        f"{'' if args.distill is None else f'distilled ({args.distill} epochs, {len(held_back)} pictures held back), '}"
         f"{', '.join(args.override)}{', ' if args.override else ''}"
         f"{'integers alone, ' if args.arithmetic == 'integer' else ''}"
         f"{'without calibration' if calibration is None else f'calibrated on {len(calibration)} {kind}'}, on {device}\n"
@@ -392,7 +396,7 @@ def main() -> int:
         names = "\n".join("/".join(Path(read.args[-1]).parts[-2:]) for read in images)  # file and folder
         shared = {
             "model": name, "evaluated": len(images), "evaluated_on": hashlib.sha256(names.encode()).hexdigest()[:12],
-            **describe(args, len(calibration) if calibration else None),
+            **describe(args, len(calibration) if calibration else None), "held_back": len(held_back),
         }  # fmt: skip
         peak = memory()["peak"] / 1e9 if PROC.exists() else None  # GB, of the whole process until here
         add_rows(args.json, [

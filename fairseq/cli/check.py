@@ -96,7 +96,7 @@ def evaluate(
 
     Under torchrun or accelerate launch the processes share the pictures, and the first prints.
     """
-    with working(quiet or not speaks()) as say, processes_together():
+    with working(quiet or not speaks()) as say, processes_together(device):
         from fairseq.cli import measure
 
         models = measure.load_named(model, reference, device, say)

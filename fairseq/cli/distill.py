@@ -102,8 +102,10 @@ def distill(
         "processes": int(os.environ.get("WORLD_SIZE", "1")), "quantization": settings, "losses": losses,
         "training": training,
     }  # fmt: skip
+    if held_back:  # what an earlier version calls the same run was calibrated on them
+        run["held_back_is_calibrated"] = False
     main = speaks()
-    with working(quiet or not main) as say, processes_together():
+    with working(quiet or not main) as say, processes_together(device):
         checkpoints = output.with_name(f"{output.name}.checkpoints")
         if main:
             check_output(output, model, force)
@@ -161,23 +163,20 @@ def _distill(
     main: bool,
     say: Say,
 ) -> tuple[dict[str, Any], str]:
-    import torch
-
     from fairseq.cli.loading import load, needs_processor
     from fairseq.cli.pictures import pictures_in
     from fairseq.models.vit_quantization import ViTQuantizer
     from fairseq.quantization.training.distill import distill as train
     from fairseq.quantization.training.losses import Losses
+    from fairseq.quantization.training.pictures import hold_back
     from fairseq.quantization.training.progress import Progress
 
     with mistakes(TypeError, ValueError):
         quantizer, losses = ViTQuantizer(**run["quantization"]), Losses(**run["losses"])
     readers = pictures_in(images)
-    held_back = run["training"]["held_back"]
-    if held_back >= len(readers):
-        raise UserError(f"--held-back {held_back}: of {len(readers)} pictures some must be left to train on")
-    order = torch.randperm(len(readers), generator=torch.Generator().manual_seed(run["training"]["seed"])).tolist()
-    held, rest = (_Read([readers[i] for i in part]) for part in (order[:held_back], sorted(order[held_back:])))
+    with mistakes(ValueError):
+        parts = hold_back(len(readers), run["training"]["held_back"], run["training"]["seed"])
+    rest, held = (_Read([readers[i] for i in part]) for part in parts)
     say(f"Loading {run['model']}")
     loaded = load(run["model"], device)
     teacher = loaded if run["teacher"] == run["model"] else load(run["teacher"], device)
@@ -197,7 +196,7 @@ def _distill(
     with mistakes(ImportError, TypeError, ValueError):
         train(
             student, teacher.model, rest, processor, losses=losses, output_dir=checkpoints, resume=True, progress=tell,
-            **steps, **run["training"] | {"held_back": held if held_back else 0},
+            **steps, **run["training"] | {"held_back": held if held else 0},
         )  # fmt: skip
     seconds = time.perf_counter() - started
     if not main:

@@ -23,10 +23,11 @@ def check_launcher() -> None:
 
 
 @contextmanager
-def processes_together() -> Iterator[None]:
+def processes_together(device: str) -> Iterator[None]:
     """Inside, the processes that a launcher started are one group, as its environment variables say; without any, none.
 
-    NCCL where each process of this machine has a GPU of its own, gloo otherwise. UserError as :func:`check_launcher`.
+    NCCL where each process of this machine has a GPU of its own, and ``device`` is not "cpu"; gloo otherwise. UserError
+    as :func:`check_launcher`.
     """
     check_launcher()
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
@@ -39,7 +40,7 @@ def processes_together() -> Iterator[None]:
 
     local = int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    own_gpu = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    own_gpu = device != "cpu" and gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     if own_gpu:
         torch.cuda.set_device(local)
     begun = not dist.is_initialized()

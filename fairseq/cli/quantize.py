@@ -153,7 +153,7 @@ def quantize(
         raise UserError("--epochs and --minutes exclude each other")
     if speaks():
         check_output(output, model, force)
-    with working(quiet or not speaks()) as say, processes_together():
+    with working(quiet or not speaks()) as say, processes_together(device):
         pictures = {"calibration": calibration, "images": count, "augment": augment}
         learning = (epochs, minutes) if reconstruct else None
         result, text = _quantize(model, output, settings, pictures, budget, engine, resume, learning, device, say)

@@ -92,7 +92,7 @@ def test_a_run_that_was_stopped_leaves_checkpoints_alone_and_goes_on(cli, models
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("vit", "--held-back", 36), "--held-back 36: of 36 pictures some must be left to train on"),
+        (("vit", "--held-back", 36), "held_back must be from 0 to 35, as there are 36 pictures; got 36"),
         (("vit", "--images", "nowhere"), "--images nowhere: no such folder"),
         (("vit", "--temperature", 0), "outputs and temperature must be above 0"),
         (("packed",), "the model is quantized already"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if dist.is_available():
+if dist.is_available() and os.environ.get("WORLD_SIZE", "1") != "1":
     # The group at the time of its import is its functions' default argument. Imported later, as transformers does, it
-    # holds the group past destroy_process_group, and gloo's threads may then abort a process that ends.
+    # holds the group past destroy_process_group, and gloo's threads may then abort a process that ends. Not where there
+    # is no launcher: before torch 2.10 it makes a temporary folder.
     import torch.distributed.nn
 
 SHARE = 16

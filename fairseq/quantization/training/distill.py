@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import tempfile
 import warnings
@@ -9,12 +10,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from torch.utils.data import Subset
 
 from fairseq.quantization.training.losses import Losses
-from fairseq.quantization.training.pictures import Pictures
+from fairseq.quantization.training.pictures import Pictures, hold_back
 from fairseq.quantization.training.progress import Progress
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -125,15 +125,11 @@ def distill(
 def _split(data: Any, processor: Any, augment: bool, held_back: Any, seed: int) -> tuple[Subset[Any], Subset[Any]]:
     """The pictures to train on, and those held back, which are never augmented."""
     pictures = Pictures(data, processor, augment)
-    if held_back is None or isinstance(held_back, bool | float):
-        raise TypeError(f"held_back must be a number of pictures, or pictures; got {held_back!r}")
-    if not isinstance(held_back, int):
-        others = Pictures(held_back, processor)
+    if held_back is not None and not isinstance(held_back, numbers.Number):
+        try:
+            others = Pictures(held_back, processor)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"held_back: {error}") from error
         return Subset(pictures, range(len(pictures))), Subset(others, range(len(others)))
-    if not 0 <= held_back < len(pictures):
-        raise ValueError(
-            f"held_back must be from 0 to {len(pictures) - 1}, as there are {len(pictures)} pictures; got {held_back}"
-        )
-    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed)).tolist()
-    plain = Pictures(data, processor) if augment else pictures
-    return Subset(pictures, sorted(order[held_back:])), Subset(plain, order[:held_back])
+    rest, held = hold_back(len(pictures), held_back, seed)
+    return Subset(pictures, rest), Subset(Pictures(data, processor) if augment else pictures, held)

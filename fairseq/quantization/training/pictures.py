@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -105,6 +106,20 @@ def _indexed(images: Any) -> Sequence[Any]:
         raise TypeError(f"pictures to train on must be {ACCEPTED}; got {_told(images)}")
     found_images: Sequence[Any] = images
     return found_images
+
+
+def hold_back(pictures: int, count: Any, seed: int) -> tuple[list[int], list[int]]:
+    """The numbers of the pictures to train on, in order, and of ``count`` others, drawn at random.
+
+    Raises:
+        TypeError, ValueError: ``count`` is not a number from 0 to below that of the pictures.
+    """
+    if isinstance(count, bool) or not isinstance(count, numbers.Integral):
+        raise TypeError(f"held_back must be a number of pictures, or pictures; got {count!r}")
+    if not 0 <= (count := int(count)) < pictures:
+        raise ValueError(f"held_back must be from 0 to {pictures - 1}, as there are {pictures} pictures; got {count}")
+    order = torch.randperm(pictures, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[count:]), order[:count]
 
 
 def _told(value: Any) -> str:

@@ -203,6 +203,7 @@ def test_what_does_not_fit(student, tiny_vit, data):
         ((student, tiny_vit, data), {"resume": True}, ValueError, "resume=True needs the output_dir"),
         ((student, tiny_vit, data), {"held_back": 40}, ValueError, "held_back must be from 0 to 39, as there are 40"),
         ((student, tiny_vit, data), {"held_back": 0.5}, TypeError, r"or pictures; got 0\.5"),
+        ((student, tiny_vit, data), {"held_back": []}, ValueError, "held_back: there is no picture"),
     ]  # fmt: skip
     for arguments, more, kind, message in cases:
         with pytest.raises(kind, match=message):
