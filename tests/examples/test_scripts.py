@@ -337,6 +337,7 @@ def test_a_picture_has_a_line_for_each_setting(script, tmp_path):
         {"reconstruct": 2}, {"reconstruct": 3}, {"distill": 2, "learning_rate": 1e-4}, {"overrides": ["*=bits:8"]},
         {"distill": 2, "learning_rate": 1e-3}, {"arithmetic": "integer"}, {"functions": "ivit"},
         {"activations": "none"}, {"activations": "static"}, {"activations": "dynamic", "activation_bits": 4},
+        {"seed": 1},
     ]  # fmt: skip
     rows = [{**ROW, **change, "bits": bits} for change in changes for bits in (4, 2)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))

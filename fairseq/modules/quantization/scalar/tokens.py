@@ -91,7 +91,7 @@ def _round_affine(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tens
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: quantize_tokens and back. Backward: 1, since the scale follows the largest value and nothing is cut."""
+    """Forward: quantize_tokens and back. Backward: 1, also for what a narrower range cuts below 8 bits."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor, bits: int) -> Tensor:
