@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -45,12 +46,26 @@ def processes_together(device: str) -> Iterator[None]:
         torch.cuda.set_device(local)
     begun = not dist.is_initialized()
     if begun:
-        dist.init_process_group("nccl" if own_gpu else "gloo")
+        with _nothing_on_stdout():
+            dist.init_process_group("nccl" if own_gpu else "gloo")
     try:
         yield
     finally:
         if begun:
             dist.destroy_process_group()
+
+
+@contextmanager
+def _nothing_on_stdout() -> Iterator[None]:
+    """Inside, what is written to the file of stdout goes to that of stderr: the gloo of torch 2.9 greets there."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def speaks() -> bool:

@@ -1,6 +1,7 @@
 """Commands under torchrun: one group, of which nothing is left, and one process that writes."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -54,6 +55,16 @@ def test_distill_in_two_processes(models, pictures, tmp_path):
     assert json.loads(done.stdout)["path"] == str(tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert not (tmp_path / "out.checkpoints").exists()
+
+
+def test_what_the_library_says_is_not_on_stdout(monkeypatch, capfd):
+    """The gloo of torch 2.9 greets there, before the JSON that someone wants to read."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: os.write(1, b"[Gloo] connected"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with processes_together("cpu"):
+        os.write(1, b"result")
+    assert capfd.readouterr() == ("result", "[Gloo] connected")
 
 
 def test_gloo_where_the_model_is_on_the_cpu(monkeypatch):
