@@ -64,6 +64,19 @@ def test_pictures_held_back_are_not_calibrated_on(cli, models, pictures, tmp_pat
     assert len(read["calibrated"] & read["judged"]) <= 1  # one may be looked at before, for its shape
 
 
+def test_an_earlier_version_calibrated_on_them(cli, models, pictures, tmp_path):
+    """Its student is another, so that its run is not gone on with; without pictures held back it is the same."""
+    out, folder = tmp_path / "out", tmp_path / "again.checkpoints"
+    words = ("distill", models / "short", "--images", pictures, *SETTINGS)
+    for held, code in ((2, 2), (0, 0)):
+        result = json.loads(cli(*words, "--held-back", held, "-o", out, "--json", "--force").out)
+        kept = ("model", "teacher", "images", "calibration", "processes", "quantization", "losses", "training")
+        (folder / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").write_text(json.dumps({name: result[name] for name in kept}))
+        found = cli(*words, "--held-back", held, "--resume", "-o", tmp_path / "again")
+        assert (found.code, "has held_back_is_calibrated None, and this one False" in found.err) == (code, bool(held))
+
+
 def test_a_run_that_was_stopped_leaves_checkpoints_alone_and_goes_on(cli, models, pictures, tmp_path, monkeypatch):
     out, words = tmp_path / "out", ("distill", models / "short", "--images", pictures, *SETTINGS)
 

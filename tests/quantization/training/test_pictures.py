@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from fairseq.quantization.training.pictures import Pictures, augmented
+from fairseq.quantization.training.pictures import Pictures, augmented, hold_back
 
 PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})
 
@@ -78,3 +78,12 @@ def test_a_damaged_file_is_named(folder):
     (folder / "a" / "deep" / "1.png").write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match=r"picture 0 \('.*a/deep/1\.png'\) cannot be read as a picture"):
         Pictures(folder, PROCESSOR)
+
+
+def test_those_held_back_are_drawn_by_the_seed():
+    (rest, held), (_, others) = hold_back(40, 8, 0), hold_back(40, 8, 1)
+    assert sorted([*rest, *held]) == list(range(40))
+    assert rest == sorted(rest)
+    assert len(held) == 8
+    assert {*held} != {*others}
+    assert hold_back(40, 8, 0) == (rest, held)
