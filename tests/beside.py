@@ -61,6 +61,10 @@ def new_folder(name: str) -> Path:
     return path
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+"""The first words of :func:`python` for a script, or ``-m`` and a module, in two processes."""
+
+
 def python(*words: object, **keywords: Any) -> subprocess.CompletedProcess[str]:
     """Python in a process of its own, for at most two minutes."""
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120, **keywords)

@@ -7,11 +7,10 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from beside import python
+from beside import TORCHRUN, python
 
 from fairseq.cli.distributed import processes_together
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 SCRIPT = """
 import os, sys
 from pathlib import Path

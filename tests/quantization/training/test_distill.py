@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import trained_together
-from beside import Beside, new_folder, python
+from beside import TORCHRUN, Beside, new_folder, python
 from conftest import vit_config
 from families import build
 from transformers import AutoModelForImageClassification, TrainerCallback, TrainingArguments, ViTForImageClassification
@@ -237,8 +237,7 @@ def test_without_accelerate_it_says_what_to_install():
 def _run_together():
     """Two processes with batches of 4."""
     folder = new_folder("together")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    return lambda: (folder, python(*torchrun, trained_together.__file__, folder))
+    return lambda: (folder, python(*TORCHRUN, trained_together.__file__, folder))
 
 
 RUN_TOGETHER = Beside(_run_together)
