@@ -273,7 +273,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=None, metavar="INPUTS", help="that share a scale; 32 to 128")
     parser.add_argument(
         "--rounding", choices=["auto", *ROUNDINGS], default="auto",
-        help="auto: with --calibration coordinate up to 3 bits and gptaq above, else nearest",
+        help="auto: with --calibration coordinate up to 4 bits and gptaq above, else nearest",
     )  # fmt: skip
     parser.add_argument("--rotate", action="store_true", help="turn the hidden states first; ViT and DeiT")
     parser.add_argument(

@@ -98,7 +98,7 @@ def test_json_and_pipeline(cli, models, pictures, tmp_path):
     assert (found["quantized"], found["skipped"], len(found["layers"])) == (7, 0, 7)
     assert found["sizes"]["quantized"] < found["sizes"]["float"]
     assert found["sizes"]["on_disk"] == (out / "model.safetensors").stat().st_size
-    assert found["layers"][0]["rounding"] == "gptaq"
+    assert found["layers"][0]["rounding"] == "coordinate"
     guess = pipeline("image-classification", model=str(out))(str(pictures / "0.png"))
     assert guess[0]["label"].startswith("LABEL_")
 

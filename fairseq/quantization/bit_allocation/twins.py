@@ -31,7 +31,7 @@ class Twins:
     activations: a model with some layers changed for their twins runs what a model of those widths runs. It is not the
     very model: the input of a layer changes a little with the widths of those before it, and rounding follows it, as
     do the factors of equalization where activations are narrow or static. Layers that share a weight share its integers
-    in the end if they get one width, while twins are rounded each for itself. And at 2 and 3 bits the layer that ends a
+    in the end if they get one width, while twins are rounded each for itself. And up to 4 bits the layer that ends a
     block makes up for the drift of its inputs here, and for all that its block is missing there.
 
     In memory all widths together take about 4.5 bytes for each weight.

@@ -14,12 +14,21 @@ from fairseq.quantization.architectures.forward import Pixels
 from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan
 from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.block_inputs import BlockInputs
+from fairseq.quantization.calibration.output_moments import OutputMoments
 from fairseq.quantization.calibration.precision import multiplies_in_half
 from fairseq.quantization.calibration.progress import Progress
 from fairseq.quantization.calibration.statistics import BATCH_SIZE, collect
 from fairseq.quantization.calibration.storage import Storage
 from fairseq.quantization.calibration.token_weights import token_weights
-from fairseq.quantization.config import MAKE_UP_FOR_BLOCK, MAKE_UP_FOR_DRIFT, TRIED_OUT, resolve_rounding
+from fairseq.quantization.config import (
+    MAKE_UP_FOR_BLOCK,
+    MAKE_UP_FOR_DRIFT,
+    TRIED_OUT,
+    TWO_SIDED,
+    TWO_SIDED_BITS,
+    TWO_SIDED_WEIGHTS,
+    resolve_rounding,
+)
 from fairseq.quantization.rounding.statistics import Sample, Statistics
 
 
@@ -38,8 +47,9 @@ class Calibration:
         seed: of the token weights.
         progress: is told what is done.
         follow: makes the ``BlockInputs`` of what is being quantized.
-        weights: the token weights, if they are known.
+        kept: the token weights, and what errors of outputs count, if they are known.
         blocks: also weigh the outputs of the blocks, and follow the float model in any case.
+        all_widths: layers may be rounded to fewer bits than the plan says, too.
     """
 
     def __init__(
@@ -51,19 +61,24 @@ class Calibration:
         seed: int,
         progress: Progress,
         follow: Callable[[nn.Module, nn.Module, Any, list[str]], BlockInputs] = BlockInputs,
-        weights: dict[str, Tensor] | None = None,
+        kept: tuple[dict[str, Tensor], OutputMoments] | None = None,
         blocks: bool = False,
+        all_widths: bool = False,
     ):
         self.plan, self.progress, names = plan, progress, plan.blocks()
         self.half = multiplies_in_half(model)
         self.halves = BATCH_SIZE % getattr(pixel_values, "views", 1) == 0  # else both would have views of one picture
         reached = [layer.name for layer in plan.chosen if plan.reaches(layer.name)]
         reached += names if blocks else []
-        if weights is None:
-            weights = token_weights(model, pixel_values, reached, seed, progress.weighted)
+        two_sided = [x for x in plan.chosen if x.name in reached and _two_sided(x, model, all_widths)]
+        self.moments = OutputMoments([layer.name for layer in two_sided], self.half)
+        late = [layer.name for layer in two_sided if layer.block in names[len(names) // 2 :]]
+        if kept is None:
+            self.weights = token_weights(model, pixel_values, reached, seed, progress.weighted, self.moments.add, late)
+            self.moments.finish()
         else:
             progress.weighted(progress.pictures)
-        self.weights = weights
+            self.weights, self.moments = kept
         self.inputs = follow(model, result, pixel_values, names)
         exact = blocks or any(_rounds_by(layer, MAKE_UP_FOR_DRIFT) for layer in plan.chosen)
         self.exact_inputs = BlockInputs(model, model, pixel_values, names) if exact else None
@@ -118,7 +133,7 @@ class Calibration:
         if not self.plan.reaches(first.name):
             return [None] * len(layers)
         if ends_block and self._makes_up_for_block(first):
-            return list(self._with_missing(first, factor))
+            return self._with_moments(layers, self._with_missing(first, factor))
         inputs = (_read(x, first, factor) for x in self.inputs.inputs(first.name))
         exact = None
         if self.exact_inputs is not None and any(_rounds_by(layer, MAKE_UP_FOR_DRIFT) for layer in layers):
@@ -129,10 +144,15 @@ class Calibration:
         tried = self.halves and any(_rounds_by(layer, TRIED_OUT) for layer in layers)
         read = self.progress.reading(inputs, layers)
         found = collect(read, weights, names, bits, exact, self.half, halves=tried)
-        return [
+        found = [
             one if layer.corrected else one._replace(drift=None, drift_mean=None, halves=None)
             for layer, one in zip(layers, found, strict=True)
         ]
+        return self._with_moments(layers, found)
+
+    def _with_moments(self, layers: Sequence[LayerPlan], found: list[Statistics]) -> list[Statistics | None]:
+        """The same with the moments of the layers' outputs."""
+        return [one._replace(outputs=self.moments.of(layer.name)) for layer, one in zip(layers, found, strict=True)]
 
     def _makes_up_for_block(self, layer: LayerPlan) -> bool:
         """Whether a layer can give what its block is missing: it is known, and the block adds its output last."""
@@ -173,6 +193,16 @@ def _read(x: Tensor, layer: LayerPlan, factor: Tensor | None) -> Tensor:
     if layer.settings.rounds_coarsely and layer.settings.activations == "dynamic":
         x = fake_quantize_tokens(x, layer.settings.activation_bits)
     return x
+
+
+def _two_sided(layer: LayerPlan, model: nn.Module, all_widths: bool) -> bool:
+    """Whether a layer's rounding looks at its outputs, too: that of a block, whose outputs are no classes."""
+    settings = layer.settings
+    if layer.block is None or not (all_widths or settings.bits <= TWO_SIDED_BITS):
+        return False
+    if settings.rounding == "auto" or not layer.corrected:  # as "auto" is resolved where blocks are going to learn
+        return model.get_submodule(layer.name).get_parameter("weight").numel() <= TWO_SIDED_WEIGHTS
+    return settings.rounding in TWO_SIDED
 
 
 def _rounds_by(layer: LayerPlan, roundings: Sequence[str]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,6 +26,8 @@ from fairseq.quantization.calibration.precision import multiplies_in_half, produ
 UNIFORM_SHARE = 0.1
 """Of a token's weight; the rest follows the gradient. Some tokens would count for nothing without it."""
 BATCH_SIZE = 2
+PROBES = 4
+"""Where few tokens count, as in the last blocks the class token, a picture tells more with more than one v."""
 
 
 def token_weights(
@@ -34,13 +36,15 @@ def token_weights(
     names: list[str],
     seed: int = 0,
     progress: Callable[[int], None] = lambda pictures: None,
+    gradients: Callable[[Mapping[str, Tensor]], None] = lambda gradients: None,
+    again: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """How much an error at each token of each layer's output changes the model's output.
 
-    The squared norm of the gradient of v . output at that token, v ~ N(0, 1): in expectation the squared Frobenius norm
-    of the Jacobian of the output, see :func:`output_of`. Over the classes v has a mean of zero, as a softmax sees no
-    constant. It is what keeps a class token, one of 197, from being rounded for the sake of the patches, and patches of
-    the last block from being rounded with care although nothing reads them.
+    The squared norm of the gradient of v . output at that token, v ~ N(0, 1), or the mean of several such: in
+    expectation the squared Frobenius norm of the Jacobian of the output, see :func:`output_of`. Over classes v has a
+    mean of zero, as a softmax sees no constant. It is what keeps a class token, one of 197, from being rounded for the
+    sake of the patches, and patches of the last block from being rounded with care although nothing reads them.
 
     Args:
         model: the float model; it stays as it is.
@@ -48,6 +52,9 @@ def token_weights(
         names: of Linear layers and of blocks; of a block that returns several tensors the first counts.
         seed: of v.
         progress: is called with the number of pictures that are done, batch by batch.
+        gradients: is called with the gradients of v . output for each batch and v, by name, in their outputs' shapes,
+            and with none at the end.
+        again: those of ``names`` for which :data:`PROBES` v are drawn, instead of one.
 
     Returns:
         By name, one weight per token, (N * tokens,), mean 1, on the CPU. A layer that was not called once, or whose
@@ -62,6 +69,7 @@ def token_weights(
     own = processes.share(len(pixel_values))
     generator = torch.Generator().manual_seed(seed)
     skipped = 0  # pictures whose v was drawn, of other processes
+    probes = PROBES if again else 1
     squares: dict[str, Tensor] = {}  # (N, tokens) each, allocated once: small results between large ones tear the heap
     for start in range(own.start, own.stop, BATCH_SIZE):
         rows = slice(start, min(start + BATCH_SIZE, own.stop))
@@ -80,26 +88,37 @@ def token_weights(
             for hook in hooks:
                 hook.remove()
         for _ in range(skipped, start, BATCH_SIZE):
-            torch.randn((BATCH_SIZE, *result.shape[1:]), generator=generator)
+            for _ in range(probes):
+                torch.randn((BATCH_SIZE, *result.shape[1:]), generator=generator)
         skipped = start + BATCH_SIZE
-        probe = torch.randn(result.shape, generator=generator)
         dimension = class_dimension(kind, result, batch["pixel_values"])
         if kind in OUTPUTS and kind not in CLASSES:  # of features: their mean is no part of what a norm lets through
             dimension = -1
-        if dimension is not None:
-            probe -= probe.mean(dimension, keepdim=True)
         called = [name for name in names if _per_picture(outputs[name], count)]
-        if result.requires_grad and called:  # else it depends on no picture
+        for number in range(probes):
+            probe = torch.randn(result.shape, generator=generator)
+            if dimension is not None:
+                probe -= probe.mean(dimension, keepdim=True)
+            wanted = [name for name in called if number == 0 or name in again]
+            if not result.requires_grad or not wanted:  # it depends on no picture
+                continue
             with torch.enable_grad():
                 total = (result.float() * probe.to(like.device)).sum()
-            gradients = torch.autograd.grad(total, [outputs[name][0] for name in called], allow_unused=True)
-            for name, gradient in zip(called, gradients, strict=True):
-                if gradient is not None:
-                    square = gradient.float().square().sum(-1).view(count, -1)
-                    if name not in squares:
-                        squares[name] = torch.full((len(own), square.shape[1]), torch.nan)
-                    squares[name][start - own.start : rows.stop - own.start] = square.cpu()
+            values = torch.autograd.grad(
+                total, [outputs[name][0] for name in wanted], allow_unused=True, retain_graph=number + 1 < probes
+            )
+            found = {name: value for name, value in zip(wanted, values, strict=True) if value is not None}
+            del values
+            for name, gradient in found.items():
+                square = gradient.float().square().sum(-1).view(count, -1).div_(probes if name in again else 1)
+                if name not in squares:
+                    squares[name] = torch.full((len(own), square.shape[1]), torch.nan)
+                place = squares[name][start - own.start : rows.stop - own.start]
+                place.copy_(square.cpu() if number == 0 else place + square.cpu())
+            gradients(found)
+            del found
         progress(count)
+    gradients({})  # also of a process without pictures, before the others are met again
     return _normalized(squares, names)
 
 

@@ -110,18 +110,19 @@ def convert(
         finished = Finished()
         kept = None if resume is None else Resume(resume, model, config, pixel_values, reconstruct)
         with Progress(model, plan, 0 if pixel_values is None else len(processes.share(len(pixel_values)))) as progress:
-            weights = None if kept is None else kept.token_weights()
+            weights = None if kept is None else kept.error_weights()
             calibration = None
             if pixel_values is not None:
                 if plan.family.by_rule:  # whose blocks may run in any order, all of them for each layer
                     for layer in plan.chosen:
                         _materialize(result, model, layer.name)
                 calibration = Calibration(
-                    model, result, plan, pixel_values, config.seed, progress, follow, weights, bool(reconstruct)
-                )
+                    model, result, plan, pixel_values, config.seed, progress, follow, weights, bool(reconstruct),
+                    all_widths=watch is not None,
+                )  # fmt: skip
                 memory.release()
                 if kept is not None and weights is None:
-                    kept.keep_token_weights(calibration.weights)
+                    kept.keep_error_weights(calibration.weights, calibration.moments)
             learner = None
             if reconstruct is not None:
                 assert calibration is not None

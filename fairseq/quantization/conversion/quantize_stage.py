@@ -68,10 +68,12 @@ class Factors(NamedTuple):
     Attributes:
         own: by which a layer multiplies its input itself.
         all: by which its input is multiplied in comparison with the float model's, in whatever way.
+        outputs: by which its output is, (out,).
     """
 
     own: Mapping[str, Tensor]
     all: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
 
 
 def quantize_stage(
@@ -99,7 +101,7 @@ def quantize_stage(
     """
     if calibration is not None:
         calibration.enter(stage)
-    factors = _equalize(model, stage, plan, calibration) if config.equalize else Factors({}, {})
+    factors = _equalize(model, stage, plan, calibration) if config.equalize else Factors({}, {}, {})
     if done is not None:
         done.parameters |= _rescaled(model, stage, config.execution)
     for group in _groups(stage, factors.own):
@@ -108,7 +110,7 @@ def quantize_stage(
         if calibration is not None:
             ends = group == [stage[-1]] and group[0].block is not None and not group[0].tied
             statistics = calibration.statistics(group, factors.own.get(first), factors.all.get(first), ends)
-            statistics = [_tried_out(model, layer, found) for layer, found in zip(group, statistics, strict=True)]
+            statistics = [_of_layer(model, x, found, factors) for x, found in zip(group, statistics, strict=True)]
             memory.release()  # what taking them left behind, before rounding takes as much again
         for layer, found in zip(group, statistics, strict=True):
             factor = factors.own.get(layer.name)
@@ -175,6 +177,7 @@ def _equalize(
     layers = [layer for layer in stage if not layer.tied]
     samples = {} if calibration is None else calibration.samples(layers)
     moved: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     fed: set[str] = set()
     name = stage[0].block
     if name is not None and name not in plan.tied_blocks:
@@ -186,6 +189,8 @@ def _equalize(
             seen = {role: samples[x.name] for role, x in by_role.items() if x.name in samples}
             rescaled = equalize(block, known, {role: x.settings for role, x in by_role.items()}, seen)
             moved |= {x.name: rescaled[role] for role, x in by_role.items() if role in rescaled}
+            if known.value_feeds_output and "output" in rescaled and "value" in by_role:
+                outputs[by_role["value"].name] = rescaled["output"]
             not_fed = {"fc2"} if known.value_feeds_output else {"fc2", "output"}
             fed = {layer.name for role, layer in by_role.items() if role not in not_fed}
     own = {}
@@ -197,14 +202,16 @@ def _equalize(
         if factor is not None:
             linear.weight.div_(factor)
             own[layer.name] = moved[layer.name] = factor.detach()
-    return Factors(own, moved)
+    return Factors(own, moved, outputs)
 
 
-def _tried_out(model: nn.Module, layer: LayerPlan, statistics: Statistics | None) -> Statistics | None:
-    """How much a layer's weight is to make up for, found before it is rounded: at every width, of twins."""
-    return (
-        None if statistics is None else tried_out(model.get_submodule(layer.name).get_parameter("weight"), statistics)
-    )
+def _of_layer(model: nn.Module, layer: LayerPlan, found: Statistics | None, factors: Factors) -> Statistics | None:
+    """What pictures tell of a layer as it is now; how much its weight makes up for is one number at every width."""
+    if found is None:
+        return None
+    if found.outputs is not None and layer.name in factors.outputs:
+        found = found._replace(outputs=found.outputs.rescaled(factors.outputs[layer.name]))
+    return tried_out(model.get_submodule(layer.name).get_parameter("weight"), found)
 
 
 def _round(model: nn.Module, layer: LayerPlan, statistics: Statistics | None, finished: Finished) -> QuantizedLayer:

@@ -19,6 +19,7 @@ import fairseq
 from fairseq.quantization.architectures.forward import Pixels
 from fairseq.quantization.architectures.plan import LayerPlan
 from fairseq.quantization.calibration import processes
+from fairseq.quantization.calibration.output_moments import OutputMoments
 from fairseq.quantization.config import LayerConfig, QuantizationConfig
 from fairseq.quantization.conversion.quantize_layer import QuantizedLayer
 from fairseq.quantization.files import write_file
@@ -29,7 +30,7 @@ STAGES = "stage-*.safetensors"
 WEIGHTS = "token-weights-*.safetensors"
 CHUNK = 16
 """Pictures that are hashed at a time."""
-METHODS = 2
+METHODS = 3
 """Counted up when the same settings come to give other integers, which do not go with those of before."""
 PARTS = ("integers", "scale", "zero_point", "bias", "factor")
 
@@ -140,20 +141,23 @@ class Resume:
         tensors["said"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
         write_file(self._path(number), save_tensors({k: x.detach().cpu().contiguous() for k, x in tensors.items()}))
 
-    def token_weights(self) -> dict[str, Tensor] | None:
-        """Those of this process's pictures, if each process has kept its own."""
+    def error_weights(self) -> tuple[dict[str, Tensor], OutputMoments] | None:
+        """The token weights of this process's pictures and the moments of outputs, if each process has kept its own."""
         path = self._weights()
         kept = path.is_file()
         if not all(processes.gathered(kept)):
             return None
         try:
-            return load_tensors(path.read_bytes())
+            tensors = load_tensors(path.read_bytes())
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): remove it to weigh the tokens again") from error
+        moments = OutputMoments(())
+        moments.load({key[1:]: x for key, x in tensors.items() if key.startswith("=")})
+        return {name: x for name, x in tensors.items() if not name.startswith("=")}, moments
 
-    def keep_token_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def keep_error_weights(self, weights: Mapping[str, Tensor], moments: OutputMoments) -> None:
         """Write them."""
-        write_file(self._weights(), save_tensors(dict(weights)))
+        write_file(self._weights(), save_tensors({**weights, **{f"={key}": x for key, x in moments.tensors().items()}}))
 
     def remove(self) -> None:
         """Take away what was written here, and the folder if nothing else is in it."""

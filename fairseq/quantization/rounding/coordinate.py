@@ -1,4 +1,4 @@
-"""coordinate: integers and scales in turns, each at its best while the others stay; for 2 and 3 bits."""
+"""coordinate: integers and scales in turns, each at its best while the others stay; for 2 to 4 bits."""
 
 from __future__ import annotations
 
@@ -12,44 +12,50 @@ from fairseq.quantization.rounding.gptaq import drift_corrected
 from fairseq.quantization.rounding.gptq import compensated, descend, per_weight
 from fairseq.quantization.rounding.second_moment import damped
 from fairseq.quantization.rounding.statistics import Rounded, Statistics
+from fairseq.quantization.rounding.two_sided import two_sided
 
 DAMPING = 0.1
 """Added to the diagonal of H, as a share of its mean. Coarse grids err more than pictures leave uncertain."""
 CORRECTION = 1.0
 """How much of the drift of the inputs is made up for, where it was not tried out."""
-ROUNDS = 4
+ROUNDS, WIDE = 4, 2**19
+"""How often scales and integers are gone through; and with how many weights a layer goes through them once: there one
+round takes as long as all of GPTQ."""
 
 
 def coordinate(weight: Tensor, statistics: Statistics | None, config: LinearConfig) -> Rounded:
-    """From where GPTQ ends, :data:`ROUNDS` times: all scales by least squares, then single steps of the integers.
+    """From GPTQ's integers, :data:`ROUNDS` times: all scales by least squares, then single steps of the integers.
 
     With V = scale (q - zero point), E|V x - W x*|^2 is quadratic in the scales of an output channel, one or one for
     each group, for given integers, and in each integer for given scales. Both are solved in closed form, so that the
     error under the damped H falls with every step. No range is searched for: a scale follows from the integers, as in
     Beacon (2025, arXiv 2508.20293), which takes the scale along with each single integer. The zero points stay those of
-    the range.
+    the range. At last the integers are found once more, for those scales, by :func:`two_sided`.
     """
     assert statistics is not None
     target = weight
     if statistics.target_moved:
         target = drift_corrected(weight, statistics, CORRECTION)
     h = damped(statistics.second_moment, weight, DAMPING)
-    return in_turns(target, h, config, compensated(target, h, config))
+    rounds = ROUNDS if weight.numel() <= WIDE else 1
+    found = in_turns(target, h, config, compensated(target, h, config, descends=False), rounds)
+    return two_sided(target, h, found, config, statistics.outputs)
 
 
-def in_turns(weight: Tensor, h: Tensor, config: LinearConfig, start: Rounded) -> Rounded:
+def in_turns(weight: Tensor, h: Tensor, config: LinearConfig, start: Rounded, rounds: int = ROUNDS) -> Rounded:
     """Scales and integers in turns, from ``start``: tr(D H D^T), D the change of ``weight``, (out, in), falls.
 
     Args:
         h: positive definite, (in, in).
         start: integers, scales and zero points as ``config`` says; the zero points are kept.
+        rounds: at most.
     """
     h, w = h.float(), weight.float().T.contiguous()  # (in, out)
     wanted = h @ w
     top = quantized_range(config.bits)[1]
     scale, q = start.scale, start.integers.float().T.contiguous()
     zero_point = per_weight(start.zero_point, weight.shape, config.group_size).T
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         scale = _refit(h, wanted, q - zero_point, scale, config)
         moved = descend(w, q, h, per_weight(scale, weight.shape, config.group_size).T, zero_point, top)
         if torch.equal(moved, q):

@@ -1,4 +1,4 @@
-"""gptaq: GPTQ of the weight that makes up for what rounding the layers before did to the inputs."""
+"""gptaq: the weight that makes up for what rounding the layers before did to the inputs, rounded from both sides."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fairseq.modules.quantization.packed.config import LinearConfig
-from fairseq.quantization.rounding.gptq import gptq
+from fairseq.quantization.rounding.gptq import compensated
 from fairseq.quantization.rounding.second_moment import cholesky, damped
 from fairseq.quantization.rounding.statistics import Rounded, Shrinkage, Statistics
+from fairseq.quantization.rounding.two_sided import two_sided
 
 CORRECTION = 0.7
 """How much of the drift of the inputs is made up for, where it was not tried out."""
@@ -17,9 +18,14 @@ BLOCK_CORRECTION = 0.5
 
 
 def gptaq(weight: Tensor, statistics: Statistics | None, config: LinearConfig) -> Rounded:
-    """:func:`gptq` of the weight that makes up for the drift of the inputs, too: see :func:`drift_corrected`."""
+    """GPTQ of the weight that makes up for the drift of the inputs, too, and :func:`two_sided` from there.
+
+    See :func:`drift_corrected`.
+    """
     assert statistics is not None
-    return gptq(drift_corrected(weight, statistics), statistics, config)
+    target = drift_corrected(weight, statistics)
+    h = damped(statistics.second_moment, target)
+    return two_sided(target, h, compensated(target, h, config), config, statistics.outputs)
 
 
 def drift_corrected(weight: Tensor, statistics: Statistics, correction: float = CORRECTION) -> Tensor:

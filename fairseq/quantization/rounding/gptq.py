@@ -31,7 +31,9 @@ def gptq(weight: Tensor, statistics: Statistics | None, config: LinearConfig) ->
     return compensated(weight, damped(statistics.second_moment, weight), config)
 
 
-def compensated(weight: Tensor, h: Tensor, config: LinearConfig, first: Tensor | None = None) -> Rounded:
+def compensated(
+    weight: Tensor, h: Tensor, config: LinearConfig, first: Tensor | None = None, descends: bool = True
+) -> Rounded:
     """What :func:`gptq` does under a second moment that is damped already.
 
     Args:
@@ -40,6 +42,7 @@ def compensated(weight: Tensor, h: Tensor, config: LinearConfig, first: Tensor |
         config: bits, method, group_size, symmetric.
         first: (out, in); what is rounded in the place of ``weight`` in the column that :func:`importance` puts first.
             The others make up for that column's distance from ``weight`` all the same.
+        descends: single steps downhill follow.
     """
     if config.method == "channel":
         config = dataclasses.replace(config, method="histogram")  # the same granularity, and the range is searched
@@ -66,7 +69,8 @@ def compensated(weight: Tensor, h: Tensor, config: LinearConfig, first: Tensor |
         got = error(rounded, tried)
         better = got < least
         q, clip, least = torch.where(better, rounded, q), torch.where(better, tried, clip), torch.minimum(got, least)
-    q = descend(w, q, h, scale * clip, zero_point, top)
+    if descends:
+        q = descend(w, q, h, scale * clip, zero_point, top)
     integers = torch.empty_like(q).index_copy_(0, order, q).T.contiguous()
     final = start.scale * (clip[:1] if start.scale.numel() == 1 else clip.view(-1, *[1] * (start.scale.ndim - 1)))
     return Rounded(integers.to(torch.uint8), final, start.zero_point)

@@ -38,7 +38,7 @@ def round_weight(
         weight: (out, in), finite.
         statistics: of its inputs, or None.
         config: bits, method, group_size, symmetric.
-        rounding: a key of :data:`ROUNDINGS`, or "auto": if there are statistics coordinate up to 3 bits and gptaq
+        rounding: a key of :data:`ROUNDINGS`, or "auto": if there are statistics coordinate up to 4 bits and gptaq
             above, else nearest.
         name: how errors call the weight.
 

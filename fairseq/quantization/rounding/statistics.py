@@ -1,4 +1,4 @@
-"""Statistics and Sample of what a layer reads, Shrinkage of what that asks for, and Rounded, what a weight became."""
+"""Statistics of what a layer reads and gives, Sample, OutputMoment and Shrinkage, and Rounded, what a weight became."""
 
 from __future__ import annotations
 
@@ -32,6 +32,26 @@ class Sample(NamedTuple):
     weights: Tensor
 
 
+class OutputMoment(NamedTuple):
+    """E[g g^T] but for a factor, g the gradient of a random projection of the model's output at a layer's outputs.
+
+    By as much as (g . e)^2 on average, and that factor, an error e of the outputs changes the model's output, squared.
+
+    Attributes:
+        blocks: along the diagonal, (n, n) each, float32; outputs of different blocks count as uncorrelated.
+        samples: how many tokens of equal weight tell as much.
+    """
+
+    blocks: tuple[Tensor, ...]
+    samples: float
+
+    def rescaled(self, factor: Tensor) -> OutputMoment:
+        """Of a layer whose outputs are now ``factor``, (out,), times as large, and count as much in all."""
+        sizes = [len(block) for block in self.blocks]
+        pairs = zip(self.blocks, factor.to(self.blocks[0]).split(sizes), strict=True)
+        return self._replace(blocks=tuple(block / f[:, None] / f for block, f in pairs))
+
+
 class Statistics(NamedTuple):
     """What a layer's inputs x were on the calibration images, each token with its weight.
 
@@ -49,6 +69,7 @@ class Statistics(NamedTuple):
         halves: second moment, drift or what is missing, and samples of either half of the pictures, to try out a
             correction on; None where that is not wanted, or there are too few.
         shrinkage: what came of that; None for constants.
+        outputs: which errors of the layer's outputs matter; None where that is not known, or not wanted.
     """
 
     second_moment: Tensor
@@ -63,6 +84,7 @@ class Statistics(NamedTuple):
     missing_mean: Tensor | None = None
     halves: tuple[Statistics, Statistics] | None = None
     shrinkage: Shrinkage | None = None
+    outputs: OutputMoment | None = None
 
     @property
     def target_moved(self) -> bool:

@@ -227,7 +227,7 @@ def test_what_hears_stays_in_float():
 def test_words_that_stand_in_for_any_calibrate_no_text_tower():
     _, report = quantized(build("owl-vit"), config={"towers": "all"}, calibration=other_heads.pictures("owl-vit", 8))
     ways = {("text_model" in layer.name, layer.rounding) for layer in report.quantized if ".encoder." in layer.name}
-    assert ways == {(True, "nearest"), (False, "gptaq")}
+    assert ways == {(True, "nearest"), (False, "coordinate")}
 
 
 class NotOnNoise(nn.Module):

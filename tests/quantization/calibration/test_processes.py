@@ -70,7 +70,8 @@ def entries(values):
 
 
 def everything(model, pictures, broken, tokens):
-    return all_quantized(model, pictures), measured(model, pictures), refused(model, broken), collected(*tokens)
+    few = quantized(model, pictures[:16], SETTINGS[0])
+    return all_quantized(model, pictures), measured(model, pictures), refused(model, broken), collected(*tokens), few
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,14 @@ def test_two_processes_measure_what_one_measures(given, of_two):
 def test_what_one_process_finds_wrong_ends_all(of_two):
     """Without a word to the others they would wait forever."""
     assert len(set(of_two[2])) == 1
+
+
+@pytest.mark.slow
+def test_a_process_without_pictures_gives_the_integers_of_one(given, of_two):
+    expected = quantized(given[0], given[1][:16], SETTINGS[0])
+    for got in of_two[4]:
+        for name, value in expected.items():
+            assert torch.equal(got[name], value), name
 
 
 @pytest.mark.slow

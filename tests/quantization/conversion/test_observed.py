@@ -103,7 +103,7 @@ def test_a_layer_that_pictures_do_not_reach_is_rounded_without_them(tiny_vit):
     assert len(missed) == 1
     assert "spare" in missed[0]
     assert notes[missed[0]][0] == "nearest"
-    assert {rounding for name, (rounding, _) in notes.items() if name not in missed} == {"gptaq"}
+    assert {rounding for name, (rounding, _) in notes.items() if name not in missed} == {"coordinate"}
 
 
 def with_adapters(model):

@@ -292,10 +292,11 @@ def test_with_coarse_activations_what_learns_begins_without_corrections(monkeypa
 
     auto = {"rounding": "auto", "activations": "dynamic", "activation_bits": 4}
     assert roundings(**auto) == ({"coordinate"}, "coordinate")
-    assert roundings(**auto, bits=4) == ({"gptq"}, "gptaq")
-    assert roundings(False, **auto, bits=4) == ({"gptaq"}, "gptaq")
+    assert roundings(**auto, bits=4) == ({"coordinate"}, "coordinate")
+    assert roundings(**auto, bits=5) == ({"gptq"}, "gptaq")
+    assert roundings(False, **auto, bits=5) == ({"gptaq"}, "gptaq")
     chosen = {"overrides": {"*.0.*": {"rounding": "nearest"}}}
-    assert roundings(**auto | chosen, bits=4)[0] == {"gptq", "nearest"}
+    assert roundings(**auto | chosen, bits=5)[0] == {"gptq", "nearest"}
     assert roundings(**auto | {"rounding": "gptaq"}) == ({"gptaq"}, "gptaq")
     corrected = []
     monkeypatch.setattr(coordinate, "drift_corrected", lambda weight, *rest: corrected.append(len(weight)) or weight)
@@ -314,7 +315,7 @@ def test_a_layer_of_a_block_that_pictures_do_not_reach_is_rounded_without(tiny_v
     spare = copy.deepcopy(next(m for m in blocks[0].modules() if isinstance(m, nn.Linear)))
     blocks[0].spare = nn.ModuleDict({"attention": nn.ModuleDict({"q_proj": spare})})
     coarse = {"activations": "dynamic", "activation_bits": 4}
-    _, report = quantize(tiny_vit, replace(FAST, epochs=1), rounding="auto", bits=4, **coarse)
+    _, report = quantize(tiny_vit, replace(FAST, epochs=1), rounding="auto", bits=5, **coarse)
     roundings = {layer.name: layer.rounding for layer in report.quantized if layer.block}
     assert {rounding for name, rounding in roundings.items() if "spare" in name} == {"nearest"}
     assert {rounding for name, rounding in roundings.items() if "spare" not in name} == {"gptq"}

@@ -6,8 +6,9 @@ from bounds import sum_error
 from layer_inputs import SETTINGS, errors_after_drift, layer, real, statistics
 
 from fairseq.modules.quantization.packed.config import LinearConfig
+from fairseq.quantization.rounding import coordinate as module
 from fairseq.quantization.rounding.coordinate import _refit, coordinate, in_turns
-from fairseq.quantization.rounding.gptq import compensated, per_weight
+from fairseq.quantization.rounding.gptq import compensated, descend, per_weight
 from fairseq.quantization.rounding.second_moment import damped
 
 
@@ -57,6 +58,20 @@ def test_the_scales_are_least_squares(settings):
         assert (best > 0).all()
         torch.testing.assert_close(scale[channel, used].double(), best, rtol=1e-4, atol=0)
         assert torch.equal(scale[channel, ~used], start.scale.view(6, -1)[channel, ~used])
+
+
+def test_a_wide_layer_has_one_round(monkeypatch):
+    w, x = layer()
+    config = LinearConfig(bits=3, method="channel")
+    counts = []
+    for most in (w.numel(), w.numel() - 1):
+        monkeypatch.setattr(module, "WIDE", most)
+        done = []
+        monkeypatch.setattr(module, "descend", lambda *given, done=done: (done.append(1), descend(*given))[1])
+        coordinate(w, statistics(x), config)
+        counts.append(len(done))
+    assert counts[0] > 1
+    assert counts[1] == 1
 
 
 @pytest.mark.parametrize("kind", ["dead inputs", "all dead", "one token"])

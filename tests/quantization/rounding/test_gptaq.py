@@ -32,7 +32,7 @@ def test_gptaq_never_errs_more_than_nearest(share, tokens):
 
 def test_without_a_drift_gptaq_is_gptq():
     w, x = layer()
-    config = LinearConfig(bits=4, method="channel")
+    config = LinearConfig(bits=5, method="channel")
     expected = round_weight(w, statistics(x), config, "gptq").integers
     for data, rounding in ((drifted(x, x), "gptaq"), (statistics(x), "auto")):
         assert torch.equal(round_weight(w, data, config, rounding).integers, expected)
