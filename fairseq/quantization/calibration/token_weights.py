@@ -27,7 +27,7 @@ UNIFORM_SHARE = 0.1
 """Of a token's weight; the rest follows the gradient. Some tokens would count for nothing without it."""
 BATCH_SIZE = 2
 PROBES = 4
-"""Where few tokens count, as in the last blocks the class token, a picture tells more with more than one v."""
+"""Where few tokens count, as in the last blocks the class token, gradients for more than one v tell more."""
 
 
 def token_weights(
@@ -41,10 +41,10 @@ def token_weights(
 ) -> dict[str, Tensor]:
     """How much an error at each token of each layer's output changes the model's output.
 
-    The squared norm of the gradient of v . output at that token, v ~ N(0, 1), or the mean of several such: in
-    expectation the squared Frobenius norm of the Jacobian of the output, see :func:`output_of`. Over classes v has a
-    mean of zero, as a softmax sees no constant. It is what keeps a class token, one of 197, from being rounded for the
-    sake of the patches, and patches of the last block from being rounded with care although nothing reads them.
+    The squared norm of the gradient of v . output at that token, v ~ N(0, 1): in expectation the squared Frobenius norm
+    of the Jacobian of the output, see :func:`output_of`. Over the classes v has a mean of zero, as a softmax sees no
+    constant. It is what keeps a class token, one of 197, from being rounded for the sake of the patches, and patches of
+    the last block from being rounded with care although nothing reads them.
 
     Args:
         model: the float model; it stays as it is.
@@ -54,7 +54,7 @@ def token_weights(
         progress: is called with the number of pictures that are done, batch by batch.
         gradients: is called with the gradients of v . output for each batch and v, by name, in their outputs' shapes,
             and with none at the end.
-        again: those of ``names`` for which :data:`PROBES` v are drawn, instead of one.
+        again: those of ``names`` of which ``gradients`` gets those for :data:`PROBES` v; the weights are of the first.
 
     Returns:
         By name, one weight per token, (N * tokens,), mean 1, on the CPU. A layer that was not called once, or whose
@@ -67,7 +67,7 @@ def token_weights(
         model = copied(model)  # made in inference mode: autograd refuses its tensors, and takes copies
     like, half = where(model), multiplies_in_half(model)
     own = processes.share(len(pixel_values))
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(seed + more) for more in (0, 1)]  # of the first v, and of others
     skipped = 0  # pictures whose v was drawn, of other processes
     probes = PROBES if again else 1
     squares: dict[str, Tensor] = {}  # (N, tokens) each, allocated once: small results between large ones tear the heap
@@ -88,15 +88,15 @@ def token_weights(
             for hook in hooks:
                 hook.remove()
         for _ in range(skipped, start, BATCH_SIZE):
-            for _ in range(probes):
-                torch.randn((BATCH_SIZE, *result.shape[1:]), generator=generator)
+            for number in range(probes):
+                torch.randn((BATCH_SIZE, *result.shape[1:]), generator=generators[number > 0])
         skipped = start + BATCH_SIZE
         dimension = class_dimension(kind, result, batch["pixel_values"])
         if kind in OUTPUTS and kind not in CLASSES:  # of features: their mean is no part of what a norm lets through
             dimension = -1
         called = [name for name in names if _per_picture(outputs[name], count)]
         for number in range(probes):
-            probe = torch.randn(result.shape, generator=generator)
+            probe = torch.randn(result.shape, generator=generators[number > 0])
             if dimension is not None:
                 probe -= probe.mean(dimension, keepdim=True)
             wanted = [name for name in called if number == 0 or name in again]
@@ -109,12 +109,11 @@ def token_weights(
             )
             found = {name: value for name, value in zip(wanted, values, strict=True) if value is not None}
             del values
-            for name, gradient in found.items():
-                square = gradient.float().square().sum(-1).view(count, -1).div_(probes if name in again else 1)
+            for name, gradient in found.items() if number == 0 else ():
+                square = gradient.float().square().sum(-1).view(count, -1)
                 if name not in squares:
                     squares[name] = torch.full((len(own), square.shape[1]), torch.nan)
-                place = squares[name][start - own.start : rows.stop - own.start]
-                place.copy_(square.cpu() if number == 0 else place + square.cpu())
+                squares[name][start - own.start : rows.stop - own.start] = square.cpu()
             gradients(found)
             del found
         progress(count)
