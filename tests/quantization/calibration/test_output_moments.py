@@ -97,7 +97,9 @@ def test_what_was_kept_is_what_was_found():
 def test_gradients_are_those_of_the_token_weights():
     model = make_tiny_vit().eval()
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(4))
-    name = next(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith("fc1"))
+    name = next(
+        n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(("fc1", "intermediate.dense"))
+    )
     moments = OutputMoments([name])
     token_weights(model, images, [name], 5, gradients=moments.add)
     moments.finish()
