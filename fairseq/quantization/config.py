@@ -27,7 +27,8 @@ TWO_SIDED, TWO_SIDED_BITS, TWO_SIDED_WEIGHTS = ("gptaq", "coordinate"), 7, 2**19
 """Those that look at which errors of a layer's outputs matter; up to which width they do; and if "auto" chose them, in
 layers of how many weights at most: with more it takes longer than all else."""
 COARSE_BITS = 4
-"""Up to it "auto" is "coordinate", above it "gptaq": docs/results.rst has the figures."""
+"""Up to it "auto" is "coordinate", above it, and where one scale serves a whole weight, "gptaq": docs/results.rst has the
+figures."""
 FORMER_NAMES = {"resident": "weight_storage"}
 SKIPPED = "skipped by an override"
 
@@ -39,7 +40,7 @@ class LayerConfig(LinearConfig):
     Attributes:
         skip: leave it in float.
         rounding: "nearest", "gptq", "gptaq", "qronos", "coordinate", or "auto": where there are calibration images
-            coordinate up to 4 bits and gptaq above, else nearest; gptq above where its block is
+            coordinate up to 4 bits, gptaq above and with "tensor", else nearest; gptq instead of that where its block is
             reconstructed with activations of fewer than 8 bits.
         bias_correction: True adds the mean error of the layer's output on the calibration images to its bias, "add"
             also to layers that have none and get one for it.
@@ -52,7 +53,7 @@ class LayerConfig(LinearConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flag("skip", self.skip)
-        resolve_rounding(self.rounding, True, self.bits)
+        resolve_rounding(self.rounding, True, self.bits, self.method)
         if not isinstance(self.bias_correction, bool) and self.bias_correction != "add":
             raise ValueError(f"bias_correction must be True, False or 'add'; got {self.bias_correction!r}")
 
@@ -204,14 +205,15 @@ class QuantizationConfig(LayerConfig):
             raise type(error)(f"override {pattern!r}: {error}") from None
 
 
-def resolve_rounding(rounding: str, calibrated: bool, bits: int) -> str:
+def resolve_rounding(rounding: str, calibrated: bool, bits: int, method: str = "channel") -> str:
     """The rounding that "auto" stands for; any other name as it is.
 
     Raises:
         ValueError: an unknown name.
     """
     if rounding == "auto":
-        return "nearest" if not calibrated else "coordinate" if bits <= COARSE_BITS else "gptaq"
+        fits_scales = method != "tensor" and bits <= COARSE_BITS
+        return "nearest" if not calibrated else "coordinate" if fits_scales else "gptaq"
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of 'auto', {', '.join(map(repr, ROUNDINGS))}; got {rounding!r}")
     return rounding

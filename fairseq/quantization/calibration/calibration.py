@@ -207,7 +207,8 @@ def _two_sided(layer: LayerPlan, model: nn.Module, all_widths: bool) -> bool:
 
 def _rounds_by(layer: LayerPlan, roundings: Sequence[str]) -> bool:
     """Whether a layer's rounding, with pictures, is one of these, which make up for what was done before it."""
-    return layer.corrected and resolve_rounding(layer.settings.rounding, True, layer.settings.bits) in roundings
+    settings = layer.settings
+    return layer.corrected and resolve_rounding(settings.rounding, True, settings.bits, settings.method) in roundings
 
 
 def _scaled(inputs: Iterator[Tensor], factor: Tensor | None) -> Iterator[Tensor]:

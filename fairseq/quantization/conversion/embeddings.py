@@ -67,7 +67,7 @@ def _patches(
         settings = replace(settings, activations="dynamic")
         note = "dynamic instead of static: patches are rounded one by one"
     statistics = None if pixel_values is None else _statistics(conv, name, pixel_values)
-    if resolve_rounding(settings.rounding, statistics is not None, settings.bits) in MAKE_UP_FOR_DRIFT:
+    if resolve_rounding(settings.rounding, statistics is not None, settings.bits, settings.method) in MAKE_UP_FOR_DRIFT:
         settings = replace(settings, rounding="gptq")  # no layer comes before that could err
     done = quantize_layer(weight, conv.bias, statistics, settings, name)
     linear = PackedLinear.from_integers(*done[:4], done.settings, f"{name}.linear").train(conv.training)

@@ -72,7 +72,7 @@ def quantize_layer(
         note = f"dynamic instead of static: below {MIN_STATIC_SQNR:.0f} dB with one range for all tokens"
     if rounded is None:
         rounded = round_weight(weight, statistics, settings, settings.rounding, f"{name}.weight")
-    rounding = resolve_rounding(settings.rounding, statistics is not None, settings.bits)
+    rounding = resolve_rounding(settings.rounding, statistics is not None, settings.bits, settings.method)
     record: dict[str, Any] = {"rounding": rounding, "activations": settings.activations, "note": note}
     record |= grid_used(settings, rounding)
     span = None

@@ -12,7 +12,7 @@ from fairseq.quantization.architectures.plan import LayerPlan, ModelPlan
 from fairseq.quantization.calibration import processes
 from fairseq.quantization.calibration.calibration import Calibration
 from fairseq.quantization.calibration.statistics import BATCH_SIZE
-from fairseq.quantization.config import COARSE_BITS, QuantizationConfig
+from fairseq.quantization.config import QuantizationConfig, resolve_rounding
 
 if TYPE_CHECKING:
     from fairseq.quantization.reconstruction.reconstruct import Reconstructor
@@ -139,7 +139,8 @@ class Reconstruction:
             settings = layer.settings
             if settings.rounding != "auto" or not _coarse(layer):
                 return layer
-            rounding = "coordinate" if settings.bits <= COARSE_BITS else "gptq"
+            chosen = resolve_rounding("auto", True, settings.bits, settings.method)
+            rounding = chosen if chosen == "coordinate" else "gptq"
             return replace(layer, decision=replace(settings, rounding=rounding), corrected=False)
 
         return replace(plan, layers={name: begun(layer) for name, layer in plan.layers.items()})

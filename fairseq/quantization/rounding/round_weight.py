@@ -38,15 +38,15 @@ def round_weight(
         weight: (out, in), finite.
         statistics: of its inputs, or None.
         config: bits, method, group_size, symmetric.
-        rounding: a key of :data:`ROUNDINGS`, or "auto": if there are statistics coordinate up to 4 bits and gptaq
-            above, else nearest.
+        rounding: a key of :data:`ROUNDINGS`, or "auto": if there are statistics coordinate up to 4 bits, and gptaq
+            above and with "tensor", else nearest.
         name: how errors call the weight.
 
     Raises:
         ValueError: the weight is not finite, an unknown rounding, or one that needs statistics without them, or with
             ones of another shape or with NaN.
     """
-    chosen = resolve_rounding(rounding, statistics is not None, config.bits)
+    chosen = resolve_rounding(rounding, statistics is not None, config.bits, config.method)
     check_tensor(weight, name)
     if statistics is not None:
         expected = (weight.shape[1], weight.shape[1])

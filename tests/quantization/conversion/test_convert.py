@@ -453,7 +453,7 @@ def test_calibration_is_repeatable(tiny_vit, images):
 def test_the_report_knows_the_errors(tiny_vit, images):
     report = convert(tiny_vit, QuantizationConfig(bits=4), images)[1]
     for layer in report.quantized:
-        assert layer.rounding == "coordinate"
+        assert layer.rounding == "gptaq"
         assert 5 < layer.weight_sqnr < 40
         assert layer.output_sqnr > layer.weight_sqnr - 6
 

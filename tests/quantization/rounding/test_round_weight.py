@@ -67,6 +67,7 @@ def test_the_same_input_gives_the_same_integers_and_nothing_is_written():
 def test_auto_takes_what_the_data_allow_and_the_width_wants():
     names = [resolve_rounding("auto", calibrated, bits) for calibrated in (True, False) for bits in (2, 4, 5, 8)]
     assert names == ["coordinate", "coordinate", "gptaq", "gptaq", *["nearest"] * 4]
+    assert [resolve_rounding("auto", True, bits, "tensor") for bits in (2, 4)] == ["gptaq", "gptaq"]
     assert resolve_rounding("gptq", True, 2) == "gptq"
 
 
