@@ -60,7 +60,7 @@ def quantize(
         str,
         typer.Option(
             metavar="auto|nearest|gptq|gptaq|qronos|coordinate",
-            help="auto: with --calibration coordinate up to 4 bits, gptaq above; else nearest.",
+            help="auto: with --calibration coordinate up to 4 bits, gptaq above and for tensor; else nearest.",
         ),
     ] = "auto",
     equalize: Annotated[bool, typer.Option("--equalize/--no-equalize", help="Even out input channels first.")] = True,

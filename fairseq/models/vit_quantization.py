@@ -86,8 +86,9 @@ class ViTQuantizer:
         rounding: "nearest"; with calibration images also "gptq", by the error at each layer's output, "gptaq", which
             makes up for the error of the layers before, too, and takes longer, "qronos", which does so in full and for
             which some hundred images are few, or "coordinate", which fits the scales to the integers as well, for 2 to
-            4 bits; or "auto": with images coordinate up to 4 bits and gptaq above, else nearest. In blocks that are
-            reconstructed with activations of fewer than 8 bits it makes up for nothing, and is gptq above 4 bits.
+            4 bits; or "auto": with images coordinate up to 4 bits, gptaq above and with "tensor", else nearest. In
+            blocks that are reconstructed with activations of fewer than 8 bits it makes up for nothing, and is gptq
+            instead of gptaq.
         equalize: even out the ranges of input channels first, which changes nothing before rounding, where one scale
             serves a whole weight (method "tensor") or input (static activations).
         rotate: turn the hidden states by an orthogonal matrix first, so that no channel has a larger range than others,

@@ -27,8 +27,8 @@ TWO_SIDED, TWO_SIDED_BITS, TWO_SIDED_WEIGHTS = ("gptaq", "coordinate"), 7, 2**19
 """Those that look at which errors of a layer's outputs matter; up to which width they do; and if "auto" chose them, in
 layers of how many weights at most: with more it takes longer than all else."""
 COARSE_BITS = 4
-"""Up to it "auto" is "coordinate", above it, and where one scale serves a whole weight, "gptaq": docs/results.rst has the
-figures."""
+"""Up to it "auto" is "coordinate"; above it, and where one scale serves a whole weight, "gptaq": docs/results.rst has
+the figures."""
 FORMER_NAMES = {"resident": "weight_storage"}
 SKIPPED = "skipped by an override"
 
@@ -40,8 +40,8 @@ class LayerConfig(LinearConfig):
     Attributes:
         skip: leave it in float.
         rounding: "nearest", "gptq", "gptaq", "qronos", "coordinate", or "auto": where there are calibration images
-            coordinate up to 4 bits, gptaq above and with "tensor", else nearest; gptq instead of that where its block is
-            reconstructed with activations of fewer than 8 bits.
+            coordinate up to 4 bits, gptaq above and with "tensor", else nearest; gptq instead of gptaq where its block
+            is reconstructed with activations of fewer than 8 bits.
         bias_correction: True adds the mean error of the layer's output on the calibration images to its bias, "add"
             also to layers that have none and get one for it.
     """
