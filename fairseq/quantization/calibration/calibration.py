@@ -198,11 +198,11 @@ def _read(x: Tensor, layer: LayerPlan, factor: Tensor | None) -> Tensor:
 def _two_sided(layer: LayerPlan, model: nn.Module, all_widths: bool) -> bool:
     """Whether a layer's rounding looks at its outputs, too: that of a block, whose outputs are no classes."""
     settings = layer.settings
-    if layer.block is None or not (all_widths or settings.bits <= TWO_SIDED_BITS):
+    chosen = resolve_rounding(settings.rounding, True, settings.bits, settings.method)
+    if layer.block is None or chosen not in TWO_SIDED or not (all_widths or settings.bits <= TWO_SIDED_BITS):
         return False
-    if settings.rounding == "auto" or not layer.corrected:  # as "auto" is resolved where blocks are going to learn
-        return model.get_submodule(layer.name).get_parameter("weight").numel() <= TWO_SIDED_WEIGHTS
-    return settings.rounding in TWO_SIDED
+    by_name = settings.rounding != "auto" and layer.corrected  # where blocks are going to learn "auto" is resolved
+    return by_name or model.get_submodule(layer.name).get_parameter("weight").numel() <= TWO_SIDED_WEIGHTS
 
 
 def _rounds_by(layer: LayerPlan, roundings: Sequence[str]) -> bool:

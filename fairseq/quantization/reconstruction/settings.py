@@ -128,8 +128,8 @@ class Reconstruction:
         """The plan of a model whose blocks learn: with coarse activations "auto" corrects nothing there.
 
         A correction fits the pictures so closely that they have little left to teach. Where activations are rounded to
-        fewer than 8 bits, learning does better than it. There "auto" is coordinate up to 4 bits and gptq above, each on
-        what the layer reads alone; docs/results.rst has the figures.
+        fewer than 8 bits, learning does better than it. There "auto" is coordinate or, above 4 bits and with "tensor",
+        gptq, each without corrections; docs/results.rst has the figures.
         """
         learning = learned_blocks(plan)
 
