@@ -153,3 +153,24 @@ def test_moments_of_rescaled_outputs_count_the_same_errors():
         for m, e in ((outputs, d), (outputs.rescaled(factor), d * factor[:, None]))
     )
     assert after == pytest.approx(before, rel=1e-5)
+
+
+def test_single_steps_take_more_off(monkeypatch):
+    w, h, start, config = started()
+    outputs, errors = moments(24), []
+    for sweeps in (0, 2):
+        monkeypatch.setattr(module, "SWEEPS", sweeps)
+        errors.append(error(two_sided(w, h, start, config, outputs), w, h, whole(outputs), config))
+    assert errors[1] < errors[0]
+
+
+def test_few_samples_are_believed_less():
+    """Gradients of 12 tokens, of 24 outputs that matter alike: taken for many they do harm."""
+    w, h, start, config = started()
+    g = torch.randn(12, 24, generator=torch.Generator().manual_seed(5))
+    block = g.T @ g / 12
+    errors = [
+        error(two_sided(w, h, start, config, OutputMoment((block,), samples)), w, h, torch.eye(24).double(), config)
+        for samples in (12.0, 1e9)
+    ]
+    assert errors[0] < 0.9 * errors[1]
