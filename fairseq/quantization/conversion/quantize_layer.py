@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fairseq.modules.quantization.float_product import float_product
 from fairseq.modules.quantization.scalar.weights import weight_to_real
 from fairseq.quantization.config import LayerConfig, resolve_rounding
 from fairseq.quantization.rounding.quality import decibels, weight_statistics
@@ -99,4 +100,4 @@ def quantize_layer(
 
 def _energy(weight: Tensor, statistics: Statistics) -> float:
     """tr(W H W^T): the mean squared norm of what the layer makes of its inputs."""
-    return float(((weight @ statistics.second_moment) * weight).sum())
+    return float((float_product(statistics.second_moment, weight) * weight.T).sum())

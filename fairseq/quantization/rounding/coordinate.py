@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq.modules.quantization.float_product import float_product
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.scalar.ops import quantized_range
 from fairseq.quantization.rounding.gptaq import drift_corrected
@@ -51,7 +52,7 @@ def in_turns(weight: Tensor, h: Tensor, config: LinearConfig, start: Rounded, ro
         rounds: at most.
     """
     h, w = h.float(), weight.float().T.contiguous()  # (in, out)
-    wanted = h @ w
+    wanted = float_product(h, w.t())
     top = quantized_range(config.bits)[1]
     scale, q = start.scale, start.integers.float().T.contiguous()
     zero_point = per_weight(start.zero_point, weight.shape, config.group_size).T
@@ -73,7 +74,10 @@ def _refit(h: Tensor, wanted: Tensor, units: Tensor, scale: Tensor, config: Line
     size = config.group_size or len(h)
     product = _group_sums(units * wanted, size)  # (groups, out)
     gram = torch.stack(
-        [_group_sums(units * (h[:, at : at + size] @ units[at : at + size]), size) for at in range(0, len(h), size)]
+        [
+            _group_sums(units * float_product(h[:, at : at + size], units[at : at + size].t()), size)
+            for at in range(0, len(h), size)
+        ]
     )  # (groups, groups, out)
     if config.method == "tensor":
         product, gram = product.sum(-1, keepdim=True), gram.sum(-1, keepdim=True)

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fairseq.modules.quantization.float_product import float_product
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.scalar.ops import quantized_range
 from fairseq.quantization.rounding.nearest import nearest
@@ -57,7 +58,7 @@ def compensated(
 
     def error(q: Tensor, clip: Tensor) -> Tensor:
         d = (q - zero_point) * (scale * clip) - w
-        channels = ((h @ d) * d).sum(0)
+        channels = (float_product(h, d.t()) * d).sum(0)
         return channels.sum().expand_as(channels) if config.method == "tensor" else channels  # (out,)
 
     clip = torch.ones(w.shape[1], device=w.device)
@@ -103,14 +104,14 @@ def _compensate(w: Tensor, first: Tensor, factor: Tensor, scale: Tensor, zero_po
             row = factor[start + j, start + j : stop]
             errors[j] = (block[j] - (integer - z) * s) / row[0]
             block[j:] -= torch.outer(row, errors[j])
-        w[stop:] -= factor[start:stop, stop:].T @ errors
+        w[stop:] -= float_product(factor[start:stop, stop:].t(), errors.t())
     return q
 
 
 def descend(w: Tensor, q: Tensor, h: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:
     """Coordinate descent: each integer to its best value while the others stay, :data:`SWEEPS` times over them all."""
     q = q.clone()
-    gradient = h @ ((q - zero_point) * scale - w)  # half of it, (in, out)
+    gradient = float_product(h, ((q - zero_point) * scale - w).t())  # half of it, (in, out)
     for _ in range(SWEEPS):
         for start in range(0, len(w), BLOCK):
             stop = min(start + BLOCK, len(w))
@@ -121,6 +122,6 @@ def descend(w: Tensor, q: Tensor, h: Tensor, scale: Tensor, zero_point: Tensor, 
                 new = (old - local[j] / (inner[j, j] * s)).round_().clamp_(0, top)
                 moves[j] = (new - old) * s
                 q[start + j] = new
-                local += torch.outer(inner[j], moves[j])
-            gradient += h[:, start:stop] @ moves
+                local[j + 1 :] += torch.outer(inner[j, j + 1 :], moves[j])
+            gradient += float_product(h[:, start:stop], moves.t())
     return q

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fairseq.modules.quantization.float_product import float_product
 from fairseq.quantization.rounding.second_moment import damping
 from fairseq.quantization.rounding.statistics import Shrinkage, Statistics
 
@@ -49,12 +50,14 @@ def shrinkage_between(weight: Tensor, halves: tuple[Statistics, Statistics]) -> 
                 return 0.0, Shrinkage(ridge, 0.0)
             change = torch.cholesky_solve(wanted[own].T, lower).T
             fit += float((change * wanted[other]).sum())
-            energy += float(((change @ halves[other].second_moment.float()) * change).sum())
+            energy += float((float_product(halves[other].second_moment.float(), change) * change.T).sum())
         share = min(fit / energy, 1.0) if fit > 0 and energy > 0 else 0.0
         return share * (2 * fit - share * energy), Shrinkage(ridge, share)
 
     best, found = gain(1.0)
     for step in (0.25, 4.0):
+        if found.ridge < 1:  # it got better with less, and so not with more
+            break
         ridge = step
         while LEAST_RIDGE <= ridge <= MOST_RIDGE:
             taken_off, shrinkage = gain(ridge)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq.modules.quantization.float_product import float_product
 from fairseq.modules.quantization.packed.config import LinearConfig
 from fairseq.modules.quantization.scalar.ops import quantized_range
 from fairseq.quantization.config import TWO_SIDED_BITS
@@ -62,7 +63,7 @@ def two_sided(weight: Tensor, h: Tensor, start: Rounded, config: LinearConfig, o
 
         def error(q: Tensor, g: Tensor = g, here: slice = here, grid: tuple[Tensor, Tensor] = grid) -> float:
             change = (q - grid[1]) * grid[0] - w[here]
-            return float((g * ((change @ h) @ change.T)).sum())
+            return float((g * float_product(float_product(change, h), change)).sum())
 
         found, least = _rounded(w[here], g, factor, *grid, top), error(integers[here])
         for left in range(SWEEPS, -1, -1):
@@ -119,7 +120,7 @@ def _rounded(w: Tensor, g: Tensor, factor: Tensor, scale: Tensor, zero_point: Te
 def _downhill(w: Tensor, q: Tensor, g: Tensor, h: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:
     """Each integer to its best value while those of other sets and columns stay, once over all: (out, in)."""
     q, scale = q.T.contiguous(), scale.T.contiguous()  # (in, out)
-    gradient = h @ ((q - zero_point.T) * scale - w.T) @ g  # half of it
+    gradient = float_product(float_product(h, ((q - zero_point.T) * scale).t() - w), g)  # half of it
     sets = [slice(first, None, SETS) for first in range(min(SETS, len(g)))]
     rows, curvature = [g[own].contiguous() for own in sets], g.diagonal()
     for start in range(0, len(h), BLOCK):
@@ -134,7 +135,7 @@ def _downhill(w: Tensor, q: Tensor, g: Tensor, h: Tensor, scale: Tensor, zero_po
                 integers[own] = new
                 slope += along * (moved[own] @ row)
             local[j + 1 :] += torch.outer(inner[j, j + 1 :], moved @ g)
-        gradient += h[:, here] @ (moves @ g)
+        gradient += float_product(h[:, here], float_product(g, moves))
     return q.T
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fairseq.modules.quantization.context import plain_context
+from fairseq.modules.quantization.float_product import float_product
 from fairseq.modules.quantization.packed.input_grid import InputGrid
 from fairseq.modules.quantization.packed.kernels import functional
 from fairseq.modules.quantization.packed.kernels.epilogue import finish
@@ -125,13 +126,12 @@ def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     these floats are added up is defined nowhere: the result equals that of other kernels to rounding only.
     """
     recorded = functional.capturing() or not functional.plain(x)
-    if recorded or weight.group_size is not None or x.numel() == 0:
+    if recorded or weight.group_size is not None or x.numel() == 0 or len(weight.codes) == 0:
         return functional.weight_only(x, weight, bias)
     codes, scale, zero_point = _codes(weight), weight.scale, weight.code_zero_point()
     outputs, inputs = codes.shape
     one, late = scale.numel() == 1, x.dtype == scale.dtype
-    out = x.new_empty(len(x), outputs)
-    step = max(1, WEIGHTS_AT_ONCE // inputs)
+    step, products = max(1, WEIGHTS_AT_ONCE // inputs), []
     for start in range(0, outputs, step):
         rows = slice(start, start + step)
         part = codes[rows]
@@ -142,7 +142,8 @@ def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         if not late:
             real.mul_(scale if one else scale[rows, None])
             real = scratch.take("weight", tuple(part.shape), x.dtype).copy_(clamp_to(real, x.dtype))
-        torch.mm(x, real.t(), out=out[:, rows])
+        products.append(float_product(x, real))
+    out = products[0] if len(products) == 1 else torch.cat(products, 1)
     if not late:
         return out if bias is None else out.add_(bias)
     return out.mul_(scale) if bias is None else torch.addcmul(bias.to(x.dtype), out, scale, out=out)
