@@ -24,7 +24,7 @@ def float_product(x: Tensor, w: Tensor) -> Tensor:
 
 def _by_onednn() -> bool:
     """Whether torch.mm would be MKL's, and oneDNN may be used."""
-    return torch.backends.mkldnn.enabled and _has_both()
+    return bool(torch.backends.mkldnn.enabled) and _has_both()
 
 
 @functools.cache

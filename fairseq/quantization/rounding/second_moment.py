@@ -9,6 +9,8 @@ from torch import Tensor
 
 DAMPING = 0.3
 """Added to the diagonal of H, as a share of its mean: some hundred pictures leave H uncertain."""
+BLOCK = 256
+"""Columns of a triangular matrix that are inverted together."""
 
 
 def damped(second_moment: Tensor, weight: Tensor, share: float = DAMPING) -> Tensor:
@@ -31,12 +33,17 @@ def damping(diagonal: Tensor, weight: Tensor) -> Tensor:
 
 
 def inverse_factor(h: Tensor) -> Tensor:
-    """The upper triangular U with H^-1 = U^T U, float64 (in, in).
+    """The upper triangular U with H^-1 = U^T U, float64 (in, in): the inverse of V, upper triangular, with H = V V^T.
 
     Holds two such matrices at a time: for the widest layers they are what memory peaks with.
     """
-    lower = cholesky(h)
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower, out=lower), upper=True)
+    upper = cholesky(h.flip(0, 1)).flip(0, 1)
+    for start in range(0, len(upper), BLOCK):
+        here, before = slice(start, start + BLOCK), slice(0, start)
+        own = upper[here, here]
+        own.copy_(torch.linalg.solve_triangular(own, torch.eye(len(own)).to(own), upper=True))
+        upper[before, here] = -(upper[before, before] @ (upper[before, here] @ own))
+    return upper
 
 
 def cholesky(h: Tensor) -> Tensor:

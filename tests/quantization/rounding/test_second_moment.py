@@ -1,9 +1,11 @@
 """The second moment: damped in units that no rescaling changes, and the factor of its inverse."""
 
+import pytest
 import torch
 from bounds import sum_error
 from layer_inputs import layer, statistics
 
+from fairseq.quantization.rounding import second_moment
 from fairseq.quantization.rounding.second_moment import damped, inverse_factor
 
 
@@ -25,7 +27,9 @@ def test_the_scales_of_the_inputs_do_not_matter():
     assert torch.equal(scaled, h * torch.outer(r, r).double())
 
 
-def test_the_factor_is_that_of_the_inverse():
+@pytest.mark.parametrize("block", [256, 7, 1])
+def test_the_factor_is_that_of_the_inverse(monkeypatch, block):
+    monkeypatch.setattr(second_moment, "BLOCK", block)
     w, x = layer()
     h = damped(statistics(x).second_moment, w)
     factor = inverse_factor(h)
