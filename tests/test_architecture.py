@@ -13,6 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # A file of the first folder that matches may import the house's modules that start with one of these.
 CONTEXT = "fairseq.modules.quantization.context"
+PRODUCT = "fairseq.modules.quantization.float_product"
 SCALAR, INTEGER = "fairseq.modules.quantization.scalar", "fairseq.modules.quantization.integer"
 PACKED = "fairseq.modules.quantization.packed"
 KERNELS = tuple(f"{SCALAR}.{leaf}" for leaf in ("ops", "weights", "tokens", "modules.replace"))
@@ -34,6 +35,7 @@ ROOMS = {
 }
 ALLOWED = {
     "modules/quantization/context.py": (),
+    "modules/quantization/float_product.py": (),
     "modules/quantization/scalar/grid.py": (),
     "modules/quantization/scalar/ranges.py": (f"{SCALAR}.grid",),
     "modules/quantization/scalar/ops.py": (f"{SCALAR}.grid", f"{SCALAR}.ranges"),
@@ -41,7 +43,7 @@ ALLOWED = {
     "modules/quantization/scalar/weights.py": (f"{SCALAR}.ops", f"{SCALAR}.grid"),
     "modules/quantization/scalar": (SCALAR, CONTEXT),
     "modules/quantization/packed/packing.py": (f"{SCALAR}.ops",),
-    "modules/quantization/packed": (*KERNELS, PACKED, CONTEXT),
+    "modules/quantization/packed": (*KERNELS, PACKED, CONTEXT, PRODUCT),
     "modules/quantization/integer": (f"{SCALAR}.ops", INTEGER),
     "modules": (),
     "quantization/utils": (INTEGER,),
@@ -54,6 +56,7 @@ ALLOWED = {
             SCALAR,
             PACKED,
             CONTEXT,
+            PRODUCT,
             f"{Q}.config",
             f"{Q}.files",
             f"{Q}.json_files",

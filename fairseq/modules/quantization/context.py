@@ -19,7 +19,8 @@ _undo: list[Callable[[], None]] = []
 
 @contextmanager
 def plain_context(device: torch.device | str = "cpu") -> Iterator[None]:
-    """float32 by default, on ``device`` by default, no autocast, no inference mode, no gradients, exact products.
+    """float32 by default, on ``device`` by default, no autocast, no inference mode, no gradients, exact products, and
+    oneDNN, where there is one.
 
     Inside, a quantization gives the integers that it gives in a fresh process. What the caller had is back afterwards.
     The default dtype and the precision of products belong to the whole process: other threads see them, too, from when
@@ -69,6 +70,9 @@ def _make_plain() -> None:
         torch.set_default_dtype(torch.float32)
         _undo.append(lambda: torch.set_default_dtype(dtype))
     mkldnn: Any = torch.backends.mkldnn
+    if not mkldnn.enabled:  # torch.export turns it off, for all threads
+        mkldnn.enabled = True
+        _undo.append(lambda: setattr(mkldnn, "enabled", False))
     for backend in (mkldnn.matmul, mkldnn.conv, torch.backends.cuda.matmul):
         _make_exact(backend)
 

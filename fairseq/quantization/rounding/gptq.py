@@ -104,7 +104,7 @@ def _compensate(w: Tensor, first: Tensor, factor: Tensor, scale: Tensor, zero_po
             row = factor[start + j, start + j : stop]
             errors[j] = (block[j] - (integer - z) * s) / row[0]
             block[j:] -= torch.outer(row, errors[j])
-        w[stop:] -= float_product(factor[start:stop, stop:].t(), errors.t())
+        w[stop:] -= factor[start:stop, stop:].T @ errors
     return q
 
 
@@ -123,5 +123,5 @@ def descend(w: Tensor, q: Tensor, h: Tensor, scale: Tensor, zero_point: Tensor, 
                 moves[j] = (new - old) * s
                 q[start + j] = new
                 local[j + 1 :] += torch.outer(inner[j, j + 1 :], moves[j])
-            gradient += float_product(h[:, start:stop], moves.t())
+            gradient += h[:, start:stop] @ moves
     return q

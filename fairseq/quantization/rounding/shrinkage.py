@@ -27,7 +27,8 @@ def shrinkage_between(weight: Tensor, halves: tuple[Statistics, Statistics]) -> 
 
     For the change D that one half asks for, E|D x - (y* - y)|^2 over the other one is tr(D H D^T) - 2 tr(D E[(y* - y)
     x^T]^T) and what no change takes off. So the best share of D is known in closed form; the damping is searched for in
-    steps of 4, from 1 on both ways, as long as it gets better. The layers before were corrected on both halves, so that
+    steps of 4, from 1 on, as long as it gets better: first less of it, and more only where less was no better, or where
+    1 took off nothing. The layers before were corrected on both halves, so that
     neither is quite unseen.
 
     Args:
@@ -54,9 +55,9 @@ def shrinkage_between(weight: Tensor, halves: tuple[Statistics, Statistics]) -> 
         share = min(fit / energy, 1.0) if fit > 0 and energy > 0 else 0.0
         return share * (2 * fit - share * energy), Shrinkage(ridge, share)
 
-    best, found = gain(1.0)
+    best, found = first = gain(1.0)
     for step in (0.25, 4.0):
-        if found.ridge < 1:  # it got better with less, and so not with more
+        if first[0] > 0 and found.ridge < 1:
             break
         ridge = step
         while LEAST_RIDGE <= ridge <= MOST_RIDGE:

@@ -135,7 +135,7 @@ def _downhill(w: Tensor, q: Tensor, g: Tensor, h: Tensor, scale: Tensor, zero_po
                 integers[own] = new
                 slope += along * (moved[own] @ row)
             local[j + 1 :] += torch.outer(inner[j, j + 1 :], moved @ g)
-        gradient += float_product(h[:, here], float_product(g, moves))
+        gradient += h[:, here] @ (moves @ g)
     return q.T
 
 

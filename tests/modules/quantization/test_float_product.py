@@ -48,11 +48,35 @@ def test_it_is_the_product_whatever_the_strides(x, w):
     assert ((float_product(x, w).double() - wanted).abs() <= sum_error(33, magnitude)).all()
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 7), (6, 1, 7), (6, 5, 1), (0, 5, 7), (6, 0, 7), (6, 5, 0)])
-def test_thin_and_empty_ones(shape):
+@pytest.mark.parametrize("shape", [(31, 5, 7), (40, 1, 7), (40, 5, 1), (0, 5, 7), (40, 0, 7), (40, 5, 0)])
+def test_thin_and_empty_ones_are_not_onednns(shape):
     m, k, n = shape
     x, w = torch.arange(m * k).view(m, k).float(), torch.arange(n * k).view(n, k).float()
-    assert torch.equal(float_product(x, w), x @ w.t())
+    with Seen() as seen:
+        got = float_product(x, w)
+    assert torch.equal(got, x @ w.t())
+    assert ONEDNN not in seen.names()
+
+
+@pytest.mark.parametrize("rows", [1, 32, 33, 511, 512, 788, 1200])
+def test_any_number_of_rows_is_multiplied_in_few_shapes(rows):
+    """Of which oneDNN keeps a program each: no others than these, however many pictures a batch has."""
+    x, w = torch.arange(rows * 3).view(rows, 3).float() % 17, dense(21, 3).round()
+    with Seen() as seen:
+        got = float_product(x, w)
+    assert torch.equal(got, x @ w.t())
+    shapes = [len(args[0]) for function, args in seen.calls if str(function) == ONEDNN]
+    assert set(shapes) <= set(module.ROWS)
+    assert sum(shapes) == (rows // 32 * 32 if module._has_both() else 0)
+
+
+@pytest.mark.parametrize("learns", ["x", "w"])
+def test_a_gradient_is_not_lost_without_a_word(learns):
+    x, w = dense(40, 33).requires_grad_(learns == "x"), dense(21, 33).requires_grad_(learns == "w")
+    with pytest.raises(RuntimeError, match="grad"):
+        float_product(x, w)
+    with torch.no_grad():
+        assert not float_product(x, w).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -97,3 +97,18 @@ def test_calibration_tries_it_out_unless_both_halves_have_views_of_one_picture(
     ViTQuantizer(bits=3, method="channel", rounding=rounding).quantize_model(tiny_vit, images, augment=augment)
     assert found
     assert all((one.shrinkage is not None) == tried and one.halves is None for one in found)
+
+
+def test_more_damping_is_tried_where_one_takes_nothing_off():
+    """Inputs of very different scales and much noise: a 64th takes a little off, 1 nothing, and 64 the most."""
+    generator = torch.Generator().manual_seed(44)
+    scales = torch.randn(12, generator=generator).mul(3).exp2()
+    x, other = (torch.randn(16, 12, generator=generator) * scales for _ in range(2))
+    mix = torch.randn(12, 3, generator=generator) / scales[:, None]
+    halves = tuple(
+        statistics(a)._replace(
+            missing=(a @ mix + 4 * torch.randn(16, 3, generator=generator)).T @ a / len(a), samples=float(len(a))
+        )
+        for a in (x, other)
+    )
+    assert shrinkage_between(torch.ones(3, 12), halves).ridge > 1

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMo
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fairseq.modules.quantization.context import plain_context
 from fairseq.modules.quantization.packed import LinearConfig, PackedLinear, kernels
 from fairseq.modules.quantization.packed.kernels import cpu, native
 from fairseq.modules.quantization.packed.patches import PackedPatchEmbedding
@@ -303,3 +304,12 @@ def test_patches_are_the_same(state):
         assert same_buffers(other, expected)
         assert is_usable(other, x)
         assert same(other(x), y)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_integers_are_decided_with_onednn_which_exporting_turns_off(monkeypatch, enabled):
+    onednn = torch.backends.mkldnn
+    monkeypatch.setattr(onednn, "enabled", enabled)
+    with plain_context():
+        assert onednn.enabled
+    assert onednn.enabled == enabled

@@ -7,9 +7,8 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,7 +112,8 @@ def _best(device: torch.device) -> Kernels:
 def _usual(device: torch.device, recorded: bool) -> tuple[str, ...]:
     """The kernels for that type of device, the best first; a graph may run on another processor."""
     if device.type == "cpu":
-        return ("cpu", "floats") if recorded or functional.observed() or not _floats_are_faster() else ("floats", "cpu")
+        integers = recorded or functional.observed() or not cpu.floats_are_faster()
+        return ("cpu", "floats") if integers else ("floats", "cpu")
     if device.type != "cuda":
         return ()
     reason = reason_not_on(device)
@@ -124,11 +124,6 @@ def _usual(device: torch.device, recorded: bool) -> tuple[str, ...]:
 
 
 _usual._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as below
-
-
-def _floats_are_faster() -> bool:
-    with _with_onednn():
-        return cpu.floats_are_faster()
 
 
 @functools.cache
@@ -205,20 +200,7 @@ def _check(name: str, device: str) -> str | None:
         return problem
 
 
-@contextmanager
-def _with_onednn() -> Iterator[None]:
-    """torch.export turns oneDNN off, for all threads; what it records runs with it."""
-    onednn: Any = torch.backends.mkldnn
-    before = onednn.enabled
-    onednn.enabled = True
-    try:
-        yield
-    finally:
-        onednn.enabled = before
-
-
 @plain_context()
-@_with_onednn()
 def _compare(kernels: Kernels, device: torch.device) -> str | None:
     generator = torch.Generator().manual_seed(0)
     q, codes = (torch.randint(-128, 128, shape, generator=generator).to(torch.int8) for shape in ((19, 70), (40, 70)))

@@ -131,7 +131,8 @@ def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     codes, scale, zero_point = _codes(weight), weight.scale, weight.code_zero_point()
     outputs, inputs = codes.shape
     one, late = scale.numel() == 1, x.dtype == scale.dtype
-    step, products = max(1, WEIGHTS_AT_ONCE // inputs), []
+    out: Tensor | None = None
+    step = max(1, WEIGHTS_AT_ONCE // inputs)
     for start in range(0, outputs, step):
         rows = slice(start, start + step)
         part = codes[rows]
@@ -142,8 +143,13 @@ def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         if not late:
             real.mul_(scale if one else scale[rows, None])
             real = scratch.take("weight", tuple(part.shape), x.dtype).copy_(clamp_to(real, x.dtype))
-        products.append(float_product(x, real))
-    out = products[0] if len(products) == 1 else torch.cat(products, 1)
+        found = float_product(x, real)
+        if len(part) == outputs:
+            out = found
+            break
+        out = x.new_empty(len(x), outputs) if out is None else out
+        out[:, rows] = found
+    assert out is not None
     if not late:
         return out if bias is None else out.add_(bias)
     return out.mul_(scale) if bias is None else torch.addcmul(bias.to(x.dtype), out, scale, out=out)
