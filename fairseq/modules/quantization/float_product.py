@@ -12,16 +12,20 @@ ROWS = (512, 256, 128, 64, 32)
 there are few shapes. What is left over is torch.mm's, which is faster for a few rows, too."""
 
 
-def float_product(x: Tensor, w: Tensor) -> Tensor:
+def float_product(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     """(M, K) times (N, K) transposed, floating, without a gradient: (M, N), rounded as any sum of K products is.
 
     Of float32 on an x86 processor that is oneDNN's, which uses AVX-512 on any maker's processors, for all but the last
     31 rows. Those, thin matrices, all else, and all where ``torch.backends.mkldnn.enabled`` is False, are torch.mm's.
 
+    Args:
+        out: (M, N), of any strides, to be written; None for a new one.
+
     Raises:
         RuntimeError: a gradient is wanted.
     """
-    out = x.new_empty(len(x), len(w))
+    if out is None:
+        out = x.new_empty(len(x), len(w))
     start = 0
     floats = x.dtype == w.dtype == torch.float32 and x.device.type == w.device.type == "cpu"
     if floats and min(x.shape[1], len(w)) > 1 and len(x) >= ROWS[-1] and not _learns(x, w) and _by_onednn():

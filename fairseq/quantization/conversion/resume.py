@@ -30,7 +30,7 @@ STAGES = "stage-*.safetensors"
 WEIGHTS = "token-weights-*.safetensors"
 CHUNK = 16
 """Pictures that are hashed at a time."""
-METHODS = 3
+METHODS = 4
 """Counted up when the same settings come to give other integers, which do not go with those of before."""
 PARTS = ("integers", "scale", "zero_point", "bias", "factor")
 

@@ -28,8 +28,7 @@ def shrinkage_between(weight: Tensor, halves: tuple[Statistics, Statistics]) -> 
     For the change D that one half asks for, E|D x - (y* - y)|^2 over the other one is tr(D H D^T) - 2 tr(D E[(y* - y)
     x^T]^T) and what no change takes off. So the best share of D is known in closed form; the damping is searched for in
     steps of 4, from 1 on, as long as it gets better: first less of it, and more only where less was no better, or where
-    1 took off nothing. The layers before were corrected on both halves, so that
-    neither is quite unseen.
+    1 took off nothing. The layers before were corrected on both halves, so that neither is quite unseen.
 
     Args:
         weight: (out, in).

@@ -45,7 +45,10 @@ def test_it_is_the_product_whatever_the_strides(x, w):
     x, w = LAYOUTS[x](40, 33), LAYOUTS[w](21, 33)
     wanted = x.double() @ w.double().t()
     magnitude = x.abs().double() @ w.abs().double().t()
-    assert ((float_product(x, w).double() - wanted).abs() <= sum_error(33, magnitude)).all()
+    got, out = float_product(x, w), torch.full((40, 50), torch.nan)[:, 4:25]
+    assert ((got.double() - wanted).abs() <= sum_error(33, magnitude)).all()
+    float_product(x, w, out=out)
+    assert torch.equal(out, got)
 
 
 @pytest.mark.parametrize("shape", [(31, 5, 7), (40, 1, 7), (40, 5, 1), (0, 5, 7), (40, 0, 7), (40, 5, 0)])

@@ -126,12 +126,12 @@ def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     these floats are added up is defined nowhere: the result equals that of other kernels to rounding only.
     """
     recorded = functional.capturing() or not functional.plain(x)
-    if recorded or weight.group_size is not None or x.numel() == 0 or len(weight.codes) == 0:
+    if recorded or weight.group_size is not None or x.numel() == 0:
         return functional.weight_only(x, weight, bias)
     codes, scale, zero_point = _codes(weight), weight.scale, weight.code_zero_point()
     outputs, inputs = codes.shape
     one, late = scale.numel() == 1, x.dtype == scale.dtype
-    out: Tensor | None = None
+    out = x.new_empty(len(x), outputs)
     step = max(1, WEIGHTS_AT_ONCE // inputs)
     for start in range(0, outputs, step):
         rows = slice(start, start + step)
@@ -143,13 +143,7 @@ def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         if not late:
             real.mul_(scale if one else scale[rows, None])
             real = scratch.take("weight", tuple(part.shape), x.dtype).copy_(clamp_to(real, x.dtype))
-        found = float_product(x, real)
-        if len(part) == outputs:
-            out = found
-            break
-        out = x.new_empty(len(x), outputs) if out is None else out
-        out[:, rows] = found
-    assert out is not None
+        float_product(x, real, out=out[:, rows])
     if not late:
         return out if bias is None else out.add_(bias)
     return out.mul_(scale) if bias is None else torch.addcmul(bias.to(x.dtype), out, scale, out=out)
