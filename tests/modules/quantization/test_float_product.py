@@ -76,10 +76,7 @@ def test_any_number_of_rows_is_multiplied_in_few_shapes(rows):
 @pytest.mark.parametrize("learns", ["x", "w"])
 def test_a_gradient_is_not_lost_without_a_word(learns):
     """Of 64 rows, none of which is torch.mm's."""
-    x, w = (
-        dense(64, 33).requires_grad_(learns == "x"),
-        dense(21, 33).requires_grad_(learns == "w"),
-    )
+    x, w = dense(64, 33).requires_grad_(learns == "x"), dense(21, 33).requires_grad_(learns == "w")
     with pytest.raises(RuntimeError, match="grad"):
         float_product(x, w)
     with torch.no_grad():
