@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fairseq.modules.quantization.packed.kernels import functional, native, native_calls
 from fairseq.quantization.engine.native_block import NativeBlock
@@ -53,6 +52,24 @@ class Chain:
     asked: int = 1
 
 
+class Given:
+    """Arguments of a block besides hidden states, as they were.
+
+    Attributes:
+        bare: whether they are nothing but None, True and False.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.args, self.kwargs, self.bare = args, kwargs, _bare(args, kwargs)
+        self.versions = None if self.bare else _versions((args, kwargs))
+
+    def same(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether others are the same tensors, unchanged, and else equal numbers and words, in the same places."""
+        if self.bare:
+            return _bare(args, kwargs) and args == self.args and kwargs == self.kwargs
+        return _same((self.args, self.kwargs), (args, kwargs)) and self.versions == _versions((args, kwargs))
+
+
 @dataclass
 class Record:
     """What is known of the output of a block while it is alive.
@@ -64,7 +81,7 @@ class Record:
         chain: that it was computed in.
         caller: the running function that called for it, see :func:`_caller`.
         follower: the block that is expected to take it, or None.
-        given: its arguments besides hidden states, with :func:`_versions` of them.
+        given: its arguments besides hidden states, a :class:`Given`.
         output: what it then returns.
     """
 
@@ -74,11 +91,12 @@ class Record:
     chain: Chain
     caller: int | None
     follower: Any = None
-    given: Any = None
+    given: Given | None = None
     output: Tensor | None = None
 
 
-_records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_records: dict[int, tuple[weakref.ref[Tensor], Record]] = {}
+"""By the id of outputs that are alive."""
 
 
 class _Thread(threading.local):
@@ -92,15 +110,17 @@ _thread = _Thread()
 
 def taken(block: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The output of a fused block for hidden states ``x`` if it was computed ahead for such a call, or None."""
-    record = _records.pop(x, None)
-    if record is None or record.version != x._version or record.caller is None or record.caller != _caller():
+    reference, record = _records.pop(id(x), (None, None))
+    if record is None or reference is None or reference() is not x:
+        return None
+    if record.version != x._version or record.caller is None or record.caller != _caller():
         return None
     if record.follower is None:
         record.made_by.follower = weakref.ref(block)
         return None
     known = record.follower is block and not block.training and not functional.recording()
     alike = record.gradients == torch.is_grad_enabled() and not x.requires_grad
-    if not known or not alike or not _same(record.given, _with_versions(args, kwargs)):
+    if not known or not alike or record.given is None or not record.given.same(args, kwargs):
         record.made_by.follower = None
         return None
     record.chain.asked += 1
@@ -117,32 +137,42 @@ def run(block: Any, x: Tensor, call: Call, args: tuple[Any, ...], kwargs: dict[s
         args, kwargs: the same as they came, without hidden states.
     """
     _look_back()
-    blocks, natives, calls = [block], [block._native], [call]
     first = block._native
-    caller = _caller()
+    blocks, natives, calls, translated = [block], [first], [call], [first.translated(call)]
+    given, caller = Given(args, kwargs), _caller()
+    functions: dict[Any, Any] = {}
     most = min(first.most, MOST_BYTES // (x.numel() * x.element_size() + 1))
     if caller is None or any_watched([block]):
         most = 1
     while len(blocks) < most and call.rows is None:
         follower = natives[-1].follower and natives[-1].follower()
-        ready = None if follower is None or follower in blocks else _ready(follower, x, call, args, kwargs)
+        ready = None if follower is None or follower in blocks else _ready(follower, x, first, call, given, functions)
         if ready is None:
             break
         blocks.append(follower)
         natives.append(ready[0])
         calls.append(ready[1])
-    outputs = native_calls.run_blocks(
-        [each.block for each in natives], x, [each.translated(c) for each, c in zip(natives, calls)],
-        native.level_number(),
-    )  # fmt: skip
+        translated.append(translated[0] if ready[1] is call else ready[0].translated(ready[1]))
+    outputs = native_calls.run_blocks([each.block for each in natives], x, translated, native.level_number())
     chain = _thread.chain = Chain(weakref.ref(first), len(blocks))
-    given = _with_versions(args, kwargs)
     for i, output in enumerate(outputs):
         record = Record(natives[i], output._version, torch.is_grad_enabled(), chain, caller)
         if i + 1 < len(outputs):
             record.follower, record.given, record.output = blocks[i + 1], given, outputs[i + 1]
-        _records[output] = record
+        _remember(output, record)
     return outputs[0]
+
+
+def _remember(output: Tensor, record: Record) -> None:
+    """Keep the record of an output until that is taken or gone."""
+    number = id(output)
+
+    def forget(reference: weakref.ref[Tensor]) -> None:
+        kept = _records.get(number)
+        if kept is not None and kept[0] is reference:
+            _records.pop(number, None)
+
+    _records[number] = weakref.ref(output, forget), record
 
 
 def _caller() -> int | None:
@@ -153,19 +183,24 @@ def _caller() -> int | None:
     return id(frame) if str(frame.f_globals.get("__name__")).startswith(KNOWN) else None
 
 
-def _ready(block: Any, x: Tensor, first: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The native block and the call of a block that may run behind one that is called so; None if it may not."""
+def _ready(block: Any, x: Tensor, first: NativeBlock, call: Call, given: Given, functions: dict[Any, Any]) -> Any:
+    """The native block and the call of a block that may run behind ``first``, called so; None if it may not.
+
+    It is the same call if nothing in it is of that block.
+    """
     found = block._native
-    if not isinstance(found, NativeBlock) or not found.holds() or any_watched([block, *found.inner]):
+    if not isinstance(found, NativeBlock) or not found.holds(functions) or any_watched([block, *found.inner]):
         return None
     if found.block.width != x.shape[-1]:
         return None
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in found.parameters):
         return None
-    call = found.call(x, args, kwargs)
-    if call is None or call.rows is not None or (call.images, call.tokens) != (first.images, first.tokens):
+    if given.bare and found.halves == first.halves and found.calls.in_common_with(first.calls):
+        return found, call
+    own = found.call(x, given.args, given.kwargs)
+    if own is None or own.rows is not None or (own.images, own.tokens) != (call.images, call.tokens):
         return None
-    return found, call
+    return found, own
 
 
 def _look_back() -> None:
@@ -179,12 +214,13 @@ def _look_back() -> None:
         first.most, first.unused = chain.asked, 0
 
 
-def _with_versions(*given: Any) -> Any:
-    """The arguments, and how often tensors among them were written to."""
-    return given, [_versions(value) for value in given]
+def _bare(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether arguments are nothing but None, True and False."""
+    return all(value is None or value is True or value is False for value in (*args, *kwargs.values()))
 
 
 def _versions(value: Any) -> Any:
+    """How often tensors among arguments were written to."""
     if isinstance(value, Tensor):
         return None if value.is_inference() else value._version
     items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()

@@ -54,6 +54,10 @@ class Calls:
         left = (value for name, value in given.items() if name not in HARMLESS)
         return None if any(value is not None and value is not False for value in left) else call
 
+    def in_common_with(self, other: Calls) -> bool:
+        """Whether the same arguments, without a tensor among them, give the same call of another block."""
+        return self.adapter is other.adapter and self.adapter in (images, clip) and self.names == other.names
+
     def table(self, x: Tensor, key: Any, make: Callable[[torch.dtype], Any]) -> Any:
         """What ``make`` gave for this key, in float64 for such hidden states, else float32."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

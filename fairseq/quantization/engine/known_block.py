@@ -76,8 +76,9 @@ class KnownBlock:
         self.device = cast(PackedLinear, spec.layers["query"]).scale.device
         self.parameters = list(block.parameters())
         self.inner = [module for module in block.modules() if module is not block]
-        self.classes = [(module, type(module)) for module in block.modules()]
-        kinds = {*(each for _, each in self.classes), kind}
+        self.modules = list(block.modules())
+        self.classes = list(map(type, self.modules))
+        kinds = {*self.classes, kind}
         self.code = [(each, each.__call__, each.forward) for each in kinds]
         self.attention = attention_of(block)
         self.attention_function = attention_function(self.attention)
@@ -96,10 +97,14 @@ class KnownBlock:
         """Hidden states, (images, tokens, width) -> the block's output."""
         raise NotImplementedError
 
-    def holds(self) -> bool:
+    def holds(self, functions: dict[Any, AttentionFunction] | None = None) -> bool:
         """Whether the block still has the same code, modules, tensors and settings; of copies, that they are unchanged.
 
         A copied tensor that is changed behind PyTorch's back, through ``.data``, is not noticed.
+
+        Args:
+            functions: what attention modules were found to call just now, by class and settings, which it adds to; None
+                to look again.
         """
         try:
             for holder, named, things in self.seen:
@@ -107,13 +112,18 @@ class KnownBlock:
                     return False
         except KeyError:
             return False
-        for module, kind in self.classes:
-            if type(module) is not kind:
-                return False
+        if list(map(type, self.modules)) != self.classes:
+            return False
         for kind, call, forward in self.code:
             if kind.__call__ is not call or kind.forward is not forward:
                 return False
-        if attention_function(self.attention) != self.attention_function:
+        key = (type(self.attention), id(getattr(self.attention, "config", None)))
+        function = None if functions is None else functions.get(key)
+        if function is None:
+            function = attention_function(self.attention)
+            if functions is not None:
+                functions[key] = function
+        if function != self.attention_function:
             return False
         return self.pointers == list(map(Tensor.data_ptr, self.addressed)) and all(
             arguments.version(tensor) == number for tensor, number in self.versions

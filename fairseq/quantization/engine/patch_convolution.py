@@ -19,11 +19,11 @@ SMALLEST = 4
 class PatchConvolution(nn.Conv2d):
     """What an ``nn.Conv2d`` becomes whose patches do not overlap, in the place of its class.
 
-    On the CPU and in float32 it runs as three products of bfloat16, high and low parts of pixels and weights, where the
-    instruction set has tiles for them (AMX): about twice as fast as the convolution, and off by a few millionths; see
-    :func:`~.patch_products.run_patches`. Otherwise it is the convolution, as its gradients are, and what a trace or
-    ONNX holds. Parameters, their names and the state dict stay as they are. A weight that is changed behind PyTorch's
-    back, through ``.data`` in place, is not noticed.
+    On the CPU and in float32 it runs as a product of floats where the instruction set is one of AVX-512, and as three
+    of bfloat16, high and low parts of pixels and weights, where it has tiles for them (AMX): faster than the
+    convolution, and off by a few millionths; see :func:`~.patch_products.run_patches`. Otherwise it is the convolution,
+    as its gradients are, and what a trace or ONNX holds. Parameters, their names and the state dict stay as they are. A
+    weight that is changed behind PyTorch's back, through ``.data`` in place, is not noticed.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class PatchConvolution(nn.Conv2d):
             return False
         if reason_not_packable(self) or functional.recording() or not kernels.runs_native("auto"):
             return False
-        return _tiles()
+        return _worthwhile()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         patch_products.forget_patches(self.weight)  # whose numbers may change behind PyTorch's back
@@ -66,13 +66,16 @@ def _run(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return cast(Tensor, y.permute(0, 3, 1, 2))
 
 
-def _tiles() -> bool:
-    """Whether the instruction set that would run multiplies bfloat16 in tiles, and may."""
-    return bool(native.levels()) and not native_calls.attention_is_exact() and native.fast_halves(native.level_number())
+def _worthwhile() -> bool:
+    """Whether the instruction set that would run multiplies patches faster than PyTorch does, and may."""
+    if not native.levels() or native_calls.attention_is_exact():
+        return False
+    level = native.level_number()
+    return native.fast_floats(level) or native.fast_halves(level)
 
 
 # A compiler takes what they return, as for what choose() decides.
-_tiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_worthwhile._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reason_not_patches(module: nn.Module) -> str | None:

@@ -18,9 +18,9 @@ def any_watched(modules: Iterable[nn.Module]) -> bool:
         forward = module.__dict__.get("forward")  # some transformers put the method itself there after a call
         if module.training or (forward and getattr(forward, "__func__", None) is not type(module).forward):
             return True
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if _active(hook):
-                return True
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if hooked and any(map(_active, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
+            return True
     return False
 
 

@@ -1,4 +1,4 @@
-"""Patch embeddings in float32 on tiles: near the convolution, and the convolution wherever it must be."""
+"""Patch embeddings in float32 by the kernels: near the convolution, and the convolution wherever it must be."""
 
 import copy
 import pickle
@@ -14,6 +14,7 @@ from fairseq.quantization.engine.patch_convolution import PatchConvolution, reas
 
 pytestmark = pytest.mark.skipif(not native.levels(), reason=library.NOT_BUILT)
 TILES = [level for level in native.levels() if native.fast_halves(native.level_number(level))]
+FLOATS = [level for level in native.levels() if native.fast_floats(native.level_number(level))]
 
 
 def convolution(channels=3, outputs=40, size=(5, 7), bias=True):
@@ -23,10 +24,10 @@ def convolution(channels=3, outputs=40, size=(5, 7), bias=True):
     return conv
 
 
-@pytest.fixture
-def used(monkeypatch):
-    """The shapes of pictures that the kernels were given, on emulated tiles."""
-    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_LEVEL", TILES[0])
+@pytest.fixture(params=[TILES[0], *FLOATS[:1]] if TILES else [])
+def used(monkeypatch, request):
+    """The shapes of pictures that the kernels were given, on emulated tiles, and on AVX-512 where there is that."""
+    monkeypatch.setenv("FAIRSEQ_QUANTIZATION_LEVEL", request.param)
     seen, run = [], patch_products.run_patches
 
     def record(pixels, *args):
@@ -50,7 +51,9 @@ def test_it_is_the_convolution_to_its_bound(level, pictures, size, outputs, bias
     bias = None if conv.bias is None else conv.bias.detach()
     exact = nn.functional.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), size)
     sizes = nn.functional.conv2d(x.abs().double(), weight.abs().double(), None, size)
-    bound = sizes * (3 * 2**-18 + 3 * weight[0].numel() * 2**-24) + 2**-23 * (0 if bias is None else bias.abs().max())
+    terms, halves = weight[0].numel(), level in TILES
+    per_term = 3 * 2**-18 + 3 * terms * 2**-24 if halves else 1.01 * (terms + 1) * 2**-24
+    bound = sizes * per_term + 2**-23 * (0 if bias is None else bias.abs().max())
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -60,6 +63,8 @@ def test_it_is_the_convolution_to_its_bound(level, pictures, size, outputs, bias
     rounded = nn.functional.conv2d(x.bfloat16().double(), weight.bfloat16().double(), None, size)
     assert not (rounded - exact).abs().le(bound).all()  # what one product of bfloat16 would give
     assert all(torch.equal(other, found[0]) for other in found[1:])
+    if not halves:  # the order of the terms is the same everywhere
+        assert torch.equal(found[0], patch_products.run_patches(x, weight, bias, native.level_number("portable")))
 
 
 def test_what_is_not_finite_does_not_become_finite(used):

@@ -25,6 +25,8 @@ ALIGNED = 64
 """Bytes of a line of the cache."""
 
 _free: list[mmap.mmap] = []
+_lent: dict[int, weakref.ref[Any]] = {}
+"""By the id of a region what a tensor holds of it."""
 
 
 def empty(shape: Sequence[int]) -> Tensor:
@@ -34,7 +36,7 @@ def empty(shape: Sequence[int]) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device="cpu")
     region = _take(4 * count)
     held = _bytes(len(region)).from_buffer(region)
-    weakref.finalize(held, _give_back, region).atexit = False  # when the storage of the tensor is freed
+    _lent[id(region)] = weakref.ref(held, functools.partial(_give_back, region))  # when its storage is freed
     return torch.frombuffer(held, dtype=torch.float32, count=count).view(*shape)
 
 
@@ -69,7 +71,8 @@ def _take(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def _give_back(region: mmap.mmap) -> None:
+def _give_back(region: mmap.mmap, _: weakref.ref[Any]) -> None:
+    _lent.pop(id(region), None)
     if len(region) > KEPT:
         return
     _free.append(region)

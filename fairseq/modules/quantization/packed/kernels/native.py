@@ -101,6 +101,11 @@ def fast_halves(level: int) -> bool:
     return bool(library.loaded().fairseq_fast_halves(level))
 
 
+def fast_floats(level: int) -> bool:
+    """Whether a level multiplies floats as fast as the processor can; only of AVX-512 is that known."""
+    return bool(library.loaded().fairseq_fast_floats(level))
+
+
 def _disagreement(level: int) -> str | None:
     """How a level differs from the reference on small cases, or None; whatever the caller's context is."""
     try:

@@ -1,4 +1,4 @@
-"""A convolution over patches that do not overlap, as products of bfloat16 in the compiled library."""
+"""A convolution over patches that do not overlap, as products in the compiled library: of floats, or of bfloat16."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fairseq.modules.quantization.packed.kernels import arguments, library, memory
+from fairseq.modules.quantization.packed.kernels import arguments, library, memory, native
 from fairseq.modules.quantization.packed.kernels.structures import Patches
 from fairseq.modules.quantization.packed.panels import WIDTH
 
@@ -15,14 +15,17 @@ PATCH_STEP = 32
 """Numbers of a patch are filled up to a multiple of it, as csrc/api.h says."""
 
 
-def patch_panels(weight: Tensor) -> Tensor:
-    """A convolution's weight, float32 (out, C, height, width), as its product reads it, bfloat16.
+def patch_panels(weight: Tensor, halves: bool) -> Tensor:
+    """A convolution's weight, float32 (out, C, height, width), as its product reads it.
 
-    (panels of 32 outputs, pairs of numbers, 32, 2): the numbers are the high parts of the weights, bfloat16(w), the low
-    ones, bfloat16(w - high), and the high ones once more, each filled up with zeros to a multiple of 32.
+    Its numbers are filled up with zeros to a multiple of 32, and so are its outputs. In float32 (panels of 32 outputs,
+    numbers, 32). In bfloat16 (panels, pairs of numbers, 32, 2): the high parts of the weights, bfloat16(w), the low
+    ones, bfloat16(w - high), and the high ones once more.
     """
     rows = weight.detach().reshape(len(weight), -1)
     rows = F.pad(rows, (0, -rows.shape[1] % PATCH_STEP, 0, -len(rows) % WIDTH))
+    if not halves:
+        return rows.view(-1, WIDTH, rows.shape[1]).transpose(1, 2).contiguous()
     high = rows.to(torch.bfloat16)
     numbers = torch.cat([high, (rows - high.to(rows.dtype)).to(torch.bfloat16), high], 1)
     return numbers.view(-1, WIDTH, numbers.shape[1] // 2, 2).transpose(1, 2).contiguous()
@@ -31,12 +34,12 @@ def patch_panels(weight: Tensor) -> Tensor:
 _patch_panels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _kept_patch_panels(weight: Tensor) -> Tensor:
+def _kept_patch_panels(weight: Tensor, halves: bool) -> Tensor:
     """The panels of a weight, made anew when it was written to; a change through ``.data`` in place is not noticed."""
-    key = (weight.data_ptr(), arguments.version(weight))
+    key = (weight.data_ptr(), arguments.version(weight), halves)
     kept = _patch_panels.get(weight)
     if kept is None or kept[0] != key:
-        kept = _patch_panels[weight] = (key, patch_panels(weight))
+        kept = _patch_panels[weight] = (key, patch_panels(weight, halves))
     panels: Tensor = kept[1]
     return panels
 
@@ -47,10 +50,12 @@ def forget_patches(weight: Tensor) -> None:
 
 
 def run_patches(pixels: Tensor, weight: Tensor, bias: Tensor | None, level: int) -> Tensor:
-    """A convolution over patches that do not overlap, as three products of bfloat16 that give nearly those of floats.
+    """A convolution over patches that do not overlap, in float32.
 
-    The error is at most ``(3 * 2**-18 + 3 * K * 2**-24) * sum(abs(x * w))`` over the K numbers of a patch. An Inf makes
-    NaN.
+    Where products of bfloat16 are many times as fast (:func:`.native.fast_halves`), it is three of those that give
+    nearly those of floats: the error is at most ``(3 * 2**-18 + 3 * K * 2**-24) * sum(abs(x * w))`` over the K numbers
+    of a patch, and an Inf makes NaN. Elsewhere each sum is in the order of its terms, rounded once for each, with the
+    same bits on every processor: off by at most ``K * 2**-24 * sum(abs(x * w))``.
 
     Args:
         pixels: float32 (images, C, H, W); what does not fill a patch, at the right and at the bottom, is left out.
@@ -74,7 +79,7 @@ def run_patches(pixels: Tensor, weight: Tensor, bias: Tensor | None, level: int)
         raise ValueError(f"pictures of {height} x {width} have no patch of {patch_height} x {patch_width}")
     y = memory.empty((images, height // patch_height, width // patch_width, out))
     if y.numel():
-        panels = _kept_patch_panels(weight)  # held by this name, whatever other threads do
+        panels = _kept_patch_panels(weight, native.fast_halves(level))  # held by this name, whatever other threads do
         patches = Patches(
             panels.data_ptr(), arguments.pointer(bias), channels, height, width, patch_height, patch_width, out
         )  # fmt: skip

@@ -182,6 +182,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         c_int, POINTER(Block), POINTER(Call), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int,
     ),
     "fairseq_fast_halves": (c_int,),
+    "fairseq_fast_floats": (c_int,),
     "fairseq_patches": (c_int, POINTER(Patches), c_void_p, c_int64, c_void_p, c_int),
     "fairseq_integers": (
         c_int, POINTER(IntegerModel), c_void_p, c_int64, c_void_p, c_int, c_int64, c_int64, POINTER(c_double),

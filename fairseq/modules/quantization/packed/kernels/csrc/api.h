@@ -70,8 +70,8 @@ struct Call {
 // A convolution over patches that do not overlap: float (images, channels, height, width) -> (images, rows, columns,
 // out).
 struct Patches {
-  const uint16_t* panels;  // see patches.h
-  const float* bias;       // (out,), or null
+  const uint8_t* panels;  // see patches.h
+  const float* bias;      // (out,), or null
   int64_t channels, height, width, patch_height, patch_width, out;
 };
 
@@ -161,6 +161,7 @@ const int64_t PANEL = 32;       // outputs of a panel
 const int64_t PANEL_STEP = 16;  // inputs are filled up to a multiple of it
 const int64_t PATCH_STEP = 32;  // numbers of a patch are filled up to a multiple of it
 const int64_t ALIGNMENT = 64;
+const int64_t ROW_COUNT = 4;
 const int64_t TILES_AT_ONCE = 16;  // whose sums are kept while a long reduction goes on
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -192,6 +193,12 @@ struct Place {
   int32_t image, token;
 };
 
+// Where the first column of the first head of a row of a chunk lies for attention.
+struct Slot {
+  int64_t parts[3];  // of queries, keys and values, counted in numbers from the beginning of each
+  int64_t rows;      // of the tile of queries
+};
+
 // Threads that work on the same rows, each on its share; all of them call wait().
 struct Crew {
   int member, members;
@@ -203,6 +210,7 @@ extern "C" void fairseq_wait(struct Barrier* barrier, int members);
 struct SharedWorkspace {
   Tile* tiles;
   Place* places;  // (rows,)
+  Slot* slots;    // (rows,); none of integers alone
   int64_t tile_count, rows, images, tokens;
   uint8_t* integers;  // of all rows, in tiles: a group of columns of each row, then the next group; or bfloat16
   float* scales;      // (rows,): of the integers
@@ -232,7 +240,7 @@ struct Group {
 
 // Memory of one thread.
 struct ThreadWorkspace {
-  float* row;             // two rows of any layer
+  float* row;             // ROW_COUNT rows of any layer
   float* values;          // rows of a tile x PANEL
   int32_t* accumulators;  // TILES_AT_ONCE buffers of the rows of a tile x PANEL
   uint8_t* panel[2];      // a panel or a piece of one, a byte or a bfloat16 for each code
@@ -247,8 +255,10 @@ struct ThreadWorkspace {
 struct Kernels {
   const char* name;
   int64_t tile_rows, group;  // of a tile; bytes of a row that lie together
+  bool even_tiles;           // whether tiles with fewer rows take less time
   int32_t offset;            // of the bytes that integers become
   bool fast_halves;          // whether a product of bfloat16 is many times as fast as one of floats
+  bool fast_floats;          // whether a product of floats is as fast as there is one
   void (*enter)();
   void (*leave)();
   void (*norm)(const Norm& norm, const float* x, int64_t width, float* y);

@@ -83,33 +83,52 @@ struct Placer {
   Part part;
   const Heads* heads;
   const Place* places;
+  const Slot* slots;
   int64_t first, count, head, column;
   bool whole;  // all lanes are of one head and panel
-  Placer(Part part, const Heads& heads, const Place* places, int64_t first, int64_t most_lanes = LANES)
-      : part(part), heads(&heads), places(places), first(first),
+  Placer(Part part, const Heads& heads, const SharedWorkspace& shared, int64_t first, int64_t most_lanes = LANES)
+      : part(part), heads(&heads), places(shared.places), slots(shared.slots), first(first),
         count(least(heads.heads * heads.size - first, most_lanes)), head(first / heads.size),
-        column(first % heads.size), whole(count == LANES && heads.size % LANES == 0) {}
+        column(first % heads.size), whole(count == LANES && heads.size % LANES == 0 && !heads.exact) {}
 
   void operator()(int64_t row, Floats numbers) const {
     const Place at = places[row];
     if (heads->exact) return put_exactly(at, numbers);
     const Halves halves = bfloat16(numbers);
+    for (int64_t lane = 0; lane < count; lane++)
+      *place(part, *heads, at, (first + lane) / heads->size, (first + lane) % heads->size) = halves[lane];
+  }
+
+  // The same of rows [from, to), whose numbers y_of(row) gives.
+  template <typename YOf>
+  inline __attribute__((always_inline)) void take(int64_t from, int64_t to, YOf y_of) const {
     if (!whole) {
-      for (int64_t lane = 0; lane < count; lane++)
-        *place(part, *heads, at, (first + lane) / heads->size, (first + lane) % heads->size) = halves[lane];
-      return;
-    }
-    uint16_t* to = place(part, *heads, at, head, column);
-    if (part == QUERY) {
-      store_groups(halves, to, heads->tile_rows(at.token / Isa::ROWS * Isa::ROWS));
+      for (int64_t row = from; row < to; row++) (*this)(row, y_of(row));
+    } else if (part == QUERY) {
+      uint16_t* const base = heads->query(0, head, 0) + column % HALVES;
+      for (int64_t row = from; row < to; row++) {
+        const Slot& slot = slots[row];
+        store_groups(bfloat16(y_of(row)), base + slot.parts[QUERY] + column / HALVES * HALVES * slot.rows, slot.rows);
+      }
     } else if (part == KEY) {
-      uint32_t pairs[LANES / 2];
-      memcpy(pairs, &halves, sizeof(pairs));
-      for (int64_t pair = 0; pair < LANES / 2; pair++) memcpy(to + 2 * PANEL * pair, pairs + pair, 4);
+      uint16_t* const base = heads->key(0, head) + column * PANEL;
+      for (int64_t row = from; row < to; row++) {
+        const Halves halves = bfloat16(y_of(row));
+        uint16_t* const at = base + slots[row].parts[KEY];
+        uint32_t pairs[LANES / 2];
+        memcpy(pairs, &halves, sizeof(pairs));
+#pragma GCC unroll 8
+        for (int64_t pair = 0; pair < LANES / 2; pair++) memcpy(at + 2 * PANEL * pair, pairs + pair, 4);
+      }
     } else {  // the even token of a pair comes first, and clears the place of the odd one
-      const Words words = __builtin_convertvector(halves, Words);
-      if (at.token % 2 == 0) store((uint32_t*)to, words);
-      else store((uint32_t*)(to - 1), load<Words>((const uint32_t*)(to - 1)) | words << 16);
+      uint16_t* const base =
+          heads->value(0, head) + column / PANEL * heads->token_pairs * PANEL * 2 + column % PANEL * 2;
+      for (int64_t row = from; row < to; row++) {
+        const Words words = __builtin_convertvector(bfloat16(y_of(row)), Words);
+        const int64_t slot = slots[row].parts[VALUE];
+        uint32_t* const at = (uint32_t*)(base + slot / 2 * 2);
+        store(at, slot % 2 == 0 ? words : load<Words>(at) | words << 16);
+      }
     }
   }
 
@@ -126,25 +145,30 @@ struct Placed {
   Part part;
   bool thirds;
   const Heads& heads;
-  const Place* places;
+  const SharedWorkspace& shared;
   struct At {
     Placer first, second;
     int64_t before;  // lanes of the first part; the others are of the second
-    void operator()(int64_t row, Floats y) const {
-      if (before > 0) first(row, y);
-      if (before >= LANES || before >= first.count + second.count) return;
-      float numbers[2 * LANES] = {};
-      store(numbers, y);
-      second(row, load<Floats>(numbers + before));
+    template <typename YOf>
+    void take(int64_t from, int64_t to, YOf y_of) const {
+      if (before == LANES) return first.take(from, to, y_of);
+      for (int64_t row = from; row < to; row++) {
+        const Floats y = y_of(row);
+        if (before > 0) first(row, y);
+        if (before >= first.count + second.count) continue;
+        float numbers[2 * LANES] = {};
+        store(numbers, y);
+        second(row, load<Floats>(numbers + before));
+      }
     }
   };
   At at(int64_t column) const {
     const int64_t inner = heads.heads * heads.size, all = thirds ? 3 * inner : inner;
     const int64_t third = thirds ? least(column / inner, 2) : 0, within = column - third * inner;
-    const Placer one((Part)(part + third), heads, places, within);
+    const Placer one((Part)(part + third), heads, shared, within);
     const int64_t before = most(one.count, 0);
     if (before == LANES || column + before >= all) return {one, one, LANES * (before > 0)};
-    return {one, Placer((Part)(part + third + 1), heads, places, 0, LANES - before), before};
+    return {one, Placer((Part)(part + third + 1), heads, shared, 0, LANES - before), before};
   }
 };
 
@@ -156,11 +180,17 @@ static inline Share rows_of_pairs(const SharedWorkspace& shared, const Crew& cre
   return rows;
 }
 
-// Zeros where reductions are filled up: garbage there would be multiplied by zero, and NaN remains.
-static void fill_up(const Heads& heads, const SharedWorkspace& shared, const Share& rows) {
-  if (heads.exact) return;  // there are no reductions that are filled up
+// The slots of rows, and zeros where reductions are filled up: garbage there would be multiplied by zero, and NaN
+// remains.
+static void prepare_places(const Heads& heads, const SharedWorkspace& shared, const Share& rows) {
+  if (heads.exact) return;  // there are no slots, and no reductions that are filled up
   for (int64_t row = rows.first; row < rows.last; row++) {
     const Place at = shared.places[row];
+    Slot& slot = shared.slots[row];
+    slot.parts[QUERY] = place(QUERY, heads, at, 0, 0) - heads.queries;
+    slot.parts[KEY] = place(KEY, heads, at, 0, 0) - heads.keys;
+    slot.parts[VALUE] = place(VALUE, heads, at, 0, 0) - heads.values;
+    slot.rows = heads.tile_rows(at.token / Isa::ROWS * Isa::ROWS);
     for (int64_t head = 0; head < heads.heads; head++) {
       for (int64_t column = heads.size; column < 2 * heads.pairs; column++) {
         *place(QUERY, heads, at, head, column) = 0;
@@ -193,14 +223,13 @@ static inline void turn(const Norm& norm_of_head, const Call& call, const Heads&
 }
 
 // Rows of floats to where attention reads them.
-static void pack_part(Part part, const Heads& heads, const Place* places, const float* rows, int64_t stride,
+static void pack_part(Part part, const Heads& heads, const SharedWorkspace& shared, const float* rows, int64_t stride,
                       const Share& share) {
   const int64_t inner = heads.heads * heads.size;
-  for (int64_t column = 0; column < inner; column += LANES) {
-    const Placer placer(part, heads, places, column);
-    for (int64_t row = share.first; row < share.last; row++)
-      placer(row, load<Floats>(rows + row * stride + column, inner - column));
-  }
+  for (int64_t column = 0; column < inner; column += LANES)
+    Placer(part, heads, shared, column).take(share.first, share.last, [&](int64_t row) {
+      return load<Floats>(rows + row * stride + column, inner - column);
+    });
 }
 
 // exp(scores * scaling - the largest) of `at_once` rows from row `row` of a tile on, given to put(row, column,
@@ -352,9 +381,8 @@ static void attention_pack(const float* const* qkv, int64_t row_stride, const Bl
                            const SharedWorkspace& shared, const Crew& crew) {
   const Heads heads(block, call, shared);
   const Share rows = rows_of_pairs(shared, crew);
-  fill_up(heads, shared, rows);
-  for (int part = QUERY; part <= VALUE; part++)
-    pack_part((Part)part, heads, shared.places, qkv[part], row_stride, rows);
+  prepare_places(heads, shared, rows);
+  for (int part = QUERY; part <= VALUE; part++) pack_part((Part)part, heads, shared, qkv[part], row_stride, rows);
 }
 
 }  // namespace

@@ -14,18 +14,48 @@ static inline Rounded rounded_of(const SharedWorkspace& shared, const Linear& la
   return {shared.integers, row_bytes(layer, Isa::GROUP), shared.scales, shared.sums};
 }
 
-// Rounds the member's rows of the tiles [from, to): give(row, own.row) says which numbers, and may put them there.
-template <typename Give>
-static inline void quantize_rows(const Linear& linear, const SharedWorkspace& shared, ThreadWorkspace& own,
-                                 const Crew& crew, int64_t from, int64_t to, Give give) {
+// Rounds the member's rows of the tiles [from, to), normed before: source(row) says which numbers; zeros for null.
+template <typename Source>
+static inline void quantize_rows(const Linear& linear, const Norm& before, const SharedWorkspace& shared,
+                                 ThreadWorkspace& own, const Crew& crew, int64_t from, int64_t to, Source source) {
   const Share tiles(to - from, crew);
-  const int64_t stride = row_bytes(linear, Isa::GROUP);
+  const int64_t stride = row_bytes(linear, Isa::GROUP), groups = groups_of(linear),
+                scratch = round_up(linear.in, LANES);
+  const bool together = TOGETHER > 1 && rounds_together(linear);
   for (int64_t t = from + tiles.first; t < from + tiles.last; t++) {
     const Tile& tile = shared.tiles[t];
-    for (int64_t i = 0; i < tile.rows; i++) {
-      const int64_t row = tile.row + i;
-      quantize(give(row, own.row), linear, own.row, shared.integers + tile.row * stride, i, tile.rows,
-               shared.scales + row, shared.sums + row * groups_of(linear));
+    uint8_t* const integers = shared.integers + tile.row * stride;
+    for (int64_t i = 0; i < tile.rows;) {
+      const int64_t row = tile.row + i, count = together && tile.rows - i >= TOGETHER ? TOGETHER : 1;
+      const float* x[TOGETHER];
+      float* normed[TOGETHER];
+      bool all = count == TOGETHER;
+      for (int64_t r = 0; r < count; r++) {
+        x[r] = source(row + r);
+        normed[r] = own.row + r * scratch;
+        all = all && x[r];
+      }
+      if (all && together) {
+        if (before.kind != NORM_NONE) {
+          norm_rows(before, x, linear.in, normed);
+          for (int64_t r = 0; r < count; r++) x[r] = normed[r];
+        }
+        quantize_together(x, linear, integers, i, tile.rows, shared.scales + row, shared.sums + row);
+      } else {
+        for (int64_t r = 0; r < count; r++) {
+          const float* numbers = x[r];
+          if (!numbers) {
+            numbers = own.row;
+            memset(own.row, 0, linear.in * sizeof(float));
+          } else if (before.kind != NORM_NONE) {
+            numbers = own.row;
+            norm(before, x[r], linear.in, own.row);
+          }
+          quantize(numbers, linear, own.row, integers, i + r, tile.rows, shared.scales + row + r,
+                   shared.sums + (row + r) * groups);
+        }
+      }
+      i += count;
     }
   }
 }
@@ -40,19 +70,13 @@ static inline void run(const Linear& layer, const SharedWorkspace& shared, Threa
            epilogue);
 }
 
-// Rounds the member's rows of the tiles [from, to): of the hidden states `x` that stand there, normed; zeros for -1.
+// The same of the hidden states `x` that stand there; zeros for -1.
 static inline void quantize_normed(const Linear& linear, const Norm& before, const float* x, int64_t width,
                                    const int32_t* rows, const SharedWorkspace& shared, ThreadWorkspace& own,
                                    const Crew& crew, int64_t from, int64_t to) {
-  quantize_rows(linear, shared, own, crew, from, to, [&](int64_t row, float* scratch) -> const float* {
+  quantize_rows(linear, before, shared, own, crew, from, to, [&](int64_t row) -> const float* {
     const int64_t at = rows ? rows[row] : row;
-    if (at < 0) {
-      memset(scratch, 0, width * sizeof(float));
-      return scratch;
-    }
-    if (before.kind == NORM_NONE) return x + at * width;
-    norm(before, x + at * width, width, scratch);
-    return scratch;
+    return at < 0 ? nullptr : x + at * width;
   });
   lap(own, STAGE_NORM);
   wait(crew, own);
@@ -104,14 +128,14 @@ static void project(const Block& block, const Call& call, const SharedWorkspace&
     run(block.query, shared, own, crew, 0, tiles, &block.output,
         ToRows<AsItIs>{shared.projected, 3 * inner, 3 * inner, {}});
   } else if (block.projections == 1) {
-    run(block.query, shared, own, crew, 0, tiles, &block.output, Placed{QUERY, true, heads, shared.places});
+    run(block.query, shared, own, crew, 0, tiles, &block.output, Placed{QUERY, true, heads, shared});
   } else {
     for (int part = QUERY; part <= VALUE; part++) {
       const Linear* coming = part < VALUE ? linears[part + 1] : &block.output;
       if (turned && part < VALUE)
         run(*linears[part], shared, own, crew, 0, tiles, coming,
             ToRows<AsItIs>{shared.projected + part * inner, 3 * inner, inner, {}});
-      else run(*linears[part], shared, own, crew, 0, tiles, coming, Placed{(Part)part, false, heads, shared.places});
+      else run(*linears[part], shared, own, crew, 0, tiles, coming, Placed{(Part)part, false, heads, shared});
     }
   }
   wait(crew, own);
@@ -123,7 +147,7 @@ static void project(const Block& block, const Call& call, const SharedWorkspace&
     turn(block.key_norm, call, heads, shared.places[row].token, projected + inner, own.row);
   }
   for (int part = QUERY; part <= (block.projections == 1 ? VALUE : KEY); part++)
-    pack_part((Part)part, heads, shared.places, shared.projected + part * inner, 3 * inner, rows);
+    pack_part((Part)part, heads, shared, shared.projected + part * inner, 3 * inner, rows);
   lap(own, STAGE_ATTENTION);
   wait(crew, own);
 }
@@ -149,7 +173,7 @@ static void feed_forward(const Block& block, const Call& call, int64_t first_row
     });
   }
   wait(crew, own);
-  quantize_rows(block.fc2, shared, own, crew, from, to, [&](int64_t row, float* scratch) -> const float* {
+  quantize_rows(block.fc2, block.hidden_norm, shared, own, crew, from, to, [&](int64_t row) -> const float* {
     float* from_row = hidden + row * stride;
     if (block.gating == GATING_HALVES) {
       activate(block.activation, from_row, mlp, from_row);
@@ -157,9 +181,7 @@ static void feed_forward(const Block& block, const Call& call, int64_t first_row
         store(from_row + i, load<Floats>(from_row + i, left) * load<Floats>(from_row + mlp + i, left), left);
       });
     }
-    if (block.hidden_norm.kind == NORM_NONE) return from_row;
-    norm(block.hidden_norm, from_row, mlp, scratch);
-    return scratch;
+    return from_row;
   });
   lap(own, STAGE_QUANTIZE);
   wait(crew, own);
@@ -172,19 +194,14 @@ static void block(const Block& block, const Call& call, int64_t first_image, con
   const int32_t* const rows = call.rows ? call.rows + first_row : nullptr;
   const float* const from = rows ? x : x + first_row * width;  // of the rows of this chunk
   float* const to = rows ? out : out + first_row * width;
-  fill_up(Heads(block, call, shared), shared, rows_of_pairs(shared, crew));
+  prepare_places(Heads(block, call, shared), shared, rows_of_pairs(shared, crew));
   quantize_normed(block.query, block.norm1, from, width, rows, shared, own, crew, 0, shared.tile_count);
   project(block, call, shared, own, crew);
   attend(block, call, first_image, shared, own, crew);
   lap(own, STAGE_ATTENTION);
   wait(crew, own);
-  quantize_rows(block.output, shared, own, crew, 0, shared.tile_count,
-                [&](int64_t row, float* scratch) -> const float* {
-    const float* attended = shared.attended + row * inner;
-    if (block.attended_norm.kind == NORM_NONE) return attended;
-    norm(block.attended_norm, attended, inner, scratch);
-    return scratch;
-  });
+  quantize_rows(block.output, block.attended_norm, shared, own, crew, 0, shared.tile_count,
+                [&](int64_t row) -> const float* { return shared.attended + row * inner; });
   lap(own, STAGE_QUANTIZE);
   wait(crew, own);
   add_branch(block.output, &block.fc1, block.post1, block.scale1, from, to, rows, shared, own, crew, 0,

@@ -45,10 +45,22 @@ struct InTwos : std::false_type {};
 template <typename At>
 struct InTwos<At, std::void_t<decltype(At::IN_TWOS)>> : std::true_type {};
 
+// Gives `at` its rows of a vector of columns: at(row, y_of(row)) for each, or all of them for one that takes them so.
+template <typename At, typename YOf>
+static inline __attribute__((always_inline)) auto take(const At& at, int64_t first, int64_t last, YOf y_of)
+    -> decltype(at.take(first, last, y_of)) {
+  at.take(first, last, y_of);
+}
+template <typename At, typename YOf>
+static inline __attribute__((always_inline)) auto take(const At& at, int64_t first, int64_t last, YOf y_of)
+    -> decltype(at(first, y_of(first))) {
+  for (int64_t row = first; row < last; row++) at(row, y_of(row));
+}
+
 // y = x @ W.T + bias of a region. Results are taken by epilogue.at(column), for a vector of columns, and what that
-// returns: at(row, y) for each row; beyond the last output y is anything. `coming` is multiplied next, from panel
-// `coming_first` on, or null. What is done with one tile's sums runs in the pauses of the next tile's product, if the
-// instruction set has any: tiles multiply by themselves.
+// returns, see `take`; beyond the last output y is anything. `coming` is multiplied next, from panel `coming_first` on,
+// or null. What is done with one tile's sums runs in the pauses of the next tile's product, if the instruction set has
+// any: tiles multiply by themselves.
 template <typename Arithmetic, typename Epilogue>
 static inline void multiply_in(const typename Arithmetic::Layer& linear, const Rounded& x, const Region& region,
                                const Linear* coming, int64_t coming_first, ThreadWorkspace& own,
@@ -81,7 +93,8 @@ static inline void multiply_in(const typename Arithmetic::Layer& linear, const R
       for (int64_t j = 0; j < PANEL / LANES; j++) {
         const auto lanes = pending.columns.lanes(LANES * j);
         const At at = pending.at[j];
-        for (int64_t i = from; i < to; i++) at(tile.row + i, lanes(sums + PANEL * i + LANES * j, x, tile.row + i));
+        take(at, tile.row + from, tile.row + to,
+             [&](int64_t row) { return lanes(sums + PANEL * (row - tile.row) + LANES * j, x, row); });
       }
     }
   };
@@ -172,8 +185,14 @@ struct ToRows {
     float* out;
     int64_t stride, left;
     Activate activate;
-    void operator()(int64_t row, Floats y) const {
-      if (left > 0) store(out + row * stride, activate(y), left);
+    template <typename YOf>
+    void take(int64_t first, int64_t last, YOf y_of) const {
+      if (left < LANES) {
+        for (int64_t row = first; left > 0 && row < last; row++) store(out + row * stride, activate(y_of(row)), left);
+        return;
+      }
+      float* to = out + first * stride;
+      for (int64_t row = first; row < last; row++, to += stride) store(to, activate(y_of(row)));
     }
   };
   At at(int64_t column) const { return {out + column, stride, columns - column, activate}; }
@@ -227,11 +246,28 @@ struct Added {
     float* out;
     int64_t columns, left;
     const int32_t* rows;
-    void operator()(int64_t row, Floats y) const {
-      const int64_t to = rows ? rows[row] : row;
-      if (left <= 0 || to < 0) return;
-      if (scale) y = y * load<Floats>(scale, left);
-      store(out + to * columns, load<Floats>(residual + to * columns, left) + y, left);
+    template <typename YOf>
+    void take(int64_t first, int64_t last, YOf y_of) const {
+      if (left < LANES || rows) {
+        for (int64_t row = first; left > 0 && row < last; row++) {
+          const int64_t to = rows ? rows[row] : row;
+          if (to < 0) continue;
+          const Floats y = y_of(row), added = scale ? y * load<Floats>(scale, left) : y;
+          store(out + to * columns, load<Floats>(residual + to * columns, left) + added, left);
+        }
+      } else if (scale) {
+        const Floats by = load<Floats>(scale);
+        add_whole(first, last, [&](int64_t row) { return y_of(row) * by; });
+      } else {
+        add_whole(first, last, y_of);
+      }
+    }
+    template <typename YOf>
+    void add_whole(int64_t first, int64_t last, YOf y_of) const {
+      const float* from = residual + first * columns;
+      float* to = out + first * columns;
+      for (int64_t row = first; row < last; row++, from += columns, to += columns)
+        store(to, load<Floats>(from) + y_of(row));
     }
   };
   At at(int64_t column) const {

@@ -19,7 +19,7 @@ void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t st
 }
 }  // namespace
 
-extern const Kernels JOIN(kernels_, LEVEL) = {TEXT(LEVEL), Isa::ROWS,    Isa::GROUP,     Isa::OFFSET, Isa::FAST_HALVES,
-                                              Isa::enter,  Isa::leave,   norm,           activate,    quantize,
-                                              product,     linear,       attention_pack, attend,      block,
-                                              integers,    integer_norm, round_pixels,   patches};
+extern const Kernels JOIN(kernels_, LEVEL) = {
+    TEXT(LEVEL),    Isa::ROWS,  Isa::GROUP, Isa::EVEN_TILES, Isa::OFFSET,  Isa::FAST_HALVES, Isa::FAST_FLOATS,
+    Isa::enter,     Isa::leave, norm,       activate,        quantize,     product,          linear,
+    attention_pack, attend,     block,      integers,        integer_norm, round_pixels,     patches};

@@ -140,6 +140,7 @@ static void lay_out(Layout& layout, const Kernels& kernels, const Sizes& sizes, 
   const int64_t behind = kernels.tile_rows * kernels.group;  // what is read with the last rows
   layout.take(shared.tiles, divide_up(rows, kernels.tile_rows));
   layout.take(shared.places, rows);
+  layout.take(shared.slots, sizes.stream ? 0 : rows);
   layout.take(shared.integers, rows * round_up(sizes.longest, kernels.group) + behind);
   layout.take(shared.scales, rows);
   layout.take(shared.sums, rows * most(1, sizes.groups));
@@ -171,7 +172,7 @@ static void lay_out(Layout& layout, const Kernels& kernels, const Sizes& sizes, 
 static void lay_out(Layout& layout, const Kernels& kernels, const Sizes& sizes, ThreadWorkspace& own) {
   const int64_t tile = kernels.tile_rows,
                 tokens = sizes.heads ? round_up(round_up(sizes.tokens, PANEL), kernels.group / 2) : 0;
-  layout.take(own.row, 2 * sizes.longest + ALIGNMENT);
+  layout.take(own.row, ROW_COUNT * sizes.longest + ALIGNMENT);
   layout.take(own.values, tile * PANEL);
   layout.take(own.accumulators, TILES_AT_ONCE * tile * PANEL);
   for (auto& panel : own.panel) layout.take(panel, steps_of(sizes.longest) * 4 * PANEL);
@@ -220,8 +221,9 @@ static void cut(SharedWorkspace& shared, const Kernels& kernels, int64_t images,
   shared.rows = images * tokens;
   shared.tile_count = divide_up(shared.rows, kernels.tile_rows);
   for (int64_t t = 0; t < shared.tile_count; t++) {
-    const int64_t row = kernels.tile_rows * t;
-    shared.tiles[t] = {(int32_t)row, (int32_t)least(kernels.tile_rows, shared.rows - row)};
+    const int64_t row = kernels.even_tiles ? shared.rows * t / shared.tile_count : kernels.tile_rows * t;
+    const int64_t next = kernels.even_tiles ? shared.rows * (t + 1) / shared.tile_count : row + kernels.tile_rows;
+    shared.tiles[t] = {(int32_t)row, (int32_t)(least(next, shared.rows) - row)};
   }
   for (int64_t row = 0; row < shared.rows; row++)
     shared.places[row] = {(int32_t)(row / tokens), (int32_t)(row % tokens)};
@@ -294,6 +296,9 @@ EXPORT int fairseq_supports(int level) { return levels[level].supported(); }
 
 // Whether products of bfloat16 are many times as fast as those of floats.
 EXPORT int fairseq_fast_halves(int level) { return kernels_of(level).fast_halves; }
+
+// Whether products of floats are as fast as the processor makes them.
+EXPORT int fairseq_fast_floats(int level) { return kernels_of(level).fast_floats; }
 
 // The size of struct Linear (0), Block (1), Call (2), Patches (3), IntegerBlock (4) or IntegerModel (5), for a check of
 // their description elsewhere.

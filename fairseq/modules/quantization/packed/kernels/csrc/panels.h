@@ -89,6 +89,17 @@ static __attribute__((noinline)) void unpack_halves(const Linear& linear, const 
 // The scales and biases of the outputs of a panel; beyond the last output those of the first.
 struct Scaling {
   float scale[PANEL], bias[PANEL];
+
+  // Takes them if all outputs are there, each with one scale of its own; otherwise `of` does.
+  bool taken(const Linear& linear, int64_t panel) {
+    const int64_t column = panel * PANEL;
+    if (linear.out - column < PANEL || linear.scale_step != 1) return false;
+    memcpy(scale, linear.scale + column, sizeof(scale));
+    if (linear.bias) memcpy(bias, linear.bias + column, sizeof(bias));
+    else memset(bias, 0, sizeof(bias));
+    return true;
+  }
+
   template <typename Each>
   void of(const Linear& linear, int64_t panel, Each each) {
     const int64_t column = panel * PANEL, columns = linear.out - column;
@@ -183,6 +194,15 @@ struct InIntegers {
   };
   // After its last piece has been unpacked.
   void finish(int64_t panel, Columns& columns) const {
+    if (columns.taken(linear, panel)) {
+      const int32_t offset = linear.zero_offset, *const sums = linear.narrow ? code_sums : linear.sums + panel * PANEL;
+      const uint8_t* const zeros = linear.zero + panel * PANEL;
+      for (int64_t j = 0; j < PANEL; j += LANES) {
+        store(columns.zero + j, __builtin_convertvector(load<Bytes>(zeros + j), Ints) - offset);
+        store(columns.offset + j, load<Ints>(sums + j) * Isa::OFFSET);
+      }
+      return;
+    }
     columns.of(linear, panel, [&](int64_t j, int64_t n, int64_t s) {
       columns.zero[j] = (int32_t)linear.zero[s] - linear.zero_offset;
       columns.offset[j] = Isa::OFFSET * (linear.narrow ? code_sums[j] : linear.sums[n]);
@@ -247,7 +267,7 @@ struct InHalves {
     Lanes lanes(int64_t j) const { return {load<Floats>(scale + j), load<Floats>(bias + j)}; }
   };
   void finish(int64_t panel, Columns& columns) const {
-    columns.of(linear, panel, [](int64_t, int64_t, int64_t) {});
+    if (!columns.taken(linear, panel)) columns.of(linear, panel, [](int64_t, int64_t, int64_t) {});
   }
 
   template <typename Pause>

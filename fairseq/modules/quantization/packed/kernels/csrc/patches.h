@@ -1,8 +1,10 @@
-// A convolution over patches that do not overlap, as a product of their pixels: x = high + low, two numbers of bfloat16
-// each, and so are the weights; x * w is high * high + high * low + low * high, off by 3 * 2^-18 of |x * w| at most.
+// A convolution over patches that do not overlap, as a product of their pixels, filled up with zeros to PATCH_STEP.
 //
-// A row of a tile is the high numbers of a patch, these once more, and the low ones, each filled up with zeros to
-// PATCH_STEP; panels hold the high, low and high numbers of weights, [32 outputs][pair of numbers][32][2].
+// Of floats, panels are [32 outputs][number][32], and each sum is in the order of its terms, the same on every
+// processor. Where products of bfloat16 are many times as fast, x = high + low, two of these, and so are the weights;
+// x * w is high * high + high * low + low * high, off by 3 * 2^-18 of |x * w| at most. A row of a tile is the high
+// numbers of a patch, these once more, and the low ones; panels hold the high, low and high numbers of weights,
+// [32 outputs][pair of numbers][32][2].
 #pragma once
 
 #include "api.h"
@@ -39,18 +41,49 @@ static inline void split(const float* row, int64_t numbers, int64_t rows, uint16
   }
 }
 
+// How the rows of a tile are held, and multiplied.
+template <typename Own, bool halves = Own::FAST_HALVES>
+struct PatchRows {  // as pairs of bfloat16
+  static const int64_t BYTES = 3 * sizeof(uint16_t);
+  static void put(const float* row, int64_t numbers, uint8_t* tile, int64_t i, int64_t rows) {
+    split(row, numbers, rows, (uint16_t*)tile + HALVES * i);
+  }
+  static void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t numbers, float* out) {
+    Own::half_product((const uint16_t*)tile, (const uint16_t*)panel, rows, 3 * numbers / 2, out, PANEL);
+  }
+};
+
+template <typename Own>
+struct PatchRows<Own, false> {  // as floats
+  static const int64_t BYTES = sizeof(float);
+  static void put(const float* row, int64_t numbers, uint8_t* tile, int64_t i, int64_t rows) {
+    float* const to = (float*)tile;
+    if constexpr (Own::FAST_FLOATS) {
+      for (int64_t k = 0; k < numbers; k += Own::FLOATS)
+        memcpy(to + k * rows + Own::FLOATS * i, row + k, Own::FLOATS * sizeof(float));
+    } else {
+      memcpy(to + numbers * i, row, numbers * sizeof(float));
+    }
+  }
+  static void product(const uint8_t* tile, const uint8_t* panel, int64_t rows, int64_t numbers, float* out) {
+    if constexpr (Own::FAST_FLOATS) Own::float_product((const float*)tile, (const float*)panel, rows, numbers, out);
+    else exact_product((const float*)tile, numbers, (const float*)panel, rows, numbers, out, PANEL);
+  }
+};
+
 // out (images, patches, out) of the images of a chunk, whose crew shares patches, and then panels.
 static void patches(const Patches& patches, const float* pixels, float* out, const SharedWorkspace& shared,
                     ThreadWorkspace& own, const Crew& crew) {
+  typedef PatchRows<Isa> Rows;
   const int64_t numbers = patch_numbers(patches), picture = patches.channels * patches.height * patches.width;
-  uint16_t* const halves = (uint16_t*)shared.integers;
+  const int64_t row_bytes = numbers * Rows::BYTES;
   const Share tiles(shared.tile_count, crew), panels(divide_up(patches.out, PANEL), crew);
   for (int64_t t = tiles.first; t < tiles.last; t++) {
     const Tile& tile = shared.tiles[t];
     for (int64_t i = 0; i < tile.rows; i++) {
       const Place at = shared.places[tile.row + i];
       gather(patches, pixels + at.image * picture, at.token, numbers, own.row);
-      split(own.row, numbers, tile.rows, halves + tile.row * 3 * numbers + HALVES * i);
+      Rows::put(own.row, numbers, shared.integers + tile.row * row_bytes, i, tile.rows);
     }
   }
   wait(crew, own);
@@ -58,8 +91,8 @@ static void patches(const Patches& patches, const float* pixels, float* out, con
     const int64_t column = panel * PANEL, columns = least(patches.out - column, PANEL);
     for (int64_t t = 0; t < shared.tile_count; t++) {
       const Tile& tile = shared.tiles[t];
-      Isa::half_product(halves + tile.row * 3 * numbers, patches.panels + panel * 3 * numbers * PANEL, tile.rows,
-                        3 * numbers / 2, own.values, PANEL);
+      Rows::product(shared.integers + tile.row * row_bytes, patches.panels + panel * row_bytes * PANEL, tile.rows,
+                    numbers, own.values);
       for (int64_t i = 0; i < tile.rows; i++) {
         for (int64_t j = 0; j < columns; j += LANES) {
           Floats y = load<Floats>(own.values + PANEL * i + j);

@@ -174,6 +174,59 @@ static void sum_groups(const Linear& grid, const uint8_t* to, int64_t rows, int3
   }
 }
 
+// The scale of a row of 8 bits, and 1 / scale, of the bits of its largest magnitude.
+static inline float scale_of(int32_t most_bits, float& inverse) {
+  const float tiny = 1.17549435e-38f;
+  float magnitude;
+  memcpy(&magnitude, &most_bits, 4);
+  const float share = magnitude * (1 / 127.0f), own = share < tiny ? tiny : share;
+  inverse = 1.0f / own;
+  return own;
+}
+
+// Whether `quantize_together` does what `quantize` does.
+static inline bool rounds_together(const Linear& grid) {
+  return !grid.halves && !grid.factor && !grid.input_scale && grid.input_bits == 8 && groups_of(grid) == 1;
+}
+
+// `count` rows onto grids of 8 bits, each with a scale of its own, to rows from `row` on of a tile.
+template <int count>
+static inline void quantize_together(const float* const (&x)[count], const Linear& grid, uint8_t* tile, int64_t row,
+                                     int64_t rows, float* scales, int32_t* sums) {
+  Ints most[count] = {};
+  each(grid.in, [&](int64_t i, auto left) {
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) most[r] = largest(most[r], bits_of(load<Floats>(x[r] + i, left)) & 0x7fffffff);
+  });
+  float inverse[count];
+#pragma GCC unroll 4
+  for (int r = 0; r < count; r++) scales[r] = scale_of(largest(most[r]), inverse[r]);
+  Words total[count] = {};
+  uint8_t* const to = tile + Isa::GROUP * row;
+  each(grid.in, [&](int64_t i, auto left) {
+    Floats shifted[count], farthest = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) {
+      const Floats quotient = load<Floats>(x[r] + i, left) * inverse[r];
+      shifted[r] = quotient + BYTES_FROM;
+      const Floats distance = quotient - (shifted[r] - BYTES_FROM);
+      farthest = larger((Floats)(bits_of(distance) & 0x7fffffff), farthest);
+    }
+    if (__builtin_expect(any_above(farthest, 0.49995f), 0)) {
+      for (int r = 0; r < count; r++) shifted[r] = load<Floats>(x[r] + i, left) / scales[r] + BYTES_FROM;
+    }
+    uint8_t* const at = to + i / Isa::GROUP * Isa::GROUP * rows + i % Isa::GROUP;
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) {
+      total[r] += (Words)shifted[r];
+      store(at + Isa::GROUP * r, low_bytes((Words)shifted[r]), left);
+    }
+  });
+  const Words begun = (Words)floats(BYTES_FROM) * (uint32_t)divide_up(grid.in, LANES);
+#pragma GCC unroll 4
+  for (int r = 0; r < count; r++) sums[r] = sum(total[r] - begun);
+}
+
 // One row onto the grid of a Linear: a scale of its own or a static one. At 8 bits its own is the largest magnitude /
 // 127. The integers + OFFSET go to row `row` of a tile of `rows` rows; a NaN makes the scale NaN. Sums are of each
 // group of inputs. `scratch` holds two rows, and x may be the first.
@@ -222,8 +275,8 @@ static void quantize(const float* x, const Linear& grid, float* scratch, uint8_t
     });
     *scale = finite ? levels.scale : magnitude - magnitude;
   } else {
-    const float tiny = 1.17549435e-38f;
-    const float share = magnitude * (1 / 127.0f), own = share < tiny ? tiny : share, inverse = 1.0f / own;
+    float inverse;
+    const float own = scale_of(most_bits, inverse);
     const int at_once = 4;
     int64_t i = 0;
     for (; i + at_once * LANES <= width; i += at_once * LANES)

@@ -77,32 +77,58 @@ static inline Vector keep(Vector vector, int64_t count) {
   return load<Vector>(copy, count);
 }
 
-// The row is read three times, from the cache. y may be x.
-static void norm(const Norm& norm, const float* x, int64_t width, float* y) {
-  float mean = 0.0f, factor = 1.0f;
+const int TOGETHER = LANES == 16 ? 4 : 1;  // rows that are worth computing beside each other, where registers allow it
+
+// Rows `width` wide, which do not wait for each other's sums. They are read three times, from the cache. y may be x.
+template <int count>
+static inline void norm_rows(const Norm& norm, const float* const (&x)[count], int64_t width,
+                             float* const (&y)[count]) {
+  float mean[count] = {}, factor[count];
   if (norm.kind == NORM_LAYER) {
-    Floats total[SPLIT] = {};
-    each_part(width, [&](int64_t i, auto left, int part) { total[part] += load<Floats>(x + i, left); });
-    mean = total_of(total) / width;
-  }
-  if (norm.kind != NORM_NONE) {
-    Floats squares[SPLIT] = {};
+    Floats total[count][SPLIT] = {};
     each_part(width, [&](int64_t i, auto left, int part) {
-      const Floats from_mean = keep(load<Floats>(x + i, left) - mean, left);
-      squares[part] = fma(from_mean, from_mean, squares[part]);
+#pragma GCC unroll 4
+      for (int r = 0; r < count; r++) total[r][part] += load<Floats>(x[r] + i, left);
     });
-    const float total = total_of(squares), size = __builtin_sqrtf(total);
-    if (norm.kind == NORM_L2) factor = 1.0f / (size > norm.epsilon || size != size ? size : norm.epsilon);
-    else factor = 1.0f / __builtin_sqrtf(total / width + norm.epsilon);
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) mean[r] = total_of(total[r]) / width;
+  }
+  Floats squares[count][SPLIT] = {};
+  each_part(width, [&](int64_t i, auto left, int part) {
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) {
+      const Floats from_mean = keep(load<Floats>(x[r] + i, left) - mean[r], left);
+      squares[r][part] = fma(from_mean, from_mean, squares[r][part]);
+    }
+  });
+#pragma GCC unroll 4
+  for (int r = 0; r < count; r++) {
+    const float total = total_of(squares[r]);
+    if (norm.kind == NORM_L2) {
+      const float size = __builtin_sqrtf(total);
+      factor[r] = 1.0f / (size > norm.epsilon || size != size ? size : norm.epsilon);
+    } else {
+      factor[r] = 1.0f / __builtin_sqrtf(total / width + norm.epsilon);
+    }
   }
   each(width, [&](int64_t i, auto left) {
-    Floats normal = (load<Floats>(x + i, left) - mean) * factor;
-    if (norm.weight && norm.bias)
-      normal = fma(normal, load<Floats>(norm.weight + i, left), load<Floats>(norm.bias + i, left));
-    else if (norm.weight) normal = normal * load<Floats>(norm.weight + i, left);
-    else if (norm.bias) normal = normal + load<Floats>(norm.bias + i, left);
-    store(y + i, normal, left);
+    Floats weight = {}, bias = {};
+    if (norm.weight) weight = load<Floats>(norm.weight + i, left);
+    if (norm.bias) bias = load<Floats>(norm.bias + i, left);
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) {
+      Floats normal = (load<Floats>(x[r] + i, left) - mean[r]) * factor[r];
+      if (norm.weight && norm.bias) normal = fma(normal, weight, bias);
+      else if (norm.weight) normal = normal * weight;
+      else if (norm.bias) normal = normal + bias;
+      store(y[r] + i, normal, left);
+    }
   });
+}
+
+static void norm(const Norm& norm, const float* x, int64_t width, float* y) {
+  if (norm.kind != NORM_NONE) return norm_rows<1>(norm, {x}, width, {y});
+  if (x != y) memcpy(y, x, width * sizeof(float));
 }
 
 }  // namespace

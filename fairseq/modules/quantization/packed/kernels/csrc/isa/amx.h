@@ -30,7 +30,9 @@ struct TileConfiguration {
 struct Isa {
   static const int64_t ROWS = 2 * TILE_ROWS, GROUP = 64;
   static const int32_t OFFSET = 128;
-  static const bool FAST_HALVES = true, FAST_NARROW = false, ADDS_GROUPS = false, ADDS_HALF_GROUPS = false;
+  static const bool EVEN_TILES = false;
+  static const bool FAST_HALVES = true, FAST_FLOATS = false, FAST_NARROW = false, ADDS_GROUPS = false,
+                    ADDS_HALF_GROUPS = false;
   static const int64_t CHUNK = 192;        // steps of a long panel that are multiplied before the next tile
   static const int64_t STEPS = GROUP / 4;  // of a panel, that are multiplied at a time
 

@@ -15,10 +15,19 @@ inline __attribute__((always_inline)) void add_products(const uint8_t (&x)[4], _
   asm("vpdpbusd %2, %1, %0" : "+v"(right) : "v"(four), "v"(second));
 }
 
+inline __attribute__((always_inline)) void add_float_products(const float& x, __m512 first, __m512 second, __m512& left,
+                                                              __m512& right) {
+  __m512 one;
+  asm("vbroadcastss %1, %0" : "=v"(one) : "m"(x));
+  asm("vfmadd231ps %2, %1, %0" : "+v"(left) : "v"(one), "v"(first));
+  asm("vfmadd231ps %2, %1, %0" : "+v"(right) : "v"(one), "v"(second));
+}
+
 template <typename Own>
 struct ByVnni : Registers<Own> {
   using Registers<Own>::GROUP;
-  static const bool ADDS_GROUPS = true;
+  using Registers<Own>::FLOATS;
+  static const bool ADDS_GROUPS = true, FAST_FLOATS = true;
 
   template <int... I>
   static inline __attribute__((always_inline)) void rows(const uint8_t* tile, const uint8_t* panel, int64_t steps,
@@ -27,6 +36,21 @@ struct ByVnni : Registers<Own> {
     __m512i left[sizeof...(I)], right[sizeof...(I)];
     sums_of(tile, panel, steps, nothing, nothing, left, right, numbers);
     ((_mm512_storeu_si512(sums + PANEL * I, left[I]), _mm512_storeu_si512(sums + PANEL * I + 16, right[I])), ...);
+  }
+
+  template <int... I>
+  static inline __attribute__((always_inline)) void float_rows(const float* tile, const float* panel, int64_t steps,
+                                                               float* out, Numbers<I...>) {
+    __m512 left[sizeof...(I)], right[sizeof...(I)];
+    ((left[I] = right[I] = _mm512_setzero_ps()), ...);
+    for (int64_t step = 0; step < steps; step += FLOATS, tile += FLOATS * sizeof...(I)) {
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < FLOATS; k++, panel += PANEL) {
+        const __m512 first = _mm512_loadu_ps(panel), second = _mm512_loadu_ps(panel + 16);
+        (add_float_products(tile[FLOATS * I + k], first, second, left[I], right[I]), ...);
+      }
+    }
+    ((_mm512_storeu_ps(out + PANEL * I, left[I]), _mm512_storeu_ps(out + PANEL * I + 16, right[I])), ...);
   }
 
   // A group's integer sums, which never leave the registers: begun less their offset, so that only the zeros are left

@@ -26,10 +26,13 @@ struct Registers {
   // 12 of 16.
   static const int64_t ROWS = LANES == 16 ? 14 : 12;
   static const int AT_ONCE = LANES == 16 ? 14 : 6;
-  static const int64_t GROUP = 16;        // bytes of a row that lie together in a tile
-  static const int32_t OFFSET = 128;      // what is added to an integer to make it a byte
-  static const bool FAST_HALVES = false;  // whether products of bfloat16 are
-  static const bool FAST_NARROW = false;  // whether there is a narrow_product, for codes from -15 to 15
+  static const int64_t GROUP = 16;                 // bytes of a row that lie together in a tile
+  static const int64_t FLOATS = 16;                // and floats
+  static const int32_t OFFSET = 128;               // what is added to an integer to make it a byte
+  static const bool EVEN_TILES = AT_ONCE == ROWS;  // a tile of a few rows waits for each sum; so there are none
+  static const bool FAST_HALVES = false;           // whether products of bfloat16 are
+  static const bool FAST_FLOATS = false;           // whether there is a float_product
+  static const bool FAST_NARROW = false;           // whether there is a narrow_product, for codes from -15 to 15
   static const bool ADDS_GROUPS = false, ADDS_HALF_GROUPS = false;  // whether there are group_rows, half_group_rows
 
   static void enter() {}
@@ -62,6 +65,11 @@ struct Registers {
                            Pause pause) {
     pause();
     half_product(tile, panel, rows, steps, out, PANEL);
+  }
+
+  // Products of floats, each sum in the order of its terms: (rows, PANEL), of FLOATS of each row, then the next ones.
+  static void float_product(const float* tile, const float* panel, int64_t rows, int64_t steps, float* out) {
+    with_numbers(rows, [&](auto numbers) { all_float_rows(tile, panel, steps, out, numbers); });
   }
 
   // (sums of a group less its offset - zero * sum of the row) * scale, added to totals; sums of rows `stride` apart.
@@ -144,6 +152,12 @@ struct Registers {
   static __attribute__((noinline)) void all_half_rows(const uint16_t* tile, const uint16_t* panel, int64_t steps,
                                                       float* out, int64_t stride, Numbers<I...> numbers) {
     Own::half_rows(tile, panel, steps, out, stride, numbers);
+  }
+
+  template <int... I>
+  static __attribute__((noinline)) void all_float_rows(const float* tile, const float* panel, int64_t steps, float* out,
+                                                       Numbers<I...> numbers) {
+    Own::float_rows(tile, panel, steps, out, numbers);
   }
 
   template <int... I>
