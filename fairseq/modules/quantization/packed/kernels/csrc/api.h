@@ -161,7 +161,7 @@ const int64_t PANEL = 32;       // outputs of a panel
 const int64_t PANEL_STEP = 16;  // inputs are filled up to a multiple of it
 const int64_t PATCH_STEP = 32;  // numbers of a patch are filled up to a multiple of it
 const int64_t ALIGNMENT = 64;
-const int64_t ROW_COUNT = 4;
+const int64_t ROW_COUNT = 5;
 const int64_t TILES_AT_ONCE = 16;  // whose sums are kept while a long reduction goes on
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -277,9 +277,9 @@ struct Kernels {
                          const SharedWorkspace& shared, const Crew& crew);
   void (*attend)(const Block& block, const Call& call, int64_t first_image, const SharedWorkspace& shared,
                  ThreadWorkspace& own, const Crew& crew);
-  // The block for the images of a chunk, the first of which is `first_image`.
+  // The block for the images of a chunk, the first of which is `first_image`; `placed`: behind one of the same heads.
   void (*block)(const Block& block, const Call& call, int64_t first_image, const float* x, float* out,
-                const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t slice);
+                const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t slice, bool placed);
   // The model of integers for the images of a chunk, the first of which is `first_image`.
   void (*integers)(const IntegerModel& model, int64_t first_image, const uint8_t* pixels, int32_t* logits,
                    const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t slice);

@@ -239,21 +239,21 @@ template <int at_once, bool exact, typename Put>
 static inline void softmax(const float* scores, int64_t stride, int64_t groups, float scaling, int64_t row,
                            float* inverse, Put put) {
   Floats highest[at_once];
-#pragma GCC unroll 4
+#pragma GCC unroll 5
   for (int r = 0; r < at_once; r++) highest[r] = load<Floats>(scores + (row + r) * stride);
   for (int64_t j = LANES; j < stride; j += LANES) {
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int r = 0; r < at_once; r++) highest[r] = larger(highest[r], load<Floats>(scores + (row + r) * stride + j));
   }
   Floats total[at_once][16 / LANES] = {};
   float top[at_once];
-#pragma GCC unroll 4
+#pragma GCC unroll 5
   for (int r = 0; r < at_once; r++) top[r] = largest(highest[r]) * scaling;
   for (int64_t j = 0; j < groups; j += 16) {  // as many on every processor
 #pragma GCC unroll 4
     for (int part = 0; part < 16 / LANES; part++) {
       const int64_t column = j + part * LANES;
-#pragma GCC unroll 4
+#pragma GCC unroll 5
       for (int r = 0; r < at_once; r++) {
         const Floats score = load<Floats>(scores + (row + r) * stride + column) * scaling;
         const Floats from_top = (score - top[r]) * LOG2_E;
@@ -263,7 +263,7 @@ static inline void softmax(const float* scores, int64_t stride, int64_t groups, 
       }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 5
   for (int r = 0; r < at_once; r++) {
 #pragma GCC unroll 2
     for (int half = 16 / LANES / 2; half; half /= 2)
@@ -295,6 +295,10 @@ static inline void softmax_rows(float* scores, int64_t rows, int64_t tokens, int
   }
   const float factor = shifted ? 1.0f : scaling;
   int64_t row = 0;
+  if constexpr (LANES == 16) {
+    for (int64_t left = rows; together(left) == 5; row += 5, left -= 5)
+      softmax<5, exact>(scores, stride, groups, factor, row, inverse, put);
+  }
   for (; row + 4 <= rows; row += 4) softmax<4, exact>(scores, stride, groups, factor, row, inverse, put);
   for (; row < rows; row++) softmax<1, exact>(scores, stride, groups, factor, row, inverse, put);
 }

@@ -14,60 +14,59 @@ static inline Rounded rounded_of(const SharedWorkspace& shared, const Linear& la
   return {shared.integers, row_bytes(layer, Isa::GROUP), shared.scales, shared.sums};
 }
 
+// Norms and rounds `count` rows of a tile, from row i on.
+template <int count>
+static inline void quantize_normed_rows(const Linear& linear, const Norm& before, const float* const* rows,
+                                        float* scratch, uint8_t* tile, int64_t i, int64_t tile_rows, float* scales,
+                                        int32_t* sums) {
+  const float* x[count];
+  float* normed[count];
+  for (int r = 0; r < count; r++) {
+    x[r] = rows[r];
+    normed[r] = scratch + r * round_up(linear.in, LANES);
+  }
+  if (before.kind != NORM_NONE) {
+    norm_rows(before, x, linear.in, normed);
+    for (int r = 0; r < count; r++) x[r] = normed[r];
+  }
+  quantize_together(x, linear, tile, i, tile_rows, scales, sums);
+}
+
 // Rounds the member's rows of the tiles [from, to), normed before: source(row) says which numbers; zeros for null.
 template <typename Source>
 static inline void quantize_rows(const Linear& linear, const Norm& before, const SharedWorkspace& shared,
                                  ThreadWorkspace& own, const Crew& crew, int64_t from, int64_t to, Source source) {
   const Share tiles(to - from, crew);
-  const int64_t stride = row_bytes(linear, Isa::GROUP), groups = groups_of(linear),
-                scratch = round_up(linear.in, LANES);
-  const bool together = TOGETHER > 1 && rounds_together(linear);
+  const int64_t stride = row_bytes(linear, Isa::GROUP), groups = groups_of(linear);
+  const bool may = rounds_together(linear);
   for (int64_t t = from + tiles.first; t < from + tiles.last; t++) {
     const Tile& tile = shared.tiles[t];
     uint8_t* const integers = shared.integers + tile.row * stride;
-    for (int64_t i = 0; i < tile.rows;) {
-      const int64_t row = tile.row + i, count = together && tile.rows - i >= TOGETHER ? TOGETHER : 1;
-      const float* x[TOGETHER];
-      float* normed[TOGETHER];
-      bool all = count == TOGETHER;
+    for (int64_t i = 0, count; i < tile.rows; i += count) {
+      count = may ? together(tile.rows - i) : 1;
+      float* const scales = shared.scales + tile.row + i;
+      int32_t* const sums = shared.sums + (tile.row + i) * groups;
+      const float* x[MOST_TOGETHER];
+      bool all = true;
+      for (int64_t r = 0; r < count; r++) all &= (x[r] = source(tile.row + i + r)) != nullptr;
+      if constexpr (LANES == 16) {
+        if (all && count == 5) {
+          quantize_normed_rows<5>(linear, before, x, own.row, integers, i, tile.rows, scales, sums);
+          continue;
+        }
+        if (all && count == 4) {
+          quantize_normed_rows<4>(linear, before, x, own.row, integers, i, tile.rows, scales, sums);
+          continue;
+        }
+      }
       for (int64_t r = 0; r < count; r++) {
-        x[r] = source(row + r);
-        normed[r] = own.row + r * scratch;
-        all = all && x[r];
+        const float* numbers = x[r];
+        if (!numbers) numbers = (const float*)memset(own.row, 0, linear.in * sizeof(float));
+        else if (before.kind != NORM_NONE) norm(before, x[r], linear.in, own.row), numbers = own.row;
+        quantize(numbers, linear, own.row, integers, i + r, tile.rows, scales + r, sums + r * groups);
       }
-      if (all && together) {
-        if (before.kind != NORM_NONE) {
-          norm_rows(before, x, linear.in, normed);
-          for (int64_t r = 0; r < count; r++) x[r] = normed[r];
-        }
-        quantize_together(x, linear, integers, i, tile.rows, shared.scales + row, shared.sums + row);
-      } else {
-        for (int64_t r = 0; r < count; r++) {
-          const float* numbers = x[r];
-          if (!numbers) {
-            numbers = own.row;
-            memset(own.row, 0, linear.in * sizeof(float));
-          } else if (before.kind != NORM_NONE) {
-            numbers = own.row;
-            norm(before, x[r], linear.in, own.row);
-          }
-          quantize(numbers, linear, own.row, integers, i + r, tile.rows, shared.scales + row + r,
-                   shared.sums + (row + r) * groups);
-        }
-      }
-      i += count;
     }
   }
-}
-
-// One layer for the tiles [from, to), whose columns the crew shares.
-template <typename Epilogue>
-static inline void run(const Linear& layer, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew,
-                       int64_t from, int64_t to, const Linear* coming, const Epilogue& epilogue) {
-  const Share panels(panel_count(layer), crew);
-  const int64_t first = coming ? Share(panel_count(*coming), crew).first : 0;
-  multiply(layer, rounded_of(shared, layer), {shared.tiles, from, to, panels.first, panels.last}, coming, first, own,
-           epilogue);
 }
 
 // The same of the hidden states `x` that stand there; zeros for -1.
@@ -80,6 +79,16 @@ static inline void quantize_normed(const Linear& linear, const Norm& before, con
   });
   lap(own, STAGE_NORM);
   wait(crew, own);
+}
+
+// One layer for the tiles [from, to), whose columns the crew shares.
+template <typename Epilogue>
+static inline void run(const Linear& layer, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew,
+                       int64_t from, int64_t to, const Linear* coming, const Epilogue& epilogue) {
+  const Share panels(panel_count(layer), crew);
+  const int64_t first = coming ? Share(panel_count(*coming), crew).first : 0;
+  multiply(layer, rounded_of(shared, layer), {shared.tiles, from, to, panels.first, panels.last}, coming, first, own,
+           epilogue);
 }
 
 // out = residual + scale * norm(added), of one row.
@@ -189,12 +198,12 @@ static void feed_forward(const Block& block, const Call& call, int64_t first_row
 }
 
 static void block(const Block& block, const Call& call, int64_t first_image, const float* x, float* out,
-                  const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t slice) {
+                  const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew, int64_t slice, bool placed) {
   const int64_t width = block.width, inner = block.heads * block.head_size, first_row = first_image * call.tokens;
   const int32_t* const rows = call.rows ? call.rows + first_row : nullptr;
   const float* const from = rows ? x : x + first_row * width;  // of the rows of this chunk
   float* const to = rows ? out : out + first_row * width;
-  prepare_places(Heads(block, call, shared), shared, rows_of_pairs(shared, crew));
+  if (!placed) prepare_places(Heads(block, call, shared), shared, rows_of_pairs(shared, crew));
   quantize_normed(block.query, block.norm1, from, width, rows, shared, own, crew, 0, shared.tile_count);
   project(block, call, shared, own, crew);
   attend(block, call, first_image, shared, own, crew);

@@ -590,7 +590,10 @@ EXPORT int fairseq_blocks(int level, const Block* const* blocks, const Call* con
   }
   return for_images(kernels, sizes, first.images, most(1, at_once / first.tokens), threads, stages,
                     [&](int64_t image, const SharedWorkspace& shared, ThreadWorkspace& own, const Crew& crew) {
-    for (int64_t b = 0; b < count; b++)
-      kernels.block(*blocks[b], *calls[b], image, b ? outs[b - 1] : x, outs[b], shared, own, crew, slice);
+    for (int64_t b = 0; b < count; b++) {
+      const bool placed =
+          b && blocks[b]->heads == blocks[b - 1]->heads && blocks[b]->head_size == blocks[b - 1]->head_size;
+      kernels.block(*blocks[b], *calls[b], image, b ? outs[b - 1] : x, outs[b], shared, own, crew, slice, placed);
+    }
   });
 }

@@ -24,7 +24,7 @@ static inline void gather(const Patches& patches, const float* pixels, int64_t p
   for (int64_t channel = 0; channel < patches.channels; channel++) {
     const float* line = corner + channel * patches.height * patches.width;
     for (int64_t y = 0; y < patches.patch_height; y++, line += patches.width, next += size)
-      memcpy(next, line, size * sizeof(float));
+      each(size, [&](int64_t x, auto left) { store(next + x, load<Floats>(line + x, left), left); });
   }
   memset(next, 0, (to + numbers - next) * sizeof(float));
 }

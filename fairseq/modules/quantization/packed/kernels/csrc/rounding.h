@@ -195,17 +195,17 @@ static inline void quantize_together(const float* const (&x)[count], const Linea
                                      int64_t rows, float* scales, int32_t* sums) {
   Ints most[count] = {};
   each(grid.in, [&](int64_t i, auto left) {
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int r = 0; r < count; r++) most[r] = largest(most[r], bits_of(load<Floats>(x[r] + i, left)) & 0x7fffffff);
   });
   float inverse[count];
-#pragma GCC unroll 4
+#pragma GCC unroll 5
   for (int r = 0; r < count; r++) scales[r] = scale_of(largest(most[r]), inverse[r]);
   Words total[count] = {};
   uint8_t* const to = tile + Isa::GROUP * row;
   each(grid.in, [&](int64_t i, auto left) {
     Floats shifted[count], farthest = {};
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int r = 0; r < count; r++) {
       const Floats quotient = load<Floats>(x[r] + i, left) * inverse[r];
       shifted[r] = quotient + BYTES_FROM;
@@ -216,14 +216,14 @@ static inline void quantize_together(const float* const (&x)[count], const Linea
       for (int r = 0; r < count; r++) shifted[r] = load<Floats>(x[r] + i, left) / scales[r] + BYTES_FROM;
     }
     uint8_t* const at = to + i / Isa::GROUP * Isa::GROUP * rows + i % Isa::GROUP;
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int r = 0; r < count; r++) {
       total[r] += (Words)shifted[r];
       store(at + Isa::GROUP * r, low_bytes((Words)shifted[r]), left);
     }
   });
   const Words begun = (Words)floats(BYTES_FROM) * (uint32_t)divide_up(grid.in, LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
   for (int r = 0; r < count; r++) sums[r] = sum(total[r] - begun);
 }
 

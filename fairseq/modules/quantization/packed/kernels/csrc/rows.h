@@ -77,7 +77,13 @@ static inline Vector keep(Vector vector, int64_t count) {
   return load<Vector>(copy, count);
 }
 
-const int TOGETHER = LANES == 16 ? 4 : 1;  // rows that are worth computing beside each other, where registers allow it
+// Rows that are computed beside each other, of `left` that are left: four, or five, so that few are computed alone. One
+// where there are not registers enough.
+const int MOST_TOGETHER = 5;
+static inline int64_t together(int64_t left) {
+  if (LANES < 16 || left < 4) return 1;
+  return left % 4 && left >= 5 ? 5 : 4;
+}
 
 // Rows `width` wide, which do not wait for each other's sums. They are read three times, from the cache. y may be x.
 template <int count>
@@ -87,21 +93,21 @@ static inline void norm_rows(const Norm& norm, const float* const (&x)[count], i
   if (norm.kind == NORM_LAYER) {
     Floats total[count][SPLIT] = {};
     each_part(width, [&](int64_t i, auto left, int part) {
-#pragma GCC unroll 4
+#pragma GCC unroll 5
       for (int r = 0; r < count; r++) total[r][part] += load<Floats>(x[r] + i, left);
     });
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int r = 0; r < count; r++) mean[r] = total_of(total[r]) / width;
   }
   Floats squares[count][SPLIT] = {};
   each_part(width, [&](int64_t i, auto left, int part) {
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int r = 0; r < count; r++) {
       const Floats from_mean = keep(load<Floats>(x[r] + i, left) - mean[r], left);
       squares[r][part] = fma(from_mean, from_mean, squares[r][part]);
     }
   });
-#pragma GCC unroll 4
+#pragma GCC unroll 5
   for (int r = 0; r < count; r++) {
     const float total = total_of(squares[r]);
     if (norm.kind == NORM_L2) {
@@ -115,7 +121,7 @@ static inline void norm_rows(const Norm& norm, const float* const (&x)[count], i
     Floats weight = {}, bias = {};
     if (norm.weight) weight = load<Floats>(norm.weight + i, left);
     if (norm.bias) bias = load<Floats>(norm.bias + i, left);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int r = 0; r < count; r++) {
       Floats normal = (load<Floats>(x[r] + i, left) - mean[r]) * factor[r];
       if (norm.weight && norm.bias) normal = fma(normal, weight, bias);
