@@ -218,6 +218,10 @@ def test_other_arguments_than_the_first_block_had(model, trusted):
         y = first(x, **{name: mask})
         expected = second(y.clone())
         assert torch.equal(second(y), expected)
+        second(first(x))
+        y = first(x)
+        expected = second(y.clone(), **{name: mask})
+        assert torch.equal(second(y, **{name: mask}), expected)
         second(first(x, **{name: mask}), **{name: mask})
         y = first(x, **{name: mask})
         mask[..., 2:] = -torch.inf  # the same tensor, and other numbers
@@ -287,6 +291,23 @@ def test_another_order_is_found_out(model, trusted, lengths):
     assert lengths[-1] == 3
 
 
+def test_blocks_of_other_heads_in_one_call(lengths):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 4}
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**{**families.BLOCK, **families.PICTURE, **sizes})
+    ).eval()
+    layers = model.vit.layers if hasattr(model.vit, "layers") else model.vit.encoder.layer
+    for attention in (module for module in layers[2].modules() if hasattr(module, "num_attention_heads")):
+        attention.num_attention_heads, size = 1, 48  # instead of 3 heads of 16
+        attention.attention_head_size, attention.scaling = size, size**-0.5
+    fused = ViTQuantizer(bits=8, method="channel").quantize_model(model, engine="fused")
+    expected = one_by_one(fused)
+    del lengths[:]
+    assert all(torch.equal(logits(fused), expected) for _ in range(3))
+    assert lengths == [1, 1, 1, 1, 4, 4]
+
+
 def test_nothing_outlives_hidden_states(model, trusted):
     logits(model)
     with torch.no_grad():
@@ -312,12 +333,19 @@ def test_threads_take_what_is_theirs(model):
         assert all(pool.map(alike, (0, 1, 0)))
 
 
-@pytest.mark.parametrize("name", ["beit", "dinov3", "clip-vision", "timm-vit", "timm-eva", "siglip-vision", "swin"])
+@pytest.mark.parametrize(
+    "name", ["beit", "dinov3", "clip-vision", "timm-vit", "timm-beit", "timm-eva", "siglip-vision", "swin"]
+)
 def test_families_in_one_call(name, lengths):
     if name.startswith("timm"):
         pytest.importorskip("timm")
     quantizer = ViTQuantizer(bits=8, method="channel", towers="all")
-    fused = quantizer.quantize_model(families.build(name), engine="fused")
+    model = families.build(name)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "position_bias_table" in key:
+                parameter.normal_()  # they begin as zeros, and each block has its own
+    fused = quantizer.quantize_model(model, engine="fused")
     given, outputs = inputs(fused, name), []
     with torch.no_grad():
         for _ in range(3):
