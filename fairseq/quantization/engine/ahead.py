@@ -25,8 +25,8 @@ from fairseq.quantization.engine.spec import Call
 from fairseq.quantization.engine.watching import any_watched
 
 MOST_BYTES = 2**22
-"""Of all outputs of one call: what is in a cache yet when it is read. With more, a ViT-Tiny with eight images takes 2 to
-3% longer (AMD EPYC of the fifth generation), and what Python costs between two calls does not matter there."""
+"""Of all outputs of one call: what is in a cache yet when it is read. With more, a ViT-Tiny with eight images takes 2
+to 3% longer (AMD EPYC of the fifth generation), and what Python costs between two calls does not matter there."""
 PATIENCE = 3
 """Calls whose last outputs nobody asked for, after which these are not computed ahead any more."""
 KNOWN = ("transformers.models.", "timm.models.", "torch.nn.modules.container")
