@@ -139,7 +139,7 @@ def run(block: Any, x: Tensor, call: Call, args: tuple[Any, ...], kwargs: dict[s
     """
     _look_back()
     first = block._native
-    blocks, natives, calls, translated = [block], [first], [call], [first.translated(call)]
+    blocks, natives, translated = [block], [first], [first.translated(call)]
     given, caller = Given(args, kwargs), _caller()
     functions: dict[Any, Any] = {}
     most = min(first.most, MOST_BYTES // (x.numel() * x.element_size() + 1))
@@ -152,7 +152,6 @@ def run(block: Any, x: Tensor, call: Call, args: tuple[Any, ...], kwargs: dict[s
             break
         blocks.append(follower)
         natives.append(ready[0])
-        calls.append(ready[1])
         translated.append(translated[0] if ready[1] is call else ready[0].translated(ready[1]))
     outputs = native_calls.run_blocks([each.block for each in natives], x, translated, native.level_number())
     chain = _thread.chain = Chain(weakref.ref(first), len(blocks))
@@ -187,7 +186,7 @@ def _caller() -> int | None:
 def _ready(block: Any, x: Tensor, first: NativeBlock, call: Call, given: Given, functions: dict[Any, Any]) -> Any:
     """The native block and the call of a block that may run behind ``first``, called so; None if it may not.
 
-    It is the same call if nothing in it is of that block.
+    It is the same call if that is of nothing but images and tokens: tables may be of a block, or of how it attends.
     """
     found = block._native
     if not isinstance(found, NativeBlock) or not found.holds(functions) or any_watched([block, *found.inner]):
@@ -196,7 +195,8 @@ def _ready(block: Any, x: Tensor, first: NativeBlock, call: Call, given: Given, 
         return None
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in found.parameters):
         return None
-    if given.bare and found.halves == first.halves and found.calls.in_common_with(first.calls):
+    plain = given.bare and call.bias is None and call.mask is None and call.cos is None
+    if plain and found.halves == first.halves and found.calls.in_common_with(first.calls):
         return found, call
     own = found.call(x, given.args, given.kwargs)
     if own is None or own.rows is not None or (own.images, own.tokens) != (call.images, call.tokens):

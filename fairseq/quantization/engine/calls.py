@@ -55,7 +55,7 @@ class Calls:
         return None if any(value is not None and value is not False for value in left) else call
 
     def in_common_with(self, other: Calls) -> bool:
-        """Whether the same arguments, without a tensor among them, give the same call of another block."""
+        """Whether arguments without a tensor that give a call without tables give the same of another block."""
         return self.adapter is other.adapter and self.adapter in (images, clip) and self.names == other.names
 
     def table(self, x: Tensor, key: Any, make: Callable[[torch.dtype], Any]) -> Any:

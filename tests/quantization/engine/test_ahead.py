@@ -1,5 +1,6 @@
 """Blocks that follow one another in one native call: what they return, and when they run one by one after all."""
 
+import copy
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -71,11 +72,11 @@ def logits(model):
 
 def one_by_one(model, forward=logits):
     """What a copy gives that never computes ahead."""
-    copy = ViTQuantizer.optimize(model)
+    other = ViTQuantizer.optimize(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ahead, "MOST_BYTES", 0)
-        forward(copy)
-        return forward(copy)
+        forward(other)
+        return forward(other)
 
 
 def test_blocks_run_in_one_call_once_they_were_seen_to_follow(model, lengths, monkeypatch):
@@ -306,6 +307,29 @@ def test_blocks_of_other_heads_in_one_call(lengths):
     del lengths[:]
     assert all(torch.equal(logits(fused), expected) for _ in range(3))
     assert lengths == [1, 1, 1, 1, 4, 4]
+
+
+@pytest.mark.parametrize("change", ["one head", "eager"])
+def test_causal_blocks_that_are_not_alike(change):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 3}
+    vision = {**families.BLOCK, **families.PICTURE}
+    config = transformers.CLIPConfig(text_config={**families.TEXT, **sizes}, vision_config=vision, projection_dim=20)
+    model = transformers.CLIPModel(config).eval()
+    layers = [module for name, module in model.named_modules() if "text" in name and name.endswith("self_attn")]
+    if change == "one head":  # a mask is a table of all heads there
+        layers[0].num_heads, layers[0].head_dim, layers[0].scale = 1, 48, 48**-0.5
+    else:  # which knows nothing of a causal mask that is asked for
+        layers[1].config = copy.deepcopy(layers[1].config)
+        layers[1].config._attn_implementation = "eager"
+    fused = ViTQuantizer(bits=8, method="channel", towers="all").quantize_model(model, engine="fused")
+
+    def states(model):
+        with torch.no_grad():
+            return model.text_model(input_ids=families.prompts()).last_hidden_state
+
+    expected = one_by_one(fused, states)
+    assert all(torch.equal(states(fused), expected) for _ in range(3))
 
 
 def test_nothing_outlives_hidden_states(model, trusted):

@@ -161,7 +161,7 @@ const int64_t PANEL = 32;       // outputs of a panel
 const int64_t PANEL_STEP = 16;  // inputs are filled up to a multiple of it
 const int64_t PATCH_STEP = 32;  // numbers of a patch are filled up to a multiple of it
 const int64_t ALIGNMENT = 64;
-const int64_t ROW_COUNT = 5;
+const int64_t ROW_COUNT = 5;       // of a thread's scratch
 const int64_t TILES_AT_ONCE = 16;  // whose sums are kept while a long reduction goes on
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

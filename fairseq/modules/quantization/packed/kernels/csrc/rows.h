@@ -80,6 +80,7 @@ static inline Vector keep(Vector vector, int64_t count) {
 // Rows that are computed beside each other, of `left` that are left: four, or five, so that few are computed alone. One
 // where there are not registers enough.
 const int MOST_TOGETHER = 5;
+static_assert(MOST_TOGETHER <= ROW_COUNT, "each has a row of scratch");
 static inline int64_t together(int64_t left) {
   if (LANES < 16 || left < 4) return 1;
   return left % 4 && left >= 5 ? 5 : 4;
