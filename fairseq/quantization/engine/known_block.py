@@ -75,8 +75,8 @@ class KnownBlock:
         self.spec, self.calls = spec, Calls(block, known, spec, kind.forward)
         self.device = cast(PackedLinear, spec.layers["query"]).scale.device
         self.parameters = list(block.parameters())
-        self.inner = [module for module in block.modules() if module is not block]
         self.modules = list(block.modules())
+        self.inner = self.modules[1:]
         self.classes = list(map(type, self.modules))
         kinds = {*self.classes, kind}
         self.code = [(each, each.__call__, each.forward) for each in kinds]

@@ -102,7 +102,7 @@ def fast_halves(level: int) -> bool:
 
 
 def fast_floats(level: int) -> bool:
-    """Whether a level multiplies floats as fast as the processor can; only of AVX-512 is that known."""
+    """Whether a level has a product of floats of its own, as those of AVX-512 have."""
     return bool(library.loaded().fairseq_fast_floats(level))
 
 

@@ -255,10 +255,10 @@ struct ThreadWorkspace {
 struct Kernels {
   const char* name;
   int64_t tile_rows, group;  // of a tile; bytes of a row that lie together
-  bool even_tiles;           // whether tiles with fewer rows take less time
+  bool even_tiles;           // whether all tiles should be nearly as large
   int32_t offset;            // of the bytes that integers become
   bool fast_halves;          // whether a product of bfloat16 is many times as fast as one of floats
-  bool fast_floats;          // whether a product of floats is as fast as there is one
+  bool fast_floats;          // whether there is a product of floats of its own
   void (*enter)();
   void (*leave)();
   void (*norm)(const Norm& norm, const float* x, int64_t width, float* y);

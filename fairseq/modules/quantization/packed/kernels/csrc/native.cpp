@@ -297,7 +297,7 @@ EXPORT int fairseq_supports(int level) { return levels[level].supported(); }
 // Whether products of bfloat16 are many times as fast as those of floats.
 EXPORT int fairseq_fast_halves(int level) { return kernels_of(level).fast_halves; }
 
-// Whether products of floats are as fast as the processor makes them.
+// Whether a level has a product of floats of its own.
 EXPORT int fairseq_fast_floats(int level) { return kernels_of(level).fast_floats; }
 
 // The size of struct Linear (0), Block (1), Call (2), Patches (3), IntegerBlock (4) or IntegerModel (5), for a check of

@@ -29,7 +29,7 @@ struct Registers {
   static const int64_t GROUP = 16;                 // bytes of a row that lie together in a tile
   static const int64_t FLOATS = 16;                // and floats
   static const int32_t OFFSET = 128;               // what is added to an integer to make it a byte
-  static const bool EVEN_TILES = AT_ONCE == ROWS;  // a tile of a few rows waits for each sum; so there are none
+  static const bool EVEN_TILES = AT_ONCE == ROWS;  // a tile of a few rows would wait for each sum
   static const bool FAST_HALVES = false;           // whether products of bfloat16 are
   static const bool FAST_FLOATS = false;           // whether there is a float_product
   static const bool FAST_NARROW = false;           // whether there is a narrow_product, for codes from -15 to 15
